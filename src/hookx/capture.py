@@ -1,0 +1,603 @@
+"""Activations, as the layers return them: the probe that learns what there is, the captures that take it.
+
+The only file that registers a hook. A copy is made inside the hook, at the moment the layer returns: nothing that runs
+later (an in-place ReLU, a second call of the same module) can reach it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hookx.errors import CaptureError, LayerError, NotCaptured
+from hookx.layers import (
+    Address,
+    Call,
+    Layer,
+    Reduction,
+    Selector,
+    Target,
+    TensorInfo,
+    closest,
+    matched_paths,
+    parse_selectors,
+)
+
+_PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def module_classes(model: nn.Module) -> dict[str, str]:
+    """Return path -> class name of every module, in the order they are registered; the model itself is '.'.
+
+    Example:
+        >>> module_classes(nn.Sequential(nn.ReLU()))
+        {'.': 'Sequential', '0': 'ReLU'}
+    """
+    return {path: type(module).__name__ for path, module in _modules(model).items()}
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    # A module that is registered twice keeps both names.
+    return {path or ".": module for path, module in model.named_modules(remove_duplicate=False)}
+
+
+# --- what passes through a module ----------------------------------------------------------------------------------
+
+Parts = tuple[str, ...]
+
+
+def tensors_in(value: Any, parts: Parts = ()) -> Iterator[tuple[Parts, Tensor]]:
+    """Find the tensors in a layer's output: nested tuples, lists, mappings, named tuples and dataclasses.
+
+    Example:
+        >>> [parts for parts, _ in tensors_in({"out": torch.ones(1), "aux": (torch.ones(1), None)})]
+        [('out',), ('aux', '0')]
+    """
+    if isinstance(value, Tensor):
+        # The integers of a quantized tensor mean nothing without its scale; dequantizing is exact.
+        yield parts, value.dequantize() if value.is_quantized else value
+        return
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        items = zip(value._fields, value, strict=True)
+    elif isinstance(value, tuple | list):
+        items = enumerate(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+    for name, item in items:
+        yield from tensors_in(item, (*parts, str(name)))
+
+
+def _tensors_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Parts, Tensor]]:
+    """Find the tensors among a call's arguments; a single argument needs no name."""
+    arguments = {**dict(enumerate(args)), **kwargs}
+    with_tensors = {name: value for name, value in arguments.items() if any(True for _ in tensors_in(value))}
+    return list(tensors_in(next(iter(with_tensors.values())) if len(with_tensors) == 1 else with_tensors))
+
+
+def reduce(tensor: Tensor, reduction: Reduction | None) -> Tensor:
+    """Apply an address's reduction to an activation whose dimension 0 is the batch.
+
+    Example:
+        >>> reduce(torch.ones(8, 512, 7, 7), Reduction.parse("mean23")).shape
+        torch.Size([8, 512])
+    """
+    if reduction is None:
+        return tensor
+    match reduction.name:
+        case "mean":
+            return tensor.mean(reduction.dims)
+        case "sum":
+            return tensor.sum(reduction.dims)
+        case "max":
+            return tensor.amax(reduction.dims)
+        case "min":
+            return tensor.amin(reduction.dims)
+        case "norm":
+            return torch.linalg.vector_norm(tensor, dim=reduction.dims)
+        case "cls":
+            return tensor[:, 0]
+        case "flatten":
+            return tensor.flatten(1)
+    raise AssertionError(reduction)
+
+
+def _batch_first(tensor: Tensor, info: TensorInfo) -> Tensor:
+    """Return a view of a layer's tensor with one row an image."""
+    if info.rows_per_image > 1:
+        return tensor.unflatten(0, (-1, info.rows_per_image))
+    assert info.batch_dim is not None
+    return tensor.movedim(info.batch_dim, 0)
+
+
+def stored_dtype(target: Target) -> str:
+    """Return the type that a target has after its reduction; `LayerError` if it cannot be reduced."""
+    try:
+        example = torch.empty((2, *target.tensor.shape), dtype=getattr(torch, target.tensor.dtype), device="meta")
+        return _name(reduce(example, target.address.reduction).dtype)
+    except RuntimeError as error:
+        raise LayerError(f"'{target.address}' cannot be computed from {target.tensor.dtype}: {error}") from None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --- hooks ---------------------------------------------------------------------------------------------------------
+
+
+class _Taps:
+    """Hooks on some modules of a model, while the `with` block lasts.
+
+    `on_call(path, call, is_input, args, kwargs_or_none, output)` runs when a module is entered and when it returns.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        on_enter: Callable[[str, int, tuple[Any, ...], dict[str, Any]], None],
+        on_return: Callable[[str, int, tuple[Any, ...], dict[str, Any], Any], None],
+    ) -> None:
+        self.modules, self.on_enter, self.on_return = modules, on_enter, on_return
+        self._hooks: list[Any] = []
+        self.begin_pass()
+
+    def begin_pass(self) -> None:
+        """Number the calls of every module from 0 again."""
+        self.calls = dict.fromkeys(self.modules, 0)
+        self._open_calls: dict[str, list[int]] = {path: [] for path in self.modules}
+
+    def attach(self) -> None:
+        for path, module in self.modules.items():
+            self._hooks.append(module.register_forward_pre_hook(self._enter(path), with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._return(path), with_kwargs=True))
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def __enter__(self) -> _Taps:
+        self.attach()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    # What a hook returns replaces the layer's input or output, so these return None, whatever the callbacks do.
+
+    def _enter(self, path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            call = self.calls[path]
+            self.calls[path] += 1
+            self._open_calls[path].append(call)
+            self.on_enter(path, call, args, kwargs)
+
+        return hook
+
+    def _return(self, path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self.on_return(path, self._open_calls[path].pop(), args, kwargs, output)
+
+        return hook
+
+
+@contextlib.contextmanager
+def _every_submodule_is_called() -> Iterator[None]:
+    """Switch off PyTorch's transformer fast path, which computes a whole encoder layer without calling its parts."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def _inference(device: torch.device, precision: str) -> Iterator[None]:
+    autocast = _PRECISIONS[precision]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(_every_submodule_is_called())
+        if autocast is not None:
+            stack.enter_context(torch.autocast(device.type, autocast))
+        yield
+
+
+class _ForwardIsDone(BaseException):
+    """Ends a forward pass early. Not an `Exception`, so that no `except Exception` of a model swallows it."""
+
+
+# --- the probe -----------------------------------------------------------------------------------------------------
+
+_Key = tuple[str, int, bool, Parts]
+
+
+def probe(
+    model: nn.Module, images_NCHW: Tensor, *, paths: Sequence[str] | None = None, precision: str = "fp32"
+) -> list[Layer]:
+    """Learn what a forward pass does to each layer: calls, structure, shapes, and which dimension is the batch.
+
+    Two passes are made, with 2 and with 3 images. The dimension that grows is the batch. In the second pass all images
+    but one are NaN: a row that becomes NaN depends on another image, and does not belong to the one it stands for.
+    On the meta device there are only the shapes.
+
+    Args:
+        images_NCHW: three images of ordinary values, on the model's device.
+        paths: the modules to describe; all of them if None.
+        precision: 'fp32', or 'bf16' or 'fp16' (autocast).
+
+    Returns:
+        The layers in the order in which they are first called; one that is never called stands after its neighbour.
+
+    Example:
+        >>> relu = nn.ReLU(inplace=True)
+        >>> for layer in probe(nn.Sequential(nn.Conv2d(3, 4, 1), relu, relu), torch.rand(3, 3, 8, 8)):
+        ...     print(layer.path, len(layer.calls), layer.calls[0].outputs[0].shape_text)
+        . 1 N,4,8,8
+        0 1 N,4,8,8
+        1 2 N,4,8,8
+        2 2 N,4,8,8
+    """
+    modules = _modules(model)
+    tapped = modules if paths is None else {path: modules[path] for path in paths}
+    device = images_NCHW.device
+    poisoned = images_NCHW.clone()
+    if device.type != "meta":
+        poisoned[0], poisoned[2] = float("nan"), float("nan")
+    first = _record(model, tapped, images_NCHW[:2], precision, lambda tensor, _: (tensor.shape, _has_nan(tensor)))
+    shapes = {key: shape for key, (shape, _) in first.seen.items()}
+    spoilt = {key for key, (_, has_nan) in first.seen.items() if has_nan}
+    second = _record(
+        model,
+        tapped,
+        poisoned,
+        precision,
+        lambda tensor, key: _describe(key, shapes.get(key), tensor, provable=key not in spoilt),
+    )
+    if shapes.keys() != second.seen.keys():
+        differing = sorted({key[0] for key in shapes.keys() ^ second.seen.keys()})
+        raise CaptureError(
+            f"the model does other things to 3 images than to 2 (in {', '.join(differing[:3])}), "
+            "so its activations cannot be given to single images"
+        )
+    infos = {
+        key: dataclasses.replace(info, event=first.events[key]) for key, info in second.seen.items() if info is not None
+    }
+    return _layers(model, tapped, first, infos)
+
+
+class _Recording:
+    """What one pass showed: per tensor what `look` returned, and the order of it all."""
+
+    def __init__(self) -> None:
+        self.seen: dict[_Key, Any] = {}
+        self.events: dict[_Key, int] = {}
+        self.entered: dict[str, int] = {}  # path -> when it was first called
+        self.calls: dict[str, int] = {}
+
+
+def _record(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    pixels_NCHW: Tensor,
+    precision: str,
+    look: Callable[[Tensor, _Key], Any],
+) -> _Recording:
+    recording = _Recording()
+
+    def note(path: str, call: int, is_input: bool, tensors: Iterable[tuple[Parts, Tensor]]) -> None:
+        for parts, tensor in tensors:
+            key = (path, call, is_input, parts)
+            recording.events[key] = len(recording.events)
+            recording.seen[key] = look(tensor, key)
+
+    def on_enter(path: str, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recording.entered.setdefault(path, len(recording.entered))
+        note(path, call, True, _tensors_given(args, kwargs))
+
+    def on_return(path: str, call: int, _args: Any, _kwargs: Any, output: Any) -> None:
+        note(path, call, False, tensors_in(output))
+
+    with _Taps(modules, on_enter, on_return) as taps, _inference(pixels_NCHW.device, precision):
+        try:
+            model(pixels_NCHW)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            shape = ", ".join(map(str, pixels_NCHW.shape))
+            raise CaptureError(
+                f"the model fails on a batch of images ({shape}): {type(error).__name__}: {error}"
+            ) from error
+        recording.calls = taps.calls
+    return recording
+
+
+def _has_nan(tensor: Tensor) -> bool:
+    is_float = tensor.is_floating_point() or tensor.is_complex()
+    return tensor.device.type != "meta" and is_float and bool(torch.isnan(tensor).any())
+
+
+def _describe(key: _Key, of_2: torch.Size | None, of_3: Tensor, provable: bool) -> TensorInfo | None:
+    """Compare a tensor's shape for 2 images with the tensor for 3, of which the first and last are NaN."""
+    if of_2 is None:
+        return None
+    grown = [d for d, (two, three) in enumerate(zip(of_2, of_3.shape, strict=False)) if two != three]
+    rest = [length for d, length in enumerate(of_3.shape) if d not in grown]
+    real = of_3.device.type != "meta"
+    provable = provable and real and (of_3.is_floating_point() or of_3.is_complex())
+    tainted = provable and _has_nan(of_3)
+
+    def info(shape: Sequence[int], batch_dim: int | None = None, rows: int = 1, problem: str = "") -> TensorInfo:
+        return TensorInfo(key[3], tuple(shape), _name(of_3.dtype), 0, batch_dim, rows, problem)
+
+    if len(of_2) != of_3.ndim or len(grown) > 1:
+        return info(of_2, problem="more than one dimension changes with the number of images")
+    if not grown:
+        return info(of_2, problem="it depends on the images and has no batch dimension" if tainted else "")
+    dim = grown[0]
+    rows = of_2[dim] // 2
+    if of_2[dim] != 2 * rows or of_3.shape[dim] != 3 * rows or (rows > 1 and dim > 0):
+        return info(of_2, problem=f"dimension {dim} is {of_2[dim]} for 2 images and {of_3.shape[dim]} for 3")
+    mixed = provable and _has_nan(of_3.narrow(dim, rows, rows))
+    if rows > 1:
+        outer_are_tainted = _has_nan(of_3[:rows]) and _has_nan(of_3[2 * rows :])
+        problem = ""
+        if mixed:
+            problem = f"the {rows} rows of an image do not lie together, or depend on other images"
+        elif real and not (provable and outer_are_tainted):
+            problem = f"nothing proves that the {rows} rows of an image lie together"
+        return info((rows, *rest), 0, rows, problem)
+    return info(rest, dim, 1, "an image's values depend on the other images of its batch" if mixed else "")
+
+
+def _layers(
+    model: nn.Module, tapped: Mapping[str, nn.Module], recording: _Recording, infos: Mapping[_Key, TensorInfo]
+) -> list[Layer]:
+    by_call: dict[tuple[str, int, bool], list[TensorInfo]] = {}
+    for (path, call, is_input, _), info in infos.items():
+        by_call.setdefault((path, call, is_input), []).append(info)
+    modules = _modules(model)
+    first_paths: dict[int, str] = {}
+    for path, module in modules.items():
+        first_paths.setdefault(id(module), path)
+    layers, places = [], []
+    place = -1  # A module that is never called stands after the one it is registered after.
+    for number, (path, module) in enumerate(tapped.items()):
+        place = recording.entered.get(path, place)
+        places.append((place, number))
+        calls = tuple(
+            Call(tuple(by_call.get((path, call, True), ())), tuple(by_call.get((path, call, False), ())))
+            for call in range(recording.calls[path])
+        )
+        first_path = first_paths[id(module)]
+        layers.append(
+            Layer(
+                path=path,
+                class_name=type(module).__name__,
+                parameters=sum(parameter.numel() for parameter in module.parameters()),
+                calls=calls,
+                never_called_because="" if calls else _why_never_called(path, modules),
+                same_as="" if first_path == path else first_path,
+            )
+        )
+    return [layer for _, layer in sorted(zip(places, layers, strict=True), key=lambda pair: pair[0])]
+
+
+def _why_never_called(path: str, modules: Mapping[str, nn.Module]) -> str:
+    """Say why a forward pass leaves a module out, where the reason is known."""
+    module = modules[path]
+    parent_path, _, name = path.rpartition(".")
+    parent = modules[parent_path or "."]
+    parent_class = type(parent).__name__
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return f"an nn.{type(module).__name__} only holds other modules"
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention uses its weights directly"
+    if parent_class.startswith("ShiftedWindowAttention") and name in ("qkv", "proj"):
+        return f"{parent_class} uses its weights directly"
+    if parent_class in ("GoogLeNet", "Inception3") and name.lower().startswith("aux"):
+        return "auxiliary classifiers run in training only"
+    if type(module).__name__ == "StochasticDepth":
+        return "its block has no residual connection"
+    if parent is not modules["."] and (above := _why_never_called(parent_path, modules)):
+        return above if parent_class not in ("ModuleList", "ModuleDict") else ""
+    return ""
+
+
+# --- the capture of a run ------------------------------------------------------------------------------------------
+
+
+class RowCapture:
+    """Forward passes that leave the targets' activations in rows of preallocated buffers, and stop after the last.
+
+    Hooks are on the model while the `with` block lasts. Memory: nothing but what the caller hands in.
+
+    Raises:
+        CaptureError: a pass differs from what the probe saw: another shape or type, a call more or less.
+    """
+
+    def __init__(self, model: nn.Module, targets: Sequence[Target], *, device: torch.device, precision: str) -> None:
+        self.model, self.device, self.precision = model, device, precision
+        self.overflows = {str(target.address): 0 for target in targets}
+        self._targets: dict[tuple[str, int, bool], dict[Parts, list[Target]]] = {}
+        for target in targets:
+            address = target.address
+            event = (address.path, address.call or 0, address.is_input)
+            self._targets.setdefault(event, {}).setdefault(address.parts, []).append(target)
+        modules = _modules(model)
+        paths = dict.fromkeys(target.address.path for target in targets)
+        self._taps = _Taps({path: modules[path] for path in paths}, self._on_enter, self._on_return)
+        self._rows: Mapping[str, Tensor] = {}
+        self._remaining: set[tuple[str, int, bool]] = set()
+
+    def __enter__(self) -> RowCapture:
+        self._taps.attach()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._taps.remove()
+
+    def run(self, pixels_NCHW: Tensor, rows: Mapping[str, Tensor]) -> None:
+        """Run one batch; `rows` holds for every address a tensor (images of the batch, *shape) to write into."""
+        self._rows, self._remaining = rows, set(self._targets)
+        self._taps.begin_pass()
+        with _inference(self.device, self.precision), contextlib.suppress(_ForwardIsDone):
+            self.model(pixels_NCHW)
+        if self._remaining:
+            path, call, is_input = min(self._remaining)
+            raise CaptureError(f"'{Address(path, call, is_input)}' did not run in this batch, though the probe saw it")
+
+    def _on_enter(self, path: str, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if (path, call, True) in self._targets:
+            self._take((path, call, True), _tensors_given(args, kwargs))
+
+    def _on_return(self, path: str, call: int, _args: Any, _kwargs: Any, output: Any) -> None:
+        if (path, call, False) in self._targets:
+            self._take((path, call, False), tensors_in(output))
+
+    def _take(self, event: tuple[str, int, bool], tensors: Iterable[tuple[Parts, Tensor]]) -> None:
+        found = dict(tensors)
+        for parts, targets in self._targets[event].items():
+            for target in targets:
+                if parts not in found:
+                    raise CaptureError(f"'{target.address}' is missing in this batch, though the probe saw it")
+                self._store(target, found[parts])
+        self._remaining.discard(event)
+        if not self._remaining:
+            raise _ForwardIsDone
+
+    def _store(self, target: Target, tensor: Tensor) -> None:
+        info, rows = target.tensor, self._rows[str(target.address)]
+        expected = list(info.shape)
+        if info.rows_per_image > 1:
+            expected[0] *= len(rows)
+        else:
+            assert info.batch_dim is not None
+            expected.insert(info.batch_dim, len(rows))
+        if list(tensor.shape) != expected or _name(tensor.dtype) != info.dtype:
+            raise CaptureError(
+                f"'{target.address}' is {_name(tensor.dtype)} {list(tensor.shape)} in this batch; "
+                f"the probe saw {info.dtype} {expected}"
+            )
+        value = reduce(_batch_first(tensor, info), target.address.reduction)
+        if value.dtype != rows.dtype and value.is_floating_point() and rows.is_floating_point():
+            narrowed = value.to(rows.dtype)
+            if torch.finfo(rows.dtype).max < torch.finfo(value.dtype).max:
+                self.overflows[str(target.address)] += int((narrowed.isinf() & ~value.isinf()).sum())
+            value = narrowed
+        # This copy is the snapshot: whatever overwrites `tensor` later in the pass comes after it in stream order.
+        rows.copy_(value, non_blocking=True)
+
+
+# --- the capture of your own forward passes ------------------------------------------------------------------------
+
+
+class Capture(Mapping[str, Tensor]):
+    """Take activations out of your own forward passes.
+
+    Hooks are on the model from construction until `remove()`, or until the `with` block ends. A pass begins when the
+    model itself is called; what the last pass gave can be read afterwards, by address.
+
+    Args:
+        model: any module, on any device, in any mode; it is not changed.
+        layers: addresses, globs, 'type:Conv2d' (one string with commas, or a sequence).
+        detach: False keeps the activations in the autograd graph.
+
+    Raises:
+        LayerError: a layer does not exist (with the closest names).
+        NotCaptured: (on reading, a KeyError) the layer has not run, or has run more than once.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)).eval()
+        >>> with Capture(model, ["0", "1@mean23"]) as capture:
+        ...     _ = model(torch.rand(2, 3, 8, 8))
+        >>> capture["0"].shape, capture["1@mean23"].shape
+        (torch.Size([2, 4, 6, 6]), torch.Size([2, 4]))
+        >>> bool((capture["0"] < 0).any())  # the in-place ReLU did not reach it
+        True
+    """
+
+    def __init__(self, model: nn.Module, layers: str | Iterable[str], *, detach: bool = True) -> None:
+        modules = _modules(model)
+        class_names = module_classes(model)
+        self._selectors = parse_selectors(layers)
+        self._wanted: dict[str, list[Selector]] = {}
+        for selector in self._selectors:
+            for path in matched_paths([selector], class_names, "this model"):
+                self._wanted.setdefault(path, []).append(selector)
+        self._detach = detach
+        self._stored: dict[Address, Tensor] = {}
+        self._taps = _Taps({path: modules[path] for path in self._wanted}, self._on_enter, self._on_return)
+        self._begin = model.register_forward_pre_hook(self._begin_pass, prepend=True)
+        self._taps.attach()
+
+    def __enter__(self) -> Capture:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Take the hooks off the model; what was captured stays."""
+        self._begin.remove()
+        self._taps.remove()
+
+    def clear(self) -> None:
+        """Forget what was captured."""
+        self._stored.clear()
+
+    def __getitem__(self, address: str) -> Tensor:
+        wanted = Address.parse(address)
+        stored = {str(key): key for key in self._canonical()}
+        if str(wanted) in stored:
+            return self._canonical()[stored[str(wanted)]]
+        if not stored:
+            raise NotCaptured(f"'{address}': nothing has been captured yet; call the model")
+        beneath = [text for text, key in stored.items() if key.path == wanted.path]
+        raise NotCaptured(f"'{address}' was not captured; there is {', '.join(beneath) or closest(address, stored)}")
+
+    def __iter__(self) -> Iterator[str]:
+        return map(str, self._canonical())
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def _canonical(self) -> dict[Address, Tensor]:
+        """Drop the number of a call that was the only one."""
+        called_again = {(key.path, key.is_input) for key in self._stored if key.call}
+        return {
+            key if (key.path, key.is_input) in called_again else dataclasses.replace(key, call=None): tensor
+            for key, tensor in self._stored.items()
+        }
+
+    def _begin_pass(self, _module: nn.Module, _args: Any) -> None:
+        self._taps.begin_pass()
+        self._stored.clear()
+
+    def _on_enter(self, path: str, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._keep(path, call, True, lambda: _tensors_given(args, kwargs))
+
+    def _on_return(self, path: str, call: int, _args: Any, _kwargs: Any, output: Any) -> None:
+        self._keep(path, call, False, lambda: tensors_in(output))
+
+    def _keep(
+        self, path: str, call: int, is_input: bool, tensors: Callable[[], Iterable[tuple[Parts, Tensor]]]
+    ) -> None:
+        for selector in self._wanted[path]:
+            wanted = selector.address
+            if wanted.is_input != is_input or wanted.call not in (None, call):
+                continue
+            for parts, tensor in tensors():
+                if parts[: len(wanted.parts)] == wanted.parts:
+                    value = reduce(tensor.detach() if self._detach else tensor, wanted.reduction)
+                    key = Address(path, call, is_input, parts, wanted.reduction)
+                    self._stored[key] = value.clone()

@@ -1,0 +1,63 @@
+"""Every error that hookx raises on purpose: what is wrong, which value, what to do next."""
+
+from __future__ import annotations
+
+
+class HookxError(Exception):
+    """A mistake that the user can mend; anything else that escapes hookx is a bug.
+
+    Example:
+        >>> print(HookxError("no layer matches 'conv9'", "list them all: hookx list-layers resnet18"))
+        no layer matches 'conv9'
+          list them all: hookx list-layers resnet18
+    """
+
+    exit_code = 1
+
+    def __init__(self, problem: str, *next_steps: str) -> None:
+        super().__init__("\n  ".join([problem, *next_steps]))
+
+
+class UsageError(HookxError):
+    """The command line, a configuration file or an argument is malformed."""
+
+    exit_code = 2
+
+
+class AddressError(UsageError):
+    """A text is not a layer address."""
+
+
+class LayerError(HookxError):
+    """An address is well formed, but this model has no such activation."""
+
+
+class ModelError(HookxError):
+    """A model cannot be built, or its weights cannot be had or do not fit."""
+
+
+class ImageError(HookxError):
+    """The list of images cannot be made."""
+
+
+class CaptureError(HookxError):
+    """A forward pass did not do what the probe saw; nothing wrong is stored."""
+
+
+class StoreError(HookxError):
+    """An output directory is damaged, belongs to another run, or cannot be written."""
+
+
+class Interrupted(BaseException):
+    """A signal asked the process to stop. Not an `Exception`, so that no handler on the way swallows it."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        # The shell's convention: 130 for SIGINT, 143 for SIGTERM.
+        self.exit_code = 128 + signal_number
+
+
+class NotCaptured(HookxError, KeyError):
+    """A capture is asked for an activation that it does not hold."""
+
+    __str__ = Exception.__str__

@@ -1,0 +1,492 @@
+"""The language of layers: addresses, selectors, and what they select in a probed model.
+
+    address  = path [":" call] ["/in"] ["/" part]... ["@" reduction]
+    selector = address | glob over paths | "type:" ClassName
+
+Nothing here imports torch: a `Layer` is a plain record that the probe fills in.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
+
+from hookx.errors import AddressError, LayerError
+
+# These mean something in an address or in a terminal; inside a name they are written %XX.
+_RESERVED = re.compile(r"[:/@,%*?\[\]\s\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_BRACKET = re.compile(r"\[\s*(?:(\d+)|'([^'\]]+)'|\"([^\"\]]+)\")\s*\]")
+_REDUCTIONS_OVER_DIMS = ("mean", "max", "min", "sum", "norm")
+_REDUCTIONS = (*_REDUCTIONS_OVER_DIMS, "cls", "flatten")
+
+
+def quote(name: str) -> str:
+    """Write a module's or a part's name so that no character of it is taken for grammar.
+
+    Example:
+        >>> quote("layer1"), quote("a/b")
+        ('layer1', 'a%2Fb')
+    """
+    return _RESERVED.sub(
+        lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode("utf-8", "surrogatepass")), name
+    )
+
+
+def unquote(text: str) -> str:
+    """Undo `quote`."""
+    if "%" not in text:
+        return text
+    raw = re.sub(
+        rb"%([0-9A-Fa-f]{2})",
+        lambda match: bytes([int(match[1], 16)]),
+        text.encode("utf-8", "surrogatepass"),
+    )
+    try:
+        return raw.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        raise AddressError(f"'{text}': the %XX in it are not UTF-8") from None
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What is done to an activation on the device before it is stored.
+
+    `dims` count in the stored activation, whose dimension 0 is the batch.
+
+    Example:
+        >>> Reduction.parse("mean32")
+        Reduction(name='mean', dims=(2, 3))
+        >>> Reduction.parse("mean23").shape((512, 7, 7))
+        (512,)
+        >>> Reduction.parse("flatten").shape((512, 7, 7))
+        (25088,)
+    """
+
+    name: str
+    dims: tuple[int, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Reduction:
+        match = re.fullmatch(r"([a-z]+)(\d*)", text)
+        name = match[1] if match else text
+        if not match or name not in _REDUCTIONS:
+            raise AddressError(
+                f"'@{text}' is not a reduction; closest: {closest(name, [f'@{known}' for known in _REDUCTIONS])}",
+                "over dimensions: @mean23 @max23 @min1 @sum12 @norm23    other: @cls @flatten",
+            )
+        dims = [int(digit) for digit in match[2]]
+        if dims and name not in _REDUCTIONS_OVER_DIMS:
+            raise AddressError(f"'@{text}': {name} takes no dimensions; write @{name}")
+        if 0 in dims:
+            raise AddressError(f"'@{text}': dimension 0 is the batch, which stays; count from 1")
+        if len(set(dims)) != len(dims):
+            raise AddressError(f"'@{text}' names a dimension twice")
+        return cls(name, tuple(sorted(dims)))
+
+    def __str__(self) -> str:
+        return self.name + "".join(map(str, self.dims))
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return one image's shape after the reduction, or raise `ValueError` with the reason."""
+        if self.name == "flatten":
+            size = 1
+            for length in shape:
+                size *= length
+            return (size,)
+        if self.name == "cls":
+            if len(shape) != 2:
+                raise ValueError("cls is token 0 of an output N,tokens,channels")
+            return shape[1:]
+        if not self.dims:
+            raise ValueError(f"{self.name} over which dimensions?")
+        if self.dims[-1] > len(shape):
+            raise ValueError(f"there is no dimension {self.dims[-1]}")
+        return tuple(length for dim, length in enumerate(shape, 1) if dim not in self.dims)
+
+    def spellings_for(self, shape: tuple[int, ...]) -> str:
+        """Suggest reductions that fit one image's shape."""
+        name = self.name if self.name in _REDUCTIONS_OVER_DIMS else "mean"
+        if len(shape) == 3:
+            return f"@{name}23 if the channels are dimension 1, @{name}12 if they are dimension 3"
+        if len(shape) == 2:
+            return f"@{name}1 over the tokens, @cls for token 0"
+        if len(shape) == 1:
+            return "store it as it is"
+        return f"@{name} and the digits of the dimensions"
+
+
+@dataclass(frozen=True)
+class Address:
+    """The name of one activation; the key under which it stands in a shard.
+
+    Example:
+        >>> Address.parse("layer3[0].relu:1/in@mean23")
+        Address(path='layer3.0.relu', call=1, is_input=True, parts=(), reduction=Reduction(name='mean', dims=(2, 3)))
+        >>> str(Address.parse("layer3[0].relu:1/in@mean23"))
+        'layer3.0.relu:1/in@mean23'
+    """
+
+    path: str
+    call: int | None = None
+    is_input: bool = False
+    parts: tuple[str, ...] = ()
+    reduction: Reduction | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Read an address; `AddressError` says what is wrong with a text that is none."""
+        return cls._parse(text, _parse_path)
+
+    @classmethod
+    def _parse(cls, text: str, parse_path) -> Address:
+        body, at, reduction_text = text.partition("@")
+        head, *segments = body.split("/")
+        path_text, colon, call_text = head.partition(":")
+        if colon and not (call_text.isascii() and call_text.isdigit()):
+            raise AddressError(f"'{text}': after ':' stands the number of the call, as in layer1.0.relu:1")
+        is_input = bool(segments) and segments[0] == "in"
+        parts = tuple(unquote(segment) for segment in segments[is_input:])
+        if not all(parts):
+            raise AddressError(f"'{text}': after '/' stands 'in' or the name of a part, as in attn/0")
+        return cls(
+            path=parse_path(path_text, text),
+            call=int(call_text) if colon else None,
+            is_input=is_input,
+            parts=parts,
+            reduction=Reduction.parse(reduction_text) if at else None,
+        )
+
+    def __str__(self) -> str:
+        parts = [quote(part) for part in self.parts]
+        if parts and not self.is_input and parts[0] == "in":
+            parts[0] = "%69n"  # A part that is called 'in' is not the module's input.
+        if self.is_input:
+            parts.insert(0, "in")
+        return (
+            (self.path if self.path == "." else ".".join(quote(name) for name in self.path.split(".")))
+            + (f":{self.call}" if self.call is not None else "")
+            + "".join(f"/{part}" for part in parts)
+            + (f"@{self.reduction}" if self.reduction else "")
+        )
+
+
+def _dotted(path_text: str) -> str:
+    """Write brackets as dots: layer3[0] -> layer3.0, [0].conv -> 0.conv."""
+    path = _BRACKET.sub(lambda match: "." + (match[1] or match[2] or match[3]), path_text)
+    return path.removeprefix(".") if path_text.startswith("[") else path
+
+
+def _parse_path(path_text: str, whole_text: str) -> str:
+    """Normalise a dotted path: brackets become dots, %XX become characters."""
+    if path_text == ".":
+        return path_text
+    path = _dotted(path_text)
+    if not all(path.split(".")) or re.search(r"[\[\]*?,\s]", path):
+        raise AddressError(
+            f"'{whole_text}' is not a layer address",
+            "write the dotted path of the module, as in layer3.0.downsample.1 or layer3[0].downsample[1]",
+        )
+    return unquote(path)
+
+
+@dataclass(frozen=True)
+class Selector:
+    """An address, a glob over paths, or a class of modules; whatever follows the path applies to every match.
+
+    Example:
+        >>> names = {"conv1": "Conv2d", "layer1": "Sequential", "layer1.0": "BasicBlock", "layer1.0.conv1": "Conv2d"}
+        >>> [Selector.parse(text).paths(names) for text in ("layer*", "**.conv?", "type:Conv2d", "layer1[0]")]
+        [['layer1'], ['conv1', 'layer1.0.conv1'], ['conv1', 'layer1.0.conv1'], ['layer1.0']]
+    """
+
+    kind: Literal["path", "glob", "type"]
+    address: Address
+    text: str
+
+    @classmethod
+    def parse(cls, text: str) -> Selector:
+        class_name = re.match(r"type:(?!\d+(?:[/@]|$))", text)
+        if class_name:
+            address = Address._parse(text[class_name.end() :], _parse_class)
+            return cls("type", address, text)
+        if re.search(r"[*?]", re.split(r"[:/@]", text, maxsplit=1)[0]):
+            return cls("glob", Address._parse(text, _parse_glob), text)
+        return cls("path", Address.parse(text), text)
+
+    @cached_property
+    def _regex(self) -> re.Pattern[str]:
+        # One pass over the tokens of the glob; `**.` and `.**` also take the dot beside them.
+        tokens = re.findall(r"\*\*\.|\*\*|\*|\?|[^*?]+", self.address.path)
+        meaning = {"**.": r"(?:.+\.)?", "**": r".+", "*": r"[^.]*", "?": r"[^.]"}
+        return re.compile("".join(meaning.get(token, re.escape(token)) for token in tokens))
+
+    def paths(self, class_names: Mapping[str, str]) -> list[str]:
+        """Return the paths that this selects, in the order of `class_names` (path -> class)."""
+        if self.kind == "path":
+            return [self.address.path] if self.address.path in class_names else []
+        if self.kind == "type":
+            return [path for path, class_name in class_names.items() if class_name == self.address.path]
+        return [path for path in class_names if path != "." and self._regex.fullmatch(str(Address(path)))]
+
+
+def _parse_class(class_text: str, whole_text: str) -> str:
+    if not class_text.isidentifier():
+        raise AddressError(f"'{whole_text}': after 'type:' stands the name of a class, as in type:Conv2d")
+    return class_text
+
+
+def _parse_glob(path_text: str, whole_text: str) -> str:
+    path = _dotted(path_text)
+    if not all(path.split(".")) or "***" in path or re.search(r"[\[\],\s]", path):
+        raise AddressError(
+            f"'{whole_text}' is not a glob over layer paths",
+            "* stays within one name and ** crosses the dots, as in layer*.0.conv? or features.**",
+        )
+    return path
+
+
+def parse_selectors(texts: str | Iterable[str]) -> list[Selector]:
+    """Split on commas and parse each selector.
+
+    Example:
+        >>> [selector.text for selector in parse_selectors(["conv1, layer1", "type:Linear"])]
+        ['conv1', 'layer1', 'type:Linear']
+    """
+    texts = [texts] if isinstance(texts, str) else texts
+    return [Selector.parse(piece.strip()) for text in texts for piece in text.split(",") if piece.strip()]
+
+
+def closest(name: str, names: Iterable[str], count: int = 3) -> str:
+    """Name the most similar names, best first, for an error message."""
+    names = list(names)
+    matches = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
+    return ", ".join(matches or names[:count])
+
+
+# --- what a probe learns -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor that a module returned or was given, as the probe saw it."""
+
+    parts: tuple[str, ...]
+    shape: tuple[int, ...]  # of one image: without the batch dimension. A constant's whole shape.
+    dtype: str
+    event: int  # its place in the forward pass: the capture may stop after the last event asked for
+    batch_dim: int | None = 0  # where the batch dimension stood; None for a constant
+    rows_per_image: int = 1  # >1: the leading dimension held this many rows of each image, one image after another
+    problem: str = ""  # why its rows cannot be given to images
+
+    @property
+    def is_constant(self) -> bool:
+        return self.batch_dim is None and not self.problem
+
+    @property
+    def shape_text(self) -> str:
+        """The shape as the layer returns it, the batch written N: 'N,64,56,56', '49,N,768', '64N,49,96'.
+
+        Example:
+            >>> TensorInfo((), (49, 768), "float32", 0, batch_dim=1).shape_text
+            '49,N,768'
+        """
+        lengths = [str(length) for length in self.shape]
+        if self.rows_per_image > 1:
+            lengths[0] += "N"
+        elif self.batch_dim is not None:
+            lengths.insert(self.batch_dim, "N")
+        return ",".join(lengths) or "scalar"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module during a forward pass."""
+
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module of a model, with what a forward pass does to it."""
+
+    path: str
+    class_name: str
+    parameters: int
+    calls: tuple[Call, ...] = ()
+    never_called_because: str = ""
+    same_as: str = ""  # the first path of this module, where it is registered under two
+
+    def addresses(self, *, of_inputs: bool = False) -> dict[Address, TensorInfo]:
+        """Return the canonical address of every tensor that this module returns (or is given)."""
+        found = {}
+        for number, call in enumerate(self.calls):
+            for tensor in call.inputs if of_inputs else call.outputs:
+                call_number = number if len(self.calls) > 1 else None
+                found[Address(self.path, call_number, of_inputs, tensor.parts)] = tensor
+        return found
+
+
+@dataclass(frozen=True)
+class Target:
+    """One activation to capture: its address, and the tensor it is taken from."""
+
+    address: Address
+    tensor: TensorInfo
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape stored for one image."""
+        reduction = self.address.reduction
+        return reduction.shape(self.tensor.shape) if reduction else self.tensor.shape
+
+
+@dataclass
+class Selection:
+    """The targets that selectors name, in their order, and what was left out and why."""
+
+    targets: list[Target] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+# --- selecting -----------------------------------------------------------------------------------------------------
+
+
+def matched_paths(selectors: Sequence[Selector], class_names: Mapping[str, str], model: str) -> list[str]:
+    """Return every path that a selector names, once; `LayerError` if one of them names nothing."""
+    paths: dict[str, None] = {}
+    for selector in selectors:
+        found = selector.paths(class_names)
+        if not found:
+            known = set(class_names.values()) if selector.kind == "type" else list(class_names)
+            similar = closest(selector.address.path, sorted(known) if selector.kind == "type" else known)
+            raise LayerError(
+                f"no layer matches '{selector.text}' in {model}; closest: {similar}",
+                f"list them all: hookx list-layers {model}",
+            )
+        paths.update(dict.fromkeys(found))
+    return list(paths)
+
+
+def select(
+    selectors: Sequence[Selector], layers: Sequence[Layer], model: str, exclude: Sequence[Selector] = ()
+) -> Selection:
+    """Turn selectors into the activations they name, in their order and without repeats.
+
+    A selector that names one module and cannot be satisfied is a `LayerError`. A glob or a `type:` leaves out what
+    cannot be captured (never called, constant), and says so in `left_out`; it is an error if nothing remains.
+    """
+    by_path = {layer.path: layer for layer in layers}
+    class_names = {layer.path: layer.class_name for layer in layers}
+    matched_paths(exclude, class_names, model)
+    excluded = [(selector.address, set(selector.paths(class_names))) for selector in exclude]
+    selection = Selection()
+    chosen: dict[Address, Target] = {}
+    for selector in selectors:
+        matched_paths([selector], class_names, model)
+        by_name = selector.kind == "path"
+        found = 0
+        for path in selector.paths(class_names):
+            layer = by_path[path]
+            if layer.same_as and not by_name:
+                continue  # Its first path is among the matches, or was meant to be left out.
+            try:
+                targets, unusable = _targets_of(layer, selector.address, model)
+            except LayerError as error:
+                if by_name or selector.address.reduction and layer.calls:
+                    raise
+                selection.left_out[path] = str(error).splitlines()[0]
+                continue
+            found += len(targets)
+            selection.left_out.update(unusable)
+            for target in targets:
+                if not any(_covers(pattern, paths, target.address) for pattern, paths in excluded):
+                    chosen.setdefault(target.address, target)
+        if not found:
+            raise LayerError(
+                f"nothing that '{selector.text}' matches in {model} can be captured: "
+                + "; ".join(list(selection.left_out.values())[:3]),
+                f"list the layers: hookx list-layers {model}",
+            )
+    if not chosen:
+        raise LayerError("every layer asked for is excluded again", "check --exclude")
+    selection.targets = list(chosen.values())
+    return selection
+
+
+def _covers(pattern: Address, paths: set[str], address: Address) -> bool:
+    """Tell whether an excluding selector covers an address; what the pattern does not say, it does not narrow."""
+    return (
+        address.path in paths
+        and pattern.call in (None, address.call)
+        and pattern.is_input <= address.is_input
+        and address.parts[: len(pattern.parts)] == pattern.parts
+        and pattern.reduction in (None, address.reduction)
+    )
+
+
+def _targets_of(layer: Layer, wanted: Address, model: str) -> tuple[list[Target], dict[str, str]]:
+    """Return the targets that an address (its path already matched) names in one layer, and the parts left out."""
+    name = str(Address(layer.path))
+    if not layer.calls:
+        reason = f"\n  ({layer.never_called_because})" if layer.never_called_because else ""
+        hint = "; the enclosing module can be captured" if "." in layer.path else ""
+        raise LayerError(f"'{name}' is never called in a forward pass{reason}{hint}")
+    if wanted.call is not None and wanted.call >= len(layer.calls):
+        raise LayerError(
+            f"'{name}:{wanted.call}' does not exist: {name} is called {_times(len(layer.calls))} in a forward pass",
+            f"its calls: {', '.join(f'{name}:{n}' for n in range(len(layer.calls)))}"
+            if len(layer.calls) > 1
+            else f"write {name}",
+        )
+    side = layer.addresses(of_inputs=wanted.is_input)
+    in_call = {
+        address: tensor
+        for address, tensor in side.items()
+        if wanted.call is None or len(layer.calls) == 1 or address.call == wanted.call
+    }
+    found = {a: t for a, t in in_call.items() if a.parts[: len(wanted.parts)] == wanted.parts}
+    if not found:
+        what = "given" if wanted.is_input else "returned"
+        if not wanted.parts:
+            raise LayerError(f"'{name}' is {'given' if wanted.is_input else 'returning'} no tensor")
+        has = ", ".join(f"{a} ({t.shape_text})" for a, t in in_call.items())
+        raise LayerError(
+            f"'{replace(wanted, path=layer.path)}' does not exist: what {name} {'is' if wanted.is_input else 'has'} "
+            f"{what}: {has or 'no tensor'}"
+        )
+    unusable = {str(a): reason for a, t in found.items() if (reason := _why_not_by_image(a, t))}
+    if len(unusable) == len(found):
+        raise LayerError(next(iter(unusable.values())))
+    targets = []
+    for address, tensor in found.items():
+        if str(address) in unusable:
+            continue
+        target = Target(replace(address, reduction=wanted.reduction), tensor)
+        try:
+            target.shape  # noqa: B018
+        except ValueError as error:
+            assert wanted.reduction is not None
+            stored = ",".join(["N", *map(str, tensor.shape)])
+            raise LayerError(
+                f"'{target.address}' does not fit: {error} {address} is {stored} in {model}",
+                f"here fits: {wanted.reduction.spellings_for(tensor.shape)}",
+            ) from None
+        targets.append(target)
+    return targets, unusable
+
+
+def _why_not_by_image(address: Address, tensor: TensorInfo) -> str:
+    if tensor.is_constant:
+        return f"'{address}' is constant ({tensor.shape_text}): it does not depend on the image"
+    if tensor.problem:
+        return f"'{address}' ({tensor.shape_text}) cannot be split by image: {tensor.problem}"
+    return ""
+
+
+def _times(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")

@@ -1,0 +1,280 @@
+"""A model's name and its weights -> a module in eval mode, and what it expects of an image.
+
+The only file that knows model zoos.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torchvision import models as zoo
+
+from hookx.errors import ModelError
+from hookx.layers import closest
+from hookx.plan import Preprocessing
+
+log = logging.getLogger("hookx")
+
+_WEIGHT_FILES = (".safetensors", ".pt", ".pth")
+_DOWNLOAD_TIMEOUT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A module in eval mode on the CPU, with the preprocessing and the identity of its weights."""
+
+    name: str
+    module: nn.Module
+    preprocessing: Preprocessing
+    weights: str  # 'ResNet18_Weights.IMAGENET1K_V1', 'random (seed 0)', 'sha256:...'
+
+
+def list_models() -> list[str]:
+    """Return the names of the models that `load_model` takes, sorted."""
+    return sorted(zoo.list_models(module=zoo))
+
+
+def load_model(ref: str, weights: str = "default", *, seed: int = 0) -> LoadedModel:
+    """Build a model of torchvision's zoo with the weights asked for.
+
+    Args:
+        ref: a name that `list_models` gives.
+        weights: 'default' (the architecture's DEFAULT weights), a weights name such as 'IMAGENET1K_V2', 'none'
+            (random: `torch.manual_seed(seed)`, then the model is built on the CPU), or a state-dict file
+            (.safetensors, .pt, .pth), which is read without running any code in it.
+        seed: of the random weights; unused otherwise.
+
+    Raises:
+        ModelError: no such model or weights; weights that cannot be downloaded, read, or made to fit.
+
+    Example:
+        >>> model = load_model("resnet18", weights="none")
+        >>> model.module.training, model.weights, str(model.preprocessing)[:33]
+        (False, 'random (seed 0)', 'resize 256 (bilinear), crop 224, ')
+    """
+    entry = _entry(ref)
+    if weights == "none":
+        torch.manual_seed(seed)
+        module, identity = _build(ref, entry), f"random (seed {seed})"
+    elif _is_file(weights):
+        state = _read_state_dict(Path(weights))
+        module, identity = _build_for_file(ref, entry, state), f"sha256:{_sha256(Path(weights))}"
+        _load(module, state, ref, weights)
+    else:
+        entry = _entry(ref, weights)
+        module, identity = _build_published(ref, entry), str(entry)
+    return LoadedModel(ref, module.eval(), _preprocessing(entry), identity)
+
+
+def skeleton(ref: str, weights: str = "default") -> tuple[nn.Module, tuple[int, int, int]]:
+    """Build a model without memory for its parameters (meta device), and the shape of one input image.
+
+    `vit_h_14` with its 633 million parameters takes as long as `resnet18`.
+
+    Example:
+        >>> module, image_shape = skeleton("vit_h_14")
+        >>> next(module.parameters()).device.type, image_shape
+        ('meta', (3, 518, 518))
+    """
+    entry = _entry(ref, "default" if weights == "none" or _is_file(weights) else weights)
+    with _Unallocated():
+        module = _build(ref, entry)
+    side = _preprocessing(entry).crop_px
+    return module.to("meta").eval(), (3, side, side)
+
+
+# --- torchvision's registry ----------------------------------------------------------------------------------------
+
+
+def _entry(ref: str, weights: str = "default") -> Any:
+    """Return the member of torchvision's weights enum that a name and a weights name mean."""
+    if ref not in zoo.list_models(module=zoo):
+        if ref in zoo.list_models():
+            raise ModelError(f"'{ref}' is not a classification model; hookx takes those of torchvision.models so far")
+        raise ModelError(f"no model is called '{ref}'; closest: {closest(ref, list_models())}")
+    enum = zoo.get_model_weights(ref)
+    if weights == "default":
+        return enum.DEFAULT  # type: ignore[attr-defined]
+    name = weights.removeprefix(f"{enum.__name__}.")
+    if name not in enum.__members__:
+        known = ", ".join(enum.__members__)
+        raise ModelError(
+            f"{ref} has no weights '{weights}'; it has: {known}",
+            "also: default, none (random), or a file (.safetensors, .pt, .pth)",
+        )
+    return enum[name]
+
+
+def _build(ref: str, entry: Any, **arguments: Any) -> nn.Module:
+    """Build an architecture without weights, for the input size that `entry` expects."""
+    side = entry.transforms().crop_size[0]
+    if ref.startswith("vit_") and side != 224:
+        arguments["image_size"] = side  # A vision transformer accepts one size only; 224 is the builders' default.
+    with warnings.catch_warnings():
+        # GoogLeNet and Inception announce a change of their random initialisation at every construction.
+        warnings.simplefilter("ignore", FutureWarning)
+        return zoo.get_model(ref, weights=None, **arguments)
+
+
+def _build_for_file(ref: str, entry: Any, state: Mapping[str, torch.Tensor]) -> nn.Module:
+    has_auxiliary = any(key.startswith(("aux1.", "AuxLogits.")) for key in state)
+    if ref in ("googlenet", "inception_v3") and not has_auxiliary:
+        return _build(ref, entry, aux_logits=False)
+    return _build(ref, entry)
+
+
+def _build_published(ref: str, entry: Any) -> nn.Module:
+    if not _is_cached(entry):
+        log.info("downloading %s", entry.url)
+    try:
+        with _socket_timeout(_DOWNLOAD_TIMEOUT_SECONDS), _quiet_unless_terminal():
+            # Only the download can fail for a reason outside this machine, so it is done apart from the building.
+            entry.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                return zoo.get_model(ref, weights=entry)
+    except (OSError, RuntimeError) as error:  # URLError and HTTPError are OSErrors; a wrong hash is a RuntimeError.
+        raise ModelError(
+            f"weights for {ref} ({entry.name}) are not in the cache and could not be downloaded: {_one_line(error)}",
+            f"use a file: --weights {ref}.safetensors    or random weights: --weights none",
+            f"or put {entry.url.rsplit('/', 1)[1]} into {_cache_folder()}",
+        ) from None
+
+
+def _preprocessing(entry: Any) -> Preprocessing:
+    preset = entry.transforms()
+    return Preprocessing(
+        resize_px=preset.resize_size[0],
+        crop_px=preset.crop_size[0],
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+        interpolation=preset.interpolation.value,
+        antialias=bool(preset.antialias),
+    )
+
+
+def _cache_folder() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def _is_cached(entry: Any) -> bool:
+    return (_cache_folder() / entry.url.rsplit("/", 1)[1]).exists()
+
+
+@contextlib.contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    """Bound every wait of a download: a firewall that drops packets would otherwise hang the run for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+@contextlib.contextmanager
+def _quiet_unless_terminal() -> Iterator[None]:
+    """Drop the line that torch.hub writes about a download; hookx has said it already."""
+    with open(os.devnull, "w") as nowhere:
+        with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(nowhere):
+            yield
+
+
+# --- state-dict files ----------------------------------------------------------------------------------------------
+
+
+def _is_file(weights: str) -> bool:
+    return weights.lower().endswith(_WEIGHT_FILES) or os.sep in weights or Path(weights).is_file()
+
+
+def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise ModelError(f"there is no weights file '{path}'")
+    try:
+        if path.suffix.lower() == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # Any bytes can stand in a file; each reader has its own exceptions for them.
+        refused = "Weights only load failed" in str(error)
+        problem = "holds more than tensors, and reading it could run code" if refused else _one_line(error)
+        raise ModelError(
+            f"cannot read weights from '{path}': {problem}",
+            "save the weights alone: torch.save(model.state_dict(), 'weights.pt')",
+        ) from None
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        what = f"keys: {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
+        raise ModelError(
+            f"'{path}' is not a plain state dict (name -> tensor), but {what}",
+            "save the weights alone: torch.save(model.state_dict(), 'weights.pt')",
+        )
+    return state
+
+
+def _load(module: nn.Module, state: Mapping[str, torch.Tensor], ref: str, file: str) -> None:
+    """Load a state dict of which every tensor must fit."""
+    own = module.state_dict()
+    # Batch norm's step counter came with torch 0.4.1 and does not enter an eval-mode forward pass.
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in own]
+    misshapen = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if missing or unexpected or misshapen:
+        raise ModelError(
+            f"'{file}' does not fit {ref}",
+            *(
+                f"{kind} ({len(keys)}): {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
+                for kind, keys in (("missing", missing), ("unexpected", unexpected), ("other shape", misshapen))
+                if keys
+            ),
+        )
+    module.load_state_dict(dict(state), strict=False)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+# --- skeletons -----------------------------------------------------------------------------------------------------
+
+
+class _Unallocated(TorchFunctionMode):
+    """Let the factories that parameters come from allocate nothing.
+
+    `torch.device("meta")` would do it for every tensor; but RegNet's constructor computes its widths with small real
+    tensors (`torch.arange`, `torch.tensor`), which have to keep their values.
+    """
+
+    _FACTORIES: frozenset[Callable[..., Any]] = frozenset(
+        {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in self._FACTORIES and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)

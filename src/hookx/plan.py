@@ -1,0 +1,252 @@
+"""The plan: everything that decides the numbers of a run, and its fingerprint. No torch, no disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from hookx.errors import StoreError, UsageError
+
+FORMAT = "hookx 1"
+
+# torch's name -> (safetensors' code, bytes an element); the types that a safetensors file can hold.
+DTYPES = {
+    "float64": ("F64", 8),
+    "float32": ("F32", 4),
+    "float16": ("F16", 2),
+    "bfloat16": ("BF16", 2),
+    "int64": ("I64", 8),
+    "int32": ("I32", 4),
+    "int16": ("I16", 2),
+    "int8": ("I8", 1),
+    "uint8": ("U8", 1),
+    "bool": ("BOOL", 1),
+    "complex64": ("C64", 8),
+}
+
+# Shards are cut at multiples of this many images, so that the last batch of a shard is seldom a small one.
+_CUT = 32
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes a model's input; sizes in pixels, mean and deviation per channel of a [0, 1] image.
+
+    Args:
+        resize_px: length of the shorter side after resizing.
+        crop_px: side of the square cut from the centre.
+        interpolation: 'nearest', 'bilinear', 'bicubic', ... (torchvision's `InterpolationMode`).
+        exif: 'ignore' (as the published preprocessing does) or 'apply' the rotation that a camera recorded.
+    """
+
+    resize_px: int
+    crop_px: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    antialias: bool = True
+    exif: str = "ignore"
+
+    def __str__(self) -> str:
+        return (
+            f"resize {self.resize_px} ({self.interpolation}), crop {self.crop_px}, "
+            f"mean {_numbers(self.mean)}, std {_numbers(self.std)}" + (", EXIF applied" * (self.exif == "apply"))
+        )
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One tensor of every shard: its key, the shape it has for one image, and its stored type."""
+
+    address: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def bytes_per_image(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A run of consecutive images (positions `start` to `stop` in the sorted list) that share a file."""
+
+    number: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def batches(self, batch_size: int) -> Iterator[range]:
+        """Cut the shard into ranges of positions; a batch never straddles two shards.
+
+        Example:
+            >>> list(Shard(1, 4, 9).batches(2))
+            [range(4, 6), range(6, 8), range(8, 9)]
+        """
+        for start in range(self.start, self.stop, batch_size):
+            yield range(start, min(start + batch_size, self.stop))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be computed. Two runs with one fingerprint store the same numbers."""
+
+    model: str
+    weights: str
+    layers: tuple[LayerSpec, ...]
+    preprocessing: Preprocessing
+    precision: str
+    memory_format: str
+    image_count: int
+    images_sha256: str
+    images_per_shard: int
+    batch_size: int  # recorded, but outside the fingerprint: it changes values by rounding only
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The fields that the fingerprint covers, as plain JSON values."""
+        fields = asdict(self)
+        del fields["batch_size"]
+        return dict(json.loads(json.dumps({"format": FORMAT, **fields})))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the identity, as 64 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def bytes_per_image(self) -> int:
+        return sum(layer.bytes_per_image for layer in self.layers)
+
+    @property
+    def shards(self) -> list[Shard]:
+        cuts = range(0, self.image_count, self.images_per_shard)
+        return [
+            Shard(number, start, min(start + self.images_per_shard, self.image_count))
+            for number, start in enumerate(cuts)
+        ]
+
+    def shard_file(self, shard: Shard) -> str:
+        """Return the name of a shard's file."""
+        count = math.ceil(self.image_count / self.images_per_shard)
+        return f"shard-{shard.number:05}-of-{count:05}.safetensors"
+
+    def to_json(self) -> str:
+        document = {
+            "fingerprint": self.fingerprint,
+            **self.identity,
+            "chosen": {"batch_size": self.batch_size},
+        }
+        return json.dumps(document, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan back; `StoreError` if the text is not one, or was altered."""
+        try:
+            document = json.loads(text)
+            if document["format"] != FORMAT:
+                raise StoreError(f"plan.json has the format {document['format']!r}; this hookx reads {FORMAT!r}")
+            plan = cls(
+                model=str(document["model"]),
+                weights=str(document["weights"]),
+                layers=tuple(
+                    LayerSpec(str(layer["address"]), tuple(map(int, layer["shape"])), str(layer["dtype"]))
+                    for layer in document["layers"]
+                ),
+                preprocessing=Preprocessing(
+                    **{
+                        **document["preprocessing"],
+                        "mean": tuple(document["preprocessing"]["mean"]),
+                        "std": tuple(document["preprocessing"]["std"]),
+                    }
+                ),
+                precision=str(document["precision"]),
+                memory_format=str(document["memory_format"]),
+                image_count=int(document["image_count"]),
+                images_sha256=str(document["images_sha256"]),
+                images_per_shard=int(document["images_per_shard"]),
+                batch_size=int(document["chosen"]["batch_size"]),
+            )
+            whole = (
+                plan.fingerprint == document["fingerprint"]
+                and all(layer.dtype in DTYPES and min(layer.shape, default=1) >= 0 for layer in plan.layers)
+                and plan.image_count > 0
+                and plan.images_per_shard > 0
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"plan.json cannot be read: {type(error).__name__}: {error}") from None
+        if not whole:
+            raise StoreError("plan.json was altered: its fingerprint does not belong to its contents")
+        return plan
+
+    def differences(self, asked: Plan) -> list[str]:
+        """Say what another plan would change, one phrase a field, as in 'layers differ (there: ...; asked: ...)'."""
+        phrases = []
+        for name, there in self.identity.items():
+            if there != asked.identity[name]:
+                shown_there, shown_asked = _shown(name, there), _shown(name, asked.identity[name])
+                if name == "layers" and shown_there == shown_asked:
+                    shown_there, shown_asked = (_layer_details(value) for value in (there, asked.identity[name]))
+                phrases.append(f"{name} differ (there: {shown_there}; asked: {shown_asked})")
+        return phrases
+
+
+def images_per_shard(bytes_per_image: int, max_shard_bytes: int, max_images: int) -> int:
+    """Decide how many images share a shard: as many as the limits allow, at least one.
+
+    Example:
+        >>> images_per_shard(3_211_264, 512 * 2**20, 4096)  # conv1 of resnet18, fp32
+        160
+    """
+    count = min(max_images, max_shard_bytes // max(bytes_per_image, 1))
+    if _CUT < count < max_images:
+        count -= count % _CUT
+    return max(count, 1)
+
+
+def images_sha256(keys: Sequence[str], sizes_bytes: Sequence[int]) -> str:
+    """Return the digest of an image list: every key and every file size, in order."""
+    digest = hashlib.sha256()
+    for key, size in zip(keys, sizes_bytes, strict=True):
+        digest.update(f"{key}\0{size}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size: '512MiB', '2GB', '1.5 GiB', '4096'.
+
+    Example:
+        >>> parse_bytes("512MiB"), parse_bytes("2GB"), parse_bytes("4096")
+        (536870912, 2000000000, 4096)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?\s*", text)
+    if not match or (match[3] and not match[2]) or float(match[1]) == 0:
+        raise UsageError(f"'{text}' is not a size; write it as in 512MiB, 2GB or 4096")
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ",".join(f"{value:g}" for value in values)
+
+
+def _shown(name: str, value: Any) -> str:
+    if name == "layers":
+        return ", ".join(layer["address"] for layer in value)
+    if name == "images_sha256":
+        return f"{value[:12]}…"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    return str(value)
+
+
+def _layer_details(layers: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{layer['address']} {layer['shape']} {layer['dtype']}" for layer in layers)
