@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hookx.errors import CaptureError, LayerError, NotCaptured
+from hookx.errors import CaptureError, LayerError, NotCapturedError
 from hookx.layers import (
     Address,
     Call,
@@ -29,7 +28,7 @@ from hookx.layers import (
     parse_selectors,
 )
 
-_PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def module_classes(model: nn.Module) -> dict[str, str]:
@@ -78,7 +77,7 @@ def tensors_in(value: Any, parts: Parts = ()) -> Iterator[tuple[Parts, Tensor]]:
 
 def _tensors_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Parts, Tensor]]:
     """Find the tensors among a call's arguments; a single argument needs no name."""
-    arguments = {**dict(enumerate(args)), **kwargs}
+    arguments: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
     with_tensors = {name: value for name, value in arguments.items() if any(True for _ in tensors_in(value))}
     return list(tensors_in(next(iter(with_tensors.values())) if len(with_tensors) == 1 else with_tensors))
 
@@ -203,7 +202,7 @@ def _every_submodule_is_called() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _inference(device: torch.device, precision: str) -> Iterator[None]:
-    autocast = _PRECISIONS[precision]
+    autocast = PRECISIONS[precision]
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         stack.enter_context(_every_submodule_is_called())
@@ -269,10 +268,13 @@ def probe(
             f"the model does other things to 3 images than to 2 (in {', '.join(differing[:3])}), "
             "so its activations cannot be given to single images"
         )
-    infos = {
-        key: dataclasses.replace(info, event=first.events[key]) for key, info in second.seen.items() if info is not None
-    }
+    infos = {key: info for key, info in second.seen.items() if info is not None}
     return _layers(model, tapped, first, infos)
+
+
+def probe_shapes(skeleton: nn.Module, image_shape: tuple[int, int, int]) -> list[Layer]:
+    """Probe a model that has no memory (meta device) with images that have none."""
+    return probe(skeleton, torch.empty((3, *image_shape), device="meta"))
 
 
 class _Recording:
@@ -280,7 +282,6 @@ class _Recording:
 
     def __init__(self) -> None:
         self.seen: dict[_Key, Any] = {}
-        self.events: dict[_Key, int] = {}
         self.entered: dict[str, int] = {}  # path -> when it was first called
         self.calls: dict[str, int] = {}
 
@@ -297,7 +298,6 @@ def _record(
     def note(path: str, call: int, is_input: bool, tensors: Iterable[tuple[Parts, Tensor]]) -> None:
         for parts, tensor in tensors:
             key = (path, call, is_input, parts)
-            recording.events[key] = len(recording.events)
             recording.seen[key] = look(tensor, key)
 
     def on_enter(path: str, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -337,7 +337,7 @@ def _describe(key: _Key, of_2: torch.Size | None, of_3: Tensor, provable: bool) 
     tainted = provable and _has_nan(of_3)
 
     def info(shape: Sequence[int], batch_dim: int | None = None, rows: int = 1, problem: str = "") -> TensorInfo:
-        return TensorInfo(key[3], tuple(shape), _name(of_3.dtype), 0, batch_dim, rows, problem)
+        return TensorInfo(key[3], tuple(shape), _name(of_3.dtype), batch_dim, rows, problem)
 
     if len(of_2) != of_3.ndim or len(grown) > 1:
         return info(of_2, problem="more than one dimension changes with the number of images")
@@ -495,7 +495,7 @@ class RowCapture:
                 self.overflows[str(target.address)] += int((narrowed.isinf() & ~value.isinf()).sum())
             value = narrowed
         # This copy is the snapshot: whatever overwrites `tensor` later in the pass comes after it in stream order.
-        rows.copy_(value, non_blocking=True)
+        rows.copy_(value, non_blocking=self.device.type == "cuda")
 
 
 # --- the capture of your own forward passes ------------------------------------------------------------------------
@@ -514,7 +514,7 @@ class Capture(Mapping[str, Tensor]):
 
     Raises:
         LayerError: a layer does not exist (with the closest names).
-        NotCaptured: (on reading, a KeyError) the layer has not run, or has run more than once.
+        NotCapturedError: (on reading, a KeyError) the layer has not run, or has run more than once.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)).eval()
@@ -561,9 +561,11 @@ class Capture(Mapping[str, Tensor]):
         if str(wanted) in stored:
             return self._canonical()[stored[str(wanted)]]
         if not stored:
-            raise NotCaptured(f"'{address}': nothing has been captured yet; call the model")
+            raise NotCapturedError(f"'{address}': nothing has been captured yet; call the model")
         beneath = [text for text, key in stored.items() if key.path == wanted.path]
-        raise NotCaptured(f"'{address}' was not captured; there is {', '.join(beneath) or closest(address, stored)}")
+        raise NotCapturedError(
+            f"'{address}' was not captured; there is {', '.join(beneath) or closest(address, stored)}"
+        )
 
     def __iter__(self) -> Iterator[str]:
         return map(str, self._canonical())

@@ -57,7 +57,7 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signal_number
 
 
-class NotCaptured(HookxError, KeyError):
+class NotCapturedError(HookxError, KeyError):
     """A capture is asked for an activation that it does not hold."""
 
     __str__ = Exception.__str__

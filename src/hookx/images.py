@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
@@ -57,15 +57,15 @@ def list_images(sources: Iterable[str | os.PathLike[str]]) -> ImageList:
         (8, 'animals/chelsea.jpg')
     """
     found: dict[str, str] = {}
-    sources = [os.fspath(source) for source in sources]
-    for key, file in (pair for source in sources for pair in _in_source(source)):
+    names = [os.fspath(source) for source in sources]
+    for key, file in (pair for name in names for pair in _in_source(name)):
         other = found.setdefault(key, file)
         if other is not file:
             raise ImageError(
                 f"two images have the key '{key}': {other} and {file}", "give the folder that holds both, or run twice"
             )
     if not found:
-        raise ImageError(f"there is no image in {', '.join(sources) or 'the empty list'}")
+        raise ImageError(f"there is no image in {', '.join(names) or 'the empty list'}")
     keys = sorted(found)
     files = [found[key] for key in keys]
     return ImageList(keys, files, [_size_bytes(file) for file in files])
@@ -139,6 +139,9 @@ def batches(
     """Decode the given ranges of positions, one batch a range, in order, `workers` processes ahead of the consumer.
 
     `in_worker` runs once in each decoding process.
+
+    Raises:
+        ImageError: (while iterating) a decoding process was killed.
     """
     loader = DataLoader(
         _Batches(images, positions, preprocessing),
@@ -147,8 +150,23 @@ def batches(
         pin_memory=pin_memory,
         worker_init_fn=_WorkerStart(in_worker),
         prefetch_factor=2 if workers else None,
+        # Forked workers share the list of images and start in milliseconds; they never touch a GPU.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
-    return iter(loader)
+    return _guarded(iter(loader))  # The processes start here, not at the first batch.
+
+
+def _guarded(batches: Iterator[Batch]) -> Iterator[Batch]:
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ImageError(
+            f"a decoding process died: {error}",
+            "most often the machine ran out of memory: try fewer --workers or a smaller --batch-size",
+            "finished shards are kept; the same command goes on from there",
+        ) from None
 
 
 def decode(file: str, preprocessing: Preprocessing) -> tuple[Tensor, bool]:
@@ -167,8 +185,6 @@ def decode(file: str, preprocessing: Preprocessing) -> tuple[Tensor, bool]:
     with Image.open(file) as image:
         rotated = image.getexif().get(_EXIF_ORIENTATION, 1) in range(2, 9)
         if rotated and preprocessing.exif == "apply":
-            from PIL import ImageOps
-
             upright: Image.Image = ImageOps.exif_transpose(image)
             return transform(upright.convert("RGB")), False
         return transform(image.convert("RGB")), rotated
@@ -203,7 +219,7 @@ class _Batches(Dataset[Batch]):
                     warnings.simplefilter("ignore")  # Pillow warns about odd metadata; what fails is in failures.
                     pixels_CHW, rotation_ignored = decode(file, self.preprocessing)
             except Exception as error:  # Whatever a decoder raises on foreign bytes is that image's failure.
-                batch.failures.append((key, reason(error)))
+                batch.failures.append((key, _reason(error)))
                 continue
             decoded.append(pixels_CHW)
             batch.keys.append(key)
@@ -213,8 +229,10 @@ class _Batches(Dataset[Batch]):
         return batch
 
 
-def reason(error: Exception) -> str:
-    """Say in one line why an image could not be read."""
+def _reason(error: Exception) -> str:
+    """Say in one line why an image could not be read; the same words on every machine, so no path in them."""
+    if isinstance(error, UnidentifiedImageError):
+        return "UnidentifiedImageError: not an image that Pillow knows"
     text = getattr(error, "strerror", None) or " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 

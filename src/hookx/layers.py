@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -142,7 +142,7 @@ class Address:
         return cls._parse(text, _parse_path)
 
     @classmethod
-    def _parse(cls, text: str, parse_path) -> Address:
+    def _parse(cls, text: str, parse_path: Callable[[str, str], str]) -> Address:
         body, at, reduction_text = text.partition("@")
         head, *segments = body.split("/")
         path_text, colon, call_text = head.partition(":")
@@ -277,7 +277,6 @@ class TensorInfo:
     parts: tuple[str, ...]
     shape: tuple[int, ...]  # of one image: without the batch dimension. A constant's whole shape.
     dtype: str
-    event: int  # its place in the forward pass: the capture may stop after the last event asked for
     batch_dim: int | None = 0  # where the batch dimension stood; None for a constant
     rows_per_image: int = 1  # >1: the leading dimension held this many rows of each image, one image after another
     problem: str = ""  # why its rows cannot be given to images
@@ -291,7 +290,7 @@ class TensorInfo:
         """The shape as the layer returns it, the batch written N: 'N,64,56,56', '49,N,768', '64N,49,96'.
 
         Example:
-            >>> TensorInfo((), (49, 768), "float32", 0, batch_dim=1).shape_text
+            >>> TensorInfo((), (49, 768), "float32", batch_dim=1).shape_text
             '49,N,768'
         """
         lengths = [str(length) for length in self.shape]
@@ -379,10 +378,10 @@ def select(
 
     A selector that names one module and cannot be satisfied is a `LayerError`. A glob or a `type:` leaves out what
     cannot be captured (never called, constant), and says so in `left_out`; it is an error if nothing remains.
+    What `exclude` names need not be among the layers.
     """
     by_path = {layer.path: layer for layer in layers}
     class_names = {layer.path: layer.class_name for layer in layers}
-    matched_paths(exclude, class_names, model)
     excluded = [(selector.address, set(selector.paths(class_names))) for selector in exclude]
     selection = Selection()
     chosen: dict[Address, Target] = {}
@@ -397,7 +396,7 @@ def select(
             try:
                 targets, unusable = _targets_of(layer, selector.address, model)
             except LayerError as error:
-                if by_name or selector.address.reduction and layer.calls:
+                if by_name or (selector.address.reduction and layer.calls):
                     raise
                 selection.left_out[path] = str(error).splitlines()[0]
                 continue

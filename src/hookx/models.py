@@ -107,7 +107,7 @@ def _entry(ref: str, weights: str = "default") -> Any:
         raise ModelError(f"no model is called '{ref}'; closest: {closest(ref, list_models())}")
     enum = zoo.get_model_weights(ref)
     if weights == "default":
-        return enum.DEFAULT  # type: ignore[attr-defined]
+        return enum.DEFAULT
     name = weights.removeprefix(f"{enum.__name__}.")
     if name not in enum.__members__:
         known = ", ".join(enum.__members__)

@@ -1,0 +1,56 @@
+"""Exact per-layer activations of vision models.
+
+The names below are imported when they are first used: `import hookx` does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hookx.errors import HookxError
+
+if TYPE_CHECKING:
+    from hookx.capture import Capture
+    from hookx.extract import Summary, extract
+    from hookx.models import LoadedModel, list_models, load_model
+    from hookx.store import Activations, Features
+    from hookx.store import open_features as open
+
+_HOMES = {
+    "Activations": ("hookx.store", "Activations"),
+    "Capture": ("hookx.capture", "Capture"),
+    "Features": ("hookx.store", "Features"),
+    "LoadedModel": ("hookx.models", "LoadedModel"),
+    "Summary": ("hookx.extract", "Summary"),
+    "extract": ("hookx.extract", "extract"),
+    "list_models": ("hookx.models", "list_models"),
+    "load_model": ("hookx.models", "load_model"),
+    "open": ("hookx.store", "open_features"),
+}
+
+__all__ = [
+    "Activations",
+    "Capture",
+    "Features",
+    "HookxError",
+    "LoadedModel",
+    "Summary",
+    "extract",
+    "list_models",
+    "load_model",
+    "open",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hookx' has no attribute '{name}'")
+    home, attribute = _HOMES[name]
+    value = getattr(import_module(home), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

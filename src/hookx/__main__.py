@@ -1,0 +1,3 @@
+from hookx.cli import main
+
+main()

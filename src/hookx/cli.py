@@ -1,0 +1,289 @@
+"""The command line: read flags, call one function, print one report, return one exit code.
+
+torch is imported by the commands that need it, so that `hookx --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+import tomllib
+from fnmatch import fnmatchcase
+from importlib.metadata import version as version_of
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from hookx.errors import HookxError, Interrupted, UsageError
+from hookx.layers import closest
+
+EXIT_CODES = """Exit codes: 0 done; 1 error; 2 usage; 3 done, but some images could not be read; 130 interrupted;
+143 terminated."""
+
+app = typer.Typer(
+    help="Exact per-layer activations of vision models: a folder of images in, safetensors shards out.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # Plain help: the same in a pipe and on a terminal, and it need not import rich.
+    pretty_exceptions_enable=False,  # A mistake of the user is one line; a bug is an ordinary traceback.
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+def main() -> NoReturn:
+    """Run the command line, with every error in the form of the design: what, which value, what to do next."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    try:
+        app()
+    except HookxError as error:
+        from hookx.report import printable
+
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Interrupted as interrupted:
+        print(f"interrupted; finish it with the same command:\n{shlex.join(['hookx', *sys.argv[1:]])}", file=sys.stderr)
+        sys.exit(interrupted.exit_code)
+    sys.exit(0)
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    for either in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(either, signal.SIG_DFL)  # A second signal ends the process at once.
+    raise Interrupted(number)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        others = ", ".join(f"{name} {version_of(name)}" for name in ("torch", "torchvision", "safetensors", "pillow"))
+        typer.echo(f"hookx {version_of('hookx-vision')} ({others})")
+        raise typer.Exit
+
+
+@app.callback()
+def _hookx(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the versions and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Make the values of a TOML file the defaults of a command; flags and HOOKX_* variables are stronger."""
+    if path is None:
+        return None
+    try:
+        document = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"cannot read the configuration {path}: {error}") from None
+    names = {}
+    for parameter in context.command.params:
+        long_names = [flag.removeprefix("--") for flag in parameter.opts if flag.startswith("--")]
+        names.update(dict.fromkeys(long_names or [parameter.name or ""], parameter))
+    defaults: dict[str, Any] = {}
+    for key, value in document.items():
+        if key not in names or key in ("config", "help"):
+            raise UsageError(f"{path}: there is no option '{key}'; closest: {closest(key, names)}")
+        takes_many = names[key].multiple if hasattr(names[key], "multiple") and names[key].multiple else False
+        takes_many = takes_many or names[key].nargs == -1
+        if isinstance(value, list) and not takes_many:
+            value = ",".join(map(str, value))
+        elif takes_many and not isinstance(value, list):
+            value = [value]
+        defaults[names[key].name or key] = value
+    context.default_map = {**(context.default_map or {}), **defaults}
+    return path
+
+
+def _variable(name: str) -> dict[str, Any]:
+    return {"envvar": f"HOOKX_{name}", "show_envvar": False}
+
+
+@app.command(epilog=EXIT_CODES)
+def extract(
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(help="Folders (searched recursively), image files, or - for paths on standard input."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("-m", "--model", help="A model's name; hookx list-models shows them.", **_variable("MODEL")),
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-l", "--layers", help="Layers: paths, globs, type:Class; with commas, or repeated.", **_variable("LAYERS")
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", help="Layers to leave out of those.", **_variable("EXCLUDE"))
+    ] = None,
+    weights: Annotated[
+        str,
+        typer.Option(
+            "-w",
+            "--weights",
+            help="default, a weights name, none (random, seeded), or a state-dict file.",
+            **_variable("WEIGHTS"),
+        ),
+    ] = "default",
+    seed: Annotated[int, typer.Option("--seed", help="Seed of --weights none.", **_variable("SEED"))] = 0,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The output directory.", **_variable("OUT"))] = Path(
+        "features"
+    ),
+    batch_size: Annotated[
+        int, typer.Option("-b", "--batch-size", help="Images a forward pass.", **_variable("BATCH_SIZE"))
+    ] = 32,
+    device: Annotated[
+        str, typer.Option("-d", "--device", help="auto, cpu, cuda, cuda:1 or mps.", **_variable("DEVICE"))
+    ] = "auto",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "-j", "--workers", min=0, help="Decoding processes; default from the cores.", **_variable("WORKERS")
+        ),
+    ] = None,
+    precision: Annotated[
+        str, typer.Option("--precision", help="Arithmetic: fp32, bf16 or fp16.", **_variable("PRECISION"))
+    ] = "fp32",
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="Stored type: fp32, fp16, bf16; default: as returned.", **_variable("DTYPE")),
+    ] = None,
+    resize: Annotated[
+        int | None, typer.Option("--resize", help="Shorter side after resizing, in pixels.", **_variable("RESIZE"))
+    ] = None,
+    crop: Annotated[
+        int | None, typer.Option("--crop", help="Side of the centre crop, in pixels.", **_variable("CROP"))
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option("--mean", help="Channel means, as in 0.485,0.456,0.406.", **_variable("MEAN"))
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option("--std", help="Channel deviations, as in 0.229,0.224,0.225.", **_variable("STD"))
+    ] = None,
+    interpolation: Annotated[
+        str | None,
+        typer.Option("--interpolation", help="bilinear, bicubic, nearest, ...", **_variable("INTERPOLATION")),
+    ] = None,
+    exif: Annotated[
+        str, typer.Option("--exif", help="Rotations recorded by cameras: ignore or apply.", **_variable("EXIF"))
+    ] = "ignore",
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", help="Largest shard.", **_variable("MAX_SHARD_SIZE"))
+    ] = "512MiB",
+    shard_images: Annotated[
+        int, typer.Option("--shard-images", help="Most images a shard.", **_variable("SHARD_IMAGES"))
+    ] = 4096,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first unreadable image.", **_variable("STRICT"))
+    ] = False,
+    null: Annotated[bool, typer.Option("-0", "--null", help="Paths on standard input end with NUL.")] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", callback=_read_config, is_eager=True, help="A TOML file; its keys are these options."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the finished shards' paths only.")] = False,
+) -> None:
+    """Store the activations of images; the same command again finishes what was interrupted.
+
+    hookx extract --model resnet18 --layers conv1,avgpool images/
+    """
+    if not model:
+        raise UsageError("no model is named", "as in --model resnet18    see them: hookx list-models")
+    if not images:
+        if not null:
+            raise UsageError("no images are named", "give folders, files, or - to read paths from standard input")
+        images = ["-"]
+    from hookx import report
+    from hookx.extract import prepare, run
+
+    with report.talk_on_stderr(quiet):
+        job = prepare(
+            model,
+            layers or [],
+            ["-0" if null and source == "-" else source for source in images],
+            out=out,
+            weights=weights,
+            seed=seed,
+            exclude=exclude or [],
+            batch_size=batch_size,
+            device=device,
+            workers=workers,
+            precision=precision,
+            dtype=dtype,
+            resize=resize,
+            crop=crop,
+            mean=_numbers("--mean", mean),
+            std=_numbers("--std", std),
+            interpolation=interpolation,
+            exif=exif,
+            max_shard_size=max_shard_size,
+            shard_images=shard_images,
+            strict=strict,
+        )
+        if dry_run:
+            report.print_json(report.job_document(job)) if json else report.print_job(job)
+            return
+        with report.progress_of(job, quiet) as progress:
+            summary = run(job, progress)
+    if json:
+        report.print_json(report.summary_document(summary))
+    elif quiet:
+        report.print_lines(summary.files)
+    else:
+        report.print_summary(summary)
+    if summary.failures:
+        raise typer.Exit(3)
+
+
+@app.command("list-layers", epilog=EXIT_CODES)
+def list_layers(
+    model: Annotated[str, typer.Argument(help="A model's name; hookx list-models shows them.")],
+    weights: Annotated[
+        str, typer.Option("-w", "--weights", help="The weights name, which decides the size of the input.")
+    ] = "default",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Show what can be captured: every module, in the order of execution. Needs no weights.
+
+    hookx list-layers resnet18
+    """
+    from hookx import report
+    from hookx.capture import probe_shapes
+    from hookx.models import skeleton
+
+    layers = probe_shapes(*skeleton(model, weights))
+    report.print_json(report.layers_document(layers)) if json else report.print_model_layers(layers)
+
+
+@app.command("list-models", epilog=EXIT_CODES)
+def list_models(
+    pattern: Annotated[str, typer.Argument(help="A glob, as in 'resnet*'.")] = "*",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Show which models can be named, a line each.
+
+    hookx list-models 'resnet*'
+    """
+    from hookx import models, report
+
+    names = [name for name in models.list_models() if fnmatchcase(name, pattern)]
+    if not names:
+        raise HookxError(f"no model matches '{pattern}'; closest: {closest(pattern, models.list_models())}")
+    report.print_json(names) if json else report.print_lines(names)
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} '{text}' is not numbers with commas between, as in 0.485,0.456,0.406") from None

@@ -1,0 +1,424 @@
+"""The straight line: images, model and layers -> probe -> plan -> batches -> capture -> shards -> summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hookx import images as image_files
+from hookx.capture import PRECISIONS, RowCapture, module_classes, probe, stored_dtype
+from hookx.errors import ImageError, StoreError, UsageError
+from hookx.images import ImageList, list_images
+from hookx.layers import Target, closest, matched_paths, parse_selectors, select
+from hookx.models import LoadedModel, load_model, skeleton
+from hookx.plan import DTYPES, LayerSpec, Plan, Preprocessing, Shard, images_per_shard, images_sha256, parse_bytes
+from hookx.store import RunDirectory, ShardRecord, ShardWriter, check_resumable, finished_shards, read_record
+
+log = logging.getLogger("hookx")
+
+_SHORT_DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_FAILURES_SAID_ALOUD = 10
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of which everything has been checked and nothing has been done."""
+
+    out: Path
+    plan: Plan
+    model: LoadedModel
+    images: ImageList
+    targets: list[Target]
+    device: torch.device
+    workers: int
+    strict: bool
+    pending: list[Shard]
+
+    @property
+    def bytes_to_write(self) -> int:
+        return sum(map(len, self.pending)) * self.plan.bytes_per_image
+
+    @property
+    def bytes_free(self) -> int:
+        return _bytes_free(self.out)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did. Times are seconds that the run spent on, or waited for, each part."""
+
+    out: str
+    model: str
+    weights: str
+    preprocessing: Preprocessing
+    layers: tuple[LayerSpec, ...]
+    images: int  # rows stored
+    failures: int
+    shards: int
+    shards_computed: int  # by this call; the others were there already
+    bytes: int  # of activations
+    device: str
+    precision: str
+    batch_size: int
+    rotations_ignored: int
+    overflows: dict[str, int]
+    seconds_total: float
+    seconds_reading: float
+    seconds_model: float
+    seconds_writing: float
+    files: tuple[str, ...]
+
+
+def extract(
+    model: str,
+    layers: str | Iterable[str],
+    images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    out: str | os.PathLike[str] = "features",
+    progress: Callable[[int], None] = lambda images_done: None,
+    **options: Any,
+) -> Summary:
+    """Store the activations of a folder of images; what `hookx extract` does.
+
+    Running it again with the same arguments finishes what an interrupted run left, or finds it done.
+
+    Args:
+        model: a model's name, as `hookx.list_models()` gives it.
+        layers: selectors: 'conv1,avgpool', or a list of them.
+        images: folders and files.
+        out: the directory for plan.json, the shards and the index.
+        progress: called with the number of images finished since the last call.
+        options: those of `prepare`.
+
+    Raises:
+        HookxError: whatever is wrong with the arguments, before the first shard; or the disk, on the way.
+
+    Example:
+        >>> summary = extract("resnet18", "conv1,avgpool", "images", weights="none", out="features")
+        >>> summary.images, [layer.shape for layer in summary.layers]
+        (8, [(64, 112, 112), (512, 1, 1)])
+    """
+    return run(prepare(model, layers, images, out=out, **options), progress)
+
+
+def prepare(
+    model: str,
+    layers: str | Iterable[str],
+    images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    *,
+    out: str | os.PathLike[str] = "features",
+    weights: str = "default",
+    seed: int = 0,
+    exclude: str | Iterable[str] = (),
+    batch_size: int = 32,
+    device: str = "auto",
+    workers: int | None = None,
+    precision: str = "fp32",
+    dtype: str | None = None,
+    resize: int | None = None,
+    crop: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    interpolation: str | None = None,
+    exif: str = "ignore",
+    max_shard_size: str | int = "512MiB",
+    shard_images: int = 4096,
+    strict: bool = False,
+) -> Job:
+    """Check everything that can be wrong with a run, and write nothing. The arguments are the command's options."""
+    selectors, excluded = parse_selectors(layers), parse_selectors(exclude)
+    if not selectors:
+        raise UsageError("no layer is asked for", "name one: --layers avgpool    list them: hookx list-layers MODEL")
+    for name, value in (("batch size", batch_size), ("shard images", shard_images)):
+        if value < 1:
+            raise UsageError(f"the {name} is {value}; it is 1 or more")
+    _one_of("precision", precision, list(PRECISIONS))
+    _one_of("exif", exif, ["ignore", "apply"])
+    stored_as = None if dtype is None else _float_dtype(dtype)
+    listed = list_images([images] if isinstance(images, str | os.PathLike) else images)
+    chosen_device = resolve_device(device)
+
+    # A misspelt layer is found on the skeleton, before any weights are built, read or downloaded.
+    bare_model, _ = skeleton(model, weights)
+    paths = matched_paths(selectors, module_classes(bare_model), model)
+    matched_paths(excluded, module_classes(bare_model), model)
+
+    loaded = load_model(model, weights, seed=seed)
+    log.info("weights: %s", loaded.weights)
+    preprocessing = _overridden(
+        loaded.preprocessing, resize=resize, crop=crop, mean=mean, std=std, interpolation=interpolation, exif=exif
+    )
+    loaded.module.to(chosen_device)
+    shape = (3, 3, preprocessing.crop_px, preprocessing.crop_px)
+    example_images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(chosen_device)
+    probed = probe(loaded.module, example_images, paths=paths, precision=precision)
+    selection = select(selectors, probed, model, excluded)
+    for left_out in selection.left_out.values():
+        log.info("left out: %s", left_out)
+    specs = []
+    for target in selection.targets:
+        returned = stored_dtype(target)
+        stored = stored_as if stored_as and returned in _SHORT_DTYPES.values() else returned
+        if stored not in DTYPES:
+            raise UsageError(f"'{target.address}' is {returned}, which a safetensors file cannot hold", "give --dtype")
+        specs.append(LayerSpec(str(target.address), target.shape, stored))
+
+    max_shard_bytes = parse_bytes(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+    plan = Plan(
+        model=model,
+        weights=loaded.weights,
+        layers=tuple(specs),
+        preprocessing=preprocessing,
+        precision=precision,
+        memory_format="contiguous",
+        image_count=len(listed),
+        images_sha256=images_sha256(listed.keys, listed.sizes_bytes),
+        images_per_shard=images_per_shard(sum(s.bytes_per_image for s in specs), max_shard_bytes, shard_images),
+        batch_size=batch_size,
+    )
+    directory = Path(out)
+    check_resumable(directory, plan)
+    finished = {shard.number for shard in finished_shards(directory, plan)}
+    pending = [shard for shard in plan.shards if shard.number not in finished]
+    batches = sum(math.ceil(len(shard) / batch_size) for shard in pending)
+    job = Job(
+        out=directory,
+        plan=plan,
+        model=loaded,
+        images=listed,
+        targets=selection.targets,
+        device=chosen_device,
+        workers=min(_default_workers(chosen_device) if workers is None else workers, batches),
+        strict=strict,
+        pending=pending,
+    )
+    if job.bytes_to_write > job.bytes_free:
+        raise StoreError(
+            f"the activations need {job.bytes_to_write:,} bytes and {_existing_parent(directory)} has "
+            f"{job.bytes_free:,} free",
+            "choose another --out, fewer --layers, a reduction such as @mean23, or --dtype fp16",
+        )
+    return job
+
+
+def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) -> Summary:
+    """Compute the shards of a job that are pending, and write the index."""
+    plan, clock = job.plan, _Clock()
+    with RunDirectory(job.out, plan) as directory:
+        if job.pending:
+            _compute(job, directory, clock, progress)
+        with clock.writing:
+            directory.publish_index()
+    return _summary(job, clock)
+
+
+def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callable[[int], None]) -> None:
+    plan, device = job.plan, job.device
+    on_gpu = device.type == "cuda"
+    positions = [batch for shard in job.pending for batch in shard.batches(plan.batch_size)]
+    # The decoding processes are forked here, before the writer's thread exists.
+    batches = image_files.batches(
+        job.images,
+        positions,
+        plan.preprocessing,
+        workers=job.workers,
+        pin_memory=on_gpu,
+        in_worker=directory.release,
+    )
+    said_aloud = 0
+    with (
+        ShardWriter(directory, capacity=max(map(len, job.pending)), pin_memory=on_gpu) as writer,
+        RowCapture(job.model.module, job.targets, device=device, precision=plan.precision) as capture,
+    ):
+        for shard in job.pending:
+            with clock.writing:
+                buffer = writer.buffer()
+            record = ShardRecord(made=_made(device, plan.batch_size))
+            for _ in shard.batches(plan.batch_size):
+                with clock.reading:
+                    batch = next(batches)
+                for key, reason in batch.failures:
+                    if job.strict:
+                        raise ImageError(f"cannot read '{key}': {reason}", "leave out --strict to go on without it")
+                    if said_aloud < _FAILURES_SAID_ALOUD:
+                        log.warning("cannot read '%s': %s", key, reason)
+                    said_aloud += 1
+                if batch.pixels_NCHW is not None:
+                    start, stop = len(record.keys), len(record.keys) + len(batch.keys)
+                    rows = {address: tensor[start:stop] for address, tensor in buffer.items()}
+                    with clock.model:
+                        capture.run(batch.pixels_NCHW.to(device, non_blocking=on_gpu), rows)
+                record.keys += batch.keys
+                record.failures += batch.failures
+                record.rotations_ignored += batch.rotations_ignored
+                progress(len(batch.positions))
+            if on_gpu:
+                with clock.model:
+                    torch.cuda.synchronize(device)  # The copies into the buffer were only queued.
+            record.overflows, capture.overflows = capture.overflows, dict.fromkeys(capture.overflows, 0)
+            writer.publish(shard, buffer, record)
+        with clock.writing:
+            writer.finish()
+    if said_aloud > _FAILURES_SAID_ALOUD:
+        log.warning("and %d more that cannot be read; see failures.csv", said_aloud - _FAILURES_SAID_ALOUD)
+
+
+def _summary(job: Job, clock: _Clock) -> Summary:
+    plan = job.plan
+    records = [read_record(job.out, plan, shard) for shard in plan.shards]
+    rows = sum(len(record.keys) for record in records)
+    return Summary(
+        out=str(job.out),
+        model=plan.model,
+        weights=plan.weights,
+        preprocessing=plan.preprocessing,
+        layers=plan.layers,
+        images=rows,
+        failures=sum(len(record.failures) for record in records),
+        shards=len(records),
+        shards_computed=len(job.pending),
+        bytes=rows * plan.bytes_per_image,
+        device=_device_name(job.device),
+        precision=plan.precision,
+        batch_size=plan.batch_size,
+        rotations_ignored=sum(record.rotations_ignored for record in records),
+        overflows={
+            layer.address: count
+            for layer in plan.layers
+            if (count := sum(record.overflows.get(layer.address, 0) for record in records))
+        },
+        seconds_total=round(clock.total_seconds, 3),
+        seconds_reading=round(clock.reading.seconds, 3),
+        seconds_model=round(clock.model.seconds, 3),
+        seconds_writing=round(clock.writing.seconds, 3),
+        files=tuple(str(job.out / plan.shard_file(shard)) for shard in plan.shards),
+    )
+
+
+class _Stopwatch:
+    """Adds up the time spent inside its `with` blocks."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._start
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.reading, self.model, self.writing = _Stopwatch(), _Stopwatch(), _Stopwatch()
+        self._start = time.perf_counter()
+
+    @property
+    def total_seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+
+# --- choices -------------------------------------------------------------------------------------------------------
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps' into a device; `UsageError` for one that is absent."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        else:
+            name = "cpu"
+    present = ["cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
+    if torch.cuda.is_available():
+        present += ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    if name not in present:
+        raise UsageError(
+            f"there is no device '{name}' here; there is: {', '.join(present)}", "or let hookx choose: --device auto"
+        )
+    return torch.device(name)
+
+
+def _device_name(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def _default_workers(device: torch.device) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # On the CPU the forward pass needs the cores itself, and decoding is the lighter half.
+    return max(1, cores // 2 if device.type == "cpu" else cores - 1)
+
+
+def _float_dtype(name: str) -> str:
+    dtype = _SHORT_DTYPES.get(name, name)
+    _one_of("dtype", dtype, list(_SHORT_DTYPES.values()))
+    return dtype
+
+
+def _one_of(what: str, value: str, known: list[str]) -> None:
+    if value not in known:
+        raise UsageError(f"'{value}' is not a {what}; closest: {closest(value, known, len(known))}")
+
+
+def _overridden(
+    preprocessing: Preprocessing,
+    *,
+    resize: int | None,
+    crop: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    interpolation: str | None,
+    exif: str,
+) -> Preprocessing:
+    """Return the preprocessing of the weights with what the user asked for instead."""
+    asked: dict[str, Any] = {
+        "resize_px": resize,
+        "crop_px": crop,
+        "mean": mean and tuple(map(float, mean)),
+        "std": std and tuple(map(float, std)),
+        "interpolation": interpolation,
+    }
+    changed = dataclasses.replace(preprocessing, exif=exif, **{k: v for k, v in asked.items() if v is not None})
+    if min(changed.resize_px, changed.crop_px) < 1 or changed.crop_px > changed.resize_px:
+        raise UsageError(
+            f"cannot crop {changed.crop_px} pixels out of {changed.resize_px}", "give both: --resize 256 --crop 224"
+        )
+    if len(changed.mean) != 3 or len(changed.std) != 3 or 0.0 in changed.std:
+        raise UsageError("mean and std are three numbers each, and no std is 0", "as in --mean 0.485,0.456,0.406")
+    _one_of(
+        "interpolation",
+        changed.interpolation,
+        ["nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"],
+    )
+    return changed
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    return path if path.exists() else _existing_parent(path.parent)
+
+
+def _bytes_free(path: Path) -> int:
+    return shutil.disk_usage(_existing_parent(path)).free
+
+
+def _made(device: torch.device, batch_size: int) -> dict[str, Any]:
+    return {
+        "hookx": version("hookx-vision"),
+        "torch": torch.__version__,
+        "pillow": version("pillow"),
+        "device": _device_name(device),
+        "batch_size": batch_size,
+    }

@@ -1,0 +1,424 @@
+"""The output directory: shards that are whole or absent, an index, and how to read them back.
+
+The only file that writes activations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import fcntl
+import io
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hookx.errors import StoreError
+from hookx.layers import closest
+from hookx.plan import DTYPES, FORMAT, LayerSpec, Plan, Shard
+
+_PLAN, _INDEX, _FAILURES = "plan.json", "index.csv", "failures.csv"
+_ASIDE = ".aside"  # The suffix of a file that is still being written.
+_BUFFERS = 2  # One fills while the other is written.
+
+
+@dataclass
+class ShardRecord:
+    """What a shard says of itself, beside its activations."""
+
+    keys: list[str] = field(default_factory=list)  # of the rows, in order
+    failures: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
+    rotations_ignored: int = 0
+    overflows: dict[str, int] = field(default_factory=dict)  # address -> values that became infinite when stored
+    made: dict[str, Any] = field(default_factory=dict)  # the versions, the device and the batch size
+
+    def to_metadata(self, plan: Plan, shard: Shard) -> dict[str, str]:
+        return {
+            "format": FORMAT,
+            "fingerprint": plan.fingerprint,
+            "shard": str(shard.number),
+            "keys": json.dumps(self.keys),
+            "failures": json.dumps(self.failures),
+            "rotations_ignored": str(self.rotations_ignored),
+            "overflows": json.dumps(self.overflows),
+            "made": json.dumps(self.made),
+        }
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Write a file so that it is whole or absent: aside, flushed to the disk, then renamed into place."""
+    aside = path.with_name(f".{path.name}{_ASIDE}")
+    try:
+        with open(aside, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        with _directory_descriptor(path.parent) as descriptor:
+            os.fsync(descriptor)  # The rename itself is only durable once the directory is.
+    except OSError as error:
+        raise StoreError(
+            f"cannot write {path}: {error.strerror}", "mend that, and run the same command again: it resumes"
+        ) from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def shard_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """Lay out a safetensors file without copying a tensor: 8 bytes of length, a JSON header, the data.
+
+    Source: https://github.com/huggingface/safetensors#format
+    """
+    # Wide types first, so that every tensor begins at a multiple of its element's size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name in names:
+        tensor = tensors[name]
+        end = offset + tensor.nbytes
+        code = DTYPES[str(tensor.dtype).removeprefix("torch.")][0]
+        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for name in names:
+        if tensors[name].numel():
+            yield memoryview(tensors[name].flatten().view(torch.uint8).numpy().data)
+
+
+class RunDirectory:
+    """An output directory, held by this process alone while the `with` block lasts.
+
+    Entering makes the directory, refuses one that holds another run or is held by another process, removes files that
+    a killed run left half written, and writes plan.json.
+
+    Raises:
+        StoreError: another plan, another process, a damaged shard, or a directory that cannot be written.
+    """
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        self.path, self.plan = path, plan
+        self._descriptor = -1
+
+    def __enter__(self) -> RunDirectory:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise StoreError(f"cannot use {self.path} as the output directory: {error.strerror}") from None
+        try:
+            self._lock()
+            check_resumable(self.path, self.plan)
+            for left_over in self.path.glob(f".*{_ASIDE}"):
+                left_over.unlink()
+            if not (self.path / _PLAN).exists():
+                write_whole(self.path / _PLAN, [self.plan.to_json().encode()])
+        except BaseException:
+            self.release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _lock(self) -> None:
+        # The kernel drops the lock with the last descriptor of it, so a killed run leaves nothing stale behind.
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(
+                f"another hookx process is writing to {self.path}", "wait for it, or choose another --out"
+            ) from None
+
+    def release(self) -> None:
+        """Let go of the directory; forked workers do so, or they would keep the lock of a killed run."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def publish(self, shard: Shard, tensors: Mapping[str, Tensor], record: ShardRecord) -> Path:
+        """Write one shard's file."""
+        path = self.path / self.plan.shard_file(shard)
+        write_whole(path, shard_chunks(tensors, record.to_metadata(self.plan, shard)))
+        return path
+
+    def publish_index(self) -> None:
+        """Write index.csv (and failures.csv, if there are any) from the shards; the run is complete with this."""
+        records = [(self.plan.shard_file(s), read_record(self.path, self.plan, s)) for s in self.plan.shards]
+        failures = [failure for _, record in records for failure in record.failures]
+        if failures:
+            write_whole(self.path / _FAILURES, _csv(("key", "reason"), failures))
+        rows = ((key, name, row) for name, record in records for row, key in enumerate(record.keys))
+        write_whole(self.path / _INDEX, _csv(("key", "shard", "row"), rows))
+
+
+def check_resumable(path: Path, plan: Plan) -> None:
+    """Raise `StoreError` unless a run of this plan may write to the directory."""
+    if path.exists() and not path.is_dir():
+        raise StoreError(f"{path} is a file, not a directory", "choose another --out")
+    if (path / _PLAN).exists():
+        there = read_plan(path)
+        if there.fingerprint != plan.fingerprint:
+            raise StoreError(f"{path}/ holds another run: {'; '.join(there.differences(plan))}; choose another --out")
+    elif any(path.glob("shard-*.safetensors")):
+        raise StoreError(f"{path}/ holds shards without a {_PLAN}; choose another --out")
+
+
+def finished_shards(path: Path, plan: Plan) -> list[Shard]:
+    """Return the shards whose files exist; `StoreError` for one that is damaged or belongs to another run."""
+    present = [shard for shard in plan.shards if (path / plan.shard_file(shard)).exists()]
+    for shard in present:
+        read_record(path, plan, shard)
+    return present
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a directory's plan.json."""
+    try:
+        return Plan.from_json((path / _PLAN).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"{path}/ holds no run of hookx: cannot read {_PLAN} ({error})") from None
+    except StoreError as error:
+        raise StoreError(f"{path}/{error}") from None
+
+
+def read_record(path: Path, plan: Plan, shard: Shard) -> ShardRecord:
+    """Read what a shard says of itself; `StoreError` if the file is damaged or not this shard of this plan."""
+    file = path / plan.shard_file(shard)
+    with open_shard(file) as opened:
+        metadata = opened.metadata() or {}
+    try:
+        belongs = metadata.get("fingerprint") == plan.fingerprint and metadata["shard"] == str(shard.number)
+        if not belongs:
+            raise StoreError(f"{file} belongs to another run or was renamed", "remove it, and run again")
+        return ShardRecord(
+            keys=json.loads(metadata["keys"]),
+            failures=[(key, reason) for key, reason in json.loads(metadata["failures"])],
+            rotations_ignored=int(metadata["rotations_ignored"]),
+            overflows=json.loads(metadata["overflows"]),
+            made=json.loads(metadata["made"]),
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise StoreError(f"{file} is damaged: {error}", "remove it, and run again") from None
+
+
+def open_shard(file: Path) -> Any:
+    """Open a shard for reading; its header is checked against the file's size."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise StoreError(f"{file} is damaged: {error}", "remove it, and run the same command again") from None
+
+
+@contextlib.contextmanager
+def _directory_descriptor(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[bytes]:
+    for row in itertools.chain([header], rows):
+        line = io.StringIO()
+        csv.writer(line, lineterminator="\n").writerow(row)
+        # A file name that is no UTF-8 keeps its bytes.
+        yield line.getvalue().encode("utf-8", "surrogateescape")
+
+
+class ShardWriter:
+    """Publishes shards in a thread of its own, while the next one is filled. Owns the buffers, of which there are two.
+
+    Leaving the `with` block waits for the shard that is being written, also after an error: it is finished work.
+    """
+
+    def __init__(self, directory: RunDirectory, *, capacity: int, pin_memory: bool = False) -> None:
+        self.directory, self.capacity, self.pin_memory = directory, capacity, pin_memory
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hookx-writer")
+        self._free: list[dict[str, Tensor]] = []
+        self._writing: list[tuple[Future[Path], dict[str, Tensor]]] = []
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def buffer(self) -> dict[str, Tensor]:
+        """Return a buffer to fill: for every address a tensor (capacity, *shape). Waits until one is free."""
+        if not self._free and len(self._writing) == _BUFFERS:
+            self._finish_oldest()
+        if self._free:
+            return self._free.pop()
+        return {
+            layer.address: torch.empty(
+                (self.capacity, *layer.shape), dtype=getattr(torch, layer.dtype), pin_memory=self.pin_memory
+            )
+            for layer in self.directory.plan.layers
+        }
+
+    def publish(self, shard: Shard, buffer: dict[str, Tensor], record: ShardRecord) -> None:
+        """Hand a filled buffer over; the first `len(record.keys)` rows are written."""
+        rows = {address: tensor[: len(record.keys)] for address, tensor in buffer.items()}
+        self._writing.append((self._thread.submit(self.directory.publish, shard, rows, record), buffer))
+
+    def finish(self) -> None:
+        """Wait until everything that was handed over is on the disk."""
+        while self._writing:
+            self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        future, buffer = self._writing.pop(0)
+        future.result()  # Raises here what went wrong in the thread.
+        self._free.append(buffer)
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def open_features(path: str | os.PathLike[str], *, partial: bool = False) -> Features:
+    """Open the output directory of a run; no activation is read yet.
+
+    Args:
+        path: the directory that `hookx extract` wrote.
+        partial: accept a run that is not finished, and show the shards that are.
+
+    Raises:
+        StoreError: no run, a run that is not finished, or a damaged shard.
+    """
+    return Features(Path(path), partial=partial)
+
+
+class Features(Mapping[str, "Activations"]):
+    """The activations of a run, by address. Nothing is loaded until it is sliced.
+
+    Attributes:
+        plan: what was computed.
+        keys_of_rows: the image key of every row, in order; the same for every address.
+        failures: key -> reason, of the images that could not be read.
+    """
+
+    def __init__(self, path: Path, *, partial: bool = False) -> None:
+        self.path = path
+        self.plan = read_plan(path)
+        shards = finished_shards(path, self.plan)
+        if len(shards) < len(self.plan.shards) and not partial:
+            raise StoreError(
+                f"{path}/ is not finished: {len(shards)} of {len(self.plan.shards)} shards",
+                "run the same command again to finish it, or open it with partial=True",
+            )
+        records = [read_record(path, self.plan, shard) for shard in shards]
+        self.keys_of_rows = [key for record in records for key in record.keys]
+        self.failures = dict(failure for record in records for failure in record.failures)
+        self._files = [path / self.plan.shard_file(shard) for shard in shards]
+        self._first_rows = np.cumsum([0, *(len(record.keys) for record in records)])
+
+    def __getitem__(self, address: str) -> Activations:
+        for layer in self.plan.layers:
+            if layer.address == address:
+                return Activations(layer, self._files, self._first_rows)
+        raise KeyError(f"{address}; closest: {closest(address, self)}")
+
+    def __iter__(self) -> Iterator[str]:
+        return (layer.address for layer in self.plan.layers)
+
+    def __len__(self) -> int:
+        return len(self.plan.layers)
+
+    def __repr__(self) -> str:
+        return f"Features('{self.path}', {len(self.keys_of_rows)} images, {', '.join(self)})"
+
+    def dataset(self, address: str) -> Dataset[tuple[Tensor, str]]:
+        """Return a map-style torch Dataset of (activation, key)."""
+        return _ActivationDataset(self[address], self.keys_of_rows)
+
+
+class Activations:
+    """One address of a run: an array of shape (rows, *layer shape) that stays on the disk until it is indexed.
+
+    An integer gives one row without its first dimension, a slice or a list of integers a tensor of rows. Only those
+    rows are read.
+    """
+
+    def __init__(self, layer: LayerSpec, files: Sequence[Path], first_rows: NDArray[np.int64]) -> None:
+        self.address = layer.address
+        self.dtype: torch.dtype = getattr(torch, layer.dtype)
+        self.shape = (int(first_rows[-1]), *layer.shape)
+        self._files, self._first_rows = files, first_rows
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"Activations('{self.address}', shape={self.shape}, dtype={self.dtype})"
+
+    def __getitem__(self, index: int | slice | Sequence[int]) -> Tensor:
+        if isinstance(index, slice):
+            rows = range(len(self))[index]
+            if rows.step == 1:
+                return self._run(rows.start, max(rows.start, rows.stop))
+            return self._rows(rows)
+        if isinstance(index, int | np.integer):
+            row = range(len(self))[index]  # Negative indices count from the end; outside is an IndexError.
+            return self._run(row, row + 1)[0]
+        return self._rows([range(len(self))[int(row)] for row in index])
+
+    def torch(self) -> Tensor:
+        """Read all rows."""
+        return self[:]
+
+    def numpy(self) -> NDArray[Any]:
+        """Read all rows as a numpy array; bfloat16, which numpy does not have, becomes float32 (exactly)."""
+        tensor = self[:]
+        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.asarray(self.numpy(), dtype=dtype)
+
+    def _rows(self, rows: Sequence[int]) -> Tensor:
+        if not len(rows):
+            return self._run(0, 0)
+        return torch.cat([self._run(row, row + 1) for row in rows])
+
+    def _run(self, start: int, stop: int) -> Tensor:
+        """Read consecutive rows, which may lie in several shards."""
+        pieces = []
+        for number, file in enumerate(self._files):
+            first, end = int(self._first_rows[number]), int(self._first_rows[number + 1])
+            if max(start, first) < min(stop, end):
+                with open_shard(file) as opened:
+                    rows = opened.get_slice(self.address)
+                    pieces.append(rows[max(start, first) - first : min(stop, end) - first])
+        if not pieces:
+            return torch.empty((0, *self.shape[1:]), dtype=self.dtype)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+class _ActivationDataset(Dataset[tuple[Tensor, str]]):
+    def __init__(self, activations: Activations, keys: list[str]) -> None:
+        self.activations, self.keys = activations, keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, str]:
+        return self.activations[row], self.keys[row]

@@ -1,0 +1,201 @@
+"""Small networks, each of them one trap for whoever reads activations with a hook."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class InPlace(nn.Module):
+    """The ReLU overwrites what the convolution returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.conv(x)) + 1
+
+
+class CalledTwice(nn.Module):
+    """One module runs twice in a pass and gives two activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.conv(self.relu(x.clone())))
+
+
+class OneStorage(nn.Module):
+    """`outer` and `outer.1` return one and the same tensor, and something overwrites it afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outer = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(x).zero_()
+
+
+class SavedTwice(nn.Module):
+    """One module is registered under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.second = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x.mean((2, 3))))
+
+
+class Pair(NamedTuple):
+    """A named tuple of outputs."""
+
+    left: Tensor
+    right: Tensor
+
+
+class Parts(nn.Module):
+    """Outputs are tuples, named tuples, dicts, and dicts of lists with something in them that is no tensor."""
+
+    class Returns(nn.Module):
+        """Wrap a tensor in a structure."""
+
+        def __init__(self, structure: str) -> None:
+            super().__init__()
+            self.structure = structure
+
+        def forward(self, x: Tensor) -> Any:
+            return {
+                "tuple": (x, x * 2),
+                "named": Pair(x, -x),
+                "dict": OrderedDict(out=x, aux={"deep": [x, None, "text"]}),
+            }[self.structure]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.as_tuple, self.as_named, self.as_dict = (self.Returns(kind) for kind in ("tuple", "named", "dict"))
+
+    def forward(self, x: Tensor) -> Any:
+        pooled = x.mean((2, 3))
+        return self.as_dict(self.as_named(self.as_tuple(pooled)[1]).right)
+
+
+class Fails(nn.Module):
+    """Every pass fails after the convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.conv(x)
+        raise RuntimeError("this network always fails")
+
+
+class BatchSecond(nn.Module):
+    """Tokens come first and the batch second, as in nn.Transformer's default layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tokens(x.flatten(2).permute(2, 0, 1)).mean(0)
+
+
+class Windows(nn.Module):
+    """`by_image` keeps the windows of one image together, `by_window` interleaves them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_image, self.by_window = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = x.shape[0]
+        windows = x[:, 0].unfold(1, 2, 2).unfold(2, 2, 2).reshape(count, -1, 4)  # N, windows, 4
+        together = self.by_image(windows.reshape(-1, 4))
+        self.by_window(windows.transpose(0, 1).reshape(-1, 4))
+        return together.reshape(count, -1)
+
+
+class Constant(nn.Module):
+    """`bias` computes a table that does not depend on the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.body = nn.Linear(2, 3), nn.Conv2d(3, 3, 1)
+        self.register_buffer("table", torch.arange(8.0).reshape(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + self.bias(self.table).mean()
+
+
+class NeverCalled(nn.Module):
+    """`spare` is registered and left out; nn.MultiheadAttention reads its out_proj's weights directly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(3, 3)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.embed = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x.flatten(2).transpose(1, 2))
+        return self.attention(tokens, tokens, tokens)[0].mean(1)
+
+
+class MixesBatch(nn.Module):
+    """An image's activation depends on the other images: normalisation with the batch's own statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+class Swallows(nn.Module):
+    """A careless `except Exception` around the layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early, self.late = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.late_calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            x = self.early(x)
+        except Exception:
+            x = torch.zeros(len(x), 4, 8, 8)
+        self.late_calls += 1
+        return self.late(x)
+
+
+class ChangesItsMind(nn.Module):
+    """Does something else after `passes` passes."""
+
+    def __init__(self, passes: int, how: str) -> None:
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(3, 4, 1), nn.ReLU()
+        self.passes, self.how = passes, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes -= 1
+        if self.passes < 0:
+            if self.how == "shape":
+                return self.relu(self.conv(x[:, :, :4]))
+            if self.how == "skip":
+                return self.conv(x)
+            if self.how == "again":
+                return self.relu(self.relu(self.conv(x)))
+        return self.relu(self.conv(x))
