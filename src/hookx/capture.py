@@ -434,8 +434,8 @@ class RowCapture:
             event = (address.path, address.call or 0, address.is_input)
             self._targets.setdefault(event, {}).setdefault(address.parts, []).append(target)
         modules = _modules(model)
-        paths = dict.fromkeys(target.address.path for target in targets)
-        self._taps = _Taps({path: modules[path] for path in paths}, self._on_enter, self._on_return)
+        self._calls = {target.address.path: target.calls for target in targets}
+        self._taps = _Taps({path: modules[path] for path in self._calls}, self._on_enter, self._on_return)
         self._rows: Mapping[str, Tensor] = {}
         self._remaining: set[tuple[str, int, bool]] = set()
 
@@ -453,10 +453,12 @@ class RowCapture:
         with _inference(self.device, self.precision), contextlib.suppress(_ForwardIsDone):
             self.model(pixels_NCHW)
         if self._remaining:
-            path, call, is_input = min(self._remaining)
-            raise CaptureError(f"'{Address(path, call, is_input)}' did not run in this batch, though the probe saw it")
+            address = next(iter(self._targets[min(self._remaining)].values()))[0].address
+            raise CaptureError(f"'{address}' did not run in this batch, though the probe saw it")
 
     def _on_enter(self, path: str, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if call >= self._calls[path]:
+            raise CaptureError(f"'{Address(path)}' ran more often in this batch than in the probe ({self._calls[path]})")
         if (path, call, True) in self._targets:
             self._take((path, call, True), _tensors_given(args, kwargs))
 

@@ -105,7 +105,9 @@ def extract(
         HookxError: whatever is wrong with the arguments, before the first shard; or the disk, on the way.
 
     Example:
-        >>> summary = extract("resnet18", "conv1,avgpool", "images", weights="none", out="features")
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as out:
+        ...     summary = extract("resnet18", "conv1,avgpool", "images", weights="none", out=out)
         >>> summary.images, [layer.shape for layer in summary.layers]
         (8, [(64, 112, 112), (512, 1, 1)])
     """

@@ -336,6 +336,7 @@ class Target:
 
     address: Address
     tensor: TensorInfo
+    calls: int = 1  # of the module, in one forward pass
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -465,7 +466,7 @@ def _targets_of(layer: Layer, wanted: Address, model: str) -> tuple[list[Target]
     for address, tensor in found.items():
         if str(address) in unusable:
             continue
-        target = Target(replace(address, reduction=wanted.reduction), tensor)
+        target = Target(replace(address, reduction=wanted.reduction), tensor, len(layer.calls))
         try:
             target.shape  # noqa: B018
         except ValueError as error:
