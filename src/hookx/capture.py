@@ -272,9 +272,9 @@ def probe(
     return _layers(model, tapped, first, infos)
 
 
-def probe_shapes(skeleton: nn.Module, image_shape: tuple[int, int, int]) -> list[Layer]:
-    """Probe a model that has no memory (meta device) with images that have none."""
-    return probe(skeleton, torch.empty((3, *image_shape), device="meta"))
+def probe_shapes(skeleton: nn.Module, side_px: int, *, paths: Sequence[str] | None = None) -> list[Layer]:
+    """Probe a model that has no memory (meta device) with square images that have none."""
+    return probe(skeleton, torch.empty((3, 3, side_px, side_px), device="meta"), paths=paths)
 
 
 class _Recording:
@@ -458,7 +458,9 @@ class RowCapture:
 
     def _on_enter(self, path: str, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if call >= self._calls[path]:
-            raise CaptureError(f"'{Address(path)}' ran more often in this batch than in the probe ({self._calls[path]})")
+            raise CaptureError(
+                f"'{Address(path)}' ran more often in this batch than in the probe ({self._calls[path]})"
+            )
         if (path, call, True) in self._targets:
             self._take((path, call, True), _tensors_given(args, kwargs))
 

@@ -259,7 +259,8 @@ def list_layers(
     from hookx.capture import probe_shapes
     from hookx.models import skeleton
 
-    layers = probe_shapes(*skeleton(model, weights))
+    module, preprocessing = skeleton(model, weights)
+    layers = probe_shapes(module, preprocessing.crop_px)
     report.print_json(report.layers_document(layers)) if json else report.print_model_layers(layers)
 
 

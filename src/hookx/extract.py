@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from hookx import images as image_files
-from hookx.capture import PRECISIONS, RowCapture, module_classes, probe, stored_dtype
+from hookx.capture import PRECISIONS, RowCapture, module_classes, probe, probe_shapes, stored_dtype
 from hookx.errors import ImageError, StoreError, UsageError
 from hookx.images import ImageList, list_images
 from hookx.layers import Target, closest, matched_paths, parse_selectors, select
@@ -67,6 +67,7 @@ class Summary:
     failures: int
     shards: int
     shards_computed: int  # by this call; the others were there already
+    images_computed: int
     bytes: int  # of activations
     device: str
     precision: str
@@ -151,16 +152,17 @@ def prepare(
     listed = list_images([images] if isinstance(images, str | os.PathLike) else images)
     chosen_device = resolve_device(device)
 
-    # A misspelt layer is found on the skeleton, before any weights are built, read or downloaded.
-    bare_model, _ = skeleton(model, weights)
+    # What is wrong with the layers is found on the skeleton, before any weights are built, read or downloaded.
+    bare_model, published = skeleton(model, weights)
+    preprocessing = _overridden(
+        published, resize=resize, crop=crop, mean=mean, std=std, interpolation=interpolation, exif=exif
+    )
     paths = matched_paths(selectors, module_classes(bare_model), model)
     matched_paths(excluded, module_classes(bare_model), model)
+    select(selectors, probe_shapes(bare_model, preprocessing.crop_px, paths=paths), model, excluded)
 
     loaded = load_model(model, weights, seed=seed)
     log.info("weights: %s", loaded.weights)
-    preprocessing = _overridden(
-        loaded.preprocessing, resize=resize, crop=crop, mean=mean, std=std, interpolation=interpolation, exif=exif
-    )
     loaded.module.to(chosen_device)
     shape = (3, 3, preprocessing.crop_px, preprocessing.crop_px)
     example_images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(chosen_device)
@@ -290,6 +292,7 @@ def _summary(job: Job, clock: _Clock) -> Summary:
         failures=sum(len(record.failures) for record in records),
         shards=len(records),
         shards_computed=len(job.pending),
+        images_computed=sum(map(len, job.pending)),
         bytes=rows * plan.bytes_per_image,
         device=_device_name(job.device),
         precision=plan.precision,

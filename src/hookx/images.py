@@ -5,9 +5,11 @@ The only file that decodes images.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -59,11 +61,12 @@ def list_images(sources: Iterable[str | os.PathLike[str]]) -> ImageList:
     found: dict[str, str] = {}
     names = [os.fspath(source) for source in sources]
     for key, file in (pair for name in names for pair in _in_source(name)):
-        other = found.setdefault(key, file)
-        if other is not file:
+        if key in found:
             raise ImageError(
-                f"two images have the key '{key}': {other} and {file}", "give the folder that holds both, or run twice"
+                f"two images have the key '{key}': {found[key]} and {file}",
+                "give the folder that holds both, or run twice",
             )
+        found[key] = file
     if not found:
         raise ImageError(f"there is no image in {', '.join(names) or 'the empty list'}")
     keys = sorted(found)
@@ -95,7 +98,7 @@ def _in_folder(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> 
     except OSError as error:
         raise ImageError(f"cannot list the folder '{folder}': {error.strerror}") from None
     for entry in entries:
-        if entry.is_dir():
+        if os.path.isdir(entry.path):  # entry.is_dir() raises an error for a link to itself.
             yield from _in_folder(entry.path, f"{prefix}{entry.name}/", (*above, identity))
         elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
             yield prefix + entry.name, entry.path
@@ -153,7 +156,20 @@ def batches(
         # Forked workers share the list of images and start in milliseconds; they never touch a GPU.
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
-    return _guarded(iter(loader))  # The processes start here, not at the first batch.
+    with _child_signals_kept():
+        return _guarded(iter(loader))  # The processes start here, not at the first batch.
+
+
+@contextlib.contextmanager
+def _child_signals_kept() -> Iterator[None]:
+    """Take back the DataLoader's handler for dead workers: it raises in the middle of whatever the consumer does.
+
+    Without it the loader finds a dead worker when it waits for its batch, within five seconds.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _guarded(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -183,6 +199,7 @@ def decode(file: str, preprocessing: Preprocessing) -> tuple[Tensor, bool]:
     """
     transform = _transform(preprocessing)
     with Image.open(file) as image:
+        image.load()  # Pillow turns a TIFF upright while it loads it, and then forgets the rotation.
         rotated = image.getexif().get(_EXIF_ORIENTATION, 1) in range(2, 9)
         if rotated and preprocessing.exif == "apply":
             upright: Image.Image = ImageOps.exif_transpose(image)

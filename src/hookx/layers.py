@@ -9,6 +9,7 @@ Nothing here imports torch: a `Layer` is a plain record that the probe fills in.
 from __future__ import annotations
 
 import difflib
+import os.path
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -93,18 +94,20 @@ class Reduction:
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return one image's shape after the reduction, or raise `ValueError` with the reason."""
         if self.name == "flatten":
+            if not shape:
+                raise ValueError("there is nothing to flatten.")
             size = 1
             for length in shape:
                 size *= length
             return (size,)
         if self.name == "cls":
             if len(shape) != 2:
-                raise ValueError("cls is token 0 of an output N,tokens,channels")
+                raise ValueError("cls is token 0 of an output N,tokens,channels.")
             return shape[1:]
         if not self.dims:
             raise ValueError(f"{self.name} over which dimensions?")
         if self.dims[-1] > len(shape):
-            raise ValueError(f"there is no dimension {self.dims[-1]}")
+            raise ValueError(f"there is no dimension {self.dims[-1]}.")
         return tuple(length for dim, length in enumerate(shape, 1) if dim not in self.dims)
 
     def spellings_for(self, shape: tuple[int, ...]) -> str:
@@ -114,7 +117,7 @@ class Reduction:
             return f"@{name}23 if the channels are dimension 1, @{name}12 if they are dimension 3"
         if len(shape) == 2:
             return f"@{name}1 over the tokens, @cls for token 0"
-        if len(shape) == 1:
+        if len(shape) <= 1:
             return "store it as it is"
         return f"@{name} and the digits of the dimensions"
 
@@ -219,8 +222,8 @@ class Selector:
 
     @cached_property
     def _regex(self) -> re.Pattern[str]:
-        # One pass over the tokens of the glob; `**.` and `.**` also take the dot beside them.
-        tokens = re.findall(r"\*\*\.|\*\*|\*|\?|[^*?]+", self.address.path)
+        # One pass over the tokens of the glob; `**.` in front of a name also stands for nothing at all.
+        tokens = re.findall(r"(?<![^.])\*\*\.|\*\*|\*|\?|[^*?]+", self.address.path)
         meaning = {"**.": r"(?:.+\.)?", "**": r".+", "*": r"[^.]*", "?": r"[^.]"}
         return re.compile("".join(meaning.get(token, re.escape(token)) for token in tokens))
 
@@ -261,10 +264,22 @@ def parse_selectors(texts: str | Iterable[str]) -> list[Selector]:
 
 
 def closest(name: str, names: Iterable[str], count: int = 3) -> str:
-    """Name the most similar names, best first, for an error message."""
+    """Name the most similar names, best first, for an error message.
+
+    Example:
+        >>> closest("layer1.1.con1", ["conv1", "layer1.0.conv1", "layer1.1.conv1", "layer4.1.conv1"], 2)
+        'layer1.1.conv1, layer1.0.conv1'
+    """
     names = list(names)
-    matches = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
-    return ", ".join(matches or names[:count])
+    matches = difflib.get_close_matches(name, names, n=8 * count, cutoff=0.5)
+
+    def likeness(match: str) -> tuple[float, int]:
+        # Among equals the one that begins alike: for layer1.1.con1, layer1.0.conv1 before layer4.1.conv1.
+        alike = len(os.path.commonprefix([name, match]))  # noqa: RUF071: by character is what is meant
+        return difflib.SequenceMatcher(None, name, match).ratio(), alike
+
+    matches.sort(key=likeness, reverse=True)
+    return ", ".join((matches or names)[:count])
 
 
 # --- what a probe learns -------------------------------------------------------------------------------------------
@@ -356,6 +371,10 @@ class Selection:
 # --- selecting -----------------------------------------------------------------------------------------------------
 
 
+class _DoesNotFitError(LayerError):
+    """A reduction that the shape of a layer does not allow; under a glob, too, the user has to decide."""
+
+
 def matched_paths(selectors: Sequence[Selector], class_names: Mapping[str, str], model: str) -> list[str]:
     """Return every path that a selector names, once; `LayerError` if one of them names nothing."""
     paths: dict[str, None] = {}
@@ -384,34 +403,45 @@ def select(
     by_path = {layer.path: layer for layer in layers}
     class_names = {layer.path: layer.class_name for layer in layers}
     excluded = [(selector.address, set(selector.paths(class_names))) for selector in exclude]
+
+    def is_excluded(address: Address) -> bool:
+        return any(_covers(pattern, paths, address) for pattern, paths in excluded)
+
     selection = Selection()
     chosen: dict[Address, Target] = {}
     for selector in selectors:
         matched_paths([selector], class_names, model)
         by_name = selector.kind == "path"
+        matched = selector.paths(class_names)
+        left_out: dict[str, str] = {}
         found = 0
-        for path in selector.paths(class_names):
+        for path in matched:
             layer = by_path[path]
-            if layer.same_as and not by_name:
-                continue  # Its first path is among the matches, or was meant to be left out.
+            if layer.same_as in matched and not by_name:
+                continue  # It is taken under its first path.
+            if is_excluded(replace(selector.address, path=path)):
+                found += 1  # Nobody asks whether it could be captured.
+                continue
             try:
                 targets, unusable = _targets_of(layer, selector.address, model)
             except LayerError as error:
-                if by_name or (selector.address.reduction and layer.calls):
+                if by_name or isinstance(error, _DoesNotFitError):
                     raise
-                selection.left_out[path] = str(error).splitlines()[0]
+                left_out[path] = str(error).splitlines()[0]
                 continue
             found += len(targets)
-            selection.left_out.update(unusable)
+            left_out.update(unusable)
             for target in targets:
-                if not any(_covers(pattern, paths, target.address) for pattern, paths in excluded):
+                # Where a module is called once, conv1:0 is another spelling of conv1.
+                if not is_excluded(replace(target.address, call=target.address.call or 0)):
                     chosen.setdefault(target.address, target)
         if not found:
             raise LayerError(
                 f"nothing that '{selector.text}' matches in {model} can be captured: "
-                + "; ".join(list(selection.left_out.values())[:3]),
+                + "; ".join(list(left_out.values())[:3]),
                 f"list the layers: hookx list-layers {model}",
             )
+        selection.left_out.update(left_out)
     if not chosen:
         raise LayerError("every layer asked for is excluded again", "check --exclude")
     selection.targets = list(chosen.values())
@@ -472,7 +502,7 @@ def _targets_of(layer: Layer, wanted: Address, model: str) -> tuple[list[Target]
         except ValueError as error:
             assert wanted.reduction is not None
             stored = ",".join(["N", *map(str, tensor.shape)])
-            raise LayerError(
+            raise _DoesNotFitError(
                 f"'{target.address}' does not fit: {error} {address} is {stored} in {model}",
                 f"here fits: {wanted.reduction.spellings_for(tensor.shape)}",
             ) from None

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import pickle
 import socket
 import sys
 import warnings
@@ -79,21 +80,20 @@ def load_model(ref: str, weights: str = "default", *, seed: int = 0) -> LoadedMo
     return LoadedModel(ref, module.eval(), _preprocessing(entry), identity)
 
 
-def skeleton(ref: str, weights: str = "default") -> tuple[nn.Module, tuple[int, int, int]]:
-    """Build a model without memory for its parameters (meta device), and the shape of one input image.
+def skeleton(ref: str, weights: str = "default") -> tuple[nn.Module, Preprocessing]:
+    """Build a model without memory for its parameters (meta device), and find its preprocessing.
 
     `vit_h_14` with its 633 million parameters takes as long as `resnet18`.
 
     Example:
-        >>> module, image_shape = skeleton("vit_h_14")
-        >>> next(module.parameters()).device.type, image_shape
-        ('meta', (3, 518, 518))
+        >>> module, preprocessing = skeleton("vit_h_14")
+        >>> next(module.parameters()).device.type, preprocessing.crop_px
+        ('meta', 518)
     """
     entry = _entry(ref, "default" if weights == "none" or _is_file(weights) else weights)
     with _Unallocated():
         module = _build(ref, entry)
-    side = _preprocessing(entry).crop_px
-    return module.to("meta").eval(), (3, side, side)
+    return module.to("meta").eval(), _preprocessing(entry)
 
 
 # --- torchvision's registry ----------------------------------------------------------------------------------------
@@ -146,11 +146,17 @@ def _build_published(ref: str, entry: Any) -> nn.Module:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
                 return zoo.get_model(ref, weights=entry)
-    except (OSError, RuntimeError) as error:  # URLError and HTTPError are OSErrors; a wrong hash is a RuntimeError.
+    # URLError and HTTPError are OSErrors; a wrong hash is a RuntimeError; a damaged file is any of the others.
+    except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
+        if _is_cached(entry):
+            raise ModelError(
+                f"the cached weights for {ref} ({entry.name}) cannot be used: {_one_line(error)}",
+                f"remove {_cached_file(entry)}, and run again",
+            ) from None
         raise ModelError(
             f"weights for {ref} ({entry.name}) are not in the cache and could not be downloaded: {_one_line(error)}",
             f"use a file: --weights {ref}.safetensors    or random weights: --weights none",
-            f"or put {entry.url.rsplit('/', 1)[1]} into {_cache_folder()}",
+            f"or put {_cached_file(entry).name} into {_cached_file(entry).parent}",
         ) from None
 
 
@@ -166,12 +172,12 @@ def _preprocessing(entry: Any) -> Preprocessing:
     )
 
 
-def _cache_folder() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints"
+def _cached_file(entry: Any) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rsplit("/", 1)[1]
 
 
 def _is_cached(entry: Any) -> bool:
-    return (_cache_folder() / entry.url.rsplit("/", 1)[1]).exists()
+    return _cached_file(entry).exists()
 
 
 @contextlib.contextmanager
@@ -187,8 +193,8 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_unless_terminal() -> Iterator[None]:
-    """Drop the line that torch.hub writes about a download; hookx has said it already."""
-    with open(os.devnull, "w") as nowhere:
+    """Drop the line that torch.hub writes about a download (newer ones to stdout); hookx has said it already."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(nowhere):
             yield
 
@@ -217,7 +223,11 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
             f"cannot read weights from '{path}': {problem}",
             "save the weights alone: torch.save(model.state_dict(), 'weights.pt')",
         ) from None
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not (
+        isinstance(state, dict)
+        and state
+        and all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items())
+    ):
         what = f"keys: {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
         raise ModelError(
             f"'{path}' is not a plain state dict (name -> tensor), but {what}",

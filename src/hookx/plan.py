@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +29,15 @@ DTYPES = {
     "uint8": ("U8", 1),
     "bool": ("BOOL", 1),
     "complex64": ("C64", 8),
+}
+
+_FIELDS = {
+    "memory_format": "memory formats",
+    "model": "models",
+    "image_count": "numbers of images",
+    "images_sha256": "images (names or sizes)",
+    "images_per_shard": "images per shard",
+    "precision": "precisions",
 }
 
 # Shards are cut at multiples of this many images, so that the last batch of a shard is seldom a small one.
@@ -181,7 +191,7 @@ class Plan:
                 and plan.image_count > 0
                 and plan.images_per_shard > 0
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise StoreError(f"plan.json cannot be read: {type(error).__name__}: {error}") from None
         if not whole:
             raise StoreError("plan.json was altered: its fingerprint does not belong to its contents")
@@ -195,8 +205,9 @@ class Plan:
                 shown_there, shown_asked = _shown(name, there), _shown(name, asked.identity[name])
                 if name == "layers" and shown_there == shown_asked:
                     shown_there, shown_asked = (_layer_details(value) for value in (there, asked.identity[name]))
-                phrases.append(f"{name} differ (there: {shown_there}; asked: {shown_asked})")
-        return phrases
+                phrases.append(f"{_FIELDS.get(name, name)} differ (there: {shown_there}; asked: {shown_asked})")
+        # The cut follows from the layers; it is worth a word only when it was asked for.
+        return [phrase for phrase in phrases if len(phrases) == 1 or not phrase.startswith("images per shard")]
 
 
 def images_per_shard(bytes_per_image: int, max_shard_bytes: int, max_images: int) -> int:
@@ -228,10 +239,13 @@ def parse_bytes(text: str) -> int:
         (536870912, 2000000000, 4096)
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?\s*", text)
-    if not match or (match[3] and not match[2]) or float(match[1]) == 0:
+    size = 0
+    if match and (match[2] or not match[3]):
+        power = " KMGT".index(match[2].upper() or " ")
+        size = int(Fraction(match[1]) * (1024 if match[3] else 1000) ** power)
+    if size == 0:
         raise UsageError(f"'{text}' is not a size; write it as in 512MiB, 2GB or 4096")
-    power = " KMGT".index(match[2].upper() or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    return size
 
 
 def _numbers(values: Sequence[float]) -> str:

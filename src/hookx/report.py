@@ -78,8 +78,8 @@ def print_summary(summary: Summary) -> None:
         ("pixels", str(summary.preprocessing)),
         (
             "time",
-            f"{summary.seconds_total:.1f} s: reading {summary.seconds_reading:.1f}, "
-            f"model {summary.seconds_model:.1f}, writing {summary.seconds_writing:.1f}",
+            f"{summary.seconds_total:.1f} s, {summary.images_computed / summary.seconds_total:.0f} images/s: reading "
+            f"{summary.seconds_reading:.1f}, model {summary.seconds_model:.1f}, writing {summary.seconds_writing:.1f}",
         ),
         ("result", f"{summary.out}/"),
     ]
@@ -102,7 +102,7 @@ def print_job(job: Job) -> None:
             ("shards", f"{pending}, of up to {plan.images_per_shard:,} images"),
             ("bytes", f"{human_bytes(job.bytes_to_write)} to write, {human_bytes(job.bytes_free)} free"),
             ("model", f"{plan.model}, weights {plan.weights}"),
-            ("computed", f"{plan.precision} on {job.device}, batches of {plan.batch_size}, {job.workers} workers"),
+            ("computed", f"{plan.precision} on {job.device}, batches of {plan.batch_size}"),
             ("pixels", str(plan.preprocessing)),
             ("result", f"{job.out}/ (nothing was written)"),
         ]
@@ -148,7 +148,7 @@ def print_model_layers(layers: Sequence[Layer]) -> None:
             layer.class_name,
             _outputs_text(layer),
             f"{layer.parameters:,}",
-            f"{len(layer.calls)}" if layer.calls else "never called",
+            _calls_text(layer),
         )
         for layer in layers
     ]
@@ -268,6 +268,12 @@ def _outputs_text(layer: Layer) -> str:
         if text not in texts:
             texts.append(text)
     return " ".join(texts) or "-"
+
+
+def _calls_text(layer: Layer) -> str:
+    if layer.calls:
+        return str(len(layer.calls))
+    return "never called" + (f" ({layer.never_called_because})" if layer.never_called_because else "")
 
 
 def _shape_with_batch(tensor: Any) -> list[int | None]:

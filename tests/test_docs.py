@@ -1,0 +1,102 @@
+"""What the documents show is what happens: README commands and examples, configurations, scripts.
+
+`python tests/test_docs.py` writes the real output of every command into README.md.
+"""
+
+from __future__ import annotations
+
+import doctest
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hookx.cli import app
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+_BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
+
+
+def outputs(block: str, folder: Path) -> str:
+    """Run the `$ ` lines of a console block and return the block with what they print now."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "110"}
+    lines = []
+    for command in re.findall(r"^\$ (.*)$", block, re.MULTILINE):
+        done = subprocess.run(
+            command,
+            shell=True,
+            cwd=folder,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        lines.append(f"$ {command}\n{done.stdout}")
+    return "".join(lines)
+
+
+def without_times(text: str) -> str:
+    text = re.sub(r"^time .*$", "time", text, flags=re.MULTILINE)
+    return re.sub(r"to write, .* free", "to write, some free", text)
+
+
+def workplace(folder: Path) -> Path:
+    (folder / "images").symlink_to(ROOT / "images")
+    return folder
+
+
+def test_the_readme_shows_what_its_commands_and_examples_print(tmp_path: Path) -> None:
+    folder, text = workplace(tmp_path), README.read_text()
+    for block in _BLOCK.findall(text):
+        assert without_times(outputs(block, folder)) == without_times(block)
+    examples = "".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    flags = doctest.NORMALIZE_WHITESPACE
+    test = doctest.DocTestParser().get_doctest(examples, {}, "README", str(README), 0)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        result = doctest.DocTestRunner(optionflags=flags).run(test)
+    finally:
+        os.chdir(before)
+    assert result.attempted > 10 and result.failed == 0
+
+
+def test_the_readme_says_what_the_command_line_says() -> None:
+    text = README.read_text()
+    assert all(f"| {code} |" in text for code in ("0", "1", "2", "3", "130, 143"))
+    for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", re.sub(r"```bash.*?```", "", text, flags=re.DOTALL)):
+        helps = [CliRunner().invoke(app, [*command, "--help"]).stdout for command in (["extract"], ["list-layers"], [])]
+        assert any(option in help_text for help_text in helps), option
+
+
+CONFIGURATIONS = sorted((ROOT / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
+def test_a_configuration_is_a_complete_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    arguments = ["extract", "--config", str(path), "--weights", "none", "--dry-run", "--json", "--out", "nowhere"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    document = json.loads(result.stdout)
+    asked = tomllib.loads(path.read_text())
+    assert document["model"] == asked["model"] and document["images"] == 8 and document["layers"]
+
+
+def test_scripts_say_what_they_are_for_and_can_be_run() -> None:
+    for script in (ROOT / "scripts").iterdir():
+        assert os.access(script, os.X_OK), script
+        assert script.read_text().splitlines()[1].startswith(("# ", '"""')), script
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        place = workplace(Path(scratch))
+        README.write_text(_BLOCK.sub(lambda match: f"```console\n{outputs(match[1], place)}```", README.read_text()))
