@@ -37,8 +37,13 @@ def main() -> NoReturn:
     """Run the command line, with every error in the form of the design: what, which value, what to do next."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    sys.unraisablehook = _report_unraisable
     try:
-        app()
+        try:
+            app()
+        except Exception:
+            _stop_if_asked()  # A signal during an import leaves a module half made, and any error may follow.
+            raise
     except HookxError as error:
         from hookx.report import printable
 
@@ -50,10 +55,25 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
+_signals: list[int] = []  # the one that asked this process to stop, if one did
+
+
 def _interrupt(number: int, _frame: FrameType | None) -> None:
     for either in (signal.SIGINT, signal.SIGTERM):
         signal.signal(either, signal.SIG_DFL)  # A second signal ends the process at once.
+    _signals.append(number)
     raise Interrupted(number)
+
+
+def _stop_if_asked() -> None:
+    """Raise again what Python has swallowed: an `Interrupted` in a destructor, an import, or a fork's callback."""
+    if _signals:
+        raise Interrupted(_signals[0])
+
+
+def _report_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    if not isinstance(unraisable.exc_value, Interrupted):
+        sys.__unraisablehook__(unraisable)
 
 
 def _show_version(wanted: bool) -> None:
@@ -231,7 +251,12 @@ def extract(
         if dry_run:
             report.print_json(report.job_document(job)) if json else report.print_job(job)
             return
-        with report.progress_of(job, quiet) as progress:
+        with report.progress_of(job, quiet) as advance:
+
+            def progress(images_done: int) -> None:
+                advance(images_done)
+                _stop_if_asked()
+
             summary = run(job, progress)
     if json:
         report.print_json(report.summary_document(summary))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -238,7 +240,7 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
         plan.preprocessing,
         workers=job.workers,
         pin_memory=on_gpu,
-        in_worker=directory.release,
+        in_worker=functools.partial(_begin_worker, directory),
     )
     said_aloud = 0
     with (
@@ -276,6 +278,12 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
             writer.finish()
     if said_aloud > _FAILURES_SAID_ALOUD:
         log.warning("and %d more that cannot be read; see failures.csv", said_aloud - _FAILURES_SAID_ALOUD)
+
+
+def _begin_worker(directory: RunDirectory) -> None:
+    directory.release()
+    # Only the thread that hands tensors over reports here, when the parent was killed in the middle of taking one.
+    sys.excepthook = lambda *_: None
 
 
 def _summary(job: Job, clock: _Clock) -> Summary:

@@ -275,7 +275,7 @@ def closest(name: str, names: Iterable[str], count: int = 3) -> str:
 
     def likeness(match: str) -> tuple[float, int]:
         # Among equals the one that begins alike: for layer1.1.con1, layer1.0.conv1 before layer4.1.conv1.
-        alike = len(os.path.commonprefix([name, match]))  # noqa: RUF071: by character is what is meant
+        alike = len(os.path.commonprefix([name, match]))  # noqa: RUF071
         return difflib.SequenceMatcher(None, name, match).ratio(), alike
 
     matches.sort(key=likeness, reverse=True)

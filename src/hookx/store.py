@@ -139,6 +139,10 @@ class RunDirectory:
     def __exit__(self, *_: object) -> None:
         self.release()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker that is spawned instead of forked has not inherited the descriptor, only its number.
+        return {**self.__dict__, "_descriptor": -1}
+
     def _lock(self) -> None:
         # The kernel drops the lock with the last descriptor of it, so a killed run leaves nothing stale behind.
         try:
