@@ -221,7 +221,12 @@ _Key = tuple[str, int, bool, Parts]
 
 
 def probe(
-    model: nn.Module, images_NCHW: Tensor, *, paths: Sequence[str] | None = None, precision: str = "fp32"
+    model: nn.Module,
+    images_NCHW: Tensor,
+    *,
+    paths: Sequence[str] | None = None,
+    precision: str = "fp32",
+    forward: Callable[[Tensor], Any] | None = None,
 ) -> list[Layer]:
     """Learn what a forward pass does to each layer: calls, structure, shapes, and which dimension is the batch.
 
@@ -233,6 +238,7 @@ def probe(
         images_NCHW: three images of ordinary values, on the model's device.
         paths: the modules to describe; all of them if None.
         precision: 'fp32', or 'bf16' or 'fp16' (autocast).
+        forward: what takes a batch through the model, if not a call of the model itself.
 
     Returns:
         The layers in the order in which they are first called; one that is never called stands after its neighbour.
@@ -252,29 +258,38 @@ def probe(
     poisoned = images_NCHW.clone()
     if device.type != "meta":
         poisoned[0], poisoned[2] = float("nan"), float("nan")
-    first = _record(model, tapped, images_NCHW[:2], precision, lambda tensor, _: (tensor.shape, _has_nan(tensor)))
+    run = model if forward is None else forward
+    first = _record(run, tapped, images_NCHW[:2], precision, lambda tensor, _: (tensor.shape, _has_nan(tensor)))
     shapes = {key: shape for key, (shape, _) in first.seen.items()}
     spoilt = {key for key, (_, has_nan) in first.seen.items() if has_nan}
     second = _record(
-        model,
+        run,
         tapped,
         poisoned,
         precision,
         lambda tensor, key: _describe(key, shapes.get(key), tensor, provable=key not in spoilt),
     )
-    if shapes.keys() != second.seen.keys():
-        differing = sorted({key[0] for key in shapes.keys() ^ second.seen.keys()})
-        raise CaptureError(
-            f"the model does other things to 3 images than to 2 (in {', '.join(differing[:3])}), "
-            "so its activations cannot be given to single images"
-        )
-    infos = {key: info for key, info in second.seen.items() if info is not None}
+    for path in tapped:
+        if first.calls[path] != second.calls[path]:
+            raise CaptureError(
+                f"'{path}' is called {first.calls[path]} times for 2 images and {second.calls[path]} times for 3, "
+                "so its activations cannot be given to single images"
+            )
+    infos = {
+        key: TensorInfo(key[3], tuple(shape), "", None, problem="it is there for 2 images and not for 3")
+        for key, shape in shapes.items()
+    }
+    infos.update(second.seen)
     return _layers(model, tapped, first, infos)
 
 
-def probe_shapes(skeleton: nn.Module, side_px: int, *, paths: Sequence[str] | None = None) -> list[Layer]:
-    """Probe a model that has no memory (meta device) with square images that have none."""
-    return probe(skeleton, torch.empty((3, 3, side_px, side_px), device="meta"), paths=paths)
+def example_images(model: nn.Module, side_px: int) -> Tensor:
+    """Return three square images of ordinary values to probe a model with, on the model's device."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    shape = (3, 3, side_px, side_px)
+    if device.type == "meta":
+        return torch.empty(shape, device=device)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 class _Recording:
@@ -287,7 +302,7 @@ class _Recording:
 
 
 def _record(
-    model: nn.Module,
+    forward: Callable[[Tensor], Any],
     modules: Mapping[str, nn.Module],
     pixels_NCHW: Tensor,
     precision: str,
@@ -309,7 +324,7 @@ def _record(
 
     with _Taps(modules, on_enter, on_return) as taps, _inference(pixels_NCHW.device, precision):
         try:
-            model(pixels_NCHW)
+            forward(pixels_NCHW)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -326,10 +341,11 @@ def _has_nan(tensor: Tensor) -> bool:
     return tensor.device.type != "meta" and is_float and bool(torch.isnan(tensor).any())
 
 
-def _describe(key: _Key, of_2: torch.Size | None, of_3: Tensor, provable: bool) -> TensorInfo | None:
+def _describe(key: _Key, of_2: torch.Size | None, of_3: Tensor, provable: bool) -> TensorInfo:
     """Compare a tensor's shape for 2 images with the tensor for 3, of which the first and last are NaN."""
     if of_2 is None:
-        return None
+        problem = "it is there for 3 images and not for 2"
+        return TensorInfo(key[3], tuple(of_3.shape), _name(of_3.dtype), None, problem=problem)
     grown = [d for d, (two, three) in enumerate(zip(of_2, of_3.shape, strict=False)) if two != three]
     rest = [length for d, length in enumerate(of_3.shape) if d not in grown]
     real = of_3.device.type != "meta"
@@ -406,6 +422,10 @@ def _why_never_called(path: str, modules: Mapping[str, nn.Module]) -> str:
         return f"{parent_class} uses its weights directly"
     if parent_class in ("GoogLeNet", "Inception3") and name.lower().startswith("aux"):
         return "auxiliary classifiers run in training only"
+    if type(modules["."]).__module__.startswith("torchvision.models.detection") and not path.startswith("backbone"):
+        return "its rows are boxes and proposals, not images"
+    if type(module).__name__ in ("QFunctional", "FloatFunctional"):
+        return "it is used through its methods, such as add"
     if type(module).__name__ == "StochasticDepth":
         return "its block has no residual connection"
     if parent is not modules["."] and (above := _why_never_called(parent_path, modules)):
@@ -425,8 +445,17 @@ class RowCapture:
         CaptureError: a pass differs from what the probe saw: another shape or type, a call more or less.
     """
 
-    def __init__(self, model: nn.Module, targets: Sequence[Target], *, device: torch.device, precision: str) -> None:
-        self.model, self.device, self.precision = model, device, precision
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Sequence[Target],
+        *,
+        device: torch.device,
+        precision: str,
+        forward: Callable[[Tensor], Any] | None = None,
+    ) -> None:
+        self.device, self.precision = device, precision
+        self._forward = model if forward is None else forward
         self.overflows = {str(target.address): 0 for target in targets}
         self._targets: dict[tuple[str, int, bool], dict[Parts, list[Target]]] = {}
         for target in targets:
@@ -451,7 +480,7 @@ class RowCapture:
         self._rows, self._remaining = rows, set(self._targets)
         self._taps.begin_pass()
         with _inference(self.device, self.precision), contextlib.suppress(_ForwardIsDone):
-            self.model(pixels_NCHW)
+            self._forward(pixels_NCHW)
         if self._remaining:
             address = next(iter(self._targets[min(self._remaining)].values()))[0].address
             raise CaptureError(f"'{address}' did not run in this batch, though the probe saw it")

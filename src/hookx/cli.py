@@ -281,11 +281,11 @@ def list_layers(
     hookx list-layers resnet18
     """
     from hookx import report
-    from hookx.capture import probe_shapes
+    from hookx.capture import example_images, probe
     from hookx.models import skeleton
 
-    module, preprocessing = skeleton(model, weights)
-    layers = probe_shapes(module, preprocessing.crop_px)
+    bare = skeleton(model, weights)
+    layers = probe(bare.module, example_images(bare.module, bare.preprocessing.crop_px), forward=bare.forward)
     report.print_json(report.layers_document(layers)) if json else report.print_model_layers(layers)
 
 
@@ -294,16 +294,17 @@ def list_models(
     pattern: Annotated[str, typer.Argument(help="A glob, as in 'resnet*'.")] = "*",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Show which models can be named, a line each.
+    """Show which models can be named, a line each, and their kinds.
 
     hookx list-models 'resnet*'
     """
     from hookx import models, report
 
-    names = [name for name in models.list_models() if fnmatchcase(name, pattern)]
-    if not names:
-        raise HookxError(f"no model matches '{pattern}'; closest: {closest(pattern, models.list_models())}")
-    report.print_json(names) if json else report.print_lines(names)
+    known = models.list_models()
+    kinds = {name: kind for name, kind in known.items() if fnmatchcase(name, pattern)}
+    if not kinds:
+        raise HookxError(f"no model matches '{pattern}'; closest: {closest(pattern, known)}")
+    report.print_json(kinds) if json else report.print_models(kinds)
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:

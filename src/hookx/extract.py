@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from hookx import images as image_files
-from hookx.capture import PRECISIONS, RowCapture, module_classes, probe, probe_shapes, stored_dtype
+from hookx.capture import PRECISIONS, RowCapture, example_images, module_classes, probe, stored_dtype
 from hookx.errors import ImageError, StoreError, UsageError
 from hookx.images import ImageList, list_images
 from hookx.layers import Target, closest, matched_paths, parse_selectors, select
@@ -155,20 +155,29 @@ def prepare(
     chosen_device = resolve_device(device)
 
     # What is wrong with the layers is found on the skeleton, before any weights are built, read or downloaded.
-    bare_model, published = skeleton(model, weights)
+    bare = skeleton(model, weights)
     preprocessing = _overridden(
-        published, resize=resize, crop=crop, mean=mean, std=std, interpolation=interpolation, exif=exif
+        bare.preprocessing, resize=resize, crop=crop, mean=mean, std=std, interpolation=interpolation, exif=exif
     )
-    paths = matched_paths(selectors, module_classes(bare_model), model)
-    matched_paths(excluded, module_classes(bare_model), model)
-    select(selectors, probe_shapes(bare_model, preprocessing.crop_px, paths=paths), model, excluded)
+    paths = matched_paths(selectors, module_classes(bare.module), model)
+    matched_paths(excluded, module_classes(bare.module), model)
+    images_without_memory = example_images(bare.module, preprocessing.crop_px)
+    select(selectors, probe(bare.module, images_without_memory, paths=paths, forward=bare.forward), model, excluded)
 
     loaded = load_model(model, weights, seed=seed)
     log.info("weights: %s", loaded.weights)
+    if loaded.cpu_only and chosen_device.type != "cpu":
+        if device != "auto":
+            raise UsageError(f"{model} has integer layers that run on the CPU only", "write --device cpu")
+        chosen_device = torch.device("cpu")
     loaded.module.to(chosen_device)
-    shape = (3, 3, preprocessing.crop_px, preprocessing.crop_px)
-    example_images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(chosen_device)
-    probed = probe(loaded.module, example_images, paths=paths, precision=precision)
+    probed = probe(
+        loaded.module,
+        example_images(loaded.module, preprocessing.crop_px).to(chosen_device),
+        paths=paths,
+        precision=precision,
+        forward=loaded.forward,
+    )
     selection = select(selectors, probed, model, excluded)
     for left_out in selection.left_out.values():
         log.info("left out: %s", left_out)
@@ -245,7 +254,9 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
     said_aloud = 0
     with (
         ShardWriter(directory, capacity=max(map(len, job.pending)), pin_memory=on_gpu) as writer,
-        RowCapture(job.model.module, job.targets, device=device, precision=plan.precision) as capture,
+        RowCapture(
+            job.model.module, job.targets, device=device, precision=plan.precision, forward=job.model.forward
+        ) as capture,
     ):
         for shard in job.pending:
             with clock.writing:

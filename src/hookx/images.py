@@ -98,10 +98,17 @@ def _in_folder(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> 
     except OSError as error:
         raise ImageError(f"cannot list the folder '{folder}': {error.strerror}") from None
     for entry in entries:
-        if os.path.isdir(entry.path):  # entry.is_dir() raises an error for a link to itself.
+        if _is_folder(entry):
             yield from _in_folder(entry.path, f"{prefix}{entry.name}/", (*above, identity))
         elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
             yield prefix + entry.name, entry.path
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # A link to itself.
 
 
 def _key_in_working_directory(path: str) -> str:

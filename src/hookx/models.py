@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchvision import models as zoo
 
@@ -35,17 +35,30 @@ _DOWNLOAD_TIMEOUT_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A module in eval mode on the CPU, with the preprocessing and the identity of its weights."""
+    """A module in eval mode on the CPU, with the preprocessing and the identity of its weights.
+
+    `forward` takes a batch (N, 3, H, W) through the module; it is what a run calls.
+    """
 
     name: str
     module: nn.Module
     preprocessing: Preprocessing
     weights: str  # 'ResNet18_Weights.IMAGENET1K_V1', 'random (seed 0)', 'sha256:...'
+    forward: Callable[[Tensor], Any]
+    cpu_only: bool = False
 
 
-def list_models() -> list[str]:
-    """Return the names of the models that `load_model` takes, sorted."""
-    return sorted(zoo.list_models(module=zoo))
+def list_models() -> dict[str, str]:
+    """Return every model of torchvision, sorted by name, with its kind.
+
+    Video and optical-flow models are listed, and refused by `load_model`: they do not take still images.
+
+    Example:
+        >>> models = list_models()
+        >>> models["resnet18"], models["fcn_resnet50"], models["raft_large"]
+        ('classification', 'segmentation', 'optical flow')
+    """
+    return {name: _kind(name) for name in sorted(zoo.list_models())}
 
 
 def load_model(ref: str, weights: str = "default", *, seed: int = 0) -> LoadedModel:
@@ -77,34 +90,67 @@ def load_model(ref: str, weights: str = "default", *, seed: int = 0) -> LoadedMo
     else:
         entry = _entry(ref, weights)
         module, identity = _build_published(ref, entry), str(entry)
-    return LoadedModel(ref, module.eval(), _preprocessing(entry), identity)
+    return _loaded(ref, entry, module, identity)
 
 
-def skeleton(ref: str, weights: str = "default") -> tuple[nn.Module, Preprocessing]:
-    """Build a model without memory for its parameters (meta device), and find its preprocessing.
+def skeleton(ref: str, weights: str = "default") -> LoadedModel:
+    """Build a model without memory for its parameters (meta device): its layers, and what it expects of an image.
 
-    `vit_h_14` with its 633 million parameters takes as long as `resnet18`.
+    `vit_h_14` with its 633 million parameters takes as long as `resnet18`. A quantized model is built for real: its
+    integer layers cannot do without numbers.
 
     Example:
-        >>> module, preprocessing = skeleton("vit_h_14")
-        >>> next(module.parameters()).device.type, preprocessing.crop_px
+        >>> model = skeleton("vit_h_14")
+        >>> next(model.module.parameters()).device.type, model.preprocessing.crop_px
         ('meta', 518)
     """
-    entry = _entry(ref, "default" if weights == "none" or _is_file(weights) else weights)
+    published = weights != "none" and not _is_file(weights)
+    entry = _entry(ref, weights if published else "default")
+    if _kind(ref) == "quantized":
+        return _loaded(ref, entry, _build(ref, entry), "none")
+    # The auxiliary head of the published segmentation models runs in eval mode too, so it belongs to the layers.
+    has_auxiliary = published and _kind(ref) == "segmentation" and not ref.startswith("lraspp")
     with _Unallocated():
-        module = _build(ref, entry)
-    return module.to("meta").eval(), _preprocessing(entry)
+        module = _build(ref, entry, **({"aux_loss": True} if has_auxiliary else {}))
+    return _loaded(ref, entry, module.to("meta"), "none")
+
+
+def _loaded(ref: str, entry: Any, module: nn.Module, identity: str) -> LoadedModel:
+    return LoadedModel(
+        name=ref,
+        module=module.eval(),
+        preprocessing=_preprocessing(entry, module),
+        weights=identity,
+        forward=_forward(ref, module),
+        cpu_only=_kind(ref) == "quantized",
+    )
 
 
 # --- torchvision's registry ----------------------------------------------------------------------------------------
 
+_KINDS = {
+    "torchvision.models": "classification",
+    "torchvision.models.segmentation": "segmentation",
+    "torchvision.models.quantization": "quantized",
+    "torchvision.models.detection": "detection",
+    "torchvision.models.video": "video",
+    "torchvision.models.optical_flow": "optical flow",
+}
+_REFUSED = {"video": "clips of video", "optical flow": "pairs of video frames"}
+
+
+def _kind(ref: str) -> str:
+    package = zoo.get_model_builder(ref).__module__.rpartition(".")[0]
+    return _KINDS.get(package, package)
+
 
 def _entry(ref: str, weights: str = "default") -> Any:
     """Return the member of torchvision's weights enum that a name and a weights name mean."""
-    if ref not in zoo.list_models(module=zoo):
-        if ref in zoo.list_models():
-            raise ModelError(f"'{ref}' is not a classification model; hookx takes those of torchvision.models so far")
-        raise ModelError(f"no model is called '{ref}'; closest: {closest(ref, list_models())}")
+    if ref not in zoo.list_models():
+        similar = closest(ref, zoo.list_models())
+        raise ModelError(f"no model is called '{ref}'; closest: {similar}", "list them all: hookx list-models")
+    if _kind(ref) in _REFUSED:
+        raise ModelError(f"{ref} takes {_REFUSED[_kind(ref)]}, and hookx reads still images")
     enum = zoo.get_model_weights(ref)
     if weights == "default":
         return enum.DEFAULT
@@ -120,19 +166,31 @@ def _entry(ref: str, weights: str = "default") -> Any:
 
 def _build(ref: str, entry: Any, **arguments: Any) -> nn.Module:
     """Build an architecture without weights, for the input size that `entry` expects."""
-    side = entry.transforms().crop_size[0]
-    if ref.startswith("vit_") and side != 224:
-        arguments["image_size"] = side  # A vision transformer accepts one size only; 224 is the builders' default.
+    if _kind(ref) in ("segmentation", "detection"):
+        arguments["weights_backbone"] = None  # Left out, it would mean: download those of ImageNet.
+    if _kind(ref) == "quantized":
+        arguments["quantize"] = True
+    if ref.startswith("vit_") and entry.transforms().crop_size[0] != 224:
+        # A vision transformer accepts one size only; 224 is the builders' default.
+        arguments["image_size"] = entry.transforms().crop_size[0]
+    return _get_model(ref, weights=None, **arguments)
+
+
+def _get_model(ref: str, **arguments: Any) -> nn.Module:
     with warnings.catch_warnings():
-        # GoogLeNet and Inception announce a change of their random initialisation at every construction.
-        warnings.simplefilter("ignore", FutureWarning)
-        return zoo.get_model(ref, weights=None, **arguments)
+        # GoogLeNet and Inception announce a change of their random initialisation at every construction, and
+        # torch.ao.quantization its successor.
+        for category in (FutureWarning, DeprecationWarning, UserWarning):
+            warnings.simplefilter("ignore", category)
+        return zoo.get_model(ref, **arguments)
 
 
-def _build_for_file(ref: str, entry: Any, state: Mapping[str, torch.Tensor]) -> nn.Module:
-    has_auxiliary = any(key.startswith(("aux1.", "AuxLogits.")) for key in state)
-    if ref in ("googlenet", "inception_v3") and not has_auxiliary:
+def _build_for_file(ref: str, entry: Any, state: Mapping[str, Tensor]) -> nn.Module:
+    """Build the variant of an architecture that a file holds: with or without its auxiliary classifiers."""
+    if ref in ("googlenet", "inception_v3") and not any(key.startswith(("aux1.", "AuxLogits.")) for key in state):
         return _build(ref, entry, aux_logits=False)
+    if _kind(ref) == "segmentation" and any(key.startswith("aux_classifier.") for key in state):
+        return _build(ref, entry, aux_loss=True)
     return _build(ref, entry)
 
 
@@ -143,9 +201,7 @@ def _build_published(ref: str, entry: Any) -> nn.Module:
         with _socket_timeout(_DOWNLOAD_TIMEOUT_SECONDS), _quiet_unless_terminal():
             # Only the download can fail for a reason outside this machine, so it is done apart from the building.
             entry.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)
-                return zoo.get_model(ref, weights=entry)
+            return _get_model(ref, weights=entry, **({"quantize": True} if _kind(ref) == "quantized" else {}))
     # URLError and HTTPError are OSErrors; a wrong hash is a RuntimeError; a damaged file is any of the others.
     except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
         if _is_cached(entry):
@@ -160,16 +216,45 @@ def _build_published(ref: str, entry: Any) -> nn.Module:
         ) from None
 
 
-def _preprocessing(entry: Any) -> Preprocessing:
+def _preprocessing(entry: Any, module: nn.Module) -> Preprocessing:
+    """Return what the weights were published with; a model for images of any size gets them in one size, square."""
     preset = entry.transforms()
+    match type(preset).__name__:
+        case "ImageClassification":
+            resize_px, crop_px = preset.resize_size[0], preset.crop_size[0]
+        case "SemanticSegmentation":
+            resize_px = crop_px = preset.resize_size[0]
+        case "ObjectDetection":
+            # These models resize and normalise by themselves, to this side; so it passes through unchanged.
+            transform: Any = module.transform
+            resize_px = crop_px = (transform.fixed_size or transform.min_size)[0]
+            return Preprocessing(resize_px, crop_px, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear")
+        case other:
+            raise ModelError(f"hookx does not know how to prepare images for {other}")
     return Preprocessing(
-        resize_px=preset.resize_size[0],
-        crop_px=preset.crop_size[0],
+        resize_px=resize_px,
+        crop_px=crop_px,
         mean=tuple(preset.mean),
         std=tuple(preset.std),
         interpolation=preset.interpolation.value,
         antialias=bool(preset.antialias),
     )
+
+
+def _forward(ref: str, module: nn.Module) -> Callable[[Tensor], Any]:
+    """Return what takes a batch of images through a model."""
+    if _kind(ref) != "detection":
+        return module
+    model: Any = module
+
+    def as_far_as_rows_are_images(pixels_NCHW: Tensor) -> Any:
+        # The steps of the model's own forward, up to where its rows become boxes and proposals.
+        images, _ = model.transform(list(pixels_NCHW))
+        features = model.backbone(images.tensors)
+        maps = list(features.values()) if isinstance(features, Mapping) else [features]
+        return model.rpn.head(maps) if hasattr(model, "rpn") else model.head(maps)
+
+    return as_far_as_rows_are_images
 
 
 def _cached_file(entry: Any) -> Path:
@@ -206,7 +291,7 @@ def _is_file(weights: str) -> bool:
     return weights.lower().endswith(_WEIGHT_FILES) or os.sep in weights or Path(weights).is_file()
 
 
-def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ModelError(f"there is no weights file '{path}'")
     try:
@@ -226,7 +311,7 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     if not (
         isinstance(state, dict)
         and state
-        and all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items())
+        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())
     ):
         what = f"keys: {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
         raise ModelError(
@@ -236,7 +321,7 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _load(module: nn.Module, state: Mapping[str, torch.Tensor], ref: str, file: str) -> None:
+def _load(module: nn.Module, state: Mapping[str, Tensor], ref: str, file: str) -> None:
     """Load a state dict of which every tensor must fit."""
     own = module.state_dict()
     # Batch norm's step counter came with torch 0.4.1 and does not enter an eval-mode forward pass.

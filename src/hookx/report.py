@@ -9,7 +9,7 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hookx.extract import Job, Summary
@@ -178,6 +178,11 @@ def layers_document(layers: Sequence[Layer]) -> list[dict[str, Any]]:
         }
         for layer in layers
     ]
+
+
+def print_models(kinds: Mapping[str, str]) -> None:
+    """Print models and their kinds, a line each."""
+    _print_rows(list(kinds.items()), header=("model", "kind"))
 
 
 def print_json(document: Any) -> None:
