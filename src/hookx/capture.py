@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hookx.errors import CaptureError, LayerError, NotCapturedError
+from hookx.errors import CaptureError, LayerError, NotCapturedError, UsageError
 from hookx.layers import (
     Address,
     Call,
@@ -134,42 +135,43 @@ def _name(dtype: torch.dtype) -> str:
 
 
 class _Taps:
-    """Hooks on some modules of a model, while the `with` block lasts.
+    """Hooks on some modules of a model.
 
-    `on_call(path, call, is_input, args, kwargs_or_none, output)` runs when a module is entered and when it returns.
+    `on_enter(path, call, args, kwargs)` runs when a module is called, `on_return(..., output)` when it returns.
     """
 
     def __init__(
         self,
-        modules: Mapping[str, nn.Module],
         on_enter: Callable[[str, int, tuple[Any, ...], dict[str, Any]], None],
         on_return: Callable[[str, int, tuple[Any, ...], dict[str, Any], Any], None],
     ) -> None:
-        self.modules, self.on_enter, self.on_return = modules, on_enter, on_return
-        self._hooks: list[Any] = []
-        self.begin_pass()
+        self.on_enter, self.on_return = on_enter, on_return
+        self.calls: dict[str, int] = {}
+        self._open_calls: dict[str, list[int]] = {}
+        self._hooks: dict[str, list[Any]] = {}
+
+    def attach(self, path: str, module: nn.Module) -> None:
+        """Put the hooks on a module, unless they are on it."""
+        if path not in self._hooks:
+            self.calls[path], self._open_calls[path] = 0, []
+            self._hooks[path] = [
+                module.register_forward_pre_hook(self._enter(path), with_kwargs=True),
+                module.register_forward_hook(self._return(path), with_kwargs=True),
+            ]
+
+    def detach(self, path: str) -> None:
+        """Take the hooks off a module."""
+        for hook in self._hooks.pop(path, ()):
+            hook.remove()
+
+    def detach_all(self) -> None:
+        for path in list(self._hooks):
+            self.detach(path)
 
     def begin_pass(self) -> None:
         """Number the calls of every module from 0 again."""
-        self.calls = dict.fromkeys(self.modules, 0)
-        self._open_calls: dict[str, list[int]] = {path: [] for path in self.modules}
-
-    def attach(self) -> None:
-        for path, module in self.modules.items():
-            self._hooks.append(module.register_forward_pre_hook(self._enter(path), with_kwargs=True))
-            self._hooks.append(module.register_forward_hook(self._return(path), with_kwargs=True))
-
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-
-    def __enter__(self) -> _Taps:
-        self.attach()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
+        self.calls = dict.fromkeys(self.calls, 0)
+        self._open_calls = {path: [] for path in self._open_calls}
 
     # What a hook returns replaces the layer's input or output, so these return None, whatever the callbacks do.
 
@@ -184,9 +186,20 @@ class _Taps:
 
     def _return(self, path: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            self.on_return(path, self._open_calls[path].pop(), args, kwargs, output)
+            if self._open_calls[path]:  # Empty only if the hooks came on while the module was running.
+                self.on_return(path, self._open_calls[path].pop(), args, kwargs, output)
 
         return hook
+
+
+@contextlib.contextmanager
+def _tapped(modules: Mapping[str, nn.Module], taps: _Taps) -> Iterator[None]:
+    try:
+        for path, module in modules.items():
+            taps.attach(path, module)
+        yield
+    finally:
+        taps.detach_all()
 
 
 @contextlib.contextmanager
@@ -322,7 +335,8 @@ def _record(
     def on_return(path: str, call: int, _args: Any, _kwargs: Any, output: Any) -> None:
         note(path, call, False, tensors_in(output))
 
-    with _Taps(modules, on_enter, on_return) as taps, _inference(pixels_NCHW.device, precision):
+    taps = _Taps(on_enter, on_return)
+    with _tapped(modules, taps), _inference(pixels_NCHW.device, precision):
         try:
             forward(pixels_NCHW)
         except torch.OutOfMemoryError:
@@ -399,7 +413,7 @@ def _layers(
             Layer(
                 path=path,
                 class_name=type(module).__name__,
-                parameters=sum(parameter.numel() for parameter in module.parameters()),
+                parameters=_parameters(module),
                 calls=calls,
                 never_called_because="" if calls else _why_never_called(path, modules),
                 same_as="" if first_path == path else first_path,
@@ -464,16 +478,18 @@ class RowCapture:
             self._targets.setdefault(event, {}).setdefault(address.parts, []).append(target)
         modules = _modules(model)
         self._calls = {target.address.path: target.calls for target in targets}
-        self._taps = _Taps({path: modules[path] for path in self._calls}, self._on_enter, self._on_return)
+        self._modules = {path: modules[path] for path in self._calls}
+        self._taps = _Taps(self._on_enter, self._on_return)
         self._rows: Mapping[str, Tensor] = {}
         self._remaining: set[tuple[str, int, bool]] = set()
 
     def __enter__(self) -> RowCapture:
-        self._taps.attach()
+        for path, module in self._modules.items():
+            self._taps.attach(path, module)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._taps.remove()
+        self._taps.detach_all()
 
     def run(self, pixels_NCHW: Tensor, rows: Mapping[str, Tensor]) -> None:
         """Run one batch; `rows` holds for every address a tensor (images of the batch, *shape) to write into."""
@@ -534,20 +550,41 @@ class RowCapture:
 # --- the capture of your own forward passes ------------------------------------------------------------------------
 
 
-class Capture(Mapping[str, Tensor]):
-    """Take activations out of your own forward passes.
+Transform = Callable[[Tensor], Tensor]
+Hook = Callable[[nn.Module, tuple[Any, ...], Any], Tensor | None]
 
-    Hooks are on the model from construction until `remove()`, or until the `with` block ends. A pass begins when the
-    model itself is called; what the last pass gave can be read afterwards, by address.
+
+@dataclasses.dataclass(frozen=True)
+class _Wish:
+    """What to keep of one module: `address` holds the name in place of the path, and what follows it."""
+
+    module: nn.Module
+    address: Address
+    transform: Transform | None
+    hook: Hook | None
+
+
+class Capture(Mapping[str, Tensor]):
+    """Take activations out of your own forward passes, of any module, on any device, in any mode.
+
+    Hooks are on the model from construction until `remove()`, or until the `with` block ends; the model is otherwise
+    untouched. A pass begins when the model itself is called. As a mapping, a capture shows the last pass: address ->
+    tensor, a copy made when the layer returned. A module that ran twice is there as `relu:0` and `relu:1`, a tuple as
+    `attention/0`.
 
     Args:
-        model: any module, on any device, in any mode; it is not changed.
-        layers: addresses, globs, 'type:Conv2d' (one string with commas, or a sequence).
+        model: the module whose `forward` you call.
+        layers: addresses, globs, 'type:Conv2d' (one string with commas, or a sequence), modules of the model, or a
+            mapping from names of your own to any of these. More can be added later.
+        keep: how many passes to hold, the last ones; None for all of them (see `history`).
         detach: False keeps the activations in the autograd graph.
+        transform: applied to each tensor before it is kept.
+        hook: `hook(module, inputs, output)` runs instead; the tensor it returns is kept, None keeps nothing. What it
+            returns never reaches the model.
 
     Raises:
         LayerError: a layer does not exist (with the closest names).
-        NotCapturedError: (on reading, a KeyError) the layer has not run, or has run more than once.
+        NotCapturedError: (on reading; a KeyError) the layer has not run, or has run more than once.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)).eval()
@@ -555,23 +592,110 @@ class Capture(Mapping[str, Tensor]):
         ...     _ = model(torch.rand(2, 3, 8, 8))
         >>> capture["0"].shape, capture["1@mean23"].shape
         (torch.Size([2, 4, 6, 6]), torch.Size([2, 4]))
-        >>> bool((capture["0"] < 0).any())  # the in-place ReLU did not reach it
-        True
+        >>> bool((capture["1@mean23"] == capture["0"].mean((2, 3))).all())  # and no ReLU has reached either
+        False
+
+        Names of your own, a transform, and the last three passes:
+
+        >>> with Capture(model, {"maps": model[0]}, keep=3, transform=lambda maps: maps.amax((2, 3))) as capture:
+        ...     for _ in range(5):
+        ...         _ = model(torch.rand(2, 3, 8, 8))
+        >>> [tuple(maps.shape) for maps in capture.history("maps")]
+        [(2, 4), (2, 4), (2, 4)]
     """
 
-    def __init__(self, model: nn.Module, layers: str | Iterable[str], *, detach: bool = True) -> None:
-        modules = _modules(model)
-        class_names = module_classes(model)
-        self._selectors = parse_selectors(layers)
-        self._wanted: dict[str, list[Selector]] = {}
-        for selector in self._selectors:
-            for path in matched_paths([selector], class_names, "this model"):
-                self._wanted.setdefault(path, []).append(selector)
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: str | nn.Module | Iterable[str | nn.Module] | Mapping[str, str | nn.Module] = (),
+        *,
+        keep: int | None = 1,
+        detach: bool = True,
+        transform: Transform | None = None,
+        hook: Hook | None = None,
+    ) -> None:
+        if keep is not None and keep < 1:
+            raise UsageError(f"keep is {keep}; it is the number of passes to hold, 1 or more, or None for all")
+        self.model = model
         self._detach = detach
-        self._stored: dict[Address, Tensor] = {}
-        self._taps = _Taps({path: modules[path] for path in self._wanted}, self._on_enter, self._on_return)
-        self._begin = model.register_forward_pre_hook(self._begin_pass, prepend=True)
-        self._taps.attach()
+        self._wishes: dict[str, list[_Wish]] = {}
+        self._passes: deque[dict[Address, Tensor]] = deque(maxlen=keep)
+        self._taps = _Taps(self._on_enter, self._on_return)
+        self._fastpath = True
+        self._model_hooks = [
+            model.register_forward_pre_hook(self._begin_pass, prepend=True),
+            model.register_forward_hook(self._end_pass, always_call=True),
+        ]
+        try:
+            self.add(layers, transform=transform, hook=hook)
+        except BaseException:
+            self.remove()
+            raise
+
+    def add(
+        self,
+        layers: str | nn.Module | Iterable[str | nn.Module] | Mapping[str, str | nn.Module],
+        *,
+        transform: Transform | None = None,
+        hook: Hook | None = None,
+    ) -> Capture:
+        """Capture more layers, with a transform or a hook of their own; returns the capture itself.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+            >>> capture = Capture(model).add("0").add("1", transform=torch.sigmoid)
+            >>> _ = model(torch.rand(5, 3))
+            >>> list(capture)
+            ['0', '1']
+        """
+        modules = _modules(self.model)
+        class_names = {path: type(module).__name__ for path, module in modules.items()}
+        paths = {id(module): path for path, module in reversed(modules.items())}
+        named: Iterable[tuple[str | None, str | nn.Module]]
+        if isinstance(layers, Mapping):
+            named = layers.items()
+        else:
+            named = [(None, layer) for layer in ([layers] if isinstance(layers, str | nn.Module) else layers)]
+        for name, layer in named:
+            if isinstance(layer, nn.Module):
+                if id(layer) not in paths:
+                    raise LayerError(f"the {type(layer).__name__} to capture is not a module of this model")
+                selectors = [Selector("path", Address(paths[id(layer)]), "")]
+            else:
+                selectors = parse_selectors(layer)
+            for selector in selectors:
+                for path in matched_paths([selector], class_names, "this model"):
+                    if name is not None and (len(selectors) > 1 or selector.kind != "path"):
+                        raise LayerError(f"'{name}' is one name, and '{layer}' can be several layers")
+                    address = dataclasses.replace(selector.address, path=name or path)
+                    wish = _Wish(modules[path], address, transform, hook)
+                    if wish not in self._wishes.setdefault(path, []):
+                        self._wishes[path].append(wish)
+                    self._taps.attach(path, modules[path])
+        return self
+
+    def remove(self, name: str | None = None) -> None:
+        """Take all hooks off the model, or those of one path or name; what was captured stays."""
+        if name is None:
+            self._taps.detach_all()
+            for hook in self._model_hooks:
+                hook.remove()
+            self._wishes.clear()
+            return
+        path_or_name = Address.parse(name).path
+        known = {wish.address.path for wishes in self._wishes.values() for wish in wishes}
+        if path_or_name not in known:
+            raise LayerError(f"'{name}' is not being captured; there is: {', '.join(known) or 'nothing'}")
+        for path, wishes in list(self._wishes.items()):
+            self._wishes[path] = [wish for wish in wishes if wish.address.path != path_or_name]
+            if not self._wishes[path]:
+                del self._wishes[path]
+                self._taps.detach(path)
+
+    def clear(self) -> None:
+        """Forget what was captured; the hooks stay."""
+        self._passes.clear()
+        self._taps.begin_pass()
 
     def __enter__(self) -> Capture:
         return self
@@ -579,60 +703,118 @@ class Capture(Mapping[str, Tensor]):
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def remove(self) -> None:
-        """Take the hooks off the model; what was captured stays."""
-        self._begin.remove()
-        self._taps.remove()
-
-    def clear(self) -> None:
-        """Forget what was captured."""
-        self._stored.clear()
+    # --- reading
 
     def __getitem__(self, address: str) -> Tensor:
-        wanted = Address.parse(address)
-        stored = {str(key): key for key in self._canonical()}
-        if str(wanted) in stored:
-            return self._canonical()[stored[str(wanted)]]
-        if not stored:
-            raise NotCapturedError(f"'{address}': nothing has been captured yet; call the model")
-        beneath = [text for text, key in stored.items() if key.path == wanted.path]
-        raise NotCapturedError(
-            f"'{address}' was not captured; there is {', '.join(beneath) or closest(address, stored)}"
-        )
+        return _find(self._passes[-1] if self._passes else {}, address)
 
     def __iter__(self) -> Iterator[str]:
-        return map(str, self._canonical())
+        return map(str, _canonical(self._passes[-1]) if self._passes else ())
 
     def __len__(self) -> int:
-        return len(self._stored)
+        return len(self._passes[-1]) if self._passes else 0
 
-    def _canonical(self) -> dict[Address, Tensor]:
-        """Drop the number of a call that was the only one."""
-        called_again = {(key.path, key.is_input) for key in self._stored if key.call}
-        return {
-            key if (key.path, key.is_input) in called_again else dataclasses.replace(key, call=None): tensor
-            for key, tensor in self._stored.items()
-        }
+    def history(self, address: str) -> list[Tensor]:
+        """Return one activation of every pass that is held, the oldest first."""
+        return [_find(one_pass, address) for one_pass in self._passes]
+
+    def summary(self) -> str:
+        """Describe the model and, for each layer: class, parameters, calls, and what the last pass kept.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+            >>> capture = Capture(model, "0,1")
+            >>> print(capture.summary())
+            Sequential: 16 parameters, 0 passes held
+            0  Linear  16  has not run
+            1  ReLU     0  has not run
+        """
+        last = _canonical(self._passes[-1]) if self._passes else {}
+        rows = []
+        for path, wishes in self._wishes.items():
+            calls = self._taps.calls[path]
+            for wish in wishes:
+                kept = [
+                    f"{key} {list(tensor.shape)} {_name(tensor.dtype)} {tensor.device}"
+                    for key, tensor in last.items()
+                    if key.path == wish.address.path and key.reduction == wish.address.reduction
+                ]
+                times = f"{calls} call{'s' * (calls != 1)}: {', '.join(kept) or 'nothing kept'}"
+                state = times if calls else "has not run"
+                rows.append((str(wish.address), type(wish.module).__name__, f"{_parameters(wish.module):,}", state))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            f"{name:{widths[0]}}  {kind:{widths[1]}}  {count:>{widths[2]}}  {state}"
+            for name, kind, count, state in rows
+        ]
+        total = f"{type(self.model).__name__}: {_parameters(self.model):,} parameters, {len(self._passes)} passes held"
+        return "\n".join([total, *lines])
+
+    def __repr__(self) -> str:
+        return f"Capture({type(self.model).__name__}: {', '.join(self) or 'nothing yet'})"
+
+    # --- during a pass
 
     def _begin_pass(self, _module: nn.Module, _args: Any) -> None:
         self._taps.begin_pass()
-        self._stored.clear()
+        self._passes.append({})
+        self._fastpath = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+
+    def _end_pass(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        torch.backends.mha.set_fastpath_enabled(self._fastpath)
 
     def _on_enter(self, path: str, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._keep(path, call, True, lambda: _tensors_given(args, kwargs))
+        for wish in self._wishes.get(path, ()):
+            if wish.address.is_input and wish.hook is None:
+                self._keep(wish, call, _tensors_given(args, kwargs))
 
-    def _on_return(self, path: str, call: int, _args: Any, _kwargs: Any, output: Any) -> None:
-        self._keep(path, call, False, lambda: tensors_in(output))
+    def _on_return(self, path: str, call: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        for wish in self._wishes.get(path, ()):
+            if wish.hook is not None:
+                result = wish.hook(wish.module, args, output)
+                self._keep(wish, call, tensors_in(result))
+            elif not wish.address.is_input:
+                self._keep(wish, call, tensors_in(output))
 
-    def _keep(
-        self, path: str, call: int, is_input: bool, tensors: Callable[[], Iterable[tuple[Parts, Tensor]]]
-    ) -> None:
-        for selector in self._wanted[path]:
-            wanted = selector.address
-            if wanted.is_input != is_input or wanted.call not in (None, call):
+    def _keep(self, wish: _Wish, call: int, tensors: Iterable[tuple[Parts, Tensor]]) -> None:
+        wanted = wish.address
+        if wanted.call not in (None, call):
+            return
+        if not self._passes:
+            self._passes.append({})  # A layer was called by itself, outside of any call of the model.
+        for parts, tensor in tensors:
+            if parts[: len(wanted.parts)] != wanted.parts:
                 continue
-            for parts, tensor in tensors():
-                if parts[: len(wanted.parts)] == wanted.parts:
-                    value = reduce(tensor.detach() if self._detach else tensor, wanted.reduction)
-                    key = Address(path, call, is_input, parts, wanted.reduction)
-                    self._stored[key] = value.clone()
+            value = reduce(tensor.detach() if self._detach else tensor, wanted.reduction)
+            if wish.transform is not None:
+                value = wish.transform(value)
+                if not isinstance(value, Tensor):
+                    raise CaptureError(f"the transform of '{wanted}' returned a {type(value).__name__}, not a tensor")
+            self._passes[-1][dataclasses.replace(wanted, call=call, parts=parts)] = value.clone()
+
+
+def _canonical(one_pass: Mapping[Address, Tensor]) -> dict[Address, Tensor]:
+    """Drop the number of a call that was its module's only one."""
+    called_again = {(key.path, key.is_input) for key in one_pass if key.call}
+    return {
+        key if (key.path, key.is_input) in called_again else dataclasses.replace(key, call=None): tensor
+        for key, tensor in one_pass.items()
+    }
+
+
+def _find(one_pass: Mapping[Address, Tensor], address: str) -> Tensor:
+    wanted, stored = Address.parse(address), _canonical(one_pass)
+    if wanted in stored:
+        return stored[wanted]
+    if wanted in one_pass:
+        return one_pass[wanted]  # relu:0 of a relu that ran once
+    if not stored:
+        raise NotCapturedError(f"'{address}': nothing has been captured yet; call the model")
+    beneath = [str(key) for key in stored if key.path == wanted.path]
+    there = ", ".join(beneath) or closest(address, map(str, stored))
+    raise NotCapturedError(f"'{address}' was not captured; there is {there}")
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -156,7 +156,7 @@ def _entry(ref: str, weights: str = "default") -> Any:
         return enum.DEFAULT
     name = weights.removeprefix(f"{enum.__name__}.")
     if name not in enum.__members__:
-        known = ", ".join(enum.__members__)
+        known = ", ".join(member.name for member in enum)
         raise ModelError(
             f"{ref} has no weights '{weights}'; it has: {known}",
             "also: default, none (random), or a file (.safetensors, .pt, .pth)",

@@ -209,17 +209,25 @@ def read_record(path: Path, plan: Plan, shard: Shard) -> ShardRecord:
     file = path / plan.shard_file(shard)
     with open_shard(file) as opened:
         metadata = opened.metadata() or {}
+        slices = {address: opened.get_slice(address) for address in list(opened.keys())}
+        tensors = {address: (data.get_dtype(), data.get_shape()) for address, data in slices.items()}
     try:
         belongs = metadata.get("fingerprint") == plan.fingerprint and metadata["shard"] == str(shard.number)
         if not belongs:
             raise StoreError(f"{file} belongs to another run or was renamed", "remove it, and run again")
-        return ShardRecord(
+        record = ShardRecord(
             keys=json.loads(metadata["keys"]),
             failures=[(key, reason) for key, reason in json.loads(metadata["failures"])],
             rotations_ignored=int(metadata["rotations_ignored"]),
             overflows=json.loads(metadata["overflows"]),
             made=json.loads(metadata["made"]),
         )
+        if len(record.keys) + len(record.failures) != len(shard):
+            raise ValueError(f"it does not account for {len(shard)} images")
+        rows = len(record.keys)
+        if tensors != {layer.address: (DTYPES[layer.dtype][0], [rows, *layer.shape]) for layer in plan.layers}:
+            raise ValueError("its tensors are not those of the plan")
+        return record
     except (KeyError, ValueError, TypeError) as error:
         raise StoreError(f"{file} is damaged: {error}", "remove it, and run again") from None
 
@@ -359,8 +367,8 @@ class Features(Mapping[str, "Activations"]):
 class Activations:
     """One address of a run: an array of shape (rows, *layer shape) that stays on the disk until it is indexed.
 
-    An integer gives one row without its first dimension, a slice or a list of integers a tensor of rows. Only those
-    rows are read.
+    An integer gives one row without its first dimension; a slice, a list of integers or a mask of all rows gives a
+    tensor of rows. Only those rows are read.
     """
 
     def __init__(self, layer: LayerSpec, files: Sequence[Path], first_rows: NDArray[np.int64]) -> None:
@@ -375,7 +383,7 @@ class Activations:
     def __repr__(self) -> str:
         return f"Activations('{self.address}', shape={self.shape}, dtype={self.dtype})"
 
-    def __getitem__(self, index: int | slice | Sequence[int]) -> Tensor:
+    def __getitem__(self, index: int | slice | Sequence[int] | NDArray[Any]) -> Tensor:
         if isinstance(index, slice):
             rows = range(len(self))[index]
             if rows.step == 1:
@@ -384,7 +392,12 @@ class Activations:
         if isinstance(index, int | np.integer):
             row = range(len(self))[index]  # Negative indices count from the end; outside is an IndexError.
             return self._run(row, row + 1)[0]
-        return self._rows([range(len(self))[int(row)] for row in index])
+        chosen = np.asarray(index)
+        if chosen.dtype == bool and chosen.shape == (len(self),):
+            chosen = np.flatnonzero(chosen)
+        if isinstance(index, tuple) or (chosen.size and (chosen.ndim != 1 or chosen.dtype.kind not in "iu")):
+            raise TypeError(f"rows are an integer, a slice, a list of integers or a mask of {len(self)}, not {index!r}")
+        return self._rows([range(len(self))[row] for row in chosen.tolist()])
 
     def torch(self) -> Tensor:
         """Read all rows."""
