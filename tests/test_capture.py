@@ -12,10 +12,12 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import nets
 from hookx import Capture
-from hookx.capture import RowCapture, example_images, module_classes, probe, stored_dtype
+from hookx.capture import RowCapture, stored_dtype
 from hookx.errors import CaptureError, LayerError, NotCapturedError
+from hookx.hooks import module_classes
 from hookx.layers import Layer, Target, parse_selectors, select
 from hookx.models import list_models, skeleton
+from hookx.probe import example_images, probe
 
 CPU = torch.device("cpu")
 

@@ -281,8 +281,8 @@ def list_layers(
     hookx list-layers resnet18
     """
     from hookx import report
-    from hookx.capture import example_images, probe
     from hookx.models import skeleton
+    from hookx.probe import example_images, probe
 
     bare = skeleton(model, weights)
     layers = probe(bare.module, example_images(bare.module, bare.preprocessing.crop_px), forward=bare.forward)

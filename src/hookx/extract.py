@@ -19,12 +19,14 @@ from typing import Any
 import torch
 
 from hookx import images as image_files
-from hookx.capture import PRECISIONS, RowCapture, example_images, module_classes, probe, stored_dtype
+from hookx.capture import RowCapture, stored_dtype
 from hookx.errors import ImageError, StoreError, UsageError
+from hookx.hooks import PRECISIONS, module_classes
 from hookx.images import ImageList, list_images
 from hookx.layers import Target, closest, matched_paths, parse_selectors, select
 from hookx.models import LoadedModel, load_model, skeleton
 from hookx.plan import DTYPES, LayerSpec, Plan, Preprocessing, Shard, images_per_shard, images_sha256, parse_bytes
+from hookx.probe import example_images, probe
 from hookx.store import RunDirectory, ShardRecord, ShardWriter, check_resumable, finished_shards, read_record
 
 log = logging.getLogger("hookx")

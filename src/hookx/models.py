@@ -121,7 +121,7 @@ def _loaded(ref: str, entry: Any, module: nn.Module, identity: str) -> LoadedMod
         module=module.eval(),
         preprocessing=_preprocessing(entry, module),
         weights=identity,
-        forward=_forward(ref, module),
+        forward=forward_of(ref, module),
         cpu_only=_kind(ref) == "quantized",
     )
 
@@ -241,7 +241,7 @@ def _preprocessing(entry: Any, module: nn.Module) -> Preprocessing:
     )
 
 
-def _forward(ref: str, module: nn.Module) -> Callable[[Tensor], Any]:
+def forward_of(ref: str, module: nn.Module) -> Callable[[Tensor], Any]:
     """Return what takes a batch of images through a model."""
     if _kind(ref) != "detection":
         return module
