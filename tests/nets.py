@@ -1,4 +1,4 @@
-"""Small networks, each of them one trap for whoever reads activations with a hook."""
+"""Small networks, each of them one trap for whoever reads activations with a hook, and the way a run captures them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,35 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from hookx.capture import RowCapture, stored_dtype
+from hookx.layers import Target, parse_selectors, select
+from hookx.probe import probe
+
+
+def images(count: int = 3, side: int = 8) -> Tensor:
+    """Return the same images of ordinary values at every call."""
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def targets_of(model: nn.Module, layers: str, pixels_NCHW: Tensor | None = None) -> list[Target]:
+    """Probe a network and select from it."""
+    probed = probe(model, images() if pixels_NCHW is None else pixels_NCHW[:3])
+    return select(parse_selectors(layers), probed, "net").targets
+
+
+def captured_rows(model: nn.Module, layers: str, pixels_NCHW: Tensor) -> dict[str, Tensor]:
+    """Capture one batch the way a run does: into preallocated rows."""
+    targets = targets_of(model, layers, torch.cat([pixels_NCHW] * 3))
+    rows = {
+        str(target.address): torch.full(
+            (len(pixels_NCHW), *target.shape), 7, dtype=getattr(torch, stored_dtype(target))
+        )
+        for target in targets
+    }
+    with RowCapture(model, targets, device=torch.device("cpu"), precision="fp32") as capture:
+        capture.run(pixels_NCHW, rows)
+    return rows
 
 
 class InPlace(nn.Module):

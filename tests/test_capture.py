@@ -1,8 +1,6 @@
-"""The probe and the captures, on networks of which each is a trap, and on torchvision's own."""
+"""The captures, on networks of which each is a trap, and on torchvision's own."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -13,39 +11,12 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import nets
 from hookx import Capture
 from hookx.capture import RowCapture, stored_dtype
-from hookx.errors import CaptureError, LayerError, NotCapturedError
-from hookx.hooks import module_classes
-from hookx.layers import Layer, Target, parse_selectors, select
-from hookx.models import list_models, skeleton
-from hookx.probe import example_images, probe
+from hookx.errors import CaptureError, LayerError, NotCapturedError, UsageError
+from hookx.layers import parse_selectors, select
+from hookx.probe import probe
+from nets import captured_rows, images, targets_of
 
 CPU = torch.device("cpu")
-
-
-def images(count: int = 3, side: int = 8) -> Tensor:
-    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
-
-
-def targets_of(model: nn.Module, layers: str, pixels_NCHW: Tensor | None = None) -> list[Target]:
-    probed = probe(model, images() if pixels_NCHW is None else pixels_NCHW[:3])
-    return select(parse_selectors(layers), probed, "net").targets
-
-
-def captured_rows(model: nn.Module, layers: str, pixels_NCHW: Tensor) -> dict[str, Tensor]:
-    """Capture one batch the way a run does: into preallocated rows."""
-    targets = targets_of(model, layers, torch.cat([pixels_NCHW] * 3))
-    count = len(pixels_NCHW)
-    rows = {
-        str(target.address): torch.full((count, *target.shape), 7, dtype=getattr(torch, stored_dtype(target)))
-        for target in targets
-    }
-    with RowCapture(model, targets, device=CPU, precision="fp32") as capture:
-        capture.run(pixels_NCHW, rows)
-    return rows
-
-
-def by_path(layers: Sequence[Layer]) -> dict[str, Layer]:
-    return {layer.path: layer for layer in layers}
 
 
 def hooks_on(model: nn.Module) -> int:
@@ -138,68 +109,6 @@ def test_tuples_named_tuples_and_dicts_become_their_tensor_parts() -> None:
     assert all(torch.equal(rows[address], expected[address]) for address in rows)
 
 
-def test_a_batch_dimension_that_is_not_the_first_is_moved_to_the_front() -> None:
-    net, pixels = nets.BatchSecond().eval(), images(3)
-    [target] = targets_of(net, "tokens")
-    assert target.tensor.shape_text == "64,N,5" and target.shape == (64, 5)
-    expected = net.tokens(pixels.flatten(2).permute(2, 0, 1)).movedim(1, 0)
-    assert torch.equal(captured_rows(net, "tokens", pixels)["tokens"], expected)
-
-
-def test_rows_that_lie_together_are_split_by_image_and_interleaved_rows_are_refused() -> None:
-    net, pixels = nets.Windows().eval(), images(3)
-    assert captured_rows(net, "by_image", pixels)["by_image"].shape == (3, 16, 4)
-    one_by_one = torch.cat([captured_rows(net, "by_image", pixels[i : i + 1])["by_image"] for i in range(3)])
-    assert torch.allclose(captured_rows(net, "by_image", pixels)["by_image"], one_by_one)
-    with pytest.raises(LayerError, match=r"'by_window' \(16N,4\) cannot be split by image: the 16 rows"):
-        targets_of(net, "by_window")
-
-
-def test_a_layer_that_mixes_the_images_of_a_batch_is_refused() -> None:
-    with pytest.raises(LayerError, match="depend on the other images of its batch"):
-        targets_of(nets.MixesBatch().eval(), "norm")
-
-
-def test_constants_are_left_out_of_globs_and_refused_by_name() -> None:
-    net = nets.Constant().eval()
-    selection = select(parse_selectors("*"), probe(net, images()), "net")
-    assert [str(target.address) for target in selection.targets] == ["body"]
-    assert "constant" in selection.left_out["bias"]
-    with pytest.raises(LayerError, match=r"'bias' is constant \(4,3\): it does not depend on the image"):
-        targets_of(net, "bias")
-
-
-def test_a_layer_that_is_never_called_is_named_with_the_reason() -> None:
-    net = nets.NeverCalled().eval()
-    layers = by_path(probe(net, images()))
-    assert not layers["spare"].calls and not layers["attention.out_proj"].calls
-    with pytest.raises(LayerError, match=r"never called in a forward pass\n  \(nn.MultiheadAttention uses its weights"):
-        targets_of(net, "attention.out_proj")
-
-
-def test_a_module_with_two_names_answers_to_both_and_globs_take_it_once() -> None:
-    net, pixels = nets.SavedTwice().eval(), images()
-    layers = by_path(probe(net, pixels))
-    assert layers["second"].same_as == "first" and len(layers["first"].calls) == 2
-    assert list(captured_rows(net, "*", pixels)) == ["first:0", "first:1"]
-    rows = captured_rows(net, "second:1", pixels)
-    assert torch.equal(rows["second:1"], net(pixels))
-
-
-def test_layers_come_in_the_order_of_execution() -> None:
-    assert [layer.path for layer in probe(nets.NeverCalled().eval(), images())] == [
-        *(".", "spare", "embed", "attention", "attention.out_proj")
-    ]
-
-
-def test_the_transformer_fast_path_hides_nothing() -> None:
-    encoder = nn.TransformerEncoderLayer(4, 2, batch_first=True).eval()
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.Linear(64, 4), encoder)
-    before = torch.backends.mha.get_fastpath_enabled()
-    assert by_path(probe(net, images()))["3.linear1"].calls
-    assert torch.backends.mha.get_fastpath_enabled() is before
-
-
 # --- a pass --------------------------------------------------------------------------------------------------------
 
 
@@ -273,23 +182,6 @@ def test_autocast_gives_what_autocast_gives() -> None:
         assert torch.equal(rows, net.conv(pixels))
 
 
-# --- the probe on every architecture -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", [name for name, kind in list_models().items() if kind == "classification"])
-def test_every_classification_model_is_probed_without_memory(name: str) -> None:
-    bare = skeleton(name)
-    assert all(parameter.is_meta for parameter in bare.module.parameters())
-    layers = by_path(probe(bare.module, example_images(bare.module, bare.preprocessing.crop_px)))
-    assert layers.keys() == module_classes(bare.module).keys()
-    assert layers["."].calls[0].outputs[0].shape_text == "N,1000"
-
-
-def test_a_skeleton_shows_the_calls_and_shapes_of_the_real_model() -> None:
-    bare, real = skeleton("shufflenet_v2_x0_5").module, get_model("shufflenet_v2_x0_5", weights=None).eval()
-    assert probe(bare, example_images(bare, 224)) == probe(real, example_images(real, 224))
-
-
 def test_the_capture_agrees_with_torchvisions_feature_extractor() -> None:
     net, pixels = get_model("resnet18", weights=None).eval(), images(2, 64)
     rows = captured_rows(net, "bn1,layer1,layer3.0.downsample.1,avgpool,fc", pixels)
@@ -315,12 +207,17 @@ def test_reading_what_was_not_captured_is_a_key_error_that_says_what_there_is() 
     assert hooks_on(net) == 0
 
 
-def test_a_capture_holds_the_last_pass_only() -> None:
+def test_a_capture_holds_the_last_pass_the_last_few_or_all() -> None:
     net = nets.InPlace().eval()
-    with Capture(net, ["conv"]) as capture:
-        net(images(2))
-        net(images(5))
-    assert len(capture["conv"]) == 5 and len(capture) == 1
+    with Capture(net, ["conv"]) as last, Capture(net, "conv", keep=2) as few, Capture(net, "conv", keep=None) as every:
+        for count in (2, 5, 3, 4):
+            net(images(count))
+    assert [len(kept) for kept in last.history("conv")] == [4]
+    assert [len(kept) for kept in few.history("conv")] == [3, 4]
+    assert [len(kept) for kept in every.history("conv")] == [2, 5, 3, 4]
+    assert all(len(capture["conv"]) == 4 for capture in (last, few, every))
+    with pytest.raises(UsageError, match="keep is 0"):
+        Capture(net, "conv", keep=0)
 
 
 def test_an_attached_capture_carries_gradients_to_the_input() -> None:
@@ -334,6 +231,107 @@ def test_an_attached_capture_carries_gradients_to_the_input() -> None:
     assert not capture["conv"].requires_grad
 
 
-def test_an_unknown_layer_is_an_error_with_the_closest_names() -> None:
+def test_an_unknown_layer_is_an_error_with_the_closest_names_and_leaves_no_hook() -> None:
+    net = nets.InPlace()
     with pytest.raises(LayerError, match=r"no layer matches .conf.*closest: conv"):
-        Capture(nets.InPlace(), "conf")
+        Capture(net, ["conv", "conf"])
+    assert hooks_on(net) == 0
+
+
+def test_a_module_object_is_captured_under_a_name_of_ones_own() -> None:
+    net, pixels = get_model("resnet18", weights=None).eval(), images(2, 64)
+    with Capture(net, {"comp": net.layer3[0].downsample[1], "act": "layer1[0].relu"}) as capture:
+        net(pixels)
+    assert list(capture) == ["act:0", "act:1", "comp"]
+    assert torch.equal(capture["comp"], captured_rows(net, "layer3.0.downsample.1", pixels)["layer3.0.downsample.1"])
+    with Capture(net, [net.conv1, net.fc]) as capture:
+        net(pixels)
+    assert list(capture) == ["conv1", "fc"]
+    with pytest.raises(LayerError, match="the ReLU to capture is not a module of this model"):
+        Capture(net, nn.ReLU())
+    with pytest.raises(LayerError, match="'all' is one name"):
+        Capture(net, {"all": "layer*"})
+
+
+def test_each_layer_can_have_a_transform_of_its_own() -> None:
+    net, pixels = nets.InPlace().eval(), images()
+    capture = Capture(net).add("conv", transform=lambda maps: maps.amax((2, 3))).add("relu").add("relu@mean23")
+    net(pixels)
+    assert torch.equal(capture["conv"], net.conv(pixels).amax((2, 3)))
+    assert torch.equal(capture["relu@mean23"], capture["relu"].mean((2, 3)))
+    capture.remove()
+    with Capture(net, "conv", transform=lambda maps: "text"), pytest.raises(CaptureError, match="returned a str"):  # type: ignore[arg-type,return-value]
+        net(pixels)
+    assert hooks_on(net) == 0
+
+
+def test_what_a_custom_hook_returns_is_kept_and_never_reaches_the_model() -> None:
+    net, pixels = nets.InPlace().eval(), images()
+    expected = net(pixels)
+
+    def difference(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        assert isinstance(module, nn.Conv2d | nn.ReLU)
+        return output.mean(1) - inputs[0].mean(1) if isinstance(module, nn.Conv2d) else None
+
+    with Capture(net, "conv,relu", hook=difference) as capture:
+        assert torch.equal(net(pixels), expected)
+    assert torch.equal(capture["conv"], net.conv(pixels).mean(1) - pixels.mean(1))
+    assert list(capture) == ["conv"]
+
+
+def test_a_layer_is_removed_by_its_name_and_what_it_gave_stays() -> None:
+    net = nets.InPlace().eval()
+    capture = Capture(net, "conv,relu")
+    net(images(2))
+    capture.remove("conv")
+    assert len(capture) == 2 and not net.conv._forward_hooks and net.relu._forward_hooks
+    net(images(5))
+    assert list(capture) == ["relu"]
+    with pytest.raises(LayerError, match="'conv' is not being captured; there is: relu"):
+        capture.remove("conv")
+    capture.clear()
+    assert len(capture) == 0
+    capture.remove()
+    assert hooks_on(net) == 0
+
+
+def test_inputs_and_outputs_of_a_module_that_is_no_vision_model_are_captured() -> None:
+    net, words = nn.GRU(3, 4, batch_first=True), torch.randn(2, 5, 3)
+    with Capture(net, "./in,.") as capture:
+        output, state = net(words)
+    assert torch.equal(capture["./in"], words)
+    assert torch.equal(capture["./0"], output) and torch.equal(capture["./1"], state)
+
+
+def test_a_capture_sees_through_the_transformer_fast_path_and_restores_it() -> None:
+    net, words = nn.TransformerEncoderLayer(4, 2, batch_first=True).eval(), torch.randn(2, 5, 4)
+    with torch.inference_mode(), Capture(net, "self_attn,linear1") as capture:
+        net(words)
+        with pytest.raises(AssertionError, match="embedding dimension"):
+            net(torch.randn(2, 5, 7))
+    assert capture.keys() == set()  # The pass that failed is the last one.
+    assert torch.backends.mha.get_fastpath_enabled()
+    with torch.inference_mode(), Capture(net, "self_attn,linear1") as capture:
+        net(words)
+    assert set(capture) == {"self_attn/0", "linear1"}
+
+
+def test_a_layer_called_outside_of_the_model_adds_to_the_pass() -> None:
+    net, pixels = nets.InPlace().eval(), images()
+    with Capture(net, "conv") as capture:
+        net.conv(pixels)
+        assert list(capture) == ["conv"]
+        net.conv(pixels + 1)
+    assert list(capture) == ["conv:0", "conv:1"]
+    assert torch.equal(capture["conv:1"], net.conv(pixels + 1))
+
+
+def test_the_summary_says_what_ran_and_what_did_not() -> None:
+    net = nets.NeverCalled().eval()
+    with Capture(net, "spare,embed") as capture:
+        net(images(2))
+        lines = capture.summary().splitlines()
+    assert lines[0].startswith("NeverCalled: ") and lines[0].endswith("1 passes held")
+    assert lines[1].split() == ["spare", "Linear", "12", "has", "not", "run"]
+    assert lines[2].endswith("1 call: embed [2, 64, 4] float32 cpu")
+    assert "nothing yet" in repr(Capture(net))

@@ -274,6 +274,16 @@ def list_layers(
     weights: Annotated[
         str, typer.Option("-w", "--weights", help="The weights name, which decides the size of the input.")
     ] = "default",
+    types: Annotated[
+        list[str] | None, typer.Option("--type", help="Only modules of these classes, as in Conv2d,Linear.")
+    ] = None,
+    paths: Annotated[
+        list[str] | None, typer.Option("--filter", help="Only paths that match a glob, or contain a text.")
+    ] = None,
+    depth: Annotated[
+        int | None, typer.Option("--depth", min=0, help="Only paths of at most this many names; 0 is the model itself.")
+    ] = None,
+    tree: Annotated[bool, typer.Option("--tree", help="Indent each layer beneath the one that holds it.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Show what can be captured: every module, in the order of execution. Needs no weights.
@@ -281,12 +291,14 @@ def list_layers(
     hookx list-layers resnet18
     """
     from hookx import report
+    from hookx.layers import narrowed
     from hookx.models import skeleton
     from hookx.probe import example_images, probe
 
     bare = skeleton(model, weights)
     layers = probe(bare.module, example_images(bare.module, bare.preprocessing.crop_px), forward=bare.forward)
-    report.print_json(report.layers_document(layers)) if json else report.print_model_layers(layers)
+    layers = narrowed(layers, model, paths=paths or [], types=types or [], depth=depth)
+    report.print_json(report.layers_document(layers)) if json else report.print_model_layers(layers, tree=tree)
 
 
 @app.command("list-models", epilog=EXIT_CODES)

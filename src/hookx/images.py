@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -135,6 +135,10 @@ class Batch:
     keys: list[str] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
     rotations_ignored: int = 0
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in pinned memory; a DataLoader asks for it, and leaves what cannot do so as it is."""
+        return self if self.pixels_NCHW is None else replace(self, pixels_NCHW=self.pixels_NCHW.pin_memory())
 
 
 def batches(

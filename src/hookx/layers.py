@@ -391,6 +391,48 @@ def matched_paths(selectors: Sequence[Selector], class_names: Mapping[str, str],
     return list(paths)
 
 
+def narrowed(
+    layers: Sequence[Layer],
+    model: str,
+    *,
+    paths: Iterable[str] = (),
+    types: Iterable[str] = (),
+    depth: int | None = None,
+) -> list[Layer]:
+    """Keep the layers whose path matches a glob or contains a text, of one of some classes, not below a depth.
+
+    Args:
+        layers: all layers of a model.
+        model: its name, for the error message.
+        paths: globs, or texts that a path contains; with commas.
+        types: names of classes; with commas.
+        depth: the most names a path may have; the model itself has none.
+
+    Raises:
+        LayerError: a glob, a text or a class fits no layer of the model.
+    """
+    kept = list(layers)
+    class_names = {layer.path: layer.class_name for layer in layers}
+    if texts := [text for texts in paths for text in texts.split(",") if text]:
+        wanted = set(matched_paths([Selector.parse(t) for t in texts if re.search(r"[*?]", t)], class_names, model))
+        for text in texts:
+            containing = {path for path in class_names if text in path}
+            if not containing and not re.search(r"[*?]", text):
+                raise LayerError(f"no path in {model} contains '{text}'; closest: {closest(text, class_names)}")
+            wanted |= containing
+        kept = [layer for layer in kept if layer.path in wanted]
+    if classes := [f"type:{name}" for names in types for name in names.split(",") if name]:
+        wanted = set(matched_paths(parse_selectors(classes), class_names, model))
+        kept = [layer for layer in kept if layer.path in wanted]
+    if depth is not None:
+        kept = [layer for layer in kept if _depth(layer.path) <= depth]
+    return kept
+
+
+def _depth(path: str) -> int:
+    return 0 if path == "." else path.count(".") + 1
+
+
 def select(
     selectors: Sequence[Selector], layers: Sequence[Layer], model: str, exclude: Sequence[Selector] = ()
 ) -> Selection:

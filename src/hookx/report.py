@@ -10,11 +10,13 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hookx.extract import Job, Summary
 from hookx.layers import Address, Layer
 from hookx.plan import LayerSpec
+
+if TYPE_CHECKING:  # At run time it would import torch, for which an error of usage need not wait.
+    from hookx.extract import Job, Summary
 
 Rows = Sequence[Sequence[str]]
 
@@ -140,11 +142,11 @@ def job_document(job: Job) -> dict[str, Any]:
     }
 
 
-def print_model_layers(layers: Sequence[Layer]) -> None:
+def print_model_layers(layers: Sequence[Layer], *, tree: bool = False) -> None:
     """Print a model's layers, a line each: path, class, what it returns, parameters, calls in a forward pass."""
     rows = [
         (
-            str(Address(layer.path)),
+            _in_tree(layer.path) if tree else str(Address(layer.path)),
             layer.class_name,
             _outputs_text(layer),
             f"{layer.parameters:,}",
@@ -270,14 +272,21 @@ def _outputs_text(layer: Layer) -> str:
         text = f"{place}={tensor.shape_text}" if place else tensor.shape_text
         if tensor.is_constant:
             text += " (constant)"
+        elif tensor.problem:
+            text += " (not by image)"
         if text not in texts:
             texts.append(text)
     return " ".join(texts) or "-"
 
 
+def _in_tree(path: str) -> str:
+    above, dot, name = path.rpartition(".")
+    return path if path == "." else "  " * (above.count(".") + 1 + bool(dot)) + str(Address(name))
+
+
 def _calls_text(layer: Layer) -> str:
     if layer.calls:
-        return str(len(layer.calls))
+        return str(len(layer.calls)) + (f" (same module as {layer.same_as})" if layer.same_as else "")
     return "never called" + (f" ({layer.never_called_because})" if layer.never_called_because else "")
 
 

@@ -1,0 +1,269 @@
+#!/usr/bin/env python
+"""Compare what hookx captures with what the layers return, for every module, call and part of torchvision's models.
+
+    scripts/conformance.py                      all classification models, about 10 minutes on 2 cores
+    scripts/conformance.py 'resnet*' swin_t     some of them
+    scripts/conformance.py --kind detection     another kind: segmentation, quantized, detection
+
+The second route shares no code with the capture: the model's own forward, with each output cloned as it returns; and,
+where torch.fx can trace the model, torchvision's feature extractor, asked for one node at a time. Comparison is bit for
+bit. On the same pass the usual hook, `store[...] = output.detach()`, is held to the same measure. Exits with 1 if
+anything is wrong or missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import get_model
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+from hookx.capture import RowCapture, stored_dtype
+from hookx.layers import parse_selectors, select
+from hookx.models import forward_of, list_models
+from hookx.probe import probe
+
+BATCH = 2
+FX_NODES = 2
+
+Key = tuple[str, int, tuple[str, ...]]
+
+
+@dataclass
+class Row:
+    """One line of the table; all but the name and the time are counts."""
+
+    model: str
+    modules: int = 0
+    calls: int = 0
+    compared: int = 0
+    constant: int = 0
+    refused: int = 0
+    never_called: int = 0
+    by_fx: int = 0
+    wrong: int = 0
+    missed: int = 0
+    usual_hook_wrong: int = 0
+    usual_hook_differs: int = 0
+    seconds: float = 0.0
+
+
+def small(name: str, kind: str) -> tuple[nn.Module, int]:
+    """Build a model with random weights and return it with the side of a small image that it accepts."""
+    arguments: dict[str, Any] = {"weights": None}
+    side = 64
+    if name.startswith("vit_"):
+        side = arguments["image_size"] = 56 if name == "vit_h_14" else 64
+    elif name == "maxvit_t":
+        side = 224  # Its windows divide nothing smaller.
+    elif "inception" in name or name in ("alexnet", "squeezenet1_0"):
+        side = 96
+    if kind in ("segmentation", "detection"):
+        arguments["weights_backbone"] = None
+    if kind == "detection":
+        side = 300 if name == "ssd300_vgg16" else 320 if name.startswith("ssdlite") else 128
+        if not name.startswith("ssd"):
+            arguments.update(min_size=side, max_size=2 * side)
+    if kind == "quantized":
+        arguments["quantize"] = True
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_model(name, **arguments).eval(), side
+
+
+def tensors(value: Any, parts: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    if isinstance(value, Tensor):
+        yield parts, value
+    elif isinstance(value, dict):
+        for name in value:
+            yield from tensors(value[name], (*parts, str(name)))
+    elif isinstance(value, list | tuple):
+        names = getattr(value, "_fields", range(len(value)))
+        for name, item in zip(names, value, strict=True):
+            yield from tensors(item, (*parts, str(name)))
+
+
+def plain(tensor: Tensor) -> Tensor:
+    return tensor.dequantize() if tensor.is_quantized else tensor
+
+
+def by_cloning(
+    model: nn.Module, kind: str, pixels_NCHW: Tensor
+) -> tuple[dict[Key, Tensor], dict[str, int], set[Key], set[Key]]:
+    """Run the model's own forward; return cloned outputs, calls, and what the usual hook would get wrong.
+
+    The last two: tensors that something wrote to after they were returned (by their version counter), and those of
+    them whose values are others at the end of the pass.
+    """
+    cloned: dict[Key, Tensor] = {}
+    usual: dict[Key, tuple[Tensor, int]] = {}
+    calls: dict[str, int] = {}
+
+    def watch(name: str, module: nn.Module) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            call = calls[name]
+            calls[name] = call + 1
+            for parts, tensor in tensors(output):
+                cloned[name, call, parts] = plain(tensor).clone()
+                usual[name, call, parts] = (tensor.detach(), tensor._version)
+
+        return module.register_forward_hook(hook)
+
+    handles = []
+    for name, module in model.named_modules():
+        calls[name or "."] = 0
+        handles.append(watch(name or ".", module))
+    # no_grad and not inference_mode: inference tensors have no version counters.
+    with torch.no_grad():
+        model(list(pixels_NCHW) if kind == "detection" else pixels_NCHW)
+    for handle in handles:
+        handle.remove()
+    overwritten = {key for key, (tensor, version) in usual.items() if tensor._version != version}
+    different = {key for key in overwritten if not torch.equal(plain(usual[key][0]), cloned[key])}
+    return cloned, calls, overwritten, different
+
+
+def check(name: str, kind: str = "classification", *, channels_last: bool = False) -> Row:
+    """Compare every activation of one model."""
+    start, row = time.perf_counter(), Row(name)
+    model, side = small(name, kind)
+    pixels_NCHW = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(1))
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+        pixels_NCHW = pixels_NCHW.contiguous(memory_format=torch.channels_last)
+    batch = pixels_NCHW[:BATCH]
+
+    # hookx: all modules at once, into rows, the way a run does it.
+    forward = forward_of(name, model)
+    layers = probe(model, pixels_NCHW, forward=forward)
+    selection = select(parse_selectors("**,." if kind != "detection" else "**"), layers, name)
+    rows = {
+        str(target.address): torch.empty((BATCH, *target.shape), dtype=getattr(torch, stored_dtype(target)))
+        for target in selection.targets
+    }
+    with RowCapture(model, selection.targets, device=torch.device("cpu"), precision="fp32", forward=forward) as capture:
+        capture.run(batch, rows)
+
+    # The second route.
+    expected, calls, overwritten, different = by_cloning(model, kind, batch)
+    row.modules, row.calls = len(calls), sum(calls.values())
+    row.never_called = sum(not layer.calls for layer in layers)
+    left: dict[Key, Tensor] = dict(expected)
+    for target in selection.targets:
+        address, info = target.address, target.tensor
+        reference = left.pop((address.path, address.call or 0, address.parts))
+        if info.rows_per_image > 1:
+            reference = reference.reshape(BATCH, info.rows_per_image, *reference.shape[1:])
+        elif info.batch_dim:
+            reference = reference.movedim(info.batch_dim, 0)
+        row.compared += 1
+        if not torch.equal(rows[str(address)], reference):
+            row.wrong += 1
+            print(f"wrong: {name} {address}", file=sys.stderr)
+    described = {
+        (layer.path, call, tensor.parts): tensor
+        for layer in layers
+        for call, one in enumerate(layer.calls)
+        for tensor in one.outputs
+    }
+    for key in left:
+        tensor = described.get(key)
+        if tensor is not None and tensor.is_constant:
+            row.constant += 1
+        elif (tensor is not None and tensor.problem) or (kind == "detection" and not key[0].startswith("backbone")):
+            row.refused += 1
+        else:
+            row.missed += 1
+            print(f"missed: {name} {key}", file=sys.stderr)
+    row.usual_hook_wrong, row.usual_hook_differs = len(overwritten), len(different)
+
+    if kind == "classification" and not channels_last:
+        row.by_fx, wrong = by_fx(model, batch, rows)
+        row.wrong += wrong
+    row.seconds = time.perf_counter() - start
+    return row
+
+
+def by_fx(model: nn.Module, batch: Tensor, rows: dict[str, Tensor]) -> tuple[int, int]:
+    """Ask torchvision's feature extractor for some nodes, one at a time; return how many, and how many differ."""
+    warnings.filterwarnings("ignore", "NOTE: The nodes obtained by tracing the model in eval mode")
+    try:
+        _, nodes = get_graph_node_names(model)
+    except Exception:  # Not every model can be traced: control flow on values, assertions on shapes.
+        return 0, 0
+    comparable = {}
+    for node in nodes:
+        # fx names the second call of a module layer1.0.relu_1, and a module that is itself called ln_1 by another name.
+        path, _, call = node.rpartition("_")
+        candidates = [f"{path}:{call}"] if call.isdigit() else [node, f"{node}:0"]
+        for address in candidates:
+            if address in rows:
+                comparable[node] = address
+    wrong = 0
+    chosen = random.Random(0).sample(sorted(comparable), min(FX_NODES, len(comparable)))
+    for node in chosen:
+        with torch.inference_mode():
+            alone = create_feature_extractor(model, [node])(batch)[node]
+        if not torch.equal(alone, rows[comparable[node]]):
+            wrong += 1
+            print(f"differs from fx: {node}", file=sys.stderr)
+    return len(chosen), wrong
+
+
+def main() -> int:
+    """Run the sweep over the models named on the command line."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("patterns", nargs="*", default=["*"], metavar="MODEL", help="names or globs; default all")
+    kinds = ["classification", "segmentation", "quantized", "detection"]
+    parser.add_argument("--kind", choices=kinds, default="classification")
+    parser.add_argument("--channels-last", action="store_true", help="compare in this memory format")
+    arguments = parser.parse_args()
+    names = [
+        name
+        for name, kind in list_models().items()
+        if kind == arguments.kind and any(fnmatchcase(name, pattern) for pattern in arguments.patterns)
+    ]
+    if not names:
+        parser.error(f"no {arguments.kind} model matches {' '.join(arguments.patterns)}")
+    # As in a run: the fast path would skip submodules, and differs by rounding.
+    torch.backends.mha.set_fastpath_enabled(False)
+    headers = [field.name.replace("_", " ") for field in fields(Row)]
+    print("  ".join([f"{headers[0]:30}", *(f"{header:>8}" for header in headers[1:])]))
+    total = Row(f"{len(names)} models")
+    for name in names:
+        row = check(name, arguments.kind, channels_last=arguments.channels_last)
+        print_row(row)
+        for field in fields(Row)[1:]:
+            setattr(total, field.name, getattr(total, field.name) + getattr(row, field.name))
+    print_row(total)
+    tensors_seen = total.compared + total.constant + total.refused
+    print(
+        f"hookx: {total.wrong} wrong and {total.missed} missed of {tensors_seen:,} activations; "
+        f"the usual output.detach() hook: {total.usual_hook_wrong:,} overwritten after it ran, "
+        f"{total.usual_hook_differs:,} of them with other values"
+    )
+    return int(total.wrong > 0 or total.missed > 0)
+
+
+def print_row(row: Row) -> None:
+    """Print a line of the table."""
+    name, *counts, seconds = astuple(row)
+    headers = [field.name for field in fields(Row)][1:-1]
+    cells = [f"{count:>{max(8, len(header))}}" for count, header in zip(counts, headers, strict=True)]
+    print("  ".join([f"{name:30}", *cells, f"{seconds:8.1f}"]), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
