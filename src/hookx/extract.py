@@ -236,7 +236,7 @@ def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) ->
         if job.pending:
             _compute(job, directory, clock, progress)
         with clock.writing:
-            directory.publish_index()
+            directory.publish_index()  # Written again on a finished run: it is small, and may be missing.
     return _summary(job, clock)
 
 

@@ -54,7 +54,7 @@ def progress_of(job: Job, quiet: bool = False) -> Iterator[Callable[[int], None]
     with tqdm(
         total=len(job.images),
         initial=done,
-        unit="image",
+        unit=" images",
         unit_scale=len(job.images) >= 100_000,
         file=sys.stderr,
         disable=True if quiet else None,  # None: only off a terminal
