@@ -173,6 +173,8 @@ def prepare(
             raise UsageError(f"{model} has integer layers that run on the CPU only", "write --device cpu")
         chosen_device = torch.device("cpu")
     loaded.module.to(chosen_device)
+    # Published weights can lack a module that their architecture has: GoogLeNet's auxiliary classifiers.
+    paths = matched_paths(selectors, module_classes(loaded.module), model)
     probed = probe(
         loaded.module,
         example_images(loaded.module, preprocessing.crop_px).to(chosen_device),

@@ -413,7 +413,7 @@ def narrowed(
     """
     kept = list(layers)
     class_names = {layer.path: layer.class_name for layer in layers}
-    if texts := [text for texts in paths for text in texts.split(",") if text]:
+    if texts := [text.strip() for texts in paths for text in texts.split(",") if text.strip()]:
         wanted = set(matched_paths([Selector.parse(t) for t in texts if re.search(r"[*?]", t)], class_names, model))
         for text in texts:
             containing = {path for path in class_names if text in path}
@@ -421,7 +421,7 @@ def narrowed(
                 raise LayerError(f"no path in {model} contains '{text}'; closest: {closest(text, class_names)}")
             wanted |= containing
         kept = [layer for layer in kept if layer.path in wanted]
-    if classes := [f"type:{name}" for names in types for name in names.split(",") if name]:
+    if classes := [f"type:{name.strip()}" for names in types for name in names.split(",") if name.strip()]:
         wanted = set(matched_paths(parse_selectors(classes), class_names, model))
         kept = [layer for layer in kept if layer.path in wanted]
     if depth is not None:

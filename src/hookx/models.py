@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import pickle
+import re
 import socket
 import sys
 import warnings
@@ -85,8 +86,13 @@ def load_model(ref: str, weights: str = "default", *, seed: int = 0) -> LoadedMo
         module, identity = _build(ref, entry), f"random (seed {seed})"
     elif _is_file(weights):
         state = _read_state_dict(Path(weights))
-        module, identity = _build_for_file(ref, entry, state), f"sha256:{_sha256(Path(weights))}"
+        sha256 = _sha256(Path(weights))
+        entry = _recognised(ref, sha256) or entry
+        module, identity = _build_for_file(ref, entry, state), f"sha256:{sha256}"
         _load(module, state, ref, weights)
+        if hasattr(module, "transform_input"):
+            # The published GoogLeNet and Inception were trained on images normalised in another way.
+            setattr(module, "transform_input", _recognised(ref, sha256) is not None)  # noqa: B010
     else:
         entry = _entry(ref, weights)
         module, identity = _build_published(ref, entry), str(entry)
@@ -164,6 +170,15 @@ def _entry(ref: str, weights: str = "default") -> Any:
     return enum[name]
 
 
+def _recognised(ref: str, sha256: str) -> Any:
+    """Return the published weights that a file holds, or None; their URL carries the beginning of their SHA-256."""
+    for entry in zoo.get_model_weights(ref):
+        published = re.search(r"-([0-9a-f]{8,})\.", entry.url)
+        if published and sha256.startswith(published[1]):
+            return entry
+    return None
+
+
 def _build(ref: str, entry: Any, **arguments: Any) -> nn.Module:
     """Build an architecture without weights, for the input size that `entry` expects."""
     if _kind(ref) in ("segmentation", "detection"):
@@ -200,7 +215,8 @@ def _build_published(ref: str, entry: Any) -> nn.Module:
     try:
         with _socket_timeout(_DOWNLOAD_TIMEOUT_SECONDS), _quiet_unless_terminal():
             # Only the download can fail for a reason outside this machine, so it is done apart from the building.
-            entry.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+            # It also refuses a cached file that would run code, before torchvision, which would not, reads it again.
+            entry.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
             return _get_model(ref, weights=entry, **({"quantize": True} if _kind(ref) == "quantized" else {}))
     # URLError and HTTPError are OSErrors; a wrong hash is a RuntimeError; a damaged file is any of the others.
     except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:

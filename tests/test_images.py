@@ -1,0 +1,453 @@
+"""Images: how they are listed, decoded, and dealt out in batches."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from types import FrameType
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+from torchvision.datasets.folder import pil_loader
+
+from hookx.errors import ImageError
+from hookx.images import SUFFIXES, Batch, ImageList, batches, decode, list_images
+from hookx.plan import Preprocessing, Shard
+
+PHOTOGRAPHS = Path(__file__).parents[1] / "images"
+CHELSEA = PHOTOGRAPHS / "animals" / "chelsea.jpg"
+SMALL = Preprocessing(32, 24, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bilinear")
+PLAIN = Preprocessing(4, 4, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "nearest")  # The pixels themselves, divided by 255.
+UPRIGHT = Preprocessing(4, 4, PLAIN.mean, PLAIN.std, "nearest", exif="apply")
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def error_of(*sources: str | Path) -> str:
+    with pytest.raises(ImageError) as caught:
+        list_images(sources)
+    return str(caught.value)
+
+
+@contextmanager
+def no_longer_than(seconds: int) -> Iterator[None]:
+    """Turn a hang into a failure."""
+
+    def too_long(_number: int, _frame: FrameType | None) -> None:
+        raise TimeoutError(f"not done after {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# --- listing -------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_searched_to_the_bottom_and_sorted_by_key(tmp_path: Path) -> None:
+    names = ["b.jpg", "a/z.png", "a.jpg", "a/b/c/d.JPEG", "Z.webp", "a-b.tiff", "ä.jpg", "two words.jpg", "line\n.jpg"]
+    touch(tmp_path, *names, "notes.txt", "jpg", ".jpg", "a/b/archive.jpg.zip")
+    images = list_images([tmp_path])
+    assert images.keys == sorted(names) and len(images) == len(names)
+    assert images.files == [str(tmp_path / key) for key in images.keys]
+
+
+def test_the_order_of_a_list_does_not_depend_on_the_order_of_its_sources(tmp_path: Path) -> None:
+    touch(tmp_path, "one/b.jpg", "one/d.jpg", "two/a.jpg", "two/c.jpg", "e.png")
+    sources = [tmp_path / "one", tmp_path / "two", tmp_path / "e.png"]
+    assert list_images(sources).keys == ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.png"]
+    assert list_images(sources) == list_images(reversed(sources))
+
+
+@pytest.mark.parametrize("suffix", sorted(SUFFIXES))
+def test_a_suffix_counts_in_any_case(suffix: str, tmp_path: Path) -> None:
+    touch(tmp_path, f"a{suffix}", f"b{suffix.upper()}", f"c{suffix.title()}")
+    assert len(list_images([tmp_path])) == 3
+
+
+def test_a_file_that_is_named_has_its_bare_name_for_a_key_and_may_be_called_anything(tmp_path: Path) -> None:
+    touch(tmp_path, "a/b/scan.0001")
+    images = list_images([str(tmp_path / "a/b/scan.0001")])
+    assert (images.keys, images.files) == (["scan.0001"], [str(tmp_path / "a/b/scan.0001")])
+
+
+def test_the_sizes_are_those_of_the_files(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"12345")
+    (tmp_path / "b.jpg").write_bytes(b"")
+    (tmp_path / "c.jpg").symlink_to("nowhere")
+    assert list_images([tmp_path]).sizes_bytes == [5, 0, -1]
+
+
+def test_two_images_with_one_key_are_an_error_that_names_both(tmp_path: Path) -> None:
+    touch(tmp_path, "one/a.jpg", "two/a.jpg")
+    message = error_of(tmp_path / "one", tmp_path / "two")
+    assert message.startswith(f"two images have the key 'a.jpg': {tmp_path}/one/a.jpg and {tmp_path}/two/a.jpg")
+    assert list_images([tmp_path]).keys == ["one/a.jpg", "two/a.jpg"]  # As the message advises.
+
+
+def test_an_image_that_is_named_twice_is_an_error(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg")
+    name = str(tmp_path / "a.jpg")
+    assert "two images have the key 'a.jpg'" in error_of(name, name)
+    assert "two images have the key 'a.jpg'" in error_of(tmp_path, name)
+
+
+def test_a_folder_without_an_image_is_an_error_that_names_it(tmp_path: Path) -> None:
+    touch(tmp_path, "notes.txt")
+    assert error_of(tmp_path) == f"there is no image in {tmp_path}"
+    assert error_of() == "there is no image in the empty list"
+
+
+def test_a_source_that_does_not_exist_is_an_error_that_names_it(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg")
+    assert error_of(tmp_path, tmp_path / "b.jpg") == f"there is no file or folder '{tmp_path}/b.jpg'"
+    assert error_of("") == "there is no file or folder ''"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
+def test_a_folder_that_cannot_be_listed_is_an_error_and_not_an_empty_folder(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "closed/b.jpg")
+    (tmp_path / "closed").chmod(0)
+    assert error_of(tmp_path) == f"cannot list the folder '{tmp_path}/closed': Permission denied"
+
+
+def test_a_folder_called_like_an_image_is_searched(tmp_path: Path) -> None:
+    touch(tmp_path, "album.jpg/a.png")
+    assert list_images([tmp_path]).keys == ["album.jpg/a.png"]
+
+
+def test_links_are_followed_and_a_loop_of_them_ends(tmp_path: Path) -> None:
+    touch(tmp_path, "a/one.jpg", "b/two.jpg")
+    (tmp_path / "a/b").symlink_to("../b")
+    (tmp_path / "b/a").symlink_to("../a")
+    (tmp_path / "b/up").symlink_to(tmp_path)
+    (tmp_path / "link.jpg").symlink_to("a/one.jpg")
+    (tmp_path / "itself.jpg").symlink_to("itself.jpg")
+    (tmp_path / "itself").symlink_to("itself")
+    with no_longer_than(60):
+        images = list_images([tmp_path])
+    assert images.keys == ["a/b/two.jpg", "a/one.jpg", "b/a/one.jpg", "b/two.jpg", "itself.jpg", "link.jpg"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep names in UTF-8")
+def test_a_name_that_is_no_utf_8_is_a_key_like_any_other(tmp_path: Path) -> None:
+    name = b"caf\xe9.jpg"
+    shutil.copy(os.fsencode(CHELSEA), os.fsencode(tmp_path) + b"/" + name)
+    images = list_images([tmp_path])
+    assert [os.fsencode(key) for key in images.keys] == [name]
+    [batch] = batches(images, [range(1)], SMALL, workers=0)
+    assert (batch.keys, batch.failures) == (images.keys, [])
+
+
+# --- standard input ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def standard_input(content: bytes, file: Path) -> Iterator[None]:
+    file.write_bytes(content)
+    before = sys.stdin
+    with open(file) as sys.stdin:
+        yield
+    sys.stdin = before
+
+
+@pytest.mark.parametrize(("source", "end"), [("-", b"\n"), ("-", b"\r\n"), ("-0", b"\0")])
+@pytest.mark.parametrize("last", [True, False])
+def test_standard_input_gives_a_path_a_line(
+    source: str, end: bytes, last: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = ["b.jpg", "a/two words.png", "./c.jpg", "a/../d.tif", str(tmp_path / "e.jpg"), "/elsewhere/f.jpg"]
+    with standard_input(end.join(map(os.fsencode, paths)) + end * last, tmp_path / "list"):
+        images = list_images([source])
+    assert images.keys == ["a/two words.png", "b.jpg", "c.jpg", "d.tif", "e.jpg", "elsewhere/f.jpg"]
+    assert set(images.files) == set(paths)
+
+
+def test_a_line_break_in_a_name_survives_where_names_end_with_nul(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ["line\nbreak.jpg", "return\r", os.fsdecode(b"caf\xe9.jpg")]
+    with standard_input("\0".join(names).encode("utf-8", "surrogateescape"), tmp_path / "list"):
+        assert list_images(["-0"]).keys == sorted(names)
+
+
+def test_empty_lines_of_standard_input_name_nothing(tmp_path: Path) -> None:
+    with standard_input(b"\n\r\n\n", tmp_path / "list"):
+        assert error_of("-") == "there is no image in -"
+
+
+# --- decoding ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
+@pytest.mark.parametrize("photograph", sorted(PHOTOGRAPHS.rglob("*.jpg")), ids=lambda file: file.stem)
+def test_pixels_are_those_of_torchvisions_loader_and_transforms(photograph: Path, interpolation: str) -> None:
+    preprocessing = Preprocessing(40, 32, SMALL.mean, SMALL.std, interpolation)
+    mode = transforms.InterpolationMode(interpolation)
+    steps = [transforms.Resize(40, mode), transforms.CenterCrop(32), transforms.ToTensor()]
+    steps += [transforms.Normalize(SMALL.mean, SMALL.std)]
+    pixels_CHW, rotation_ignored = decode(str(photograph), preprocessing)
+    assert pixels_CHW.dtype == torch.float32 and pixels_CHW.shape == (3, 32, 32) and not rotation_ignored
+    assert torch.equal(pixels_CHW, transforms.Compose(steps)(pil_loader(str(photograph))))
+
+
+def four_by_four() -> Image.Image:
+    """Give a picture that looks different from every side."""
+    pixels = torch.arange(16).reshape(4, 4, 1) * torch.tensor([16, 5, 1])
+    return Image.fromarray(pixels.to(torch.uint8).numpy(), "RGB")
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"), [("RGBA", ".png"), ("P", ".png"), ("P", ".gif"), ("CMYK", ".tif"), ("RGB", ".bmp")]
+)
+def test_a_picture_of_any_mode_becomes_the_same_rgb(mode: str, suffix: str, tmp_path: Path) -> None:
+    picture, file = four_by_four(), tmp_path / f"picture{suffix}"
+    converted = picture.quantize(16) if mode == "P" else picture.convert(mode)
+    if mode == "RGBA":
+        converted.putalpha(128)  # Transparency is dropped, not blended.
+    converted.save(file)
+    with Image.open(file) as saved:
+        assert saved.mode == mode
+    expected = torch.tensor(list(picture.tobytes())).reshape(4, 4, 3).permute(2, 0, 1) / 255
+    assert torch.equal(decode(str(file), PLAIN)[0], expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "LA"])
+def test_a_grey_picture_gets_three_equal_channels(mode: str, tmp_path: Path) -> None:
+    four_by_four().convert("L").convert(mode).save(tmp_path / "grey.png")
+    red, green, blue = decode(str(tmp_path / "grey.png"), PLAIN)[0]
+    assert torch.equal(red, green) and torch.equal(green, blue) and red.unique().numel() > 1
+
+
+# What the camera stored, if it was held so that `orientation` turns the picture upright.
+STORED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+def save(picture: Image.Image, file: Path, orientation: int) -> str:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture.save(file, exif=exif)
+    return str(file)
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_a_recorded_rotation_is_ignored_and_counted_or_applied(orientation: int, tmp_path: Path) -> None:
+    stored = four_by_four().transpose(STORED[orientation])
+    file = save(stored, tmp_path / "turned.png", orientation)
+    unmarked = save(stored, tmp_path / "unmarked.png", 1)
+    upright = save(four_by_four(), tmp_path / "upright.png", 1)
+    for preprocessing, same_as, is_counted in ((PLAIN, unmarked, True), (UPRIGHT, upright, False)):
+        pixels_CHW, rotation_ignored = decode(file, preprocessing)
+        assert torch.equal(pixels_CHW, decode(same_as, preprocessing)[0])
+        assert rotation_ignored is is_counted
+
+
+def test_a_rotation_that_pillow_applies_itself_is_not_counted(tmp_path: Path) -> None:
+    file = save(four_by_four().transpose(STORED[6]), tmp_path / "turned.tif", 6)
+    upright = save(four_by_four(), tmp_path / "upright.tif", 1)
+    for preprocessing in (PLAIN, UPRIGHT):
+        pixels_CHW, rotation_ignored = decode(file, preprocessing)
+        assert torch.equal(pixels_CHW, decode(upright, preprocessing)[0]) and not rotation_ignored
+
+
+def test_the_rotations_that_were_ignored_are_counted_by_batch(tmp_path: Path) -> None:
+    for number, orientation in enumerate([1, 6, 3, 1, 8]):
+        save(four_by_four(), tmp_path / f"{number}.jpg", orientation)
+    for preprocessing, counts in ((PLAIN, [2, 1]), (UPRIGHT, [0, 0])):
+        some = batches(list_images([tmp_path]), [range(3), range(3, 5)], preprocessing, workers=0)
+        assert [batch.rotations_ignored for batch in some] == counts
+
+
+@given(st.binary(max_size=60), st.sampled_from([b"", b"II*\0\x08\0\0\0", b"MM\0*\0\0\0\x08"]))
+def test_damaged_metadata_does_not_make_an_image_unreadable(exif: bytes, header: bytes) -> None:
+    with NamedTemporaryFile(suffix=".jpg") as file:
+        four_by_four().save(file.name, exif=b"Exif\0\0" + header + exif)
+        [batch] = batches(ImageList(["a"], [file.name], [0]), [range(1)], SMALL, workers=0)
+    assert batch.keys == ["a"]
+
+
+# --- images that cannot be read ------------------------------------------------------------------------------------
+
+
+def spoil(file: Path) -> dict[str, Callable[[], object]]:
+    """Give the ways in which a file can fail to be an image."""
+    photograph = CHELSEA.read_bytes()
+    return {
+        "empty": file.touch,
+        "text": lambda: file.write_text("not an image"),
+        "truncated": lambda: file.write_bytes(photograph[: len(photograph) // 2]),
+        "header only": lambda: file.write_bytes(photograph[:30]),
+        "folder": file.mkdir,
+        "missing": lambda: None,
+        "dangling link": lambda: file.symlink_to("nowhere.jpg"),
+        "link to itself": lambda: file.symlink_to(file.name),
+    }
+
+
+KINDS = list(spoil(Path()))
+
+
+def failure_of(file: Path) -> tuple[str, str]:
+    images = ImageList([file.name], [str(file)], [0])
+    [batch] = batches(images, [range(1)], SMALL, workers=0)
+    assert batch.pixels_NCHW is None and batch.keys == []
+    [failure] = batch.failures
+    return failure
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_is_no_image_is_a_failure_with_a_reason_that_is_the_same_everywhere(
+    kind: str, tmp_path: Path
+) -> None:
+    failures = []
+    for folder in ("one", "another"):
+        (tmp_path / folder).mkdir()
+        spoil(tmp_path / folder / "bad.jpg")[kind]()
+        failures.append(failure_of(tmp_path / folder / "bad.jpg"))
+    assert failures[0] == failures[1]
+    key, reason = failures[0]
+    assert key == "bad.jpg" and "\n" not in reason and str(tmp_path) not in reason and "bad.jpg" not in reason
+    assert reason.partition(": ")[2], "an error's class alone says too little"
+
+
+# --- batches -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> ImageList:
+    """Give a list of images, of which a few cannot be read: three in a row, too, which fill a batch."""
+    folder = tmp_path_factory.mktemp("mixture")
+    for number in range(23):
+        four_by_four().rotate(number).save(folder / f"{number:02}.png")
+    for number in (0, 7, 9, 10, 11, 22):
+        (folder / f"{number:02}.png").write_text("not an image")
+    return list_images([folder])
+
+
+def collected(images: ImageList, positions: list[range], workers: int) -> list[Batch]:
+    return list(batches(images, positions, SMALL, workers=workers))
+
+
+def same_pixels(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other if one is None or other is None else torch.equal(one, other)
+
+
+@given(start=st.integers(0, 22), count=st.integers(1, 23), batch_size=st.integers(1, 24))
+def test_every_position_is_one_row_or_one_failure(mixture: ImageList, start: int, count: int, batch_size: int) -> None:
+    shard = Shard(0, start, min(start + count, 23))
+    some = collected(mixture, list(shard.batches(batch_size)), workers=0)
+    assert [batch.positions for batch in some] == list(shard.batches(batch_size))
+    for batch in some:
+        asked = [mixture.keys[position] for position in batch.positions]
+        failed = [key for key, _ in batch.failures]
+        assert sorted(batch.keys + failed) == asked
+        assert batch.keys == sorted(batch.keys)
+        assert (0 if batch.pixels_NCHW is None else len(batch.pixels_NCHW)) == len(batch.keys)
+
+
+def test_a_row_holds_the_pixels_of_its_own_key(mixture: ImageList) -> None:
+    for batch in collected(mixture, [range(5, 9), range(9, 12), range(12, 23)], workers=0):
+        for row, key in enumerate(batch.keys):
+            assert batch.pixels_NCHW is not None
+            pixels_CHW, _ = decode(mixture.files[mixture.keys.index(key)], SMALL)
+            assert torch.equal(batch.pixels_NCHW[row], pixels_CHW)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_gives_the_same_batches_in_the_same_order(mixture: ImageList, workers: int) -> None:
+    positions = [range(start, min(start + 3, 23)) for start in range(0, 23, 3)]
+    pairs = zip(collected(mixture, positions, 0), collected(mixture, positions, workers), strict=True)
+    for one, other in pairs:
+        assert same_pixels(one.pixels_NCHW, other.pixels_NCHW)
+        assert (one.positions, one.keys, one.failures) == (other.positions, other.keys, other.failures)
+
+
+def test_no_positions_are_no_batches(mixture: ImageList) -> None:
+    assert collected(mixture, [], workers=0) == []
+
+
+# --- decoding processes --------------------------------------------------------------------------------------------
+
+
+def process_ids() -> set[int]:
+    return {process.pid for process in multiprocessing.active_children() if process.pid}
+
+
+ONE_BY_ONE = [range(position, position + 1) for position in range(23)]
+
+
+def test_a_killed_decoding_process_is_an_error_where_the_next_batch_is_asked_for(mixture: ImageList) -> None:
+    before = process_ids()
+    some = batches(mixture, ONE_BY_ONE, SMALL, workers=2)
+    next(some)
+    with no_longer_than(60):
+        os.kill(min(process_ids() - before), signal.SIGKILL)
+        time.sleep(0.3)  # The consumer is at work; it hears of it when it comes back.
+        with pytest.raises(ImageError, match=r"a decoding process died: .*\n  .*try fewer --workers or a smaller"):
+            list(some)
+    assert process_ids() == before
+
+
+def test_a_ctrl_c_does_not_reach_the_decoding_processes(mixture: ImageList) -> None:
+    before = process_ids()
+    some = batches(mixture, ONE_BY_ONE, SMALL, workers=2)
+    first = [next(some), next(some)]  # One of each process: both are at work.
+    with no_longer_than(60):
+        for process_id in process_ids() - before:
+            os.kill(process_id, signal.SIGINT)
+        assert [batch.positions for batch in [*first, *some]] == ONE_BY_ONE
+
+
+def test_each_decoding_process_runs_what_it_is_given_to_run_first(mixture: ImageList, tmp_path: Path) -> None:
+    def leave_a_trace() -> None:
+        (tmp_path / str(os.getpid())).touch()
+
+    assert len(list(batches(mixture, ONE_BY_ONE, SMALL, workers=2, in_worker=leave_a_trace))) == len(ONE_BY_ONE)
+    traces = {int(trace.name) for trace in tmp_path.iterdir()}
+    assert len(traces) == 2 and os.getpid() not in traces
+
+
+def test_the_handler_of_a_callers_child_processes_stays_the_callers(mixture: ImageList) -> None:
+    before = signal.getsignal(signal.SIGCHLD)
+    some = batches(mixture, ONE_BY_ONE, SMALL, workers=1)
+    assert signal.getsignal(signal.SIGCHLD) is before
+    assert len(list(some)) == len(ONE_BY_ONE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_for_a_gpu_lie_in_pinned_memory(mixture: ImageList) -> None:
+    some = list(batches(mixture, [range(4), range(9, 12)], SMALL, workers=1, pin_memory=True))
+    assert some[0].pixels_NCHW is not None and some[0].pixels_NCHW.is_pinned()
+    assert some[1].pixels_NCHW is None

@@ -1,0 +1,245 @@
+"""The plan: what its fingerprint covers, how it is written and read, and how it cuts the images into shards."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from hookx.errors import StoreError, UsageError
+from hookx.plan import (
+    DTYPES,
+    LayerSpec,
+    Plan,
+    Preprocessing,
+    Shard,
+    images_per_shard,
+    images_sha256,
+    parse_bytes,
+)
+
+PLAN = Plan(
+    model="resnet18",
+    weights="ResNet18_Weights.IMAGENET1K_V1",
+    layers=(LayerSpec("conv1", (64, 112, 112), "float32"), LayerSpec("avgpool", (512, 1, 1), "float16")),
+    preprocessing=Preprocessing(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear"),
+    precision="fp32",
+    memory_format="contiguous",
+    image_count=1000,
+    images_sha256=images_sha256(["a.jpg"], [1]),
+    images_per_shard=160,
+    batch_size=32,
+)
+
+channels = st.tuples(*[st.floats(allow_nan=False, allow_infinity=False)] * 3)
+plans = st.builds(
+    Plan,
+    model=st.text(st.characters()),
+    weights=st.text(),
+    layers=st.lists(
+        st.builds(
+            LayerSpec,
+            st.text(st.characters()),
+            st.lists(st.integers(0, 9), max_size=4).map(tuple),
+            st.sampled_from(list(DTYPES)),
+        ),
+        max_size=3,
+    ).map(tuple),
+    preprocessing=st.builds(
+        Preprocessing, *[st.integers(1, 999)] * 2, channels, channels, st.text(), st.booleans(), st.text()
+    ),
+    precision=st.sampled_from(["fp32", "bf16", "fp16"]),
+    memory_format=st.sampled_from(["contiguous", "channels_last"]),
+    image_count=st.integers(1, 10**9),
+    images_sha256=st.text(),
+    images_per_shard=st.integers(1, 10**6),
+    batch_size=st.integers(1, 10**6),
+)
+
+
+# --- the fingerprint -----------------------------------------------------------------------------------------------
+
+
+def altered(value: Any) -> Iterator[tuple[str, Any]]:
+    """Alter a record in one place at a time, in every place there is; each with the name of the place."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            for place, other in altered(getattr(value, field.name)):
+                yield f"{field.name}{place}", dataclasses.replace(value, **{field.name: other})
+    elif isinstance(value, tuple):
+        yield "[reversed]", value[::-1]
+        yield "[shorter]", value[:-1]
+        for index, item in enumerate(value):
+            for place, other in altered(item):
+                yield f"[{index}]{place}", (*value[:index], other, *value[index + 1 :])
+    elif isinstance(value, bool):
+        yield "", not value
+    elif isinstance(value, int | float):
+        yield "", value + 1
+    else:
+        yield "", f"?{value}"  # In front: a digest is shown by its beginning.
+
+
+ALTERED = dict(altered(PLAN))
+
+
+@pytest.mark.parametrize("place", [place for place in ALTERED if place != "batch_size"])
+def test_the_fingerprint_covers_everything_that_decides_the_numbers(place: str) -> None:
+    assert ALTERED[place].fingerprint != PLAN.fingerprint
+
+
+def test_the_fingerprint_does_not_cover_the_batch_size() -> None:
+    assert ALTERED["batch_size"] != PLAN and ALTERED["batch_size"].fingerprint == PLAN.fingerprint
+    assert PLAN.differences(ALTERED["batch_size"]) == []
+
+
+@given(plans, plans)
+def test_two_plans_share_a_fingerprint_if_and_only_if_they_do_not_differ(one: Plan, other: Plan) -> None:
+    assert (one.fingerprint == other.fingerprint) == (one.differences(other) == [])
+    assert one.differences(one) == []
+
+
+@pytest.mark.parametrize("place", [place for place in ALTERED if place != "batch_size"])
+def test_one_alteration_is_one_difference_that_shows_both_values(place: str) -> None:
+    [phrase] = PLAN.differences(ALTERED[place])
+    [back] = ALTERED[place].differences(PLAN)
+    there, asked = phrase.split(" differ (there: ")[1].removesuffix(")").split("; asked: ")
+    assert there != asked
+    assert back.endswith(f" differ (there: {asked}; asked: {there})")
+
+
+def test_differing_layers_are_shown_by_address_and_by_shape_where_the_addresses_agree() -> None:
+    only_conv1 = dataclasses.replace(PLAN, layers=PLAN.layers[:1])
+    assert only_conv1.differences(PLAN) == ["layers differ (there: conv1; asked: conv1, avgpool)"]
+    halves = dataclasses.replace(PLAN, layers=(dataclasses.replace(PLAN.layers[0], dtype="float16"),))
+    assert only_conv1.differences(halves) == [
+        "layers differ (there: conv1 [64, 112, 112] float32; asked: conv1 [64, 112, 112] float16)"
+    ]
+
+
+@example([("a", 12)], [("a1", 2)])
+@example([("a", 1), ("b", 2)], [("a\n1b", 2)])
+@given(*[st.lists(st.tuples(st.text(st.characters(codec="utf-8")), st.integers(-1, 10**12)))] * 2)
+def test_different_image_lists_have_different_digests(one: list[tuple[str, int]], other: list[tuple[str, int]]) -> None:
+    assume(not any("\0" in key for key, _ in one + other))  # No file name holds one.
+    digests = [images_sha256([key for key, _ in some], [size for _, size in some]) for some in (one, other)]
+    assert (digests[0] == digests[1]) == (one == other)
+
+
+def test_a_file_name_that_is_no_utf_8_has_a_digest() -> None:
+    assert images_sha256(["caf\udce9.jpg"], [1]) != images_sha256(["café.jpg"], [1])
+
+
+# --- plan.json -----------------------------------------------------------------------------------------------------
+
+
+@given(plans)
+def test_a_plan_that_is_written_and_read_is_the_same_plan(plan: Plan) -> None:
+    assert Plan.from_json(plan.to_json()) == plan
+    plan.to_json().encode("ascii")  # So any encoding reads it.
+
+
+@given(plans, st.data())
+def test_a_plan_json_with_one_character_altered_is_refused_or_means_the_same(plan: Plan, data: st.DataObject) -> None:
+    text = plan.to_json()
+    position = data.draw(st.integers(0, len(text) - 1))
+    other = data.draw(st.sampled_from('09az -.,:{}[]"\n'))
+    try:
+        read = Plan.from_json(text[:position] + other + text[position + 1 :])
+    except StoreError:
+        return
+    assert read.identity == plan.identity
+
+
+@pytest.mark.parametrize("value", [None, [], {}, "x", -1, 0, 1.5, math.inf, math.nan, [None], [[]], {"a": 1}])
+@pytest.mark.parametrize("field", list(json.loads(PLAN.to_json())))
+def test_a_plan_json_with_a_foreign_value_in_it_is_refused(field: str, value: Any) -> None:
+    document = {**json.loads(PLAN.to_json()), field: value}
+    with pytest.raises(StoreError, match=r"^plan\.json (cannot be read|was altered|has the format)"):
+        Plan.from_json(json.dumps(document))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "1", "{}", PLAN.to_json()[:-3], '{"format": "hookx 1"}'])
+def test_a_text_that_is_no_plan_is_refused(text: str) -> None:
+    with pytest.raises(StoreError, match=r"plan\.json cannot be read"):
+        Plan.from_json(text)
+
+
+def test_a_plan_json_that_was_edited_by_hand_is_refused() -> None:
+    with pytest.raises(StoreError, match="its fingerprint does not belong to its contents"):
+        Plan.from_json(PLAN.to_json().replace('"fp32"', '"bf16"'))
+
+
+def test_a_plan_of_another_format_is_refused_by_its_name() -> None:
+    with pytest.raises(StoreError, match="has the format 'hookx 2'; this hookx reads 'hookx 1'"):
+        Plan.from_json(PLAN.to_json().replace('"hookx 1"', '"hookx 2"'))
+
+
+# --- shards and batches --------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 500), st.integers(1, 200), st.integers(1, 70))
+def test_batches_partition_the_shards_and_shards_the_images(images: int, per_shard: int, batch_size: int) -> None:
+    plan = dataclasses.replace(PLAN, image_count=images, images_per_shard=per_shard, batch_size=batch_size)
+    batches = [(shard, batch) for shard in plan.shards for batch in shard.batches(batch_size)]
+    assert [position for _, batch in batches for position in batch] == list(range(images))
+    assert all(0 < len(batch) <= batch_size for _, batch in batches)
+    assert all(shard.start <= batch.start and batch.stop <= shard.stop for shard, batch in batches)
+    # Only the last of a kind is smaller than the others.
+    assert all(len(shard) == per_shard for shard in plan.shards[:-1])
+    assert all(len(batch) == batch_size for (shard, batch), (next_shard, _) in pairwise(batches) if shard == next_shard)
+
+
+@given(st.integers(1, 500), st.integers(1, 200))
+def test_shard_files_sort_by_name_as_they_do_by_position(images: int, per_shard: int) -> None:
+    plan = dataclasses.replace(PLAN, image_count=images, images_per_shard=per_shard)
+    names = [plan.shard_file(shard) for shard in plan.shards]
+    assert names == sorted(set(names))
+    assert all(name.endswith(f"-of-{len(names):05}.safetensors") for name in names)
+
+
+@given(st.integers(0, 10**10), st.integers(1, 10**10), st.integers(1, 10**5))
+def test_a_shard_is_within_both_limits_or_a_single_image(bytes_per_image: int, max_bytes: int, max_images: int) -> None:
+    count = images_per_shard(bytes_per_image, max_bytes, max_images)
+    assert 1 <= count <= max_images
+    assert count == 1 or count * bytes_per_image <= max_bytes
+    # And as large as they allow, but for the rounding down to whole batches.
+    assert count == max_images or (count + 32) * max(bytes_per_image, 1) > max_bytes
+
+
+def test_the_bytes_of_an_image_are_those_of_its_layers() -> None:
+    assert PLAN.bytes_per_image == 64 * 112 * 112 * 4 + 512 * 2
+    assert LayerSpec("scalar", (), "bool").bytes_per_image == 1
+
+
+def test_the_length_of_a_shard_is_its_number_of_images() -> None:
+    assert len(Shard(3, 10, 15)) == sum(map(len, Shard(3, 10, 15).batches(2))) == 5
+
+
+# --- sizes ---------------------------------------------------------------------------------------------------------
+
+UNITS = {"": 1, "B": 1, **{f"{letter}B": 1000**power for power, letter in enumerate("kMGT", 1)}}
+UNITS |= {f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", 1)}
+
+
+@given(st.integers(1, 10**30), st.sampled_from(list(UNITS)), st.sampled_from(["", " "]))
+def test_a_size_is_its_number_times_its_unit(number: int, unit: str, space: str) -> None:
+    assert parse_bytes(f"{number}{space}{unit}") == number * UNITS[unit]
+
+
+def test_a_size_may_have_a_fraction_and_leave_out_the_b() -> None:
+    assert parse_bytes("1.5GiB") == parse_bytes("1536 MiB") == parse_bytes("1536Mi")
+    assert parse_bytes("0.1G") == parse_bytes("100M") == parse_bytes(" 100 MB ")
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "-1", "1e9", "0", "0.0GB", "0.4", "5iB", "5 XB", "1,5GB", "1 2", "nan"])
+def test_a_text_that_is_no_size_is_refused_with_examples(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a size; write it as in 512MiB, 2GB or 4096"):
+        parse_bytes(text)
