@@ -63,7 +63,7 @@ class RowCapture:
     ) -> None:
         self.device, self.precision = device, precision
         self._forward = model if forward is None else forward
-        self.overflows = {str(target.address): 0 for target in targets}
+        self._tallies: dict[str, dict[str, list[Tensor]]] = {}
         self._targets: dict[tuple[str, int, bool], dict[Parts, list[Target]]] = {}
         for target in targets:
             address = target.address
@@ -117,6 +117,35 @@ class RowCapture:
         if not self._remaining:
             raise ForwardIsDone
 
+    def take_counts(self) -> dict[str, dict[str, int]]:
+        """Return what was remarkable in the values since the last call, by address; what did not occur is left out.
+
+        'non_finite' and 'all_zero' count images, 'overflowed' and 'flushed' values that the stored type made infinite
+        or zero.
+        """
+        counts = {
+            address: {what: count for what, tallies in by_what.items() if (count := sum(map(int, tallies)))}
+            for address, by_what in self._tallies.items()
+        }
+        self._tallies.clear()
+        return {address: by_what for address, by_what in counts.items() if by_what}
+
+    def _tally(self, address: str, value: Tensor, stored: torch.dtype) -> None:
+        # The extremes of each image tell both: NaN and infinity survive them, and so does a lone non-zero.
+        per_image = value.unsqueeze(1) if value.ndim == 1 else value
+        if not per_image.shape[1:].numel():
+            return
+        dims = tuple(range(1, per_image.ndim))
+        high, low = per_image.amax(dims), per_image.amin(dims)
+        found = {"non_finite": ~(high.isfinite() & low.isfinite()), "all_zero": (high == 0) & (low == 0)}
+        if torch.finfo(stored).bits < torch.finfo(value.dtype).bits:
+            narrowed = value.to(stored)
+            found["overflowed"] = narrowed.isinf() & ~value.isinf()
+            found["flushed"] = (narrowed == 0) & (value != 0)
+        by_what = self._tallies.setdefault(address, {what: [] for what in found})
+        for what, where in found.items():
+            by_what[what].append(where.sum())  # Read at the end of a shard, so that a GPU need not be waited for.
+
     def _store(self, target: Target, tensor: Tensor) -> None:
         info, rows = target.tensor, self._rows[str(target.address)]
         expected = list(info.shape)
@@ -131,11 +160,9 @@ class RowCapture:
                 f"the probe saw {info.dtype} {expected}"
             )
         value = reduce(batch_first(tensor, info), target.address.reduction)
-        if value.dtype != rows.dtype and value.is_floating_point() and rows.is_floating_point():
-            narrowed = value.to(rows.dtype)
-            if torch.finfo(rows.dtype).max < torch.finfo(value.dtype).max:
-                self.overflows[str(target.address)] += int((narrowed.isinf() & ~value.isinf()).sum())
-            value = narrowed
+        if value.is_floating_point():
+            self._tally(str(target.address), value, rows.dtype)
+            value = value.to(rows.dtype)
         # This copy is the snapshot: whatever overwrites `tensor` later in the pass comes after it in stream order.
         rows.copy_(value, non_blocking=self.device.type == "cuda")
 

@@ -77,7 +77,7 @@ class Summary:
     precision: str
     batch_size: int
     rotations_ignored: int
-    overflows: dict[str, int]
+    counts: dict[str, dict[str, int]]  # address -> 'non_finite', 'all_zero' images, 'overflowed', 'flushed' values
     seconds_total: float
     seconds_reading: float
     seconds_model: float
@@ -287,7 +287,7 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
             if on_gpu:
                 with clock.model:
                     torch.cuda.synchronize(device)  # The copies into the buffer were only queued.
-            record.overflows, capture.overflows = capture.overflows, dict.fromkeys(capture.overflows, 0)
+            record.counts = capture.take_counts()
             writer.publish(shard, buffer, record)
         with clock.writing:
             writer.finish()
@@ -303,8 +303,17 @@ def _begin_worker(directory: RunDirectory) -> None:
 
 def _summary(job: Job, clock: _Clock) -> Summary:
     plan = job.plan
-    records = [read_record(job.out, plan, shard) for shard in plan.shards]
-    rows = sum(len(record.keys) for record in records)
+    rows = failures = rotations_ignored = 0
+    counts: dict[str, dict[str, int]] = {}
+    for shard in plan.shards:  # One record in memory at a time: a run can have millions of images.
+        record = read_record(job.out, plan, shard)
+        rows += len(record.keys)
+        failures += len(record.failures)
+        rotations_ignored += record.rotations_ignored
+        for address, by_what in record.counts.items():
+            for what, count in by_what.items():
+                total = counts.setdefault(address, {})
+                total[what] = total.get(what, 0) + count
     return Summary(
         out=str(job.out),
         model=plan.model,
@@ -312,20 +321,16 @@ def _summary(job: Job, clock: _Clock) -> Summary:
         preprocessing=plan.preprocessing,
         layers=plan.layers,
         images=rows,
-        failures=sum(len(record.failures) for record in records),
-        shards=len(records),
+        failures=failures,
+        shards=len(plan.shards),
         shards_computed=len(job.pending),
         images_computed=sum(map(len, job.pending)),
         bytes=rows * plan.bytes_per_image,
         device=_device_name(job.device),
         precision=plan.precision,
         batch_size=plan.batch_size,
-        rotations_ignored=sum(record.rotations_ignored for record in records),
-        overflows={
-            layer.address: count
-            for layer in plan.layers
-            if (count := sum(record.overflows.get(layer.address, 0) for record in records))
-        },
+        rotations_ignored=rotations_ignored,
+        counts=counts,
         seconds_total=round(clock.total_seconds, 3),
         seconds_reading=round(clock.reading.seconds, 3),
         seconds_model=round(clock.model.seconds, 3),

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
+from typing import Any, overload
 
 from hookx.errors import StoreError, UsageError
 
@@ -105,6 +105,25 @@ class Shard:
             yield range(start, min(start + batch_size, self.stop))
 
 
+class _Shards(Sequence[Shard]):
+    def __init__(self, image_count: int, images_per_shard: int) -> None:
+        self._starts = range(0, image_count, images_per_shard)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> Shard: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Shard]: ...
+    def __getitem__(self, index: int | slice) -> Shard | list[Shard]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        start = self._starts[index]
+        number = start // self._starts.step
+        return Shard(number, start, min(start + self._starts.step, self._starts.stop))
+
+
 @dataclass(frozen=True)
 class Plan:
     """What will be computed. Two runs with one fingerprint store the same numbers."""
@@ -137,17 +156,13 @@ class Plan:
         return sum(layer.bytes_per_image for layer in self.layers)
 
     @property
-    def shards(self) -> list[Shard]:
-        cuts = range(0, self.image_count, self.images_per_shard)
-        return [
-            Shard(number, start, min(start + self.images_per_shard, self.image_count))
-            for number, start in enumerate(cuts)
-        ]
+    def shards(self) -> Sequence[Shard]:
+        """The cut of the image list; made as it is looked at, so a plan of any length costs nothing."""
+        return _Shards(self.image_count, self.images_per_shard)
 
     def shard_file(self, shard: Shard) -> str:
         """Return the name of a shard's file."""
-        count = math.ceil(self.image_count / self.images_per_shard)
-        return f"shard-{shard.number:05}-of-{count:05}.safetensors"
+        return f"shard-{shard.number:05}-of-{len(self.shards):05}.safetensors"
 
     def to_json(self) -> str:
         document = {

@@ -20,6 +20,13 @@ if TYPE_CHECKING:  # At run time it would import torch, for which an error of us
 
 Rows = Sequence[Sequence[str]]
 
+_VALUES = {
+    "non_finite": "NaN or infinity in {address} of {count:,} images",
+    "all_zero": "{address} is all zero for {count:,} images",
+    "overflowed": "{count:,} values of {address} became infinite in the stored type",
+    "flushed": "{count:,} values of {address} became zero in the stored type",
+}
+
 
 @contextlib.contextmanager
 def talk_on_stderr(quiet: bool = False) -> Iterator[None]:
@@ -88,8 +95,8 @@ def print_summary(summary: Summary) -> None:
     if summary.rotations_ignored:
         note = f"{summary.rotations_ignored:,} images carry a rotation that was ignored; --exif apply turns them"
         facts.insert(1, ("rotation", note))
-    for address, count in summary.overflows.items():
-        facts.insert(1, ("overflow", f"{count:,} values of {address} became infinite in the stored type"))
+    for address, by_what in summary.counts.items():
+        facts[1:1] = [("values", _VALUES[what].format(count=count, address=address)) for what, count in by_what.items()]
     _print_rows(facts)
 
 

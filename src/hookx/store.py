@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -41,20 +42,24 @@ class ShardRecord:
     keys: list[str] = field(default_factory=list)  # of the rows, in order
     failures: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
     rotations_ignored: int = 0
-    overflows: dict[str, int] = field(default_factory=dict)  # address -> values that became infinite when stored
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)  # address -> what was remarkable -> how often
     made: dict[str, Any] = field(default_factory=dict)  # the versions, the device and the batch size
+    checksums: dict[str, int] = field(default_factory=dict)  # address -> CRC-32 of its bytes in the file
 
     def to_metadata(self, plan: Plan, shard: Shard) -> dict[str, str]:
-        return {
+        """Return the record as a safetensors file holds it, with a CRC-32 of its own."""
+        metadata = {
             "format": FORMAT,
             "fingerprint": plan.fingerprint,
             "shard": str(shard.number),
             "keys": json.dumps(self.keys),
             "failures": json.dumps(self.failures),
             "rotations_ignored": str(self.rotations_ignored),
-            "overflows": json.dumps(self.overflows),
+            "counts": json.dumps(self.counts),
             "made": json.dumps(self.made),
+            "checksums": json.dumps(self.checksums),
         }
+        return {**metadata, "checksum": _checksum_of_record(metadata)}
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
@@ -80,6 +85,20 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         aside.unlink(missing_ok=True)
 
 
+def checksum(tensor: Tensor) -> int:
+    """Return the CRC-32 of a contiguous tensor's bytes, as they stand in a shard."""
+    return zlib.crc32(_bytes_of(tensor)) if tensor.numel() else 0
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.flatten().view(torch.uint8).numpy().data)
+
+
+def _checksum_of_record(metadata: Mapping[str, str]) -> str:
+    fields = {name: text for name, text in sorted(metadata.items()) if name != "checksum"}
+    return str(zlib.crc32(json.dumps(fields).encode()))
+
+
 def shard_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
     """Lay out a safetensors file without copying a tensor: 8 bytes of length, a JSON header, the data.
 
@@ -101,7 +120,7 @@ def shard_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     yield text
     for name in names:
         if tensors[name].numel():
-            yield memoryview(tensors[name].flatten().view(torch.uint8).numpy().data)
+            yield _bytes_of(tensors[name])
 
 
 class RunDirectory:
@@ -149,7 +168,8 @@ class RunDirectory:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StoreError(
-                f"another hookx process is writing to {self.path}", "wait for it, or choose another --out"
+                f"another hookx process is writing to {self.path}{_holder(self._descriptor)}",
+                "wait for it, or choose another --out",
             ) from None
 
     def release(self) -> None:
@@ -161,17 +181,32 @@ class RunDirectory:
     def publish(self, shard: Shard, tensors: Mapping[str, Tensor], record: ShardRecord) -> Path:
         """Write one shard's file."""
         path = self.path / self.plan.shard_file(shard)
+        record.checksums = {address: checksum(tensor) for address, tensor in tensors.items()}
         write_whole(path, shard_chunks(tensors, record.to_metadata(self.plan, shard)))
         return path
 
     def publish_index(self) -> None:
         """Write index.csv (and failures.csv, if there are any) from the shards; the run is complete with this."""
-        records = [(self.plan.shard_file(s), read_record(self.path, self.plan, s)) for s in self.plan.shards]
-        failures = [failure for _, record in records for failure in record.failures]
-        if failures:
+        if any(record.failures for _, record in self._records()):
+            failures = (failure for _, record in self._records() for failure in record.failures)
             write_whole(self.path / _FAILURES, _csv(("key", "reason"), failures))
-        rows = ((key, name, row) for name, record in records for row, key in enumerate(record.keys))
+        rows = ((key, name, row) for name, record in self._records() for row, key in enumerate(record.keys))
         write_whole(self.path / _INDEX, _csv(("key", "shard", "row"), rows))
+
+    def _records(self) -> Iterator[tuple[str, ShardRecord]]:
+        # One at a time in memory: a run can have millions of images.
+        return ((self.plan.shard_file(s), read_record(self.path, self.plan, s)) for s in self.plan.shards)
+
+
+def _holder(descriptor: int) -> str:
+    """Name the process that holds the lock of an open directory, as far as the system tells."""
+    inode = str(os.fstat(descriptor).st_ino)
+    with contextlib.suppress(OSError):  # Only Linux has this file.
+        for line in Path("/proc/locks").read_text().splitlines():
+            fields = line.split()
+            if "FLOCK" in fields and fields[-3].rpartition(":")[2] == inode:
+                return f" (pid {fields[-4]})"
+    return ""
 
 
 def check_resumable(path: Path, plan: Plan) -> None:
@@ -188,7 +223,11 @@ def check_resumable(path: Path, plan: Plan) -> None:
 
 def finished_shards(path: Path, plan: Plan) -> list[Shard]:
     """Return the shards whose files exist; `StoreError` for one that is damaged or belongs to another run."""
-    present = [shard for shard in plan.shards if (path / plan.shard_file(shard)).exists()]
+    # What is there is looked up in the directory, not in the plan, which may name any number of shards.
+    names = {file.name for file in path.glob("shard-*-of-*.safetensors")}
+    numbers = sorted(int(name.split("-")[1]) for name in names if name.split("-")[1].isdecimal())
+    shards = [plan.shards[number] for number in numbers if number < len(plan.shards)]
+    present = [shard for shard in shards if plan.shard_file(shard) in names]
     for shard in present:
         read_record(path, plan, shard)
     return present
@@ -212,15 +251,18 @@ def read_record(path: Path, plan: Plan, shard: Shard) -> ShardRecord:
         slices = {address: opened.get_slice(address) for address in list(opened.keys())}
         tensors = {address: (data.get_dtype(), data.get_shape()) for address, data in slices.items()}
     try:
-        belongs = metadata.get("fingerprint") == plan.fingerprint and metadata["shard"] == str(shard.number)
+        if metadata["checksum"] != _checksum_of_record(metadata):
+            raise ValueError("its record was altered")
+        belongs = metadata["fingerprint"] == plan.fingerprint and metadata["shard"] == str(shard.number)
         if not belongs:
             raise StoreError(f"{file} belongs to another run or was renamed", "remove it, and run again")
         record = ShardRecord(
             keys=json.loads(metadata["keys"]),
             failures=[(key, reason) for key, reason in json.loads(metadata["failures"])],
             rotations_ignored=int(metadata["rotations_ignored"]),
-            overflows=json.loads(metadata["overflows"]),
+            counts=json.loads(metadata["counts"]),
             made=json.loads(metadata["made"]),
+            checksums=json.loads(metadata["checksums"]),
         )
         if len(record.keys) + len(record.failures) != len(shard):
             raise ValueError(f"it does not account for {len(shard)} images")
