@@ -251,10 +251,10 @@ def read_record(path: Path, plan: Plan, shard: Shard) -> ShardRecord:
         slices = {address: opened.get_slice(address) for address in list(opened.keys())}
         tensors = {address: (data.get_dtype(), data.get_shape()) for address, data in slices.items()}
     try:
-        if metadata["checksum"] != _checksum_of_record(metadata):
+        belongs = metadata.get("fingerprint") == plan.fingerprint
+        if belongs and metadata["checksum"] != _checksum_of_record(metadata):
             raise ValueError("its record was altered")
-        belongs = metadata["fingerprint"] == plan.fingerprint and metadata["shard"] == str(shard.number)
-        if not belongs:
+        if not belongs or metadata["shard"] != str(shard.number):
             raise StoreError(f"{file} belongs to another run or was renamed", "remove it, and run again")
         record = ShardRecord(
             keys=json.loads(metadata["keys"]),
