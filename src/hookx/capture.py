@@ -87,12 +87,15 @@ class RowCapture:
     def run(self, pixels_NCHW: Tensor, rows: Mapping[str, Tensor]) -> None:
         """Run one batch; `rows` holds for every address a tensor (images of the batch, *shape) to write into."""
         self._rows, self._remaining = rows, set(self._targets)
+        self._tallies_of_pass: list[tuple[str, str, Tensor]] = []
         self._taps.begin_pass()
         with inference(self.device, self.precision), contextlib.suppress(ForwardIsDone):
             self._forward(pixels_NCHW)
         if self._remaining:
-            address = next(iter(self._targets[min(self._remaining)].values()))[0].address
-            raise CaptureError(f"'{address}' did not run in this batch, though the probe saw it")
+            missing = next(iter(self._targets[min(self._remaining)].values()))[0].address
+            raise CaptureError(f"'{missing}' did not run in this batch, though the probe saw it")
+        for address, what, tally in self._tallies_of_pass:  # Only now: a pass that failed is run again in parts.
+            self._tallies.setdefault(address, {}).setdefault(what, []).append(tally)
 
     def _on_enter(self, path: str, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if call >= self._calls[path]:
@@ -142,9 +145,8 @@ class RowCapture:
             narrowed = value.to(stored)
             found["overflowed"] = narrowed.isinf() & ~value.isinf()
             found["flushed"] = (narrowed == 0) & (value != 0)
-        by_what = self._tallies.setdefault(address, {what: [] for what in found})
-        for what, where in found.items():
-            by_what[what].append(where.sum())  # Read at the end of a shard, so that a GPU need not be waited for.
+        # Sums that are read at the end of a shard only, so that a GPU need not be waited for.
+        self._tallies_of_pass += [(address, what, where.sum()) for what, where in found.items()]
 
     def _store(self, target: Target, tensor: Tensor) -> None:
         info, rows = target.tensor, self._rows[str(target.address)]

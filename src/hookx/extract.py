@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 
 from hookx import images as image_files
 from hookx.capture import RowCapture, stored_dtype
-from hookx.errors import ImageError, StoreError, UsageError
+from hookx.errors import HookxError, ImageError, StoreError, UsageError
 from hookx.hooks import PRECISIONS, module_classes
 from hookx.images import ImageList, list_images
 from hookx.layers import Target, closest, matched_paths, parse_selectors, select
@@ -175,13 +175,11 @@ def prepare(
     loaded.module.to(chosen_device)
     # Published weights can lack a module that their architecture has: GoogLeNet's auxiliary classifiers.
     paths = matched_paths(selectors, module_classes(loaded.module), model)
-    probed = probe(
-        loaded.module,
-        example_images(loaded.module, preprocessing.crop_px).to(chosen_device),
-        paths=paths,
-        precision=precision,
-        forward=loaded.forward,
-    )
+    examples_NCHW = example_images(loaded.module, preprocessing.crop_px).to(chosen_device)
+    try:
+        probed = probe(loaded.module, examples_NCHW, paths=paths, precision=precision, forward=loaded.forward)
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(len(examples_NCHW), error) from None
     selection = select(selectors, probed, model, excluded)
     for left_out in selection.left_out.values():
         log.info("left out: %s", left_out)
@@ -255,7 +253,7 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
         pin_memory=on_gpu,
         in_worker=functools.partial(_begin_worker, directory),
     )
-    said_aloud = 0
+    said_aloud, images_at_once = 0, plan.batch_size
     with (
         ShardWriter(directory, capacity=max(map(len, job.pending)), pin_memory=on_gpu) as writer,
         RowCapture(
@@ -265,7 +263,7 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
         for shard in job.pending:
             with clock.writing:
                 buffer = writer.buffer()
-            record = ShardRecord(made=_made(device, plan.batch_size))
+            record = ShardRecord()
             for _ in shard.batches(plan.batch_size):
                 with clock.reading:
                     batch = next(batches)
@@ -279,7 +277,8 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
                     start, stop = len(record.keys), len(record.keys) + len(batch.keys)
                     rows = {address: tensor[start:stop] for address, tensor in buffer.items()}
                     with clock.model:
-                        capture.run(batch.pixels_NCHW.to(device, non_blocking=on_gpu), rows)
+                        pixels_NCHW = batch.pixels_NCHW.to(device, non_blocking=on_gpu)
+                        images_at_once = _run_in_parts(capture, pixels_NCHW, rows, images_at_once)
                 record.keys += batch.keys
                 record.failures += batch.failures
                 record.rotations_ignored += batch.rotations_ignored
@@ -288,6 +287,7 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
                 with clock.model:
                     torch.cuda.synchronize(device)  # The copies into the buffer were only queued.
             record.counts = capture.take_counts()
+            record.made = _made(device, min(plan.batch_size, images_at_once))
             writer.publish(shard, buffer, record)
         with clock.writing:
             writer.finish()
@@ -299,6 +299,31 @@ def _begin_worker(directory: RunDirectory) -> None:
     directory.release()
     # Only the thread that hands tensors over reports here, when the parent was killed in the middle of taking one.
     sys.excepthook = lambda *_: None
+
+
+def _run_in_parts(
+    capture: RowCapture, pixels_NCHW: torch.Tensor, rows: Mapping[str, torch.Tensor], images_at_once: int
+) -> int:
+    """Run a batch, in halves of halves if the device's memory is too small; return how many images it held."""
+    start = 0
+    while start < len(pixels_NCHW):
+        stop = min(start + images_at_once, len(pixels_NCHW))
+        try:
+            capture.run(pixels_NCHW[start:stop], {address: tensor[start:stop] for address, tensor in rows.items()})
+            start = stop
+        except torch.OutOfMemoryError as error:
+            if stop - start == 1:
+                raise _out_of_memory(1, error) from None
+            images_at_once = (stop - start) // 2
+            log.warning("out of memory with %d images at once: going on with %d", stop - start, images_at_once)
+    return images_at_once
+
+
+def _out_of_memory(images_at_once: int, error: torch.OutOfMemoryError) -> HookxError:
+    return HookxError(
+        f"the device has too little memory for {images_at_once} images at once: {str(error).splitlines()[0]}",
+        "try --precision bf16, a smaller --crop, or --device cpu",
+    )
 
 
 def _summary(job: Job, clock: _Clock) -> Summary:
