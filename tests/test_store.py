@@ -1,0 +1,557 @@
+"""The output directory: shards are ordinary safetensors files, whole or absent, of one run and one writer at a time."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load, load_file, save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import hookx
+from hookx.errors import StoreError
+from hookx.plan import DTYPES, LayerSpec, Plan, Preprocessing, Shard
+from hookx.store import (
+    RunDirectory,
+    ShardRecord,
+    ShardWriter,
+    finished_shards,
+    read_record,
+    shard_chunks,
+    write_whole,
+)
+
+SHAPES = [(), (3,), (2, 3), (4, 1, 5), (0, 2)]
+ALL_DTYPES = tuple(
+    LayerSpec(f"{dtype}.{number}", shape, dtype) for dtype in DTYPES for number, shape in enumerate(SHAPES)
+)
+# Of ten images, in shards of three, four could not be read: one alone, and all of a shard.
+MAPS = (LayerSpec("layer1", (2, 3), "float32"), LayerSpec("avgpool", (5,), "bfloat16"))
+UNREADABLE = {"04": "OSError: cut", "06": "OSError: cut", "07": "OSError: cut", "08": "OSError: cut"}
+
+
+def plan_of(layers: tuple[LayerSpec, ...], image_count: int, images_per_shard: int = 100) -> Plan:
+    return Plan(
+        model="net",
+        weights="random (seed 0)",
+        layers=layers,
+        preprocessing=Preprocessing(256, 224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear"),
+        precision="fp32",
+        memory_format="contiguous",
+        image_count=image_count,
+        images_sha256="0" * 64,
+        images_per_shard=images_per_shard,
+        batch_size=2,
+    )
+
+
+def random_tensor(shape: tuple[int, ...], dtype: str, seed: int = 0) -> Tensor:
+    """Return random bits: every pattern, also the NaNs."""
+    width = DTYPES[dtype][1]
+    high = 2 if dtype == "bool" else 256
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, high, (*shape, width), dtype=torch.uint8, generator=generator).view(getattr(torch, dtype))[
+        ..., 0
+    ]
+
+
+def random_rows(plan: Plan, rows: int, seed: int = 0) -> dict[str, Tensor]:
+    return {
+        layer.address: random_tensor((rows, *layer.shape), layer.dtype, seed + number)
+        for number, layer in enumerate(plan.layers)
+    }
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and bits(one) == bits(other)
+
+
+def write_run(path: Path, plan: Plan) -> dict[str, Tensor]:
+    """Write a whole run of random activations; return them."""
+    written: dict[str, list[Tensor]] = {layer.address: [] for layer in plan.layers}
+    with RunDirectory(path, plan) as directory:
+        for shard in plan.shards:
+            keys = [f"{position:02}" for position in range(shard.start, shard.stop)]
+            record = ShardRecord(
+                keys=[key for key in keys if key not in UNREADABLE],
+                failures=[(key, UNREADABLE[key]) for key in keys if key in UNREADABLE],
+            )
+            tensors = random_rows(plan, len(record.keys), seed=100 * shard.number)
+            directory.publish(shard, tensors, record)
+            for address, tensor in tensors.items():
+                written[address].append(tensor)
+        directory.publish_index()
+    return {address: torch.cat(tensors) for address, tensors in written.items()}
+
+
+@contextmanager
+def forked(work: Callable[[], None]) -> Iterator[int]:
+    """Run `work` in a process that is killed, if it has not ended, when the block is left; yields its id."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    assert process.pid is not None
+    try:
+        yield process.pid
+    finally:
+        process.kill()
+        process.join()
+        process.close()
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.001)
+
+
+# --- the format ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [5, 1, 0])
+def test_every_dtype_is_read_back_bit_for_bit_by_the_safetensors_library(tmp_path: Path, rows: int) -> None:
+    plan = plan_of(ALL_DTYPES, max(rows, 1))
+    tensors = random_rows(plan, rows)
+    keys = [str(row) for row in range(rows)]
+    with RunDirectory(tmp_path, plan) as directory:
+        file = directory.publish(plan.shards[0], tensors, ShardRecord(keys, [] if rows else [("0", "OSError: cut")]))
+    loaded = load_file(file)
+    assert loaded.keys() == tensors.keys()
+    assert all(same_bits(loaded[address], tensors[address]) for address in tensors)
+    with safe_open(file, framework="pt") as opened:
+        assert json.loads(opened.metadata()["keys"]) == keys
+        assert all(same_bits(opened.get_slice(address)[:], tensors[address]) for address in tensors)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.dictionaries(
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda name: name != "__metadata__"),
+        st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 4), max_size=3).map(tuple)),
+        max_size=5,
+    ),
+    st.dictionaries(
+        st.text(st.characters(exclude_categories=["Cs"])), st.text(st.characters(exclude_categories=["Cs"]))
+    ),
+)
+def test_whatever_is_laid_out_the_safetensors_library_accepts_and_reads_as_it_was(
+    layers: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]
+) -> None:
+    tensors = {name: random_tensor((2, *shape), dtype) for name, (dtype, shape) in layers.items()}
+    file = b"".join(shard_chunks(tensors, metadata))
+    loaded = load(file)
+    assert loaded.keys() == tensors.keys()
+    assert all(same_bits(loaded[name], tensors[name]) for name in tensors)
+
+
+def test_every_tensor_in_a_shard_begins_at_a_multiple_of_its_elements_size() -> None:
+    file = b"".join(shard_chunks(random_rows(plan_of(ALL_DTYPES, 3), 3), {}))
+    header_bytes = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + header_bytes])
+    width = dict(DTYPES.values())
+    for name, entry in header.items():
+        if name != "__metadata__":
+            assert (8 + header_bytes + entry["data_offsets"][0]) % width[entry["dtype"]] == 0
+
+
+def test_a_view_that_is_not_contiguous_is_stored_with_its_own_values(tmp_path: Path) -> None:
+    tensor = torch.arange(24.0).reshape(4, 6)[:, ::2].t()
+    write_whole(tmp_path / "file", shard_chunks({"layer": tensor}, {}))
+    assert torch.equal(load_file(tmp_path / "file")["layer"], tensor)
+
+
+def test_a_file_name_that_is_not_utf_8_keeps_its_bytes_in_the_shard_and_in_the_index(tmp_path: Path) -> None:
+    key = os.fsdecode(b"caf\xe9, \xff.png")
+    plan = plan_of((LayerSpec("fc", (), "uint8"),), 1)
+    with RunDirectory(tmp_path, plan) as directory:
+        directory.publish(plan.shards[0], random_rows(plan, 1), ShardRecord([key]))
+        directory.publish_index()
+    assert hookx.open(tmp_path).keys_of_rows == [key]
+    assert b'"caf\xe9, \xff.png",' in (tmp_path / "index.csv").read_bytes()
+
+
+# --- whole or absent -----------------------------------------------------------------------------------------------
+
+
+def test_a_writer_that_fails_half_way_leaves_no_file(tmp_path: Path) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"half of it"
+        assert [file.name for file in tmp_path.iterdir()] != ["shard"]
+        raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        write_whole(tmp_path / "shard", chunks())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_takes_no_more_leaves_no_shard_and_the_error_says_so(tmp_path: Path) -> None:
+    plan = plan_of((LayerSpec("conv1", (64, 1024), "float32"),), 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, capacity=1) as writer:
+        writer.publish(plan.shards[0], random_rows(plan, 1), ShardRecord(["0"]))
+        writer.finish()  # The limit below is what stops the second attempt, not something else.
+        (tmp_path / plan.shard_file(plan.shards[0])).unlink()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            writer.publish(plan.shards[0], random_rows(plan, 1), ShardRecord(["0"]))
+            with pytest.raises(StoreError, match=r"cannot write .*shard-00000-of-00001.safetensors: File too large"):
+                writer.finish()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "index.csv"
+    file.write_text("before")
+    with pytest.raises(ZeroDivisionError):
+        write_whole(file, (bytes([1 // count]) for count in (1, 0)))
+    assert file.read_text() == "before" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_process_killed_while_it_writes_leaves_no_shard_and_the_next_run_removes_its_leavings(tmp_path: Path) -> None:
+    plan = plan_of(MAPS, 1)
+    shard = tmp_path / plan.shard_file(plan.shards[0])
+
+    def write_for_ever() -> None:
+        write_whole(shard, itertools.repeat(bytes(1000)))
+
+    with forked(write_for_ever):
+        wait_for(lambda: any(file.stat().st_size > 0 for file in tmp_path.glob(".*")))
+    assert not shard.exists() and list(tmp_path.glob(".*"))
+    with RunDirectory(tmp_path, plan):
+        assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+
+
+# --- one run, one process ------------------------------------------------------------------------------------------
+
+
+def test_a_directory_takes_one_writer_at_a_time(tmp_path: Path) -> None:
+    plan = plan_of(MAPS, 1)
+    with RunDirectory(tmp_path, plan):
+        with pytest.raises(StoreError, match=f"another hookx process is writing to {tmp_path}"):
+            RunDirectory(tmp_path, plan).__enter__()
+        with pytest.raises(StoreError, match="another hookx process"):  # The failed attempt did not open the lock.
+            RunDirectory(tmp_path, plan).__enter__()
+    with RunDirectory(tmp_path, plan):
+        pass
+
+
+def test_a_killed_writer_does_not_keep_the_directory_locked(tmp_path: Path) -> None:
+    plan = plan_of(MAPS, 1)
+
+    def hold() -> None:
+        with RunDirectory(tmp_path, plan):
+            (tmp_path / "held").touch()
+            signal.pause()
+
+    with forked(hold) as holder:
+        wait_for((tmp_path / "held").exists)
+        with pytest.raises(StoreError, match="another hookx process"):
+            RunDirectory(tmp_path, plan).__enter__()
+        os.kill(holder, signal.SIGKILL)
+        wait_for(lambda: os.waitid(os.P_PID, holder, os.WEXITED | os.WNOWAIT | os.WNOHANG))
+        with RunDirectory(tmp_path, plan):
+            pass
+
+
+def test_a_forked_worker_lets_go_of_the_lock_and_a_spawned_one_never_had_it(tmp_path: Path) -> None:
+    plan = plan_of(MAPS, 1)
+    with RunDirectory(tmp_path, plan) as directory:
+        pickle.loads(pickle.dumps(directory)).release()
+        with pytest.raises(StoreError, match="another hookx process"):
+            RunDirectory(tmp_path, plan).__enter__()
+
+        def worker() -> None:
+            directory.release()
+            (tmp_path / "released").touch()
+            signal.pause()
+
+        with forked(worker):
+            wait_for((tmp_path / "released").exists)
+            directory.release()  # What the kernel does when the parent is killed.
+            with RunDirectory(tmp_path, plan):
+                pass
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"layers": MAPS[:1]}, r"layers differ \(there: layer1, avgpool; asked: layer1\)"),
+        ({"layers": (MAPS[0], replace(MAPS[1], dtype="float32"))}, r"avgpool \[5\] bfloat16; .*avgpool \[5\] float32"),
+        ({"precision": "bf16"}, r"precision.* differ \(there: fp32; asked: bf16\)"),
+        ({"images_sha256": "1" * 64}, r"images .*differ \(there: 0000"),
+        ({"model": "net2", "weights": "x"}, r"model.* differ \(there: net; asked: net2\); weights differ"),
+    ],
+)
+def test_a_directory_of_another_run_is_refused_and_the_error_says_what_differs(
+    tmp_path: Path, change: dict[str, object], said: str
+) -> None:
+    plan = plan_of(MAPS, 10, 3)
+    with RunDirectory(tmp_path, plan):
+        pass
+    before = (tmp_path / "plan.json").read_bytes()
+    with pytest.raises(StoreError, match=f"holds another run: .*{said}.*; choose another --out"):
+        RunDirectory(tmp_path, replace(plan, **change)).__enter__()  # type: ignore[arg-type]
+    assert (tmp_path / "plan.json").read_bytes() == before
+    with RunDirectory(tmp_path, replace(plan, batch_size=64)):  # decides nothing but rounding
+        pass
+
+
+def test_shards_without_a_plan_are_nobodys_and_are_refused(tmp_path: Path) -> None:
+    plan = plan_of(MAPS, 10, 3)
+    write_run(tmp_path, plan)
+    (tmp_path / "plan.json").unlink()
+    with pytest.raises(StoreError, match=r"holds shards without a plan.json"):
+        RunDirectory(tmp_path, plan).__enter__()
+
+
+def test_an_altered_plan_is_refused(tmp_path: Path) -> None:
+    plan = plan_of(MAPS, 10, 3)
+    write_run(tmp_path, plan)
+    text = (tmp_path / "plan.json").read_text()
+    (tmp_path / "plan.json").write_text(text.replace('"fp32"', '"bf16"'))
+    with pytest.raises(StoreError, match="altered"):
+        hookx.open(tmp_path)
+
+
+def test_a_path_that_cannot_be_a_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(StoreError, match=str(path)):
+            RunDirectory(path, plan_of(MAPS, 1)).__enter__()
+
+
+# --- damaged shards ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_of_ten(tmp_path: Path) -> tuple[Path, Plan, dict[str, Tensor]]:
+    plan = plan_of(MAPS, 10, 3)
+    path = tmp_path / "features"
+    return path, plan, write_run(path, plan)
+
+
+Run = tuple[Path, Plan, dict[str, Tensor]]
+
+
+def test_a_truncated_or_prolonged_shard_is_refused_and_named(run_of_ten: Run) -> None:
+    path, plan, _ = run_of_ten
+    file = path / plan.shard_file(plan.shards[1])
+    whole = file.read_bytes()
+    for length in (0, 7, 8, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(StoreError, match=f"{file} is damaged"):
+            finished_shards(path, plan)
+    file.write_bytes(whole + b"\0")
+    with pytest.raises(StoreError, match=f"{file} is damaged"):
+        hookx.open(path)
+
+
+def test_a_renamed_or_foreign_shard_is_refused_and_named(run_of_ten: Run, tmp_path: Path) -> None:
+    path, plan, _ = run_of_ten
+    first, second = (path / plan.shard_file(shard) for shard in plan.shards[:2])
+    other = replace(plan, precision="bf16")
+    write_run(tmp_path / "other", other)
+    whole = second.read_bytes()
+    for foreign in (first.read_bytes(), (tmp_path / "other" / second.name).read_bytes()):
+        second.write_bytes(foreign)
+        with pytest.raises(StoreError, match=f"{second} belongs to another run or was renamed"):
+            hookx.open(path)
+    save_file({"layer1": torch.zeros(3, 2, 3)}, second)
+    with pytest.raises(StoreError, match=f"{second} belongs to another run"):
+        hookx.open(path)
+    second.write_bytes(whole)
+    hookx.open(path)
+
+
+def test_no_flipped_bit_in_a_header_changes_an_activation_or_escapes_as_another_error(tmp_path: Path) -> None:
+    plan = plan_of(MAPS, 3)
+    written = write_run(tmp_path, plan)
+    shard = plan.shards[0]
+    file = tmp_path / plan.shard_file(shard)
+    whole = file.read_bytes()
+    header_bytes = int.from_bytes(whole[:8], "little")
+    tensors_begin = whole.index(b'"layer1":{"dtype"')
+    refused = 0
+    for position in range(8 + header_bytes):
+        bit = 1 << position % 8
+        file.write_bytes(whole[:position] + bytes([whole[position] ^ bit]) + whole[position + 1 :])
+        try:
+            read_record(tmp_path, plan, shard)
+        except StoreError as error:
+            refused += 1
+            assert str(file) in str(error)
+            continue
+        assert 8 <= position < tensors_begin  # in a key, or in what a shard tells of its making
+        activations = hookx.open(tmp_path)
+        assert all(same_bits(activations[address][:], written[address]) for address in written)
+    assert refused > 0.7 * header_bytes
+
+
+def test_a_shard_that_does_not_account_for_its_images_is_refused(tmp_path: Path) -> None:
+    plan = plan_of(MAPS, 3)
+    with RunDirectory(tmp_path, plan) as directory:
+        directory.publish(plan.shards[0], random_rows(plan, 2), ShardRecord(["00", "01"]))
+    with pytest.raises(StoreError, match="does not account for 3 images"):
+        finished_shards(tmp_path, plan)
+
+
+# --- two buffers ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_many_shards_fills_no_more_than_two_buffers_and_mixes_none_of_them_up(tmp_path: Path) -> None:
+    plan = plan_of((LayerSpec("conv1", (1000,), "float32"),), 20, 2)
+    addresses_in_memory = set()
+    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, capacity=2) as writer:
+        for shard in plan.shards:
+            buffer = writer.buffer()
+            addresses_in_memory.add(buffer["conv1"].data_ptr())
+            buffer["conv1"][:] = shard.number
+            writer.publish(shard, buffer, ShardRecord([str(position) for position in range(shard.start, shard.stop)]))
+        writer.finish()
+    assert len(addresses_in_memory) == 2
+    stored = hookx.open(tmp_path)["conv1"]
+    assert torch.equal(stored[:][:, 0], torch.arange(10.0).repeat_interleave(2))
+
+
+def test_a_shard_handed_over_before_an_error_is_still_written(tmp_path: Path) -> None:
+    plan = plan_of(MAPS, 3)
+    with pytest.raises(ZeroDivisionError), RunDirectory(tmp_path, plan) as directory:
+        with ShardWriter(directory, capacity=3) as writer:
+            writer.publish(plan.shards[0], writer.buffer(), ShardRecord(["0", "1", "2"]))
+            _ = 1 // 0
+    assert finished_shards(tmp_path, plan) == [Shard(0, 0, 3)]
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[hookx.Features, dict[str, Tensor]]:
+    path = tmp_path_factory.mktemp("opened")
+    written = write_run(path, plan_of(MAPS, 10, 3))
+    return hookx.open(path), written
+
+
+Opened = tuple[hookx.Features, dict[str, Tensor]]
+
+
+def test_opened_features_show_what_there_is_before_anything_is_read(opened: Opened) -> None:
+    features, _ = opened
+    assert list(features) == ["layer1", "avgpool"] and len(features) == 2 and "fc" not in features
+    layer1, avgpool = features["layer1"], features["avgpool"]
+    assert (layer1.shape, layer1.dtype, len(layer1)) == ((6, 2, 3), torch.float32, 6)
+    assert (avgpool.shape, avgpool.dtype) == ((6, 5), torch.bfloat16)
+    assert features.keys_of_rows == ["00", "01", "02", "03", "05", "09"]
+    assert features.failures == UNREADABLE
+
+
+@given(st.slices(6))
+@settings(max_examples=60, deadline=None)
+def test_a_slice_gives_the_rows_that_a_tensor_would_over_the_borders_of_shards(opened: Opened, rows: slice) -> None:
+    features, written = opened
+    assert same_bits(features["layer1"][rows], written["layer1"][torch.arange(6).numpy()[rows].copy()])
+
+
+@given(st.lists(st.integers(-6, 5), max_size=8))
+@settings(max_examples=30, deadline=None)
+def test_integers_and_lists_of_them_give_rows_and_count_from_the_end_when_negative(
+    opened: Opened, rows: list[int]
+) -> None:
+    features, written = opened
+    assert same_bits(features["avgpool"][rows], written["avgpool"][rows])
+    assert same_bits(features["avgpool"][np.array(rows, dtype=np.int64)], written["avgpool"][rows])
+    for row in rows:
+        assert same_bits(features["avgpool"][row], written["avgpool"][row])
+
+
+def test_a_mask_of_all_rows_gives_those_that_are_true(opened: Opened) -> None:
+    features, written = opened
+    mask = np.array([True, False, False, True, True, False])
+    assert same_bits(features["layer1"][mask], written["layer1"][torch.from_numpy(mask)])
+    assert same_bits(features["layer1"][mask.tolist()], written["layer1"][torch.from_numpy(mask)])
+
+
+def test_an_index_that_names_no_rows_is_refused_and_never_guessed(opened: Opened) -> None:
+    layer1 = opened[0]["layer1"]
+    for outside in (6, -7, [0, 6], [-7]):
+        with pytest.raises(IndexError):
+            layer1[outside]
+    for foreign in ((0, 1), [True, False], [0.0, 1.0], [[0, 1]], np.zeros((6, 2), dtype=bool)):
+        with pytest.raises(TypeError, match="rows are an integer, a slice"):
+            layer1[foreign]  # type: ignore[index]
+
+
+def test_numpy_gets_the_stored_values_and_bfloat16_as_exactly_equal_float32(opened: Opened) -> None:
+    features, written = opened
+    layer1, avgpool = features["layer1"], features["avgpool"]
+    assert np.array_equal(layer1.numpy(), written["layer1"].numpy(), equal_nan=True)
+    assert avgpool.numpy().dtype == np.float32
+    assert np.array_equal(avgpool.numpy(), written["avgpool"].float().numpy(), equal_nan=True)
+    assert np.array_equal(np.asarray(layer1), layer1.numpy(), equal_nan=True)
+    assert np.asarray(layer1, dtype=np.float64).dtype == np.float64
+    assert same_bits(layer1.torch(), written["layer1"])
+
+
+def test_a_shuffling_data_loader_with_two_workers_gives_every_row_with_its_key(opened: Opened) -> None:
+    features, written = opened
+    loader = DataLoader(features.dataset("layer1"), batch_size=4, shuffle=True, num_workers=2)
+    seen: dict[str, Tensor] = {}
+    for activations, keys in loader:
+        seen.update(zip(keys, activations, strict=True))
+    assert sorted(seen) == features.keys_of_rows
+    assert all(same_bits(seen[key], written["layer1"][row]) for row, key in enumerate(features.keys_of_rows))
+
+
+def test_a_misspelt_address_is_a_key_error_with_the_closest(opened: Opened) -> None:
+    with pytest.raises(KeyError, match="avgpol; closest: avgpool"):
+        opened[0]["avgpol"]
+
+
+def test_the_index_and_the_list_of_failures_are_tables_of_what_the_shards_hold(run_of_ten: Run) -> None:
+    path, _, written = run_of_ten
+    with open(path / "index.csv", newline="") as file:
+        for line, (row, key) in zip(csv.DictReader(file), enumerate(hookx.open(path).keys_of_rows), strict=True):
+            assert line["key"] == key
+            assert same_bits(load_file(path / line["shard"])["layer1"][int(line["row"])], written["layer1"][row])
+    with open(path / "failures.csv", newline="") as file:
+        assert {line["key"]: line["reason"] for line in csv.DictReader(file)} == UNREADABLE
+
+
+def test_an_unfinished_run_is_refused_unless_partial_and_then_shows_the_shards_there_are(run_of_ten: Run) -> None:
+    path, plan, written = run_of_ten
+    (path / plan.shard_file(plan.shards[0])).unlink()
+    with pytest.raises(StoreError, match=r"is not finished: 3 of 4 shards\n.*partial=True"):
+        hookx.open(path)
+    features = hookx.open(path, partial=True)
+    assert features.keys_of_rows == ["03", "05", "09"]
+    assert same_bits(features["layer1"][:], written["layer1"][3:])
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(StoreError, match=r"holds no run of hookx: cannot read plan.json"):
+            hookx.open(path)
