@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
 
-from hookx import Capture, models
+from hookx import Capture
 from hookx.errors import ModelError
 from hookx.images import decode
-from hookx.models import list_models, load_model, skeleton
+from hookx.models import ModelOptions, list_models, load_model, skeleton, torchvision_zoo
 
 PHOTOGRAPHS = [Path(__file__).parents[1] / "images" / name for name in ("animals/chelsea.jpg", "people/camera.jpg")]
 pytestmark = pytest.mark.filterwarnings("ignore:The default weight initialization")
@@ -59,7 +59,7 @@ def error_of(ref: str, weights: object = "default") -> str:
 @pytest.mark.parametrize("seed", [0, 7])
 def test_no_weights_are_torchvisions_own_after_the_seed(name: str, seed: int) -> None:
     torch.rand(3)  # What was drawn before does not matter.
-    model = load_model(name, "none", seed=seed)
+    model = load_model(name, "none", ModelOptions(seed=seed))
     assert equal(dict(model.module.state_dict()), random_state(name, seed))
     assert model.weights == f"random (seed {seed})"
 
@@ -327,8 +327,8 @@ def test_a_vision_transformer_is_built_for_the_images_of_its_weights() -> None:
 def test_a_file_of_published_weights_is_recognised_by_its_hash(name: str) -> None:
     for entry in get_model_weights(name):
         beginning = entry.url.rsplit("-", 1)[1].split(".")[0]
-        assert models._recognised(name, beginning.ljust(64, "0")) is entry
-    assert models._recognised(name, "0" * 64) is None
+        assert torchvision_zoo._recognised(name, beginning.ljust(64, "0")) is entry
+    assert torchvision_zoo._recognised(name, "0" * 64) is None
 
 
 def test_an_image_transform_inside_the_model_is_off_for_a_file_of_unknown_weights(tmp_path: Path) -> None:

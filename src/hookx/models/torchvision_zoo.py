@@ -1,12 +1,8 @@
-"""A model's name and its weights -> a module in eval mode, and what it expects of an image.
-
-The only file that knows model zoos.
-"""
+"""torchvision's models: by name, with published weights, random ones, or those of a file."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import pickle
@@ -15,38 +11,22 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torchvision import models as zoo
 
 from hookx.errors import ModelError
 from hookx.layers import closest
+from hookx.models.checkpoints import is_weights_file, load_state_dict, read_state_dict, sha256_of
+from hookx.models.loaded import LoadedModel, ModelOptions, Unallocated, one_line
 from hookx.plan import Preprocessing
 
 log = logging.getLogger("hookx")
 
-_WEIGHT_FILES = (".safetensors", ".pt", ".pth")
 _DOWNLOAD_TIMEOUT_SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A module in eval mode on the CPU, with the preprocessing and the identity of its weights.
-
-    `forward` takes a batch (N, 3, H, W) through the module; it is what a run calls.
-    """
-
-    name: str
-    module: nn.Module
-    preprocessing: Preprocessing
-    weights: str  # 'ResNet18_Weights.IMAGENET1K_V1', 'random (seed 0)', 'sha256:...'
-    forward: Callable[[Tensor], Any]
-    cpu_only: bool = False
 
 
 def list_models() -> dict[str, str]:
@@ -62,7 +42,7 @@ def list_models() -> dict[str, str]:
     return {name: _kind(name) for name in sorted(zoo.list_models())}
 
 
-def load_model(ref: str, weights: str = "default", *, seed: int = 0) -> LoadedModel:
+def load_model(ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
     """Build a model of torchvision's zoo with the weights asked for.
 
     Args:
@@ -70,7 +50,7 @@ def load_model(ref: str, weights: str = "default", *, seed: int = 0) -> LoadedMo
         weights: 'default' (the architecture's DEFAULT weights), a weights name such as 'IMAGENET1K_V2', 'none'
             (random: `torch.manual_seed(seed)`, then the model is built on the CPU), or a state-dict file
             (.safetensors, .pt, .pth), which is read without running any code in it.
-        seed: of the random weights; unused otherwise.
+        options: the seed of random weights, and what else can be said.
 
     Raises:
         ModelError: no such model or weights; weights that cannot be downloaded, read, or made to fit.
@@ -82,14 +62,14 @@ def load_model(ref: str, weights: str = "default", *, seed: int = 0) -> LoadedMo
     """
     entry = _entry(ref)
     if weights == "none":
-        torch.manual_seed(seed)
-        module, identity = _build(ref, entry), f"random (seed {seed})"
-    elif _is_file(weights):
-        state = _read_state_dict(Path(weights))
-        sha256 = _sha256(Path(weights))
+        torch.manual_seed(options.seed)
+        module, identity = _build(ref, entry), f"random (seed {options.seed})"
+    elif is_weights_file(weights):
+        state = read_state_dict(Path(weights))
+        sha256 = sha256_of(Path(weights))
         entry = _recognised(ref, sha256) or entry
         module, identity = _build_for_file(ref, entry, state), f"sha256:{sha256}"
-        _load(module, state, ref, weights)
+        load_state_dict(module, state, ref, weights)
         if hasattr(module, "transform_input"):
             # The published GoogLeNet and Inception were trained on images normalised in another way.
             setattr(module, "transform_input", _recognised(ref, sha256) is not None)  # noqa: B010
@@ -110,13 +90,13 @@ def skeleton(ref: str, weights: str = "default") -> LoadedModel:
         >>> next(model.module.parameters()).device.type, model.preprocessing.crop_px
         ('meta', 518)
     """
-    published = weights != "none" and not _is_file(weights)
+    published = weights != "none" and not is_weights_file(weights)
     entry = _entry(ref, weights if published else "default")
     if _kind(ref) == "quantized":
         return _loaded(ref, entry, _build(ref, entry), "none")
     # The auxiliary head of the published segmentation models runs in eval mode too, so it belongs to the layers.
     has_auxiliary = published and _kind(ref) == "segmentation" and not ref.startswith("lraspp")
-    with _Unallocated():
+    with Unallocated():
         module = _build(ref, entry, **({"aux_loss": True} if has_auxiliary else {}))
     return _loaded(ref, entry, module.to("meta"), "none")
 
@@ -222,11 +202,11 @@ def _build_published(ref: str, entry: Any) -> nn.Module:
     except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
         if _is_cached(entry):
             raise ModelError(
-                f"the cached weights for {ref} ({entry.name}) cannot be used: {_one_line(error)}",
+                f"the cached weights for {ref} ({entry.name}) cannot be used: {one_line(error)}",
                 f"remove {_cached_file(entry)}, and run again",
             ) from None
         raise ModelError(
-            f"weights for {ref} ({entry.name}) are not in the cache and could not be downloaded: {_one_line(error)}",
+            f"weights for {ref} ({entry.name}) are not in the cache and could not be downloaded: {one_line(error)}",
             f"use a file: --weights {ref}.safetensors    or random weights: --weights none",
             f"or put {_cached_file(entry).name} into {_cached_file(entry).parent}",
         ) from None
@@ -298,95 +278,3 @@ def _quiet_unless_terminal() -> Iterator[None]:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(nowhere):
             yield
-
-
-# --- state-dict files ----------------------------------------------------------------------------------------------
-
-
-def _is_file(weights: str) -> bool:
-    return weights.lower().endswith(_WEIGHT_FILES) or os.sep in weights or Path(weights).is_file()
-
-
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ModelError(f"there is no weights file '{path}'")
-    try:
-        if path.suffix.lower() == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # Any bytes can stand in a file; each reader has its own exceptions for them.
-        refused = "Weights only load failed" in str(error)
-        problem = "holds more than tensors, and reading it could run code" if refused else _one_line(error)
-        raise ModelError(
-            f"cannot read weights from '{path}': {problem}",
-            "save the weights alone: torch.save(model.state_dict(), 'weights.pt')",
-        ) from None
-    if not (
-        isinstance(state, dict)
-        and state
-        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())
-    ):
-        what = f"keys: {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
-        raise ModelError(
-            f"'{path}' is not a plain state dict (name -> tensor), but {what}",
-            "save the weights alone: torch.save(model.state_dict(), 'weights.pt')",
-        )
-    return state
-
-
-def _load(module: nn.Module, state: Mapping[str, Tensor], ref: str, file: str) -> None:
-    """Load a state dict of which every tensor must fit."""
-    own = module.state_dict()
-    # Batch norm's step counter came with torch 0.4.1 and does not enter an eval-mode forward pass.
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in own]
-    misshapen = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if missing or unexpected or misshapen:
-        raise ModelError(
-            f"'{file}' does not fit {ref}",
-            *(
-                f"{kind} ({len(keys)}): {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
-                for kind, keys in (("missing", missing), ("unexpected", unexpected), ("other shape", misshapen))
-                if keys
-            ),
-        )
-    own.update(state)  # It knows the versions of its modules, which a plain dict does not; MNASNet asks for them.
-    module.load_state_dict(own)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-# --- skeletons -----------------------------------------------------------------------------------------------------
-
-
-class _Unallocated(TorchFunctionMode):
-    """Let the factories that parameters come from allocate nothing.
-
-    `torch.device("meta")` would do it for every tensor; but RegNet's constructor computes its widths with small real
-    tensors (`torch.arange`, `torch.tensor`), which have to keep their values.
-    """
-
-    _FACTORIES: frozenset[Callable[..., Any]] = frozenset(
-        {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
-    )
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in self._FACTORIES and kwargs.get("device") is None:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
