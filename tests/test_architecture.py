@@ -20,9 +20,12 @@ ORDER = [
     {"errors"},
     {"layers"},
     {"plan"},
-    {"hooks"},
+    {"hooks", "decoding"},
     {"models", "images", "probe", "capture", "store"},
+    {"batches"},
     {"extract", "pictures"},
+    {"verify", "inspection"},
+    {"recompute"},
     {"report"},
     {"cli"},
     {"__main__"},
@@ -98,8 +101,8 @@ def test_the_package_itself_imports_nothing_of_it_but_the_errors_before_a_name_i
 
 def test_what_only_one_file_may_do_only_that_file_does() -> None:
     assert files_that_import("rich", "tqdm") == {"report"}
-    assert files_that_import("PIL") <= {"images", "pictures"}
-    assert "PIL" in {name.split(".")[0] for name, _ in imports_of(SOURCE / "images.py")}
+    assert files_that_import("PIL") <= {"decoding", "models", "pictures"}
+    assert "PIL" in {name.split(".")[0] for name, _ in imports_of(SOURCE / "decoding.py")}
     assert files_that_import("typer") == {"cli"}
     registering = {
         module_of(file)

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import time
+import tracemalloc
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from types import FrameType
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 from torchvision.datasets.folder import pil_loader
 
+from hookx.batches import Batch, batches
+from hookx.decoding import decode
 from hookx.errors import ImageError
-from hookx.images import SUFFIXES, Batch, ImageList, batches, decode, list_images
+from hookx.images import SUFFIXES, Files, ImageList, Keys, list_images
 from hookx.plan import Preprocessing, Shard
 
 PHOTOGRAPHS = Path(__file__).parents[1] / "images"
@@ -69,15 +75,16 @@ def test_a_folder_is_searched_to_the_bottom_and_sorted_by_key(tmp_path: Path) ->
     names = ["b.jpg", "a/z.png", "a.jpg", "a/b/c/d.JPEG", "Z.webp", "a-b.tiff", "ä.jpg", "two words.jpg", "line\n.jpg"]
     touch(tmp_path, *names, "notes.txt", "jpg", ".jpg", "a/b/archive.jpg.zip")
     images = list_images([tmp_path])
-    assert images.keys == sorted(names) and len(images) == len(names)
-    assert images.files == [str(tmp_path / key) for key in images.keys]
+    assert list(images.keys) == sorted(names) and len(images) == len(names)
+    assert list(images.files) == [str(tmp_path / key) for key in images.keys]
 
 
 def test_the_order_of_a_list_does_not_depend_on_the_order_of_its_sources(tmp_path: Path) -> None:
     touch(tmp_path, "one/b.jpg", "one/d.jpg", "two/a.jpg", "two/c.jpg", "e.png")
     sources = [tmp_path / "one", tmp_path / "two", tmp_path / "e.png"]
-    assert list_images(sources).keys == ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.png"]
-    assert list_images(sources) == list_images(reversed(sources))
+    one, other = list_images(sources), list_images(reversed(sources))
+    assert list(one.keys) == list(other.keys) == ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.png"]
+    assert list(one.files) == list(other.files)
 
 
 @pytest.mark.parametrize("suffix", sorted(SUFFIXES))
@@ -89,21 +96,21 @@ def test_a_suffix_counts_in_any_case(suffix: str, tmp_path: Path) -> None:
 def test_a_file_that_is_named_has_its_bare_name_for_a_key_and_may_be_called_anything(tmp_path: Path) -> None:
     touch(tmp_path, "a/b/scan.0001")
     images = list_images([str(tmp_path / "a/b/scan.0001")])
-    assert (images.keys, images.files) == (["scan.0001"], [str(tmp_path / "a/b/scan.0001")])
+    assert (list(images.keys), list(images.files)) == (["scan.0001"], [str(tmp_path / "a/b/scan.0001")])
 
 
 def test_the_sizes_are_those_of_the_files(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"12345")
     (tmp_path / "b.jpg").write_bytes(b"")
     (tmp_path / "c.jpg").symlink_to("nowhere")
-    assert list_images([tmp_path]).sizes_bytes == [5, 0, -1]
+    assert list(list_images([tmp_path]).sizes_bytes) == [5, 0, -1]
 
 
 def test_two_images_with_one_key_are_an_error_that_names_both(tmp_path: Path) -> None:
     touch(tmp_path, "one/a.jpg", "two/a.jpg")
     message = error_of(tmp_path / "one", tmp_path / "two")
     assert message.startswith(f"two images have the key 'a.jpg': {tmp_path}/one/a.jpg and {tmp_path}/two/a.jpg")
-    assert list_images([tmp_path]).keys == ["one/a.jpg", "two/a.jpg"]  # As the message advises.
+    assert list(list_images([tmp_path]).keys) == ["one/a.jpg", "two/a.jpg"]  # As the message advises.
 
 
 def test_an_image_that_is_named_twice_is_an_error(tmp_path: Path) -> None:
@@ -134,7 +141,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error_and_not_an_empty_folder(tmp_
 
 def test_a_folder_called_like_an_image_is_searched(tmp_path: Path) -> None:
     touch(tmp_path, "album.jpg/a.png")
-    assert list_images([tmp_path]).keys == ["album.jpg/a.png"]
+    assert list(list_images([tmp_path]).keys) == ["album.jpg/a.png"]
 
 
 def test_links_are_followed_and_a_loop_of_them_ends(tmp_path: Path) -> None:
@@ -147,7 +154,7 @@ def test_links_are_followed_and_a_loop_of_them_ends(tmp_path: Path) -> None:
     (tmp_path / "itself").symlink_to("itself")
     with no_longer_than(60):
         images = list_images([tmp_path])
-    assert images.keys == ["a/b/two.jpg", "a/one.jpg", "b/a/one.jpg", "b/two.jpg", "itself.jpg", "link.jpg"]
+    assert list(images.keys) == ["a/b/two.jpg", "a/one.jpg", "b/a/one.jpg", "b/two.jpg", "itself.jpg", "link.jpg"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems keep names in UTF-8")
@@ -157,7 +164,7 @@ def test_a_name_that_is_no_utf_8_is_a_key_like_any_other(tmp_path: Path) -> None
     images = list_images([tmp_path])
     assert [os.fsencode(key) for key in images.keys] == [name]
     [batch] = batches(images, [range(1)], SMALL, workers=0)
-    assert (batch.keys, batch.failures) == (images.keys, [])
+    assert (batch.keys, batch.failures) == (list(images.keys), [])
 
 
 # --- standard input ------------------------------------------------------------------------------------------------
@@ -181,8 +188,8 @@ def test_standard_input_gives_a_path_a_line(
     paths = ["b.jpg", "a/two words.png", "./c.jpg", "a/../d.tif", str(tmp_path / "e.jpg"), "/elsewhere/f.jpg"]
     with standard_input(end.join(map(os.fsencode, paths)) + end * last, tmp_path / "list"):
         images = list_images([source])
-    assert images.keys == ["a/two words.png", "b.jpg", "c.jpg", "d.tif", "e.jpg", "elsewhere/f.jpg"]
-    assert set(images.files) == set(paths)
+    assert list(images.keys) == ["a/two words.png", "b.jpg", "c.jpg", "d.tif", "e.jpg", "elsewhere/f.jpg"]
+    assert {os.path.abspath(file) for file in images.files} == {os.path.abspath(path) for path in paths}
 
 
 def test_a_line_break_in_a_name_survives_where_names_end_with_nul(
@@ -191,12 +198,81 @@ def test_a_line_break_in_a_name_survives_where_names_end_with_nul(
     monkeypatch.chdir(tmp_path)
     names = ["line\nbreak.jpg", "return\r", os.fsdecode(b"caf\xe9.jpg")]
     with standard_input("\0".join(names).encode("utf-8", "surrogateescape"), tmp_path / "list"):
-        assert list_images(["-0"]).keys == sorted(names)
+        assert list(list_images(["-0"]).keys) == sorted(names)
+
+
+def test_two_dots_behind_a_link_lead_where_the_link_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "deep/folder/in.jpg", "a.jpg")
+    (tmp_path / "deep" / "a.jpg").write_bytes(b"the one that is meant")
+    (tmp_path / "link").symlink_to("deep/folder")
+    monkeypatch.chdir(tmp_path)
+    with standard_input(b"link/../a.jpg", tmp_path / "list"):
+        images = list_images(["-"])
+    assert list(images.keys) == ["deep/a.jpg"]
+    assert Path(images.files[0]).read_bytes() == b"the one that is meant"
 
 
 def test_empty_lines_of_standard_input_name_nothing(tmp_path: Path) -> None:
     with standard_input(b"\n\r\n\n", tmp_path / "list"):
         assert error_of("-") == "there is no image in -"
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+def many_names(count: int) -> bytes:
+    """Give paths of 40 bytes each, of files that do not exist."""
+    return b"".join(b"photographs/of/a/journey/%011d.jpg\0" % number for number in range(count))
+
+
+def test_a_key_costs_its_bytes_and_twenty_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with standard_input(many_names(20_000), tmp_path / "list"):
+        tracemalloc.start()
+        try:
+            images = list_images(["-0"])
+            bytes_held, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert len(images) == 20_000 and len(images.keys[0]) == 40
+    assert bytes_held / len(images) < 1.1 * (40 + 20)  # Arrays grow in steps, and some of the last one stays free.
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_forked_process_that_reads_every_key_does_not_copy_the_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kilobytes_of_its_own() -> int:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("Private"))
+
+    def read_everything(images: ImageList, reply: Connection) -> None:
+        gc.disable()
+        images.keys[0], images.files[0], kilobytes_of_its_own()
+        before = kilobytes_of_its_own()
+        for key, file, size_bytes in zip(images.keys, images.files, images.sizes_bytes, strict=True):
+            assert file == key and size_bytes == -1
+        reply.send(kilobytes_of_its_own() - before)
+
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.chdir(tmp_path)
+    with standard_input(many_names(200_000), tmp_path / "list"):
+        images = list_images(["-0"])
+    receiver, sender = fork.Pipe(duplex=False)
+    child = fork.Process(target=read_everything, args=(images, sender))
+    child.start()
+    assert receiver.recv() < 1500, "of 12,000 KB"
+    child.join()
+
+
+def test_a_list_can_be_indexed_and_cut_like_any_other(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{name}.jpg" for name in "abcde"))
+    images = list_images([tmp_path])
+    for lazy in (images.keys, images.files):
+        whole = list(lazy)
+        assert lazy[1:4] == whole[1:4] and lazy[::-2] == whole[::-2] and lazy[-1] == whole[-1]
+        with pytest.raises(IndexError):
+            lazy[5]
 
 
 # --- decoding ------------------------------------------------------------------------------------------------------
@@ -289,12 +365,18 @@ def test_the_rotations_that_were_ignored_are_counted_by_batch(tmp_path: Path) ->
         assert [batch.rotations_ignored for batch in some] == counts
 
 
-@given(st.binary(max_size=60), st.sampled_from([b"", b"II*\0\x08\0\0\0", b"MM\0*\0\0\0\x08"]))
-def test_damaged_metadata_does_not_make_an_image_unreadable(exif: bytes, header: bytes) -> None:
-    with NamedTemporaryFile(suffix=".jpg") as file:
+@given(
+    st.binary(max_size=60),
+    st.sampled_from([b"", b"II*\0\x08\0\0\0", b"MM\0*\0\0\0\x08"]),
+    st.sampled_from([".jpg", ".png"]),
+)
+@example(b"neither II nor MM", b"", ".png")  # Pillow raises a SyntaxError.
+def test_damaged_metadata_does_not_make_an_image_unreadable(exif: bytes, header: bytes, suffix: str) -> None:
+    with NamedTemporaryFile(suffix=suffix) as file:
         four_by_four().save(file.name, exif=b"Exif\0\0" + header + exif)
-        [batch] = batches(ImageList(["a"], [file.name], [0]), [range(1)], SMALL, workers=0)
-    assert batch.keys == ["a"]
+        for preprocessing in (PLAIN, UPRIGHT):
+            [batch] = batches(list_images([file.name]), [range(1)], preprocessing, workers=0)
+            assert batch.failures == []
 
 
 # --- images that cannot be read ------------------------------------------------------------------------------------
@@ -319,7 +401,9 @@ KINDS = list(spoil(Path()))
 
 
 def failure_of(file: Path) -> tuple[str, str]:
-    images = ImageList([file.name], [str(file)], [0])
+    keys = Keys([os.fsencode(file.name)])
+    size_bytes = file.stat().st_size if file.is_file() else -1
+    images = ImageList(keys, Files(keys, [f"{file.parent}/"], array("i", [0])), array("q", [size_bytes]))
     [batch] = batches(images, [range(1)], SMALL, workers=0)
     assert batch.pixels_NCHW is None and batch.keys == []
     [failure] = batch.failures
@@ -338,7 +422,7 @@ def test_a_file_that_is_no_image_is_a_failure_with_a_reason_that_is_the_same_eve
     assert failures[0] == failures[1]
     key, reason = failures[0]
     assert key == "bad.jpg" and "\n" not in reason and str(tmp_path) not in reason and "bad.jpg" not in reason
-    assert reason.partition(": ")[2], "an error's class alone says too little"
+    assert len(reason.split()) > 2, "an error's class alone says too little"
 
 
 # --- batches -------------------------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
 
 from hookx import Capture
+from hookx.decoding import decode
 from hookx.errors import ModelError
-from hookx.images import decode
 from hookx.models import ModelOptions, list_models, load_model, skeleton, torchvision_zoo
 
 PHOTOGRAPHS = [Path(__file__).parents[1] / "images" / name for name in ("animals/chelsea.jpg", "people/camera.jpg")]
@@ -163,7 +163,7 @@ def test_a_pickled_module_is_refused_with_the_way_to_save_its_weights(tmp_path: 
 @pytest.mark.parametrize(
     ("content", "is_shown"),
     [
-        ({"state_dict": {"fc.weight": torch.ones(1)}, "epoch": 3}, "keys: state_dict, epoch"),
+        ({"settings": {"width": 3}, "epoch": 3}, "keys: settings, epoch"),
         ([torch.ones(1)], "list"),
         (torch.ones(1), "Tensor"),
         ({0: torch.ones(1)}, "keys: 0"),

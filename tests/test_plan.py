@@ -46,11 +46,12 @@ plans = st.builds(
     layers=st.lists(
         st.builds(
             LayerSpec,
-            st.text(st.characters()),
+            st.text(st.characters()).filter(lambda address: address != "__metadata__"),
             st.lists(st.integers(0, 9), max_size=4).map(tuple),
             st.sampled_from(list(DTYPES)),
         ),
         max_size=3,
+        unique_by=lambda layer: layer.address,
     ).map(tuple),
     preprocessing=st.builds(
         Preprocessing, *[st.integers(1, 999)] * 2, channels, channels, st.text(), st.booleans(), st.text()

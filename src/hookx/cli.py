@@ -152,6 +152,22 @@ def extract(
         ),
     ] = "default",
     seed: Annotated[int, typer.Option("--seed", help="Seed of --weights none.", **_variable("SEED"))] = 0,
+    weights_key: Annotated[
+        str | None,
+        typer.Option("--weights-key", help="The entry of a checkpoint that holds the weights, as in model_ema."),
+    ] = None,
+    allow_missing: Annotated[
+        list[str] | None, typer.Option("--allow-missing", help="Globs over weights that a file need not hold.")
+    ] = None,
+    trust_checkpoint: Annotated[
+        bool, typer.Option("--trust-checkpoint", help="Read a pickled module, which runs the code that it names.")
+    ] = False,
+    model_arg: Annotated[
+        list[str] | None, typer.Option("--model-arg", help="key=value for the factory of python:module:factory.")
+    ] = None,
+    transform: Annotated[
+        str | None, typer.Option("--transform", help="python:module:factory of a preprocessing of your own.")
+    ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="The output directory.", **_variable("OUT"))] = Path(
         "features"
     ),
@@ -167,6 +183,16 @@ def extract(
             "-j", "--workers", min=0, help="Decoding processes; default from the cores.", **_variable("WORKERS")
         ),
     ] = None,
+    decode_timeout: Annotated[
+        float,
+        typer.Option(
+            "--decode-timeout",
+            min=0,
+            metavar="SECONDS",
+            help="Longest time for one image; 0: any.",
+            **_variable("DECODE_TIMEOUT"),
+        ),
+    ] = 60,
     precision: Annotated[
         str, typer.Option("--precision", help="Arithmetic: fp32, bf16 or fp16.", **_variable("PRECISION"))
     ] = "fp32",
@@ -232,10 +258,16 @@ def extract(
             out=out,
             weights=weights,
             seed=seed,
+            weights_key=weights_key,
+            allow_missing=allow_missing or [],
+            trust_checkpoint=trust_checkpoint,
+            model_args=_model_args(model_arg),
+            transform=transform,
             exclude=exclude or [],
             batch_size=batch_size,
             device=device,
             workers=workers,
+            decode_timeout=decode_timeout,
             precision=precision,
             dtype=dtype,
             resize=resize,
@@ -274,6 +306,12 @@ def list_layers(
     weights: Annotated[
         str, typer.Option("-w", "--weights", help="The weights name, which decides the size of the input.")
     ] = "default",
+    trust_checkpoint: Annotated[
+        bool, typer.Option("--trust-checkpoint", help="Read a pickled module, which runs the code that it names.")
+    ] = False,
+    model_arg: Annotated[
+        list[str] | None, typer.Option("--model-arg", help="key=value for the factory of python:module:factory.")
+    ] = None,
     types: Annotated[
         list[str] | None, typer.Option("--type", help="Only modules of these classes, as in Conv2d,Linear.")
     ] = None,
@@ -292,10 +330,11 @@ def list_layers(
     """
     from hookx import report
     from hookx.layers import narrowed
-    from hookx.models import skeleton
+    from hookx.models import ModelOptions, skeleton
     from hookx.probe import example_images, probe
 
-    bare = skeleton(model, weights)
+    options = ModelOptions(trust_checkpoint=trust_checkpoint, model_args=_model_args(model_arg))
+    bare = skeleton(model, weights, options)
     layers = probe(bare.module, example_images(bare.module, bare.preprocessing.crop_px), forward=bare.forward)
     layers = narrowed(layers, model, paths=paths or [], types=types or [], depth=depth)
     report.print_json(report.layers_document(layers)) if json else report.print_model_layers(layers, tree=tree)
@@ -317,6 +356,77 @@ def list_models(
     if not kinds:
         raise HookxError(f"no model matches '{pattern}'; closest: {closest(pattern, known)}")
     report.print_json(kinds) if json else report.print_models(kinds)
+
+
+@app.command(epilog=EXIT_CODES)
+def verify(
+    path: Annotated[Path, typer.Argument(help="The directory that hookx extract wrote.")] = Path("features"),
+    recompute: Annotated[
+        int, typer.Option("--recompute", min=0, metavar="N", help="Run the model again on N random rows, and compare.")
+    ] = 0,
+    images: Annotated[
+        list[str] | None, typer.Option("--images", help="For --recompute: the folders and files of the run.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("-w", "--weights", help="For --recompute: the file of the weights, if it was one.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("-m", "--model", help="For --recompute: the model again, if it is not one of torchvision's."),
+    ] = None,
+    device: Annotated[
+        str, typer.Option("-d", "--device", help="For --recompute: auto, cpu, cuda, cuda:1 or mps.")
+    ] = "cpu",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Check that a run is whole, and with --recompute that it is true; name everything that is wrong.
+
+    hookx verify features/ --recompute 10 --images images/
+    """
+    if recompute and not images:
+        raise UsageError("the plan does not say where the images are", "name them: --images images/")
+    from hookx import report
+    from hookx.verify import verify
+
+    with report.talk_on_stderr(), report.progress_of_shards() as advance:
+        verification = verify(path, progress=advance)
+    recomputation = None
+    if recompute and verification.shards_whole:
+        from hookx.recompute import recompute as recompute_rows
+
+        with report.talk_on_stderr():
+            recomputation = recompute_rows(path, recompute, images or [], model=model, weights=weights, device=device)
+    document = report.verification_document(verification, recomputation)
+    report.print_json(document) if json else report.print_verification(verification, recomputation)
+    if not document["ok"]:
+        raise typer.Exit(1)
+
+
+@app.command("inspect", epilog=EXIT_CODES)
+def inspect_run(
+    path: Annotated[Path, typer.Argument(help="The directory that hookx extract wrote.")] = Path("features"),
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Mean, deviation, minimum, maximum, zeros, non-finite; reads everything.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Show a run, finished or not: its plan, how far it has come, and what every layer holds.
+
+    hookx inspect features/ --stats
+    """
+    from hookx import report
+    from hookx.inspection import inspect
+
+    with report.progress_of_shards() as advance:
+        inspection = inspect(path, statistics=stats, progress=advance)
+    report.print_json(report.inspection_document(inspection)) if json else report.print_inspection(inspection)
+
+
+def _model_args(texts: list[str] | None) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts or []]
+    if wrong := ["".join(pair) for pair in pairs if not pair[1]]:
+        raise UsageError(f"--model-arg '{wrong[0]}' is not key=value", "as in --model-arg width=2")
+    return {key: value for key, _, value in pairs}
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:

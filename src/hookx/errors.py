@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class HookxError(Exception):
     """A mistake that the user can mend; anything else that escapes hookx is a bug.
@@ -46,6 +48,14 @@ class CaptureError(HookxError):
 
 class StoreError(HookxError):
     """An output directory is damaged, belongs to another run, or cannot be written."""
+
+
+class ShardError(StoreError):
+    """One shard is damaged, or is not the shard that its name says; `file` and `what` tell which and why."""
+
+    def __init__(self, file: Path, what: str) -> None:
+        super().__init__(f"{file} {what}", "remove it, and run the same command again")
+        self.file, self.what = file, what
 
 
 class Interrupted(BaseException):

@@ -18,14 +18,25 @@ from typing import Any
 
 import torch
 
-from hookx import images as image_files
+from hookx.batches import DECODE_TIMEOUT_SECONDS
+from hookx.batches import batches as decoded_batches
 from hookx.capture import RowCapture, stored_dtype
 from hookx.errors import HookxError, ImageError, StoreError, UsageError
 from hookx.hooks import PRECISIONS, module_classes
 from hookx.images import ImageList, list_images
-from hookx.layers import Target, closest, matched_paths, parse_selectors, select
-from hookx.models import LoadedModel, load_model, skeleton
-from hookx.plan import DTYPES, LayerSpec, Plan, Preprocessing, Shard, images_per_shard, images_sha256, parse_bytes
+from hookx.layers import Selection, Selector, Target, closest, matched_paths, parse_selectors, select
+from hookx.models import LoadedModel, ModelOptions, load_model, skeleton
+from hookx.plan import (
+    DTYPES,
+    IMAGES_PER_SHARD_AT_MOST,
+    LayerSpec,
+    Plan,
+    Preprocessing,
+    Shard,
+    images_per_shard,
+    images_sha256,
+    parse_bytes,
+)
 from hookx.probe import example_images, probe
 from hookx.store import RunDirectory, ShardRecord, ShardWriter, check_resumable, finished_shards, read_record
 
@@ -46,6 +57,7 @@ class Job:
     targets: list[Target]
     device: torch.device
     workers: int
+    decode_timeout_seconds: float
     strict: bool
     pending: list[Shard]
 
@@ -127,10 +139,16 @@ def prepare(
     out: str | os.PathLike[str] = "features",
     weights: str = "default",
     seed: int = 0,
+    weights_key: str | None = None,
+    allow_missing: Sequence[str] = (),
+    trust_checkpoint: bool = False,
+    model_args: Mapping[str, str] | None = None,
+    transform: str | None = None,
     exclude: str | Iterable[str] = (),
     batch_size: int = 32,
     device: str = "auto",
     workers: int | None = None,
+    decode_timeout: float = DECODE_TIMEOUT_SECONDS,
     precision: str = "fp32",
     dtype: str | None = None,
     resize: int | None = None,
@@ -150,6 +168,8 @@ def prepare(
     for name, value in (("batch size", batch_size), ("shard images", shard_images)):
         if value < 1:
             raise UsageError(f"the {name} is {value}; it is 1 or more")
+    if shard_images > IMAGES_PER_SHARD_AT_MOST:
+        raise UsageError(f"the shard images are {shard_images:,}; {IMAGES_PER_SHARD_AT_MOST:,} is the most")
     _one_of("precision", precision, list(PRECISIONS))
     _one_of("exif", exif, ["ignore", "apply"])
     stored_as = None if dtype is None else _float_dtype(dtype)
@@ -157,7 +177,15 @@ def prepare(
     chosen_device = resolve_device(device)
 
     # What is wrong with the layers is found on the skeleton, before any weights are built, read or downloaded.
-    bare = skeleton(model, weights)
+    options = ModelOptions(
+        seed=seed,
+        weights_key=weights_key,
+        allow_missing=tuple(allow_missing),
+        trust_checkpoint=trust_checkpoint,
+        model_args=dict(model_args or {}),
+        transform=transform,
+    )
+    bare = skeleton(model, weights, options)
     preprocessing = _overridden(
         bare.preprocessing, resize=resize, crop=crop, mean=mean, std=std, interpolation=interpolation, exif=exif
     )
@@ -166,21 +194,17 @@ def prepare(
     images_without_memory = example_images(bare.module, preprocessing.crop_px)
     select(selectors, probe(bare.module, images_without_memory, paths=paths, forward=bare.forward), model, excluded)
 
-    loaded = load_model(model, weights, seed=seed)
+    loaded = load_model(model, weights, options)
     log.info("weights: %s", loaded.weights)
+    for note in loaded.notes:
+        log.info("%s", note)
     if loaded.cpu_only and chosen_device.type != "cpu":
         if device != "auto":
             raise UsageError(f"{model} has integer layers that run on the CPU only", "write --device cpu")
         chosen_device = torch.device("cpu")
-    loaded.module.to(chosen_device)
-    # Published weights can lack a module that their architecture has: GoogLeNet's auxiliary classifiers.
-    paths = matched_paths(selectors, module_classes(loaded.module), model)
-    examples_NCHW = example_images(loaded.module, preprocessing.crop_px).to(chosen_device)
-    try:
-        probed = probe(loaded.module, examples_NCHW, paths=paths, precision=precision, forward=loaded.forward)
-    except torch.OutOfMemoryError as error:
-        raise _out_of_memory(len(examples_NCHW), error) from None
-    selection = select(selectors, probed, model, excluded)
+    selection = place_and_select(
+        loaded, selectors, excluded, crop_px=preprocessing.crop_px, precision=precision, device=chosen_device
+    )
     for left_out in selection.left_out.values():
         log.info("left out: %s", left_out)
     specs = []
@@ -217,6 +241,7 @@ def prepare(
         targets=selection.targets,
         device=chosen_device,
         workers=min(_default_workers(chosen_device) if workers is None else workers, batches),
+        decode_timeout_seconds=decode_timeout,
         strict=strict,
         pending=pending,
     )
@@ -227,6 +252,27 @@ def prepare(
             "choose another --out, fewer --layers, a reduction such as @mean23, or --dtype fp16",
         )
     return job
+
+
+def place_and_select(
+    loaded: LoadedModel,
+    selectors: Sequence[Selector],
+    excluded: Sequence[Selector] = (),
+    *,
+    crop_px: int,
+    precision: str,
+    device: torch.device,
+) -> Selection:
+    """Move a model to its device, and probe it there: what the selectors name in it."""
+    loaded.module.to(device)
+    # Published weights can lack a module that their architecture has: GoogLeNet's auxiliary classifiers.
+    paths = matched_paths(selectors, module_classes(loaded.module), loaded.name)
+    examples_NCHW = example_images(loaded.module, crop_px).to(device)
+    try:
+        probed = probe(loaded.module, examples_NCHW, paths=paths, precision=precision, forward=loaded.forward)
+    except torch.OutOfMemoryError as error:
+        raise _out_of_memory(len(examples_NCHW), error) from None
+    return select(selectors, probed, loaded.name, excluded)
 
 
 def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) -> Summary:
@@ -245,11 +291,12 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
     on_gpu = device.type == "cuda"
     positions = [batch for shard in job.pending for batch in shard.batches(plan.batch_size)]
     # The decoding processes are forked here, before the writer's thread exists.
-    batches = image_files.batches(
+    batches = decoded_batches(
         job.images,
         positions,
         plan.preprocessing,
         workers=job.workers,
+        decode_timeout_seconds=job.decode_timeout_seconds,
         pin_memory=on_gpu,
         in_worker=functools.partial(_begin_worker, directory),
     )
@@ -263,7 +310,7 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
         for shard in job.pending:
             with clock.writing:
                 buffer = writer.buffer()
-            record = ShardRecord()
+            record = ShardRecord(sizes_bytes=list(job.images.sizes_bytes[shard.start : shard.stop]))
             for _ in shard.batches(plan.batch_size):
                 with clock.reading:
                     batch = next(batches)

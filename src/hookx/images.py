@@ -1,44 +1,83 @@
-"""Folders, files and lists of paths -> keys -> batches of pixels.
-
-The only file that decodes images.
-"""
+"""Folders, files and lists of paths -> a list of images, each with its key."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import sys
-import threading
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-
-import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms._presets import ImageClassification
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import overload
 
 from hookx.errors import ImageError
-from hookx.plan import Preprocessing
 
 # What a folder is searched for. A file that is named outright may be called anything.
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .gif .webp .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .pfm .tga .ico .icns "
     ".jp2 .j2k .jpx .avif .avifs .qoi .dds .sgi .rgb .pcx .psd .xbm .xpm".split()
 )
-_EXIF_ORIENTATION = 0x0112
 
 
-@dataclass(frozen=True)
+class Keys(Sequence[str]):
+    """Many keys in one block of bytes; a string is made when it is asked for, and not kept.
+
+    A name that is not UTF-8 comes back as Python gives such names: `os.fsencode` turns it into its bytes.
+    """
+
+    def __init__(self, sorted_keys: Iterable[bytes]) -> None:
+        self._ends = array("q")
+        block = bytearray()
+        for key in sorted_keys:
+            block += key
+            self._ends.append(len(block))
+        self._block = bytes(block)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
+        position = range(len(self))[index]
+        start = self._ends[position - 1] if position else 0
+        return os.fsdecode(self._block[start : self._ends[position]])
+
+
+class Files(Sequence[str]):
+    """The file of every key: a root, and the key."""
+
+    def __init__(self, keys: Keys, roots: list[str], root_of: array[int]) -> None:
+        self._keys, self._roots, self._root_of = keys, roots, root_of
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(len(self))[index]]
+        return self._roots[self._root_of[index]] + self._keys[index]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageList:
-    """Every image of a run, sorted by key. A key is the image's path relative to its root, with '/'."""
+    """Every image of a run, in the order of the bytes of its key: its path relative to its root, with '/'.
 
-    keys: list[str]
-    files: list[str]
-    sizes_bytes: list[int]
+    A key costs its own bytes and 20 more: its end, its root's number and the file's size. No object belongs to a single
+    key, so a forked process can read all of them without copying a page.
+    """
+
+    keys: Keys
+    files: Files
+    sizes_bytes: array[int]  # -1 where there was no file to measure
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -58,37 +97,45 @@ def list_images(sources: Iterable[str | os.PathLike[str]]) -> ImageList:
         >>> len(images), images.keys[0]
         (8, 'animals/chelsea.jpg')
     """
-    found: dict[str, str] = {}
     names = [os.fspath(source) for source in sources]
-    for key, file in (pair for name in names for pair in _in_source(name)):
-        if key in found:
+    numbers: dict[str, int] = {}  # of the roots
+    unsorted_keys, unsorted_roots = [], array("i")
+    for root, key in (pair for name in names for pair in _in_source(name)):
+        unsorted_keys.append(os.fsencode(key))
+        unsorted_roots.append(numbers.setdefault(root, len(numbers)))
+    if not unsorted_keys:
+        raise ImageError(f"there is no image in {', '.join(names) or 'the empty list'}")
+    order = sorted(range(len(unsorted_keys)), key=unsorted_keys.__getitem__)
+    keys = Keys(unsorted_keys[number] for number in order)
+    files = Files(keys, list(numbers), array("i", (unsorted_roots[number] for number in order)))
+    for position, (one, next_one) in enumerate(pairwise(order)):
+        if unsorted_keys[one] == unsorted_keys[next_one]:
             raise ImageError(
-                f"two images have the key '{key}': {found[key]} and {file}",
+                f"two images have the key '{keys[position]}': {files[position]} and {files[position + 1]}",
                 "give the folder that holds both, or run twice",
             )
-        found[key] = file
-    if not found:
-        raise ImageError(f"there is no image in {', '.join(names) or 'the empty list'}")
-    keys = sorted(found)
-    files = [found[key] for key in keys]
-    return ImageList(keys, files, [_size_bytes(file) for file in files])
+    return ImageList(keys, files, array("q", map(_size_bytes, files)))
 
 
 def _in_source(source: str) -> Iterator[tuple[str, str]]:
+    """Yield the root and the key of every image of a source; the file is the one and the other."""
     if source in ("-", "-0"):
         separator = b"\0" if source == "-0" else b"\n"
         for line in sys.stdin.buffer.read().split(separator):
             if path := os.fsdecode(line if source == "-0" else line.removesuffix(b"\r")):
-                yield _key_in_working_directory(path), path
+                yield _in_working_directory(path)
     elif os.path.isdir(source):
-        yield from _in_folder(source, "", ())
+        root = os.path.join(source, "")
+        for key in _in_folder(source, "", ()):
+            yield root, key
     elif os.path.lexists(source):
-        yield os.path.basename(source), source
+        key = os.path.basename(source)
+        yield source.removesuffix(key), key
     else:
         raise ImageError(f"there is no file or folder '{source}'")
 
 
-def _in_folder(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, str]]:
+def _in_folder(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
     status = os.stat(folder)
     identity = (status.st_dev, status.st_ino)
     if identity in above:
@@ -101,7 +148,7 @@ def _in_folder(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> 
         if _is_folder(entry):
             yield from _in_folder(entry.path, f"{prefix}{entry.name}/", (*above, identity))
         elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
-            yield prefix + entry.name, entry.path
+            yield prefix + entry.name
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -111,9 +158,11 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False  # A link to itself.
 
 
-def _key_in_working_directory(path: str) -> str:
+def _in_working_directory(path: str) -> tuple[str, str]:
+    if ".." in path.split("/"):  # Behind a link, '..' is not what its name suggests.
+        path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
     whole, here = os.path.abspath(path), os.getcwd().rstrip("/") + "/"
-    return whole.removeprefix(here) if whole.startswith(here) else whole.lstrip("/")
+    return ("", whole.removeprefix(here)) if whole.startswith(here) else ("/", whole.lstrip("/"))
 
 
 def _size_bytes(file: str) -> int:
@@ -121,158 +170,3 @@ def _size_bytes(file: str) -> int:
         return os.stat(file).st_size
     except OSError:
         return -1  # It will fail when it is read, with the reason.
-
-
-@dataclass
-class Batch:
-    """Decoded images, in the order of their positions; those that could not be read are in `failures`.
-
-    `pixels_NCHW` is float32, or None when no image of the batch could be read.
-    """
-
-    positions: range
-    pixels_NCHW: Tensor | None = None
-    keys: list[str] = field(default_factory=list)
-    failures: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
-    rotations_ignored: int = 0
-
-    def pin_memory(self) -> Batch:
-        """Return the batch in pinned memory; a DataLoader asks for it, and leaves what cannot do so as it is."""
-        return self if self.pixels_NCHW is None else replace(self, pixels_NCHW=self.pixels_NCHW.pin_memory())
-
-
-def batches(
-    images: ImageList,
-    positions: Sequence[range],
-    preprocessing: Preprocessing,
-    *,
-    workers: int,
-    pin_memory: bool = False,
-    in_worker: Callable[[], None] = lambda: None,
-) -> Iterator[Batch]:
-    """Decode the given ranges of positions, one batch a range, in order, `workers` processes ahead of the consumer.
-
-    `in_worker` runs once in each decoding process.
-
-    Raises:
-        ImageError: (while iterating) a decoding process was killed.
-    """
-    loader = DataLoader(
-        _Batches(images, positions, preprocessing),
-        batch_size=None,  # The dataset's items are batches already: they follow the shards.
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_WorkerStart(in_worker),
-        prefetch_factor=2 if workers else None,
-        # Forked workers share the list of images and start in milliseconds; they never touch a GPU.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-    )
-    with _child_signals_kept():
-        return _guarded(iter(loader))  # The processes start here, not at the first batch.
-
-
-@contextlib.contextmanager
-def _child_signals_kept() -> Iterator[None]:
-    """Take back the DataLoader's handler for dead workers: it raises in the middle of whatever the consumer does.
-
-    Without it the loader finds a dead worker when it waits for its batch, within five seconds.
-    """
-    before = signal.getsignal(signal.SIGCHLD)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, before)
-
-
-def _guarded(batches: Iterator[Batch]) -> Iterator[Batch]:
-    try:
-        yield from batches
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise ImageError(
-            f"a decoding process died: {error}",
-            "most often the machine ran out of memory: try fewer --workers or a smaller --batch-size",
-            "finished shards are kept; the same command goes on from there",
-        ) from None
-
-
-def decode(file: str, preprocessing: Preprocessing) -> tuple[Tensor, bool]:
-    """Read one image file as a model's input.
-
-    Returns:
-        The pixels, float32, (3, crop_px, crop_px), and whether a rotation recorded by the camera was ignored.
-
-    Example:
-        >>> from hookx.models import load_model
-        >>> pixels_CHW, _ = decode("images/animals/chelsea.jpg", load_model("resnet18", "none").preprocessing)
-        >>> pixels_CHW.shape
-        torch.Size([3, 224, 224])
-    """
-    transform = _transform(preprocessing)
-    with Image.open(file) as image:
-        image.load()  # Pillow turns a TIFF upright while it loads it, and then forgets the rotation.
-        rotated = image.getexif().get(_EXIF_ORIENTATION, 1) in range(2, 9)
-        if rotated and preprocessing.exif == "apply":
-            upright: Image.Image = ImageOps.exif_transpose(image)
-            return transform(upright.convert("RGB")), False
-        return transform(image.convert("RGB")), rotated
-
-
-def _transform(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
-    # The class of every `weights.transforms()` of torchvision's classification models, so the same arithmetic.
-    return ImageClassification(
-        crop_size=preprocessing.crop_px,
-        resize_size=preprocessing.resize_px,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        interpolation=InterpolationMode(preprocessing.interpolation),
-        antialias=preprocessing.antialias,
-    )
-
-
-class _Batches(Dataset[Batch]):
-    def __init__(self, images: ImageList, positions: Sequence[range], preprocessing: Preprocessing) -> None:
-        self.images, self.positions, self.preprocessing = images, positions, preprocessing
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, number: int) -> Batch:
-        batch = Batch(self.positions[number])
-        decoded = []
-        for position in batch.positions:
-            key, file = self.images.keys[position], self.images.files[position]
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # Pillow warns about odd metadata; what fails is in failures.
-                    pixels_CHW, rotation_ignored = decode(file, self.preprocessing)
-            except Exception as error:  # Whatever a decoder raises on foreign bytes is that image's failure.
-                batch.failures.append((key, _reason(error)))
-                continue
-            decoded.append(pixels_CHW)
-            batch.keys.append(key)
-            batch.rotations_ignored += rotation_ignored
-        if decoded:
-            batch.pixels_NCHW = torch.stack(decoded)
-        return batch
-
-
-def _reason(error: Exception) -> str:
-    """Say in one line why an image could not be read; the same words on every machine, so no path in them."""
-    if isinstance(error, UnidentifiedImageError):
-        return "UnidentifiedImageError: not an image that Pillow knows"
-    text = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-class _WorkerStart:
-    """What a decoding process does first."""
-
-    def __init__(self, in_worker: Callable[[], None]) -> None:
-        self.in_worker = in_worker
-
-    def __call__(self, worker_number: int) -> None:
-        # The terminal sends Ctrl-C to every process; the parent alone decides, and then ends its workers.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self.in_worker()

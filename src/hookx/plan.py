@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -40,6 +40,15 @@ _FIELDS = {
     "precision": "precisions",
 }
 
+# A shard's header names its images, is read into memory as a whole, and so cannot grow without end.
+IMAGES_PER_SHARD_AT_MOST = 65_536
+# No honest plan comes near these; a crafted one is stopped by them.
+_IMAGES_AT_MOST = 2**40
+_VALUES_AT_MOST = 2**40  # of an activation of one image
+_DIMENSIONS_AT_MOST = 32
+_SIDE_PX_AT_MOST = 2**16
+_SHOWN_OF_CUSTOM = 160  # characters
+
 # Shards are cut at multiples of this many images, so that the last batch of a shard is seldom a small one.
 _CUT = 32
 
@@ -53,6 +62,8 @@ class Preprocessing:
         crop_px: side of the square cut from the centre.
         interpolation: 'nearest', 'bilinear', 'bicubic', ... (torchvision's `InterpolationMode`).
         exif: 'ignore' (as the published preprocessing does) or 'apply' the rotation that a camera recorded.
+        custom: what a model's own transform does, where the fields above cannot say it; of those only `crop_px` (the
+            side of its output) and `exif` then mean something.
     """
 
     resize_px: int
@@ -62,8 +73,12 @@ class Preprocessing:
     interpolation: str
     antialias: bool = True
     exif: str = "ignore"
+    custom: str = ""
 
     def __str__(self) -> str:
+        if self.custom:
+            what = self.custom if len(self.custom) <= _SHOWN_OF_CUSTOM else f"{self.custom[:_SHOWN_OF_CUSTOM]}…"
+            return f"{what}, {self.crop_px} x {self.crop_px}" + (", EXIF applied" * (self.exif == "apply"))
         return (
             f"resize {self.resize_px} ({self.interpolation}), crop {self.crop_px}, "
             f"mean {_numbers(self.mean)}, std {_numbers(self.std)}" + (", EXIF applied" * (self.exif == "apply"))
@@ -144,6 +159,8 @@ class Plan:
         """The fields that the fingerprint covers, as plain JSON values."""
         fields = asdict(self)
         del fields["batch_size"]
+        if not self.preprocessing.custom:
+            del fields["preprocessing"]["custom"]  # Plans without one keep the fingerprint that they always had.
         return dict(json.loads(json.dumps({"format": FORMAT, **fields})))
 
     @cached_property
@@ -186,13 +203,7 @@ class Plan:
                     LayerSpec(str(layer["address"]), tuple(map(int, layer["shape"])), str(layer["dtype"]))
                     for layer in document["layers"]
                 ),
-                preprocessing=Preprocessing(
-                    **{
-                        **document["preprocessing"],
-                        "mean": tuple(document["preprocessing"]["mean"]),
-                        "std": tuple(document["preprocessing"]["std"]),
-                    }
-                ),
+                preprocessing=_preprocessing(document["preprocessing"]),
                 precision=str(document["precision"]),
                 memory_format=str(document["memory_format"]),
                 image_count=int(document["image_count"]),
@@ -200,17 +211,30 @@ class Plan:
                 images_per_shard=int(document["images_per_shard"]),
                 batch_size=int(document["chosen"]["batch_size"]),
             )
-            whole = (
-                plan.fingerprint == document["fingerprint"]
-                and all(layer.dtype in DTYPES and min(layer.shape, default=1) >= 0 for layer in plan.layers)
-                and plan.image_count > 0
-                and plan.images_per_shard > 0
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            whole = plan.fingerprint == document["fingerprint"]
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise StoreError(f"plan.json cannot be read: {type(error).__name__}: {error}") from None
         if not whole:
             raise StoreError("plan.json was altered: its fingerprint does not belong to its contents")
+        plan._check_possible()
         return plan
+
+    def _check_possible(self) -> None:
+        # Anybody can compute a fingerprint; what is allocated, counted or iterated over later is bounded here.
+        addresses = {layer.address for layer in self.layers}
+        possible = {
+            "layers": len(addresses) == len(self.layers) and "__metadata__" not in addresses,
+            "shapes": all(map(_is_possible, self.layers)),
+            "image_count": 0 < self.image_count <= _IMAGES_AT_MOST,
+            "images_per_shard": 0 < self.images_per_shard <= _IMAGES_AT_MOST,
+            "batch_size": 0 < self.batch_size <= _IMAGES_AT_MOST,
+            "preprocessing": 0 < self.preprocessing.crop_px <= _SIDE_PX_AT_MOST
+            and 0 < self.preprocessing.resize_px <= _SIDE_PX_AT_MOST
+            and all(map(math.isfinite, (*self.preprocessing.mean, *self.preprocessing.std))),
+        }
+        for name, is_possible in possible.items():
+            if not is_possible:
+                raise StoreError(f"plan.json describes a run that there cannot be: look at its {name}")
 
     def differences(self, asked: Plan) -> list[str]:
         """Say what another plan would change, one phrase a field, as in 'layers differ (there: ...; asked: ...)'."""
@@ -238,12 +262,22 @@ def images_per_shard(bytes_per_image: int, max_shard_bytes: int, max_images: int
     return max(count, 1)
 
 
-def images_sha256(keys: Sequence[str], sizes_bytes: Sequence[int]) -> str:
+def images_sha256(keys: Iterable[str], sizes_bytes: Iterable[int]) -> str:
     """Return the digest of an image list: every key and every file size, in order."""
     digest = hashlib.sha256()
     for key, size in zip(keys, sizes_bytes, strict=True):
-        digest.update(f"{key}\0{size}\n".encode("utf-8", "surrogateescape"))
+        digest.update(image_line(key, size))
     return digest.hexdigest()
+
+
+def image_line(key: str, size_bytes: int) -> bytes:
+    """Return what stands for one image in the digest of a list."""
+    return key_bytes(f"{key}\0{size_bytes}\n")
+
+
+def key_bytes(key: str) -> bytes:
+    """Return a key as the bytes by which keys are ordered; a file name that is no UTF-8 has its own again."""
+    return key.encode("utf-8", "surrogateescape")
 
 
 def parse_bytes(text: str) -> int:
@@ -261,6 +295,25 @@ def parse_bytes(text: str) -> int:
     if size == 0:
         raise UsageError(f"'{text}' is not a size; write it as in 512MiB, 2GB or 4096")
     return size
+
+
+def _preprocessing(document: Mapping[str, Any]) -> Preprocessing:
+    return Preprocessing(
+        resize_px=int(document["resize_px"]),
+        crop_px=int(document["crop_px"]),
+        mean=tuple(map(float, document["mean"])),
+        std=tuple(map(float, document["std"])),
+        interpolation=str(document["interpolation"]),
+        antialias=bool(document["antialias"]),
+        exif=str(document["exif"]),
+        custom=str(document.get("custom", "")),
+    )
+
+
+def _is_possible(layer: LayerSpec) -> bool:
+    is_shape = len(layer.shape) <= _DIMENSIONS_AT_MOST and min(layer.shape, default=1) >= 0
+    # A dimension of 0 must not hide the others.
+    return layer.dtype in DTYPES and is_shape and math.prod(max(side, 1) for side in layer.shape) <= _VALUES_AT_MOST
 
 
 def _numbers(values: Sequence[float]) -> str:

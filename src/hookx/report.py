@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ from hookx.plan import LayerSpec
 
 if TYPE_CHECKING:  # At run time it would import torch, for which an error of usage need not wait.
     from hookx.extract import Job, Summary
+    from hookx.inspection import Inspection, Statistics
+    from hookx.recompute import Recomputation
+    from hookx.verify import Verification
 
 Rows = Sequence[Sequence[str]]
 
@@ -70,6 +74,15 @@ def progress_of(job: Job, quiet: bool = False) -> Iterator[Callable[[int], None]
         yield lambda count: bar.update(count) and None
 
 
+@contextlib.contextmanager
+def progress_of_shards(total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Count shards while they are read, if standard error is a terminal; yields what advances the count."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=" shards", file=sys.stderr, disable=None, dynamic_ncols=True, leave=False) as bar:
+        yield lambda count: bar.update(count) and None
+
+
 def print_summary(summary: Summary) -> None:
     """Print what a run did."""
     _print_layers(summary.layers, summary.images)
@@ -95,8 +108,7 @@ def print_summary(summary: Summary) -> None:
     if summary.rotations_ignored:
         note = f"{summary.rotations_ignored:,} images carry a rotation that was ignored; --exif apply turns them"
         facts.insert(1, ("rotation", note))
-    for address, by_what in summary.counts.items():
-        facts[1:1] = [("values", _VALUES[what].format(count=count, address=address)) for what, count in by_what.items()]
+    facts[1:1] = _values_facts(summary.counts)
     _print_rows(facts)
 
 
@@ -147,6 +159,91 @@ def job_document(job: Job) -> dict[str, Any]:
         "workers": job.workers,
         "fingerprint": plan.fingerprint,
     }
+
+
+def print_verification(verification: Verification, recomputation: Recomputation | None = None) -> None:
+    """Print what is wrong with a run, a line each, then what is right with it."""
+    problems = _problems(verification, recomputation)
+    print_lines([f"{problem.file} {problem.what}" for problem in problems])
+    print_lines([f"note: {note.file} {note.what}" for note in verification.notes])
+    whole = f"{verification.shards_whole:,} of {verification.shards:,} whole"
+    facts = [
+        ("shards", f"{whole}; {human_bytes(verification.bytes)} of activations agree with their checksums"),
+        ("images", f"{verification.rows:,} rows, {verification.failures:,} failures"),
+    ]
+    if recomputation is not None:
+        again = f"{len(recomputation.rows):,} rows on {recomputation.device}"
+        if recomputation.rows:
+            address, deviation = max(recomputation.deviations.items(), key=lambda item: item[1])
+            again += f", {recomputation.rows_with_same_bits:,} with the same bits"
+            again += f"; largest deviation {deviation:.1e} ({address})" if deviation else ""
+        facts.append(("computed", f"again: {again}"))
+    wrong = f"{len(problems):,} problem{'s' if len(problems) > 1 else ''}"
+    facts.append(("result", f"{verification.path}/ {f'has {wrong}' if problems else 'is whole'}"))
+    _print_rows(facts)
+
+
+def verification_document(verification: Verification, recomputation: Recomputation | None = None) -> dict[str, Any]:
+    """Return what is wrong and right with a run as plain JSON values; the recomputed rows only if there are any."""
+    document = _plain(verification)
+    document["problems"] = [_plain(problem) for problem in _problems(verification, recomputation)]
+    document["ok"] = not document["problems"]
+    if recomputation is not None:
+        document["recomputed"] = {
+            "device": recomputation.device,
+            "rows": [_plain(row) for row in recomputation.rows],
+            "rows_with_same_bits": recomputation.rows_with_same_bits,
+        }
+    return document
+
+
+def print_inspection(inspection: Inspection) -> None:
+    """Print what a run holds."""
+    plan = inspection.plan
+    header = ["layer", "shape", "type", "size"]
+    rows = [
+        [layer.address, ",".join(map(str, layer.shape)), layer.dtype, human_bytes(layer.bytes)]
+        for layer in inspection.layers
+    ]
+    if any(layer.statistics for layer in inspection.layers):
+        header += ["mean", "deviation", "minimum", "maximum", "zeros", "non-finite"]
+        for row, layer in zip(rows, inspection.layers, strict=True):
+            row += _statistics_texts(layer.statistics)
+    # In a pipe there is no header, as everywhere; the statistics would be a row of nameless numbers, and get one.
+    if len(header) > 4 and not sys.stdout.isatty():
+        rows.insert(0, header)
+    if rows:
+        _print_rows(rows, header=header, right_aligned=range(3, len(header)))
+    shards = f"{inspection.shards_finished:,} of {len(plan.shards):,} finished"
+    if inspection.shards_finished == len(plan.shards) and not inspection.has_index:
+        shards += ", index.csv missing"
+    facts = [
+        ("images", f"{inspection.rows:,} stored, {inspection.failures:,} failures, of {plan.image_count:,}"),
+        *_values_facts(inspection.counts),
+        ("shards", f"{shards}; {human_bytes(inspection.bytes)} of activations"),
+        ("model", f"{plan.model}, weights {plan.weights}"),
+        ("computed", f"{plan.precision}, {plan.memory_format}, batches of {plan.batch_size:,}"),
+        *(("made", ", ".join(f"{name} {value}" for name, value in made.items())) for made in inspection.made),
+        ("pixels", str(plan.preprocessing)),
+        ("plan", plan.fingerprint),
+        ("result", f"{inspection.path}/ is {'finished' if inspection.is_finished else 'not finished'}"),
+    ]
+    if not inspection.is_finished:
+        facts.append(("next", "the same hookx extract command goes on"))
+    _print_rows(facts)
+
+
+def inspection_document(inspection: Inspection) -> dict[str, Any]:
+    """Return what a run holds as plain JSON values."""
+    document = _plain(inspection)
+    document["plan"] = {
+        "fingerprint": inspection.plan.fingerprint,
+        **inspection.plan.identity,
+        "batch_size": inspection.plan.batch_size,
+    }
+    document["shards"] = len(inspection.plan.shards)
+    document["is_finished"] = inspection.is_finished
+    return document
 
 
 def print_model_layers(layers: Sequence[Layer], *, tree: bool = False) -> None:
@@ -202,7 +299,7 @@ def print_json(document: Any) -> None:
 def print_lines(lines: Sequence[str]) -> None:
     """Print lines, made safe for a terminal."""
     for line in lines:
-        print(printable(line))
+        print(_in_one_line(line))
 
 
 def human_bytes(count: int) -> str:
@@ -219,11 +316,24 @@ def human_bytes(count: int) -> str:
 
 
 def printable(text: str) -> str:
-    """Escape what would act on a terminal instead of showing: control characters, bytes that are not UTF-8."""
-    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+    r"""Escape what would act on a terminal instead of showing: control characters, bytes that are not UTF-8.
+
+    A line break stays where an indented line follows, as in hookx's own errors: no name can begin a line of its own.
+
+    Example:
+        >>> print(printable("no layer matches '\x1b[2J\nerror: x'\n  list them all"))
+        no layer matches '\x1b[2J\nerror: x'
+          list them all
+    """
+    lines = re.split(r"\n(?=  )", text)
+    return "\n".join("".join(char if char.isprintable() else ascii(char)[1:-1] for char in line) for line in lines)
 
 
 # --- drawing -------------------------------------------------------------------------------------------------------
+
+
+def _in_one_line(text: str) -> str:
+    return printable(text).replace("\n", "\\n")
 
 
 def _print_layers(layers: Sequence[LayerSpec], images: int) -> None:
@@ -240,7 +350,7 @@ def _print_layers(layers: Sequence[LayerSpec], images: int) -> None:
 
 
 def _print_rows(rows: Rows, header: Sequence[str] = (), right_aligned: Sequence[int] = ()) -> None:
-    rows = [[printable(cell) for cell in row] for row in rows]
+    rows = [[_in_one_line(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
         _print_table(rows, header, right_aligned)
         return
@@ -270,6 +380,27 @@ def _print_table(rows: Rows, header: Sequence[str], right_aligned: Sequence[int]
     for row in rows:
         table.add_row(*map(Text, row))  # Text, so that brackets in a name are not taken for markup.
     Console().print(table)
+
+
+def _problems(verification: Verification, recomputation: Recomputation | None) -> list[Any]:
+    return [*verification.problems, *(recomputation.problems if recomputation is not None else ())]
+
+
+def _values_facts(counts: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str]]:
+    return [
+        # What another version of hookx counts has no sentence here.
+        ("values", _VALUES.get(what, "{count:,} of {address} are of another kind").format(count=count, address=address))
+        for address, by_what in counts.items()
+        for what, count in by_what.items()
+    ]
+
+
+def _statistics_texts(statistics: Statistics | None) -> list[str]:
+    assert statistics is not None
+    described = (statistics.mean, statistics.deviation, statistics.minimum, statistics.maximum)
+    share = f"{statistics.zeros / max(statistics.values, 1):.1%}"
+    numbers = ["-" if number is None else f"{number:.6g}" for number in described]
+    return [*numbers, share, f"{statistics.non_finite:,}"]
 
 
 def _outputs_text(layer: Layer) -> str:

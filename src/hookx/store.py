@@ -12,8 +12,9 @@ import io
 import itertools
 import json
 import os
+import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,13 +27,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hookx.errors import StoreError
+from hookx.errors import ShardError, StoreError
 from hookx.layers import closest
 from hookx.plan import DTYPES, FORMAT, LayerSpec, Plan, Shard
 
-_PLAN, _INDEX, _FAILURES = "plan.json", "index.csv", "failures.csv"
-_ASIDE = ".aside"  # The suffix of a file that is still being written.
+PLAN, INDEX, FAILURES = "plan.json", "index.csv", "failures.csv"
+ASIDE = ".aside"  # The suffix of a file that is still being written.
 _BUFFERS = 2  # One fills while the other is written.
+# What is read into memory at once is bounded before it is read: somebody else may have made it. JSON takes up to some
+# 25 times its length as Python objects.
+_PLAN_BYTES_AT_MOST = 16 * 2**20
+_HEADER_BYTES_AT_MOST = 32 * 2**20
 
 
 @dataclass
@@ -45,6 +50,7 @@ class ShardRecord:
     counts: dict[str, dict[str, int]] = field(default_factory=dict)  # address -> what was remarkable -> how often
     made: dict[str, Any] = field(default_factory=dict)  # the versions, the device and the batch size
     checksums: dict[str, int] = field(default_factory=dict)  # address -> CRC-32 of its bytes in the file
+    sizes_bytes: list[int] = field(default_factory=list)  # of the images, rows and failures together, by key
 
     def to_metadata(self, plan: Plan, shard: Shard) -> dict[str, str]:
         """Return the record as a safetensors file holds it, with a CRC-32 of its own."""
@@ -58,6 +64,7 @@ class ShardRecord:
             "counts": json.dumps(self.counts),
             "made": json.dumps(self.made),
             "checksums": json.dumps(self.checksums),
+            "sizes_bytes": json.dumps(self.sizes_bytes),
         }
         return {**metadata, "checksum": _checksum_of_record(metadata)}
 
@@ -67,9 +74,10 @@ class ShardRecord:
 
 def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Write a file so that it is whole or absent: aside, flushed to the disk, then renamed into place."""
-    aside = path.with_name(f".{path.name}{_ASIDE}")
+    aside = path.with_name(f".{path.name}{ASIDE}")
     try:
-        with open(aside, "wb") as file:
+        aside.unlink(missing_ok=True)
+        with open(aside, "xb") as file:  # x: never through a link that somebody put there.
             for chunk in chunks:
                 file.write(chunk)
             file.flush()
@@ -116,6 +124,11 @@ def shard_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > _HEADER_BYTES_AT_MOST:
+        raise StoreError(
+            f"the names of a shard's images and layers take {len(text):,} bytes; {_HEADER_BYTES_AT_MOST:,} is the most",
+            "choose a smaller --shard-images and another --out",
+        )
     yield len(text).to_bytes(8, "little")
     yield text
     for name in names:
@@ -146,10 +159,11 @@ class RunDirectory:
         try:
             self._lock()
             check_resumable(self.path, self.plan)
-            for left_over in self.path.glob(f".*{_ASIDE}"):
-                left_over.unlink()
-            if not (self.path / _PLAN).exists():
-                write_whole(self.path / _PLAN, [self.plan.to_json().encode()])
+            for left_over in self.path.glob(f".*{ASIDE}"):
+                if left_over.is_symlink() or not left_over.is_dir():
+                    left_over.unlink()
+            if not (self.path / PLAN).exists():
+                write_whole(self.path / PLAN, [self.plan.to_json().encode()])
         except BaseException:
             self.release()
             raise
@@ -187,15 +201,24 @@ class RunDirectory:
 
     def publish_index(self) -> None:
         """Write index.csv (and failures.csv, if there are any) from the shards; the run is complete with this."""
-        if any(record.failures for _, record in self._records()):
-            failures = (failure for _, record in self._records() for failure in record.failures)
-            write_whole(self.path / _FAILURES, _csv(("key", "reason"), failures))
-        rows = ((key, name, row) for name, record in self._records() for row, key in enumerate(record.keys))
-        write_whole(self.path / _INDEX, _csv(("key", "shard", "row"), rows))
+        for name, lines in derived_tables(self.path, self.plan).items():
+            write_whole(self.path / name, lines)
 
-    def _records(self) -> Iterator[tuple[str, ShardRecord]]:
+
+def derived_tables(path: Path, plan: Plan) -> dict[str, Iterator[bytes]]:
+    """Return, from the shards of a finished run, the lines of failures.csv (if there are any) and of index.csv."""
+
+    def records() -> Iterator[tuple[str, ShardRecord]]:
         # One at a time in memory: a run can have millions of images.
-        return ((self.plan.shard_file(s), read_record(self.path, self.plan, s)) for s in self.plan.shards)
+        return ((plan.shard_file(shard), read_record(path, plan, shard)) for shard in plan.shards)
+
+    tables = {}
+    if any(record.failures for _, record in records()):
+        failures = (failure for _, record in records() for failure in record.failures)
+        tables[FAILURES] = _csv(("key", "reason"), failures)
+    rows = ((key, name, row) for name, record in records() for row, key in enumerate(record.keys))
+    tables[INDEX] = _csv(("key", "shard", "row"), rows)
+    return tables
 
 
 def _holder(descriptor: int) -> str:
@@ -213,32 +236,42 @@ def check_resumable(path: Path, plan: Plan) -> None:
     """Raise `StoreError` unless a run of this plan may write to the directory."""
     if path.exists() and not path.is_dir():
         raise StoreError(f"{path} is a file, not a directory", "choose another --out")
-    if (path / _PLAN).exists():
+    if (path / PLAN).exists():
         there = read_plan(path)
         if there.fingerprint != plan.fingerprint:
             raise StoreError(f"{path}/ holds another run: {'; '.join(there.differences(plan))}; choose another --out")
     elif any(path.glob("shard-*.safetensors")):
-        raise StoreError(f"{path}/ holds shards without a {_PLAN}; choose another --out")
+        raise StoreError(f"{path}/ holds shards without a {PLAN}; choose another --out")
 
 
 def finished_shards(path: Path, plan: Plan) -> list[Shard]:
     """Return the shards whose files exist; `StoreError` for one that is damaged or belongs to another run."""
-    # What is there is looked up in the directory, not in the plan, which may name any number of shards.
-    names = {file.name for file in path.glob("shard-*-of-*.safetensors")}
-    numbers = sorted(int(name.split("-")[1]) for name in names if name.split("-")[1].isdecimal())
-    shards = [plan.shards[number] for number in numbers if number < len(plan.shards)]
-    present = [shard for shard in shards if plan.shard_file(shard) in names]
+    present = present_shards(path, plan)
     for shard in present:
         read_record(path, plan, shard)
     return present
 
 
+def present_shards(path: Path, plan: Plan) -> list[Shard]:
+    """Return the shards for which there is a file, whatever it holds."""
+    # What is there is looked up in the directory, not in the plan, which may name any number of shards.
+    names = {file.name for file in path.glob("shard-*-of-*.safetensors")}
+    numbers = sorted({int(name.split("-")[1]) for name in names if name.split("-")[1].isdecimal()})
+    shards = [plan.shards[number] for number in numbers if number < len(plan.shards)]
+    return [shard for shard in shards if plan.shard_file(shard) in names]
+
+
 def read_plan(path: Path) -> Plan:
     """Read a directory's plan.json."""
     try:
-        return Plan.from_json((path / _PLAN).read_text())
+        _check_is_file(path / PLAN)
+        with open(path / PLAN, "rb") as file:
+            text = file.read(_PLAN_BYTES_AT_MOST + 1)
+        if len(text) > _PLAN_BYTES_AT_MOST:
+            raise StoreError(f"{PLAN} is longer than {_PLAN_BYTES_AT_MOST:,} bytes; hookx has not written that")
+        return Plan.from_json(text.decode())
     except (OSError, UnicodeDecodeError) as error:
-        raise StoreError(f"{path}/ holds no run of hookx: cannot read {_PLAN} ({error})") from None
+        raise StoreError(f"{path}/ holds no run of hookx: cannot read {PLAN} ({error})") from None
     except StoreError as error:
         raise StoreError(f"{path}/{error}") from None
 
@@ -248,38 +281,85 @@ def read_record(path: Path, plan: Plan, shard: Shard) -> ShardRecord:
     file = path / plan.shard_file(shard)
     with open_shard(file) as opened:
         metadata = opened.metadata() or {}
-        slices = {address: opened.get_slice(address) for address in list(opened.keys())}
+        addresses = list(opened.keys())
+        if len(addresses) == len(plan.layers):
+            slices = {address: opened.get_slice(address) for address in addresses}
+        else:
+            slices = {}
         tensors = {address: (data.get_dtype(), data.get_shape()) for address, data in slices.items()}
+    if metadata.get("fingerprint") != plan.fingerprint:
+        raise ShardError(file, "belongs to another run")
     try:
-        belongs = metadata.get("fingerprint") == plan.fingerprint
-        if belongs and metadata["checksum"] != _checksum_of_record(metadata):
+        if metadata["checksum"] != _checksum_of_record(metadata):
             raise ValueError("its record was altered")
-        if not belongs or metadata["shard"] != str(shard.number):
-            raise StoreError(f"{file} belongs to another run or was renamed", "remove it, and run again")
-        record = ShardRecord(
-            keys=json.loads(metadata["keys"]),
-            failures=[(key, reason) for key, reason in json.loads(metadata["failures"])],
-            rotations_ignored=int(metadata["rotations_ignored"]),
-            counts=json.loads(metadata["counts"]),
-            made=json.loads(metadata["made"]),
-            checksums=json.loads(metadata["checksums"]),
-        )
+        if metadata["shard"] != str(shard.number):
+            raise ShardError(file, f"is shard {metadata['shard']} of this run, and was renamed")
+        record = _record_of(metadata)
         if len(record.keys) + len(record.failures) != len(shard):
             raise ValueError(f"it does not account for {len(shard)} images")
         rows = len(record.keys)
         if tensors != {layer.address: (DTYPES[layer.dtype][0], [rows, *layer.shape]) for layer in plan.layers}:
             raise ValueError("its tensors are not those of the plan")
         return record
-    except (KeyError, ValueError, TypeError) as error:
-        raise StoreError(f"{file} is damaged: {error}", "remove it, and run again") from None
+    except KeyError as error:
+        raise ShardError(file, f"is damaged: its record has no {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ShardError(file, f"is damaged: {error}") from None
+
+
+def _record_of(metadata: Mapping[str, str]) -> ShardRecord:
+    """Read a record out of a shard's metadata; `KeyError` or `ValueError` if it is not one. Trusts no type in it."""
+
+    def parsed(name: str, fits: Callable[[Any], bool]) -> Any:
+        value = json.loads(metadata[name])
+        if not fits(value):
+            raise ValueError(f"its record's {name} cannot be understood")
+        return value
+
+    def is_list(value: Any, of: Callable[[Any], bool]) -> bool:
+        return isinstance(value, list) and all(map(of, value))
+
+    def is_dict(value: Any, of: Callable[[Any], bool]) -> bool:
+        return isinstance(value, dict) and all(map(of, value.values()))
+
+    def is_text(value: Any) -> bool:
+        # Half a character is no part of a file name: os.fsdecode makes only those from U+DC80 to U+DCFF.
+        return isinstance(value, str) and not re.search("[\ud800-\udc7f\udd00-\udfff]", value)
+
+    def is_whole(value: Any) -> bool:
+        return isinstance(value, int)
+
+    def is_failure(value: Any) -> bool:
+        return is_list(value, is_text) and len(value) == 2
+
+    return ShardRecord(
+        keys=parsed("keys", lambda value: is_list(value, is_text)),
+        failures=[(key, reason) for key, reason in parsed("failures", lambda value: is_list(value, is_failure))],
+        rotations_ignored=parsed("rotations_ignored", is_whole),
+        counts=parsed("counts", lambda value: is_dict(value, lambda by_what: is_dict(by_what, is_whole))),
+        made=parsed("made", lambda value: is_dict(value, lambda _: True)),
+        checksums=parsed("checksums", lambda value: is_dict(value, is_whole)),
+        sizes_bytes=parsed("sizes_bytes", lambda value: is_list(value, is_whole)),
+    )
 
 
 def open_shard(file: Path) -> Any:
-    """Open a shard for reading; its header is checked against the file's size."""
+    """Open a shard for reading; its header is bounded, and checked against the file's size."""
     try:
+        _check_is_file(file)
+        with open(file, "rb") as opened:
+            header_bytes = int.from_bytes(opened.read(8), "little")
+        if header_bytes > _HEADER_BYTES_AT_MOST:
+            raise ShardError(file, f"is damaged: its header claims {header_bytes:,} bytes")
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise StoreError(f"{file} is damaged: {error}", "remove it, and run the same command again") from None
+        raise ShardError(file, f"is damaged: {error}") from None
+
+
+def _check_is_file(path: Path) -> None:
+    """Raise `OSError` for a pipe or a device, which would be read for ever."""
+    if path.exists() and not path.is_file():
+        raise OSError("it is not a file")
 
 
 @contextlib.contextmanager

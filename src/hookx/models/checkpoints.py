@@ -1,10 +1,16 @@
-"""Files of weights -> state dicts -> modules, every tensor of which must fit. No code in a file runs."""
+"""Files of weights, as they are found -> the tensors in them. No code in a file runs unless it is trusted to."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
+import warnings
+import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,69 +18,402 @@ import torch
 from torch import Tensor, nn
 
 from hookx.errors import ModelError
-from hookx.models.loaded import one_line
+from hookx.layers import closest
+from hookx.models.loaded import ModelOptions, one_line
 
-_SUFFIXES = (".safetensors", ".pt", ".pth")
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".pt2", ".ckpt", ".tar", ".bin", ".index.json")
+
+# What training scripts call the weights, the likeliest first; and their moving averages.
+_ORDINARY = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module")
+_AVERAGED = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "ema_model", "model_ema_state_dict", "params_ema")
+_PAIR = ("teacher", "student")
+_NAMES_OF_ARCHITECTURES = ("arch", "architecture", "model_name")
+
+_SAVE_WEIGHTS = "save the weights alone: torch.save(model.state_dict(), 'weights.pt')"
 
 
 def is_weights_file(weights: str) -> bool:
     return weights.lower().endswith(_SUFFIXES) or os.sep in weights or Path(weights).is_file()
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ModelError(f"there is no weights file '{path}'")
-    try:
-        if path.suffix.lower() == ".safetensors":
-            from safetensors.torch import load_file
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a file, and what was unwrapped to get at them.
 
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # Any bytes can stand in a file; each reader has its own exceptions for them.
-        refused = "Weights only load failed" in str(error)
-        problem = "holds more than tensors, and reading it could run code" if refused else one_line(error)
-        raise ModelError(
-            f"cannot read weights from '{path}': {problem}",
-            "save the weights alone: torch.save(model.state_dict(), 'weights.pt')",
-        ) from None
-    if not (
-        isinstance(state, dict)
-        and state
-        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())
-    ):
-        what = f"keys: {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
-        raise ModelError(
-            f"'{path}' is not a plain state dict (name -> tensor), but {what}",
-            "save the weights alone: torch.save(model.state_dict(), 'weights.pt')",
-        )
-    return state
+    `entry` is the name under which they stood ('' if the file is a plain state dict), `prefix` what was taken off their
+    names, `left_out` what stood beside the prefix: group -> tensors. `others` could have been chosen instead.
+    """
+
+    file: Path
+    state: Mapping[str, Any]
+    architecture: str = ""  # that the file names
+    entry: str = ""
+    prefix: str = ""
+    left_out: Mapping[str, int] | None = None
+    others: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()  # what is no tensor, among the tensors
+    ran_code: bool = False
+
+    @property
+    def identity(self) -> str:
+        """What a plan records: the file's SHA-256, and what was unwrapped.
+
+        For shards it is the digest of the index and of every shard.
+        """
+        parts = [
+            self.entry,
+            f"without {self.prefix}" if self.prefix else "",
+            f"left out {', '.join(self.left_out)}" if self.left_out else "",
+        ]
+        unwrapped = "; ".join(part for part in parts if part)
+        return f"sha256:{sha256_of(self.file)}" + (f" ({unwrapped})" if unwrapped else "")
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the user; the first says in one line what was unwrapped."""
+        unwrapped = [
+            f"taken from '{self.entry}'" if self.entry else "",
+            f"the prefix '{self.prefix}' taken off" if self.prefix else "",
+            *(f"left out {_tensors(count)} under '{group}'" for group, count in (self.left_out or {}).items()),
+            f"left out what is no tensor: {', '.join(self.ignored[:3])}" if self.ignored else "",
+        ]
+        sentence = "; ".join(part for part in unwrapped if part)
+        others = ", ".join(f"'{name}'" for name in self.others)
+        what = " (a moving average)" if self.others and set(self.others) <= set(_AVERAGED) else ""
+        found = [
+            f"weights in {self.file.name}: {sentence}" if sentence else "",
+            f"{self.file.name} also holds {others}{what}: --weights-key {self.others[0]} takes it"
+            if self.others
+            else "",
+            trusted_note(self.file) if self.ran_code else "",
+        ]
+        return tuple(note for note in found if note)
 
 
-def load_state_dict(module: nn.Module, state: Mapping[str, Tensor], ref: str, file: str) -> None:
-    """Load a state dict of which every tensor must fit."""
-    own = module.state_dict()
-    # Batch norm's step counter came with torch 0.4.1 and does not enter an eval-mode forward pass.
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in own]
-    misshapen = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if missing or unexpected or misshapen:
-        raise ModelError(
-            f"'{file}' does not fit {ref}",
-            *(
-                f"{kind} ({len(keys)}): {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
-                for kind, keys in (("missing", missing), ("unexpected", unexpected), ("other shape", misshapen))
-                if keys
-            ),
-        )
-    own.update(state)  # It knows the versions of its modules, which a plain dict does not; MNASNet asks for them.
-    module.load_state_dict(own)
+def read_weights(file: str, options: ModelOptions = ModelOptions(), *, shapes_only: bool = False) -> Weights:
+    """Read a file of weights, and take the state dict out of whatever it is nested in.
+
+    Args:
+        file: .safetensors, an index of shards (.index.json), or what `torch.save` wrote, in any suffix.
+        options: which entry to take, and whether the file is trusted to run code.
+        shapes_only: the values are not asked for, so the disk need not be read.
+
+    Raises:
+        ModelError: the file cannot be read safely, holds no weights, or holds several and none was chosen.
+    """
+    path = Path(file)
+    content = read_content(path, trust=options.trust_checkpoint, shapes_only=shapes_only)
+    found = chosen(content.value, options.weights_key, path)
+    state = found.value.state_dict() if isinstance(found.value, nn.Module) else found.value
+    return Weights(
+        file=path,
+        state={name: value for name, value in state.items() if _is_entry_of_state(value)},
+        architecture=architecture_of(content.value),
+        entry=found.entry,
+        others=found.others,
+        ignored=tuple(name for name, value in state.items() if not _is_entry_of_state(value)),
+        ran_code=content.ran_code,
+    )
+
+
+def read_state_dict(path: Path) -> Mapping[str, Tensor]:
+    """Read the tensors of a file, whatever they are nested in."""
+    return read_weights(str(path)).state
+
+
+def architecture_of(content: Any) -> str:
+    """Return the architecture that a checkpoint names, as the PyTorch ImageNet example's do; '' if it does not."""
+    if not isinstance(content, Mapping):
+        return ""
+    names = (content.get(key) for key in _NAMES_OF_ARCHITECTURES)
+    return next((name for name in names if isinstance(name, str) and name), "")
+
+
+def trusted_note(file: Path) -> str:
+    return f"{file.name} ran its own code while it was read, as --trust-checkpoint allows"
+
+
+@lru_cache(maxsize=64)
+def _sha256_of_version(path: Path, size_bytes: int, modified_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return a file's SHA-256; of an index of shards, that of the digests of the index and of every shard."""
+
+    def digest_of(file: Path) -> str:
+        status = file.stat()
+        return _sha256_of_version(file, status.st_size, status.st_mtime_ns)
+
+    if not path.name.endswith(".index.json"):
+        return digest_of(path)
+    files = [path, *sorted({path.parent / name for name in _weight_map(path).values()})]
+    lines = "".join(f"{digest_of(file)}  {file.name}\n" for file in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+# --- which entry ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A state dict or a module, the entry of the file that it is, and those that it was preferred to."""
+
+    value: Any
+    entry: str = ""
+    others: tuple[str, ...] = ()
+
+
+def chosen(content: Any, key: str | None, file: Path) -> Chosen:
+    """Find the weights in a file's contents: those under a key, or the ones that there is no doubt about."""
+    if key is None:
+        return _without_doubt(content, "", file)
+    value = _at(content, key)
+    if value is None:
+        names = _names_of_entries(content)
+        raise ModelError(
+            f"'{file}' has no entry '{key}'" + (f"; closest: {closest(key, names)}" if names else ""),
+            *([f"its entries: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"] if names else []),
+        )
+    return _without_doubt(value, key, file)
+
+
+def _without_doubt(value: Any, entry: str, file: Path) -> Chosen:
+    if isinstance(value, nn.Module) or _is_state(value):
+        return Chosen(value, entry)
+    found = _entries(value)
+    dotted = f"{entry}." if entry else ""
+    ordinary = [name for name in _ORDINARY if name in found]
+    if not found:
+        inside = f"entry '{entry}' of '{file}'" if entry else f"'{file}'"
+        what = f"keys: {', '.join(map(str, list(value)[:5]))}" if isinstance(value, Mapping) else type(value).__name__
+        raise ModelError(f"{inside} is not a plain state dict (name -> tensor), but {what}", _SAVE_WEIGHTS)
+    if not ordinary and len(found) > 1:
+        raise ModelError(
+            f"'{file}' holds several sets of weights: {', '.join(dotted + name for name in found)}",
+            f"choose one, as in --weights-key {dotted}{next(iter(found))}",
+        )
+    name = (ordinary or list(found))[0]
+    inner = _without_doubt(found[name], dotted + name, file)
+    # Of the entries with unknown names some are a loss or an optimizer; those are not worth a word.
+    known = [other for other in (*_ORDINARY, *_AVERAGED, *_PAIR) if other in found and other != name]
+    return Chosen(inner.value, inner.entry, (*(dotted + other for other in known), *inner.others))
+
+
+def _entries(value: Any) -> dict[str, Any]:
+    """Return the entries of a checkpoint that hold weights: under a name known for it, also deeper down."""
+    if not isinstance(value, Mapping):
+        return {}
+    known = {*_ORDINARY, *_AVERAGED, *_PAIR}
+    return {
+        name: inner
+        for name, inner in value.items()
+        if isinstance(name, str)
+        and (isinstance(inner, nn.Module) or _is_state(inner) or (name in known and bool(_entries(inner))))
+    }
+
+
+def _is_entry_of_state(value: Any) -> bool:
+    # A quantized layer keeps its packed weights in a tuple, and its type beside them.
+    return isinstance(value, Tensor | torch.dtype) or (
+        isinstance(value, tuple) and any(isinstance(item, Tensor) for item in value)
+    )
+
+
+def _is_state(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and all(isinstance(name, str) for name in value)
+        and any(isinstance(item, Tensor) for item in value.values())
+        and not any(isinstance(item, Mapping | nn.Module) for item in value.values())
+    )
+
+
+def _at(value: Any, key: str) -> Any:
+    """Follow a dotted key through nested entries, and, where those end, through the names of tensors."""
+    if not isinstance(value, Mapping):
+        return None
+    if key in value:
+        return value[key]
+    for name, inner in value.items():
+        is_above = isinstance(name, str) and key.startswith(f"{name}.")
+        if is_above and (found := _at(inner, key.removeprefix(f"{name}."))) is not None:
+            return found
+    under = {
+        name.removeprefix(f"{key}."): inner
+        for name, inner in value.items()
+        if isinstance(name, str) and name.startswith(f"{key}.")
+    }
+    return under or None
+
+
+def _names_of_entries(content: Any) -> list[str]:
+    if not isinstance(content, Mapping):
+        return []
+    # The names of a state dict's tensors are too many; their first parts are entries, too.
+    return list(dict.fromkeys(str(name).split(".")[0] if _is_state(content) else str(name) for name in content))
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a file holds, and whether reading it ran code of its own."""
+
+    value: Any
+    ran_code: bool = False
+
+
+def read_content(path: Path, *, trust: bool = False, shapes_only: bool = False) -> Content:
+    """Read whatever a file holds; `ModelError` if it cannot be read without running its code, and is not trusted."""
+    if not path.is_file():
+        raise ModelError(f"there is no weights file '{path}'")
+    match kind_of(path):
+        case "exported program":
+            raise ModelError(
+                f"'{path}' is an exported program, which is a model with its weights",
+                f"write --model {path} instead of --weights",
+            )
+        case "TorchScript":
+            raise ModelError(
+                f"'{path}' is a TorchScript archive, which hookx does not read: its modules run inside TorchScript's "
+                "interpreter, which calls no hooks, and loading it can run code",
+                "export the model instead: torch.export.save(torch.export.export(model, ...), 'model.pt2')",
+                "or " + _SAVE_WEIGHTS,
+            )
+    try:
+        if path.name.lower().endswith(".index.json"):
+            return Content(_read_shards(path))
+        if path.suffix.lower() == ".safetensors":
+            return Content(_read_safetensors(path))
+        return _read_pickle(path, trust=trust, shapes_only=shapes_only)
+    except ModelError:
+        raise
+    except Exception as error:  # Any bytes can stand in a file; each reader has its own exceptions for them.
+        raise ModelError(f"cannot read weights from '{path}': {_what_was_refused(error)}", _SAVE_WEIGHTS) from None
+
+
+def kind_of(path: Path) -> str:
+    """Tell by its contents whether a file is an 'exported program', 'TorchScript', or ''."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.partition("/")[2] for name in archive.namelist()} | set(archive.namelist())
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+        return ""
+    if "archive_format" in names or "serialized_exported_program.json" in names:
+        return "exported program"
+    return "TorchScript" if "constants.pkl" in names else ""
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Read an index of shards: name of a tensor -> file. A file outside the index's own folder is refused."""
+    try:
+        mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        well_formed = isinstance(mapping, dict) and all(isinstance(file, str) for file in mapping.values())
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        well_formed = False
+    if not well_formed or not mapping:
+        raise ModelError(f"'{index}' is no index of shards: it has no 'weight_map' from names of tensors to files")
+    for file in mapping.values():
+        if file in ("", ".", "..") or "\0" in file or re.search(r"[/\\]", file):
+            raise ModelError(f"'{index}' names '{file}' as a shard; a shard is a file beside its index")
+    return dict(mapping)
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    mapping = _weight_map(index)
+    state: dict[str, Tensor] = {}
+    for name in sorted(set(mapping.values())):
+        content = read_content(index.parent / name).value
+        expected = {key for key, file in mapping.items() if file == name}
+        if not isinstance(content, Mapping) or set(content) != expected:
+            raise ModelError(f"'{index.parent / name}' does not hold the tensors that '{index.name}' says it does")
+        state.update(content)
+    return {key: state[key] for key in mapping}
+
+
+class _Unread:
+    """Stands for an object that a checkpoint carries beside its weights, and that nobody looks at.
+
+    The safe reader calls this in place of the class that the file names, so that class is not even imported.
+    """
+
+    def __new__(cls, *_: Any, **__: Any) -> _Unread:
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+def _empty_dict(*_: Any) -> dict[Any, Any]:
+    return {}
+
+
+# The bookkeeping that training scripts leave in their checkpoints: settings, metrics, states of random generators.
+_BOOKKEEPING = (
+    *("argparse.Namespace", "types.SimpleNamespace"),
+    *("numpy.dtype", "numpy.ndarray"),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(f"pathlib.{inner}{name}" for inner in ("", "_local.") for name in ("PosixPath", "WindowsPath", "PurePosixPath")),
+    *("datetime.datetime", "datetime.date", "datetime.timedelta"),
+    *(f"builtins.{name}" for name in ("bool", "int", "float", "str", "list", "tuple", "dict")),
+    "typing.Any",
+    *(f"omegaconf.base.{name}" for name in ("Metadata", "ContainerMetadata")),
+    *(f"omegaconf.{name}" for name in ("dictconfig.DictConfig", "listconfig.ListConfig")),
+    *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "String", "Integer", "Float", "Boolean", "Path")),
+)
+_BOOKKEEPING_DICTS = (
+    "collections.defaultdict",
+    "lightning.fabric.utilities.data.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+    "lightning.pytorch.utilities.parsing.AttributeDict",
+)
+
+
+def _read_pickle(path: Path, *, trust: bool, shapes_only: bool) -> Content:
+    stand_ins: list[Any] = [(_Unread, name) for name in _BOOKKEEPING]
+    stand_ins += [(_empty_dict, name) for name in _BOOKKEEPING_DICTS]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Of old pickle protocols and moved sources; what matters is an error.
+        try:
+            with torch.serialization.safe_globals(stand_ins):
+                # A mapped file is read where it is looked at; only values are worth the copy, and need the checks.
+                mapped = shapes_only and zipfile.is_zipfile(path)
+                return Content(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
+        except Exception as error:
+            if "Weights only load failed" not in str(error):
+                raise
+            if trust:
+                return Content(torch.load(path, map_location="cpu", weights_only=False), ran_code=True)
+            raise ModelError(
+                f"cannot read weights from '{path}': {_what_was_refused(error)}",
+                _SAVE_WEIGHTS,
+                "or, if you trust whoever made the file with all that you may do here: --trust-checkpoint",
+            ) from None
+
+
+def _what_was_refused(error: Exception) -> str:
+    """Say in a line why a file cannot be read; torch's own message is a page."""
+    text = str(error)
+    if "Weights only load failed" not in text:
+        return one_line(error)
+    if blocked := re.search(r"GLOBAL (\S+) (?:was not|whose)", text) or re.search(r"but got (<.+>)", text):
+        return f"holds more than tensors, and reading it could run code (blocked: {blocked[1]})"
+    reason = re.search(r"WeightsUnpickler error:\s*(.+)", text)
+    return f"torch's safe reader refuses it: {reason[1] if reason else one_line(error)}"
+
+
+def _tensors(count: int) -> str:
+    return "1 tensor" if count == 1 else f"{count} tensors"

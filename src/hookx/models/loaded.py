@@ -79,3 +79,19 @@ class Unallocated(TorchFunctionMode):
 def one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def imagenet_preprocessing(side_px: int = 224) -> Preprocessing:
+    """Return what most classifiers of photographs were trained with, for a model that does not say.
+
+    Example:
+        >>> str(imagenet_preprocessing())
+        'resize 256 (bilinear), crop 224, mean 0.485,0.456,0.406, std 0.229,0.224,0.225'
+    """
+    return Preprocessing(
+        resize_px=round(side_px * 256 / 224),
+        crop_px=side_px,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        interpolation="bilinear",
+    )

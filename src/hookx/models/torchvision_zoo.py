@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import pickle
@@ -20,7 +21,8 @@ from torchvision import models as zoo
 
 from hookx.errors import ModelError
 from hookx.layers import closest
-from hookx.models.checkpoints import is_weights_file, load_state_dict, read_state_dict, sha256_of
+from hookx.models.checkpoints import Weights, is_weights_file, read_weights, sha256_of
+from hookx.models.fitting import classes_in, load_weights, notes_on_types, without_prefix
 from hookx.models.loaded import LoadedModel, ModelOptions, Unallocated, one_line
 from hookx.plan import Preprocessing
 
@@ -65,22 +67,39 @@ def load_model(ref: str, weights: str = "default", options: ModelOptions = Model
         torch.manual_seed(options.seed)
         module, identity = _build(ref, entry), f"random (seed {options.seed})"
     elif is_weights_file(weights):
-        state = read_state_dict(Path(weights))
-        sha256 = sha256_of(Path(weights))
-        entry = _recognised(ref, sha256) or entry
-        module, identity = _build_for_file(ref, entry, state), f"sha256:{sha256}"
-        load_state_dict(module, state, ref, weights)
-        if hasattr(module, "transform_input"):
-            # The published GoogLeNet and Inception were trained on images normalised in another way.
-            setattr(module, "transform_input", _recognised(ref, sha256) is not None)  # noqa: B010
+        return _from_file(ref, weights, options)
     else:
         entry = _entry(ref, weights)
         module, identity = _build_published(ref, entry), str(entry)
     return _loaded(ref, entry, module, identity)
 
 
-def skeleton(ref: str, weights: str = "default") -> LoadedModel:
+def _from_file(ref: str, file: str, options: ModelOptions) -> LoadedModel:
+    weights, variant = _fitted(ref, read_weights(file, options))
+    published = _recognised(ref, sha256_of(weights.file))
+    entry = published or _entry(ref)
+    torch.manual_seed(options.seed)  # Of what the file may lack.
+    module = _build(ref, entry, **variant)
+    random_paths = load_weights(module, weights, ref, options.allow_missing)
+    if hasattr(module, "transform_input"):
+        # The published GoogLeNet and Inception were trained on images normalised in another way.
+        setattr(module, "transform_input", published is not None)  # noqa: B010
+    identity, notes = weights.identity, [*weights.notes, *notes_on_types(module, weights)]
+    if "num_classes" in variant:
+        notes.append(
+            f"{ref} is built for {variant['num_classes']} classes, as the classifier in {weights.file.name} is"
+        )
+    if random_paths:
+        identity += f"; random (seed {options.seed}): {', '.join(random_paths)}"
+        notes.append(f"random, because {weights.file.name} lacks them: {', '.join(random_paths)}")
+    loaded = _loaded(ref, entry, module, identity)
+    return dataclasses.replace(loaded, notes=tuple(notes), random_paths=random_paths)
+
+
+def skeleton(ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
     """Build a model without memory for its parameters (meta device): its layers, and what it expects of an image.
+
+    Of a file of weights, if it is there, only the shapes are looked at: they decide the number of classes.
 
     `vit_h_14` with its 633 million parameters takes as long as `resnet18`. A quantized model is built for real: its
     integer layers cannot do without numbers.
@@ -90,15 +109,23 @@ def skeleton(ref: str, weights: str = "default") -> LoadedModel:
         >>> next(model.module.parameters()).device.type, model.preprocessing.crop_px
         ('meta', 518)
     """
+    if is_weights_file(weights) and Path(weights).is_file():
+        _entry(ref)
+        _, variant = _fitted(ref, read_weights(weights, options, shapes_only=True))
+        entry = _recognised(ref, sha256_of(Path(weights))) or _entry(ref)
+        return _loaded(ref, entry, _bare(ref, entry, **variant), "none")
     published = weights != "none" and not is_weights_file(weights)
     entry = _entry(ref, weights if published else "default")
-    if _kind(ref) == "quantized":
-        return _loaded(ref, entry, _build(ref, entry), "none")
     # The auxiliary head of the published segmentation models runs in eval mode too, so it belongs to the layers.
-    has_auxiliary = published and _kind(ref) == "segmentation" and not ref.startswith("lraspp")
+    return _loaded(ref, entry, _bare(ref, entry, **(_with_everything(ref) if published else {})), "none")
+
+
+def _bare(ref: str, entry: Any, **arguments: Any) -> nn.Module:
+    if _kind(ref) == "quantized":
+        return _build(ref, entry, **arguments)
     with Unallocated():
-        module = _build(ref, entry, **({"aux_loss": True} if has_auxiliary else {}))
-    return _loaded(ref, entry, module.to("meta"), "none")
+        module = _build(ref, entry, **arguments)
+    return module.to("meta")
 
 
 def _loaded(ref: str, entry: Any, module: nn.Module, identity: str) -> LoadedModel:
@@ -180,13 +207,36 @@ def _get_model(ref: str, **arguments: Any) -> nn.Module:
         return zoo.get_model(ref, **arguments)
 
 
-def _build_for_file(ref: str, entry: Any, state: Mapping[str, Tensor]) -> nn.Module:
-    """Build the variant of an architecture that a file holds: with or without its auxiliary classifiers."""
-    if ref in ("googlenet", "inception_v3") and not any(key.startswith(("aux1.", "AuxLogits.")) for key in state):
-        return _build(ref, entry, aux_logits=False)
-    if _kind(ref) == "segmentation" and any(key.startswith("aux_classifier.") for key in state):
-        return _build(ref, entry, aux_loss=True)
-    return _build(ref, entry)
+def _with_everything(ref: str) -> dict[str, Any]:
+    """Return the arguments that build an architecture with its auxiliary classifier, where that is left out else."""
+    return {"aux_loss": True} if _kind(ref) == "segmentation" and not ref.startswith("lraspp") else {}
+
+
+def _fitted(ref: str, weights: Weights) -> tuple[Weights, dict[str, Any]]:
+    """Bring the names in a file to those of an architecture; return them and the variant that the file holds."""
+    entry = _entry(ref)
+    weights = without_prefix(weights, _bare(ref, entry, **_with_everything(ref)).state_dict().keys(), ref)
+    if ref.startswith("densenet"):
+        weights = dataclasses.replace(weights, state={_of_today(name): v for name, v in weights.state.items()})
+    variant: dict[str, Any] = {}
+    has_auxiliary = any(name.startswith(("aux1.", "AuxLogits.", "aux_classifier.")) for name in weights.state)
+    if ref in ("googlenet", "inception_v3") and not has_auxiliary:
+        variant["aux_logits"] = False
+    if has_auxiliary:
+        variant.update(_with_everything(ref))
+    default = _bare(ref, entry, **variant).state_dict()
+    classes = classes_in(
+        weights,
+        default,
+        lambda count: _bare(ref, entry, **variant, num_classes=count).state_dict(),
+        len(entry.meta["categories"]),
+    )
+    return weights, variant | ({"num_classes": classes} if classes else {})
+
+
+def _of_today(name: str) -> str:
+    # The published DenseNets carry names with dots where a module's name can no longer have one.
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)
 
 
 def _build_published(ref: str, entry: Any) -> nn.Module:

@@ -1,0 +1,289 @@
+"""A list of images -> batches of pixels, by processes that decode ahead of the consumer.
+
+A file can make a decoder hang, or crash the process that it runs in. That costs the one image: the process notes which
+image it has in hand, and where it dies, the image is a failure and all processes are started again without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from hookx.decoding import decode, failure_reason
+from hookx.errors import ImageError
+from hookx.images import ImageList
+from hookx.plan import Preprocessing
+
+DECODE_TIMEOUT_SECONDS = 60.0
+
+_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
+_NOTHING = -1  # in hand
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Decoded images, in the order of their positions; those that could not be read are in `failures`.
+
+    `pixels_NCHW` is float32, or None when no image of the batch could be read.
+    """
+
+    positions: range
+    pixels_NCHW: Tensor | None
+    keys: list[str]
+    failures: list[tuple[str, str]]  # (key, reason)
+    rotations_ignored: int
+
+
+def batches(
+    images: ImageList,
+    positions: Sequence[range],
+    preprocessing: Preprocessing,
+    *,
+    workers: int,
+    decode_timeout_seconds: float = DECODE_TIMEOUT_SECONDS,
+    pin_memory: bool = False,
+    in_worker: Callable[[], None] = lambda: None,
+) -> Generator[Batch]:
+    """Decode the given ranges of positions, one batch a range, in order, `workers` processes ahead of the consumer.
+
+    An image that takes longer than `decode_timeout_seconds` (0: any time), or that crashes its process, is a failure
+    like any other. Without workers there is no such protection: this process decodes. `in_worker` runs once in each
+    decoding process.
+
+    Raises:
+        ImageError: (while iterating) a decoding process died, and no image is to blame.
+    """
+    reasons: dict[int, str] = {}  # why the images at these positions are not to be tried again
+
+    def start(first: int) -> _Processes:
+        dataset = _Batches(images, positions[first:], preprocessing, reasons, decode_timeout_seconds, workers)
+        return _Processes(dataset, workers=workers, pin_memory=pin_memory, in_worker=in_worker)
+
+    # The processes are forked here, not at the first batch, so that a caller can do it before there are threads. Those
+    # that follow a crash are forked among threads, which Linux allows: they wait for no lock that one of them holds.
+    processes = start(0)
+
+    def in_order() -> Generator[Batch]:
+        nonlocal processes
+        try:
+            for number, of_batch in enumerate(positions):
+                while (decoded := processes.next()) is None:
+                    reasons.update(processes.fatal_images())
+                    processes.end()
+                    processes = start(number)
+                yield _batch(images, of_batch, decoded)
+        finally:
+            processes.end()
+
+    return in_order()
+
+
+@dataclass
+class _Decoded:
+    """What a decoding process hands over. No keys: a message of up to 4,096 bytes is never left half written."""
+
+    pixels_NCHW: Tensor | None = None
+    reasons: dict[int, str] = field(default_factory=dict)  # of the positions that could not be read
+    rotations_ignored: int = 0
+
+    def pin_memory(self) -> _Decoded:
+        """Return it in pinned memory; a DataLoader asks for that, and leaves what cannot do so as it is."""
+        return self if self.pixels_NCHW is None else replace(self, pixels_NCHW=self.pixels_NCHW.pin_memory())
+
+
+def _batch(images: ImageList, positions: range, decoded: _Decoded) -> Batch:
+    return Batch(
+        positions=positions,
+        pixels_NCHW=decoded.pixels_NCHW,
+        keys=[images.keys[position] for position in positions if position not in decoded.reasons],
+        failures=[(images.keys[position], reason) for position, reason in decoded.reasons.items()],
+        rotations_ignored=decoded.rotations_ignored,
+    )
+
+
+class _Batches(Dataset[_Decoded]):
+    """The batches, each decoded when it is asked for; in a process of its own, or in this one."""
+
+    def __init__(
+        self,
+        images: ImageList,
+        positions: Sequence[range],
+        preprocessing: Preprocessing,
+        reasons: Mapping[int, str],
+        timeout_seconds: float,
+        workers: int,
+    ) -> None:
+        self.images, self.positions, self.preprocessing = images, positions, preprocessing
+        self.reasons, self.timeout_seconds = reasons, timeout_seconds
+        # In shared memory, a row a process: its id, and the position that it has in hand.
+        self.in_hand = torch.full((workers, 2), _NOTHING).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, number: int) -> _Decoded:
+        batch, pixels = _Decoded(), []
+        for position in self.positions[number]:
+            if position in self.reasons:
+                batch.reasons[position] = self.reasons[position]
+                continue
+            self._take_in_hand(position)
+            try:
+                file, listed_bytes = self.images.files[position], self.images.sizes_bytes[position]
+                pixels_CHW, rotation_ignored = decode(file, self.preprocessing, listed_bytes)
+            except Exception as error:  # Whatever a decoder raises on foreign bytes is that image's failure.
+                batch.reasons[position] = failure_reason(error)
+            else:
+                pixels.append(pixels_CHW)
+                batch.rotations_ignored += rotation_ignored
+            self._take_in_hand(_NOTHING)
+        if pixels:
+            batch.pixels_NCHW = _stacked(pixels)
+        return batch
+
+    def _take_in_hand(self, position: int) -> None:
+        """Note which image this process decodes, and have the system end the process if that takes too long.
+
+        The alarm's signal works where a decoder written in C keeps Python from running, and where the parent is gone.
+        It is blocked whenever there is no image in hand: the process could hold a lock that the parent needs.
+        """
+        if (worker := get_worker_info()) is None:
+            return
+        if position == _NOTHING:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+            self.in_hand[worker.id, 1] = _NOTHING
+        else:
+            self.in_hand[worker.id, 1] = position
+            signal.setitimer(signal.ITIMER_REAL, self.timeout_seconds)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+
+
+def _stacked(pixels: list[Tensor]) -> Tensor:
+    try:
+        pixels_NCHW = torch.stack(pixels)
+        # Shared here: the queue's thread would do it while an image is in hand, and that would be blamed if it crashes.
+        return pixels_NCHW if get_worker_info() is None else pixels_NCHW.share_memory_()
+    except RuntimeError as error:  # torch's only word for it
+        raise MemoryError(str(error)) from None
+
+
+class _Processes:
+    """The decoding processes of a DataLoader, from their start to their end. Without workers there are none."""
+
+    def __init__(self, dataset: _Batches, *, workers: int, pin_memory: bool, in_worker: Callable[[], None]) -> None:
+        self._dataset = dataset
+        others = set(multiprocessing.active_children())
+        loader = DataLoader(
+            dataset,
+            batch_size=None,  # The dataset's items are batches already: they follow the shards.
+            num_workers=workers,
+            pin_memory=pin_memory,
+            worker_init_fn=_WorkerStart(in_worker, dataset.in_hand),
+            prefetch_factor=2 if workers else None,
+            timeout=_POLL_SECONDS if workers else 0,
+            # Forked workers share the list of images and start in milliseconds; they never touch a GPU.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        )
+        with _child_signals_kept():
+            self._batches: Iterator[_Decoded] = iter(loader)
+        self._processes = [process for process in multiprocessing.active_children() if process not in others]
+
+    def next(self) -> _Decoded | None:
+        """Return the next batch, or None if a process died."""
+        while True:
+            try:
+                return next(self._batches)
+            except Exception as error:
+                if str(error).startswith("DataLoader timed out"):
+                    continue  # Nothing is ready and nobody died: the loader looks every _POLL_SECONDS.
+                # A process that dies leaves unreadable messages behind, sometimes a moment before it is gone.
+                if multiprocessing.connection.wait([process.sentinel for process in self._processes], timeout=1):
+                    return None
+                if isinstance(error, MemoryError):
+                    raise _out_of_memory("a decoding process has no memory for its batch") from None
+                raise
+
+    def fatal_images(self) -> dict[int, str]:
+        """Return the positions of the images that killed the processes which died, each with the reason.
+
+        Raises:
+            ImageError: a process was killed from outside, or had no image in hand.
+        """
+        in_hand = dict(self._dataset.in_hand.tolist())
+        fatal = {}
+        for process in self._processes:
+            if (exit_code := process.exitcode) is None:
+                continue
+            position = in_hand.get(process.pid, _NOTHING)
+            how = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
+            if position == _NOTHING or not (exit_code >= 0 or -exit_code in (signal.SIGALRM, *_CRASHES)):
+                raise _out_of_memory(f"a decoding process died: {how}")
+            if exit_code == -signal.SIGALRM:
+                fatal[position] = f"took longer than {self._dataset.timeout_seconds:g} s to decode"
+            else:
+                fatal[position] = f"the decoder crashed ({how})"
+        return fatal
+
+    def end(self) -> None:
+        """End what still runs, and wait for it; an image that takes its time is not waited for."""
+        for process in self._processes:
+            if process.is_alive() and process.pid:
+                os.kill(process.pid, signal.SIGALRM)
+        if self._processes:
+            # What the loader does when it is deleted. Here it may be kept alive, by the traceback of an exception.
+            self._batches._shutdown_workers()  # type: ignore[attr-defined]
+        for process in self._processes:
+            process.join(timeout=1)
+
+
+def _out_of_memory(problem: str) -> ImageError:
+    return ImageError(
+        problem,
+        "most often the machine ran out of memory: try fewer --workers or a smaller --batch-size",
+        "finished shards are kept; the same command goes on from there",
+    )
+
+
+@contextlib.contextmanager
+def _child_signals_kept() -> Iterator[None]:
+    """Take back the DataLoader's handler for dead workers: it raises in the middle of whatever the consumer does.
+
+    Without it the loader finds a dead worker when it waits for its batch.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+
+
+class _WorkerStart:
+    """What a decoding process does first."""
+
+    def __init__(self, in_worker: Callable[[], None], in_hand: Tensor) -> None:
+        self.in_worker, self.in_hand = in_worker, in_hand
+
+    def __call__(self, worker_number: int) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+        # The terminal sends Ctrl-C to every process; the parent alone decides, and then ends its workers.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # A crash is told by the parent; torch's handlers would write lines of their own to the terminal.
+        for number in (signal.SIGTERM, signal.SIGALRM, *_CRASHES):
+            signal.signal(number, signal.SIG_DFL)
+        # Pillow's log would, too.
+        logging.getLogger("PIL").setLevel(logging.CRITICAL)
+        self.in_hand[worker_number, 0] = os.getpid()
+        self.in_worker()

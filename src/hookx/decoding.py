@@ -1,0 +1,176 @@
+"""One image file -> the pixels that a model takes, or the reason why there are none.
+
+The only file that decodes images.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms._presets import ImageClassification
+
+from hookx.plan import Preprocessing
+
+_EXIF_ORIENTATION = 0x0112
+_TURN_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# The size at which Pillow refuses to decode. A strip of 1 x 100,000 pixels passes there, and grows beyond all bounds
+# when its shorter side is resized to 256.
+_MOST_PIXELS = 178_956_970
+_LONGEST_REASON = 300  # characters
+
+
+class UnreadableError(Exception):
+    """A file is not decoded, for a reason that needs no exception's name."""
+
+
+def decode(file: str, preprocessing: Preprocessing, listed_bytes: int | None = None) -> tuple[Tensor, bool]:
+    """Read one image file as a model's input: its first frame, as `_to_rgb` says; colour profiles are ignored.
+
+    Args:
+        file: its name.
+        preprocessing: how the picture becomes a model's input.
+        listed_bytes: the size that the file had when it was listed; another one now is a failure.
+
+    Returns:
+        The pixels, float32, (3, crop_px, crop_px), and whether a rotation recorded by the camera was ignored.
+
+    Raises:
+        Exception: whatever a decoder raises on foreign bytes; `failure_reason` puts it into words.
+
+    Example:
+        >>> from hookx.models import load_model
+        >>> pixels_CHW, _ = decode("images/animals/chelsea.jpg", load_model("resnet18", "none").preprocessing)
+        >>> pixels_CHW.shape
+        torch.Size([3, 224, 224])
+    """
+    # The file is opened here, not by Pillow, which would map it into memory: a file cut short while it is read then
+    # kills the process. Pillow warns of odd metadata and of large images; what fails is a failure.
+    with _opened(file, listed_bytes) as content, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(content, formats=_formats()) as image:
+            image.load()  # Pillow turns a TIFF upright while it loads it, and then forgets the rotation.
+            orientation = _orientation(image)
+            rgb = _to_rgb(image)
+    _check_resized_size(rgb.size, preprocessing.resize_px)
+    if orientation is not None and preprocessing.exif == "apply":
+        return _transform(preprocessing)(rgb.transpose(orientation)), False
+    return _transform(preprocessing)(rgb), orientation is not None
+
+
+def failure_reason(error: Exception) -> str:
+    """Say in one line why an image could not be read; the same words on every machine, so no path in them."""
+    if isinstance(error, UnreadableError):
+        return str(error)
+    if isinstance(error, UnidentifiedImageError):
+        return "UnidentifiedImageError: not an image that Pillow knows"
+    text = (getattr(error, "strerror", None) or " ".join(str(error).split()))[:_LONGEST_REASON]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@contextmanager
+def _opened(file: str, listed_bytes: int | None) -> Iterator[BinaryIO]:
+    # Without O_NONBLOCK, opening a pipe waits for someone to write to it.
+    with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as content:
+        status = os.fstat(content.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableError("not a regular file")
+        if listed_bytes is not None and status.st_size != listed_bytes:
+            before = "unreadable" if listed_bytes < 0 else listed_bytes
+            raise UnreadableError(f"changed since it was listed ({before} -> {status.st_size} bytes)")
+        if status.st_size == 0:
+            raise UnreadableError("the file is empty")
+        yield content
+
+
+def _formats() -> list[str]:
+    """Name Pillow's formats in an order that does not depend on what was opened before; those without a magic last.
+
+    EPS is left out: Pillow runs Ghostscript, a whole programming language, on anything that begins like it.
+    """
+    Image.init()
+    return sorted((name for name in Image.ID if name != "EPS"), key=lambda name: (Image.OPEN[name][1] is None, name))
+
+
+def _check_resized_size(size: tuple[int, int], resize_px: int) -> None:
+    shorter, longer = sorted(size)
+    resized_longer = resize_px * longer // max(shorter, 1)
+    if resize_px * resized_longer > _MOST_PIXELS:
+        raise UnreadableError(
+            f"too long for its width: {size[0]} x {size[1]} pixels become {resize_px} x {resized_longer} when resized"
+        )
+
+
+def _orientation(image: Image.Image) -> Image.Transpose | None:
+    """Return what would turn the image upright, or None if it is, or if its metadata cannot be read."""
+    try:
+        return _TURN_UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # Damaged metadata raise anything, and the pixels are well.
+        return None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Return the image as 8-bit RGB, which is what models are trained on.
+
+    Images of 8 bits a channel, or 1, are Pillow's `convert("RGB")`, as in the published preprocessing: grey is
+    repeated, an alpha channel or a transparent colour is dropped and not blended, CMYK, YCCK, Lab and HSV are converted
+    without their profiles. Pillow itself reads colour of 16 bits a channel as its upper 8.
+
+    Grey of more than 8 bits is scaled, where `convert` would cut everything above 255 to white:
+
+    - 16 bits: divided by 257, so that 65535 becomes 255.
+    - 32-bit integers: as 16 bits if all values lie within 0 and 65535; otherwise the image's own minimum becomes 0
+      and its maximum 255.
+    - floating point: times 255 if all values lie within 0 and 1; as they are if within 0 and 255; otherwise, again,
+      minimum to 0 and maximum to 255. A NaN or an infinity is a failure.
+
+    Values are rounded to the nearest integer.
+    """
+    if image.mode == "La":  # Grey multiplied by its alpha, which Pillow undoes in this step only.
+        image = image.convert("LA")
+    if not (image.mode in ("I", "F") or image.mode.startswith("I;16")):
+        return image.convert("RGB")
+    values = np.asarray(image).astype(np.float64)
+    low, high = _black_and_white(values, image.mode)
+    grey = np.rint((values - low) * (255 / (high - low or 1)))  # An image of one colour has no contrast: black.
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+
+
+def _black_and_white(values: NDArray[np.float64], mode: str) -> tuple[float, float]:
+    """Return which values become 0 and 255."""
+    low, high = float(values.min()), float(values.max())
+    if not np.isfinite([low, high]).all():
+        raise UnreadableError("the image holds values that are not finite")
+    for white in (1.0, 255.0) if mode == "F" else (65535.0,):
+        if low >= 0 and high <= white:
+            return 0.0, white
+    return low, high
+
+
+def _transform(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
+    # The class of every `weights.transforms()` of torchvision's classification models, so the same arithmetic.
+    return ImageClassification(
+        crop_size=preprocessing.crop_px,
+        resize_size=preprocessing.resize_px,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        interpolation=InterpolationMode(preprocessing.interpolation),
+        antialias=preprocessing.antialias,
+    )

@@ -1,0 +1,120 @@
+"""Files of the Hugging Face hub: from its cache, or downloaded, or an error that says which and why.
+
+What is in the cache is taken as it is, and the hub is not asked whether there is something newer: a run can then be
+finished without a network, and with the weights that it began with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hookx.errors import ModelError
+from hookx.models.loaded import one_line
+
+log = logging.getLogger("hookx")
+
+_TIMEOUT_SECONDS = 15.0
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def cached_file(repository: str, names: Sequence[str], revision: str | None = None) -> Path | None:
+    """Return the first of some files of a repository that is in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in names:
+        found = try_to_load_from_cache(repository, name, revision=revision)
+        if isinstance(found, str):
+            return Path(found)
+    return None
+
+
+def is_known_to_be_absent(repository: str, name: str, revision: str | None = None) -> bool:
+    """Tell whether the cache remembers that a repository has no such file."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repository, name, revision=revision)
+    return found is not None and not isinstance(found, str)
+
+
+def fetched_file(
+    what: str, repository: str, names: Sequence[str], revision: str | None, *next_steps: str, required: bool = True
+) -> Path | None:
+    """Return the first of some files that a repository has, downloaded if it is not in the cache.
+
+    Args:
+        what: the model, for messages.
+        repository: its name on the hub, as in 'facebook/dinov2-small'.
+        names: of files, the best first.
+        revision: a branch, a tag or a commit; None is the main branch.
+        next_steps: what an error advises.
+        required: whether it is an error if the repository has none of them; otherwise None is returned.
+    """
+    found = cached_file(repository, names, revision)
+    if found:
+        return found
+    if not required and all(is_known_to_be_absent(repository, name, revision) for name in names):
+        return None
+    from huggingface_hub import HfApi, hf_hub_download
+
+    try:
+        # Asked once: to download at once would try each file six times, for half a minute, before it gives up.
+        info = HfApi().model_info(repository, revision=revision, timeout=_TIMEOUT_SECONDS)
+        there = {sibling.rfilename for sibling in info.siblings or ()}
+        name = next((name for name in names if name in there), None)
+        if name:
+            log.info("downloading %s of %s", name, repository)
+            return Path(hf_hub_download(repository, name, revision=revision))
+    except Exception as error:  # Names, permissions, sockets, proxies, disks: each has its own exceptions.
+        raise _cannot_be_had(what, repository, revision, error, next_steps) from None
+    if required:
+        raise ModelError(f"{what}: the repository {repository} has none of the files {', '.join(names)}", *next_steps)
+    return None
+
+
+def with_shards(what: str, repository: str, file: Path, revision: str | None, *next_steps: str) -> Path:
+    """Return a file of weights; if it is an index, after fetching the shards that it names."""
+    if file.name.endswith(".index.json"):
+        for name in sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())):
+            fetched_file(what, repository, [name], revision, *next_steps)
+    return file
+
+
+def commit_of(file: Path) -> str:
+    """Return the commit that a file of the cache belongs to; it is the name of its folder."""
+    return file.parts[file.parts.index("snapshots") + 1]
+
+
+def _cannot_be_had(
+    what: str, repository: str, revision: str | None, error: Exception, next_steps: Sequence[str]
+) -> ModelError:
+    match type(error).__name__:
+        case "RepositoryNotFoundError" | "HFValidationError":
+            problem = f"there is no repository '{repository}' on the Hugging Face hub, or it is private"
+            return ModelError(f"{what}: {problem}", "if it is yours: hf auth login", *next_steps)
+        case "RevisionNotFoundError":
+            return ModelError(f"{what}: the repository {repository} has no revision '{revision}'", *next_steps)
+        case "GatedRepoError":
+            problem = "its authors ask you to accept their terms first"
+            return ModelError(f"{what}: {problem}", f"on the page of {repository}; then: hf auth login", *next_steps)
+    return ModelError(
+        f"weights for {what} are not in the cache and could not be downloaded: {one_line(error)}", *next_steps
+    )
+
+
+@contextlib.contextmanager
+def tensors_only() -> Iterator[None]:
+    """Make every `torch.load` in a library read tensors alone, so that no pickle runs code."""
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        else:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before

@@ -1,0 +1,120 @@
+"""What prepares an image for a model of any source -> what a plan says of it, and the callable that does it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms._presets import ImageClassification
+from torchvision.transforms.functional import to_pil_image
+
+from hookx.errors import ModelError
+from hookx.models.loaded import one_line
+from hookx.plan import Preprocessing
+
+if TYPE_CHECKING:
+    from hookx.models.loaded import Transform
+
+# Wider than high and higher than wide: what keeps an image's proportions gives two shapes.
+_EXAMPLE_SIZES_PX = ((320, 240), (200, 333))
+
+
+def square_side_px(size: Any, name: str) -> int:
+    """Return the side of a square input, given as 224, (224, 224), (3, 224, 224) or {'height': 224, 'width': 224}."""
+    if isinstance(size, Mapping):
+        size = [size[key] for key in ("height", "width") if key in size] or list(size.values())
+    sides = [int(length) for length in (size if isinstance(size, list | tuple | torch.Size) else [size])][-2:]
+    if len(set(sides)) != 1 or sides[0] < 1:
+        raise ModelError(f"{name} takes images of {' x '.join(map(str, sides))} pixels, and hookx makes square ones")
+    return sides[0]
+
+
+def from_timm_config(config: Mapping[str, Any], name: str) -> Preprocessing | None:
+    """Return what timm's data configuration says, or None if it is more than resizing and cropping the centre.
+
+    Example:
+        >>> config = {"input_size": (3, 224, 224), "crop_pct": 0.9, "interpolation": "bicubic", "crop_mode": "center"}
+        >>> str(from_timm_config({**config, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}, "vit"))
+        'resize 248 (bicubic), crop 224, mean 0.5,0.5,0.5, std 0.5,0.5,0.5'
+    """
+    side_px = square_side_px(config["input_size"], name)
+    if config["crop_mode"] != "center":
+        return None
+    return Preprocessing(
+        resize_px=math.floor(side_px / config["crop_pct"]),
+        crop_px=side_px,
+        mean=tuple(map(float, config["mean"])),
+        std=tuple(map(float, config["std"])),
+        interpolation=config["interpolation"],
+    )
+
+
+def of_transform(transform: Any, source: str, description: str = "") -> tuple[Preprocessing, Transform | None]:
+    """Try a transform on two images; return what a plan says of it, and the transform if a plan cannot say it all.
+
+    Args:
+        transform: turns an RGB image (PIL) into pixels (3, side, side), float32.
+        source: where it comes from, for messages and for the plan.
+        description: what it does, the same words in every process; its `repr` if empty.
+
+    Raises:
+        ModelError: it fails, returns something else, or other pixels at every call.
+    """
+    if isinstance(transform, ImageClassification) and len(transform.crop_size) == len(transform.resize_size) == 1:
+        return _of_preset(transform), None
+    sides_px = {_side_px(transform, size, source) for size in _EXAMPLE_SIZES_PX}
+    if len(sides_px) > 1:
+        raise ModelError(
+            f"{source} gives images of {' and '.join(f'{side} x {side}' for side in sorted(sides_px))} pixels, "
+            "and a batch holds images of one size"
+        )
+    side_px = sides_px.pop()
+    custom = f"{source}: {description or _stable(repr(transform))}"
+    return Preprocessing(side_px, side_px, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear", custom=custom), transform
+
+
+def _of_preset(preset: Any) -> Preprocessing:
+    return Preprocessing(
+        resize_px=preset.resize_size[0],
+        crop_px=preset.crop_size[0],
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+        interpolation=preset.interpolation.value,
+        antialias=bool(preset.antialias),
+    )
+
+
+def _side_px(transform: Callable[[Any], Any], size_px: tuple[int, int], source: str) -> int:
+    width, height = size_px
+    noise = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    example = to_pil_image(noise)
+    try:
+        pixels, again = transform(example.copy()), transform(example.copy())
+    except Exception as error:  # It is somebody's code.
+        raise ModelError(
+            f"{source} fails on an RGB image of {width} x {height} pixels: {type(error).__name__}: {one_line(error)}"
+        ) from error
+    what = f"{width} x {height} pixels"
+    if not isinstance(pixels, Tensor):
+        raise ModelError(f"{source} makes a {type(pixels).__name__} of an image; it has to make a tensor (3, side, side)")
+    if pixels.dtype != torch.float32 or pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.shape[1] != pixels.shape[2]:
+        shape = ", ".join(map(str, pixels.shape))
+        dtype = str(pixels.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"{source} makes a tensor ({shape}), {dtype}, of an image of {what}; it has to be (3, side, side), float32"
+        )
+    if not torch.equal(pixels, again):
+        raise ModelError(
+            f"{source} is random: of one image it makes other pixels at every call",
+            "leave out what only training needs: random crops, flips, colours",
+        )
+    return int(pixels.shape[1])
+
+
+def _stable(text: str) -> str:
+    """Return a `repr` without what differs between processes: addresses in memory."""
+    return " ".join(re.sub(r" at 0x[0-9a-fA-F]+", "", text).split())
