@@ -465,6 +465,15 @@ def test_the_time_counts_for_each_image_alone_and_not_for_a_batch(tmp_path: Path
     assert set(reasons_of(outcomes).values()) == {"OSError: the trap let go"}
 
 
+def test_the_time_does_not_count_while_a_process_waits_for_its_consumer(tmp_path: Path) -> None:
+    images = folder_of(tmp_path, 6, {})
+    some = batches(images, cut(6, 1), SMALL, workers=1, decode_timeout_seconds=0.3)
+    for position in range(6):
+        assert next(some).keys == [images.keys[position]]
+        time.sleep(0.5)
+    some.close()
+
+
 def test_a_batch_of_nothing_but_crashes_is_fine(tmp_path: Path) -> None:
     trapped = dict.fromkeys(range(4), f"signal {signal.SIGSEGV:d}")
     assert len(reasons_of(decoded(folder_of(tmp_path, 5, trapped), workers=1))) == 4
@@ -514,7 +523,7 @@ def test_a_consumer_that_stops_early_leaves_no_process_behind(
 ) -> None:
     images = folder_of(tmp_path, 12, {3: CRASHES[1], 8: "sleep 600"})
     before = process_ids()
-    with no_longer_than(20):
+    with no_longer_than(8):  # What hangs is not waited for.
         some = batches(images, cut(12, 2), SMALL, workers=2)
         assert len(process_ids() - before) == 2
         if started:
@@ -533,6 +542,14 @@ def test_a_consumer_that_raises_leaves_no_process_behind(tmp_path: Path) -> None
             _ = 1 // (len(batch.positions) - 2)
     gc.collect()
     assert process_ids() == before
+
+
+def test_an_exception_while_waiting_ends_the_processes_even_if_it_is_kept(tmp_path: Path) -> None:
+    images = folder_of(tmp_path, 4, {1: "sleep 600"})
+    before = process_ids()
+    with pytest.raises(TimeoutError) as kept, no_longer_than(1):  # As Ctrl-C would.
+        list(batches(images, cut(4, 1), SMALL, workers=2, decode_timeout_seconds=0))
+    assert process_ids() == before and kept.tb
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

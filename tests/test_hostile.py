@@ -26,7 +26,7 @@ from hookx.errors import HookxError, StoreError
 from hookx.inspection import inspect
 from hookx.plan import LayerSpec, Plan, Preprocessing
 from hookx.store import RunDirectory, ShardRecord, read_plan, shard_chunks, write_whole
-from hookx.verify import verify
+from hookx.verification import verify
 
 PLAN = Plan(
     model="net",

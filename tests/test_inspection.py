@@ -18,7 +18,7 @@ import hookx
 from hookx import inspection
 from hookx.cli import app
 from hookx.errors import ShardError, StoreError
-from hookx.extract import extract
+from hookx.extraction import extract
 from hookx.inspection import inspect
 from hookx.plan import DTYPES, LayerSpec, Plan, Preprocessing
 from hookx.store import RunDirectory, ShardRecord

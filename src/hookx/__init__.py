@@ -12,21 +12,27 @@ from hookx.errors import HookxError
 
 if TYPE_CHECKING:
     from hookx.capture import Capture
-    from hookx.extract import Summary, extract
+    from hookx.extraction import Summary, extract
+    from hookx.inspection import inspect
     from hookx.models import LoadedModel, list_models, load_model
+    from hookx.recomputation import recompute
     from hookx.store import Activations, Features
     from hookx.store import open_features as open
+    from hookx.verification import verify
 
 _HOMES = {
     "Activations": ("hookx.store", "Activations"),
     "Capture": ("hookx.capture", "Capture"),
     "Features": ("hookx.store", "Features"),
     "LoadedModel": ("hookx.models", "LoadedModel"),
-    "Summary": ("hookx.extract", "Summary"),
-    "extract": ("hookx.extract", "extract"),
+    "Summary": ("hookx.extraction", "Summary"),
+    "extract": ("hookx.extraction", "extract"),
+    "inspect": ("hookx.inspection", "inspect"),
     "list_models": ("hookx.models", "list_models"),
     "load_model": ("hookx.models", "load_model"),
     "open": ("hookx.store", "open_features"),
+    "recompute": ("hookx.recomputation", "recompute"),
+    "verify": ("hookx.verification", "verify"),
 }
 
 __all__ = [
@@ -37,9 +43,12 @@ __all__ = [
     "LoadedModel",
     "Summary",
     "extract",
+    "inspect",
     "list_models",
     "load_model",
     "open",
+    "recompute",
+    "verify",
 ]
 
 

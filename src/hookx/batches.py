@@ -30,7 +30,7 @@ DECODE_TIMEOUT_SECONDS = 60.0
 
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 _NOTHING = -1  # in hand
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)

@@ -248,7 +248,7 @@ def extract(
             raise UsageError("no images are named", "give folders, files, or - to read paths from standard input")
         images = ["-"]
     from hookx import report
-    from hookx.extract import prepare, run
+    from hookx.extraction import prepare, run
 
     with report.talk_on_stderr(quiet):
         job = prepare(
@@ -386,13 +386,13 @@ def verify(
     if recompute and not images:
         raise UsageError("the plan does not say where the images are", "name them: --images images/")
     from hookx import report
-    from hookx.verify import verify
+    from hookx.verification import verify
 
     with report.talk_on_stderr(), report.progress_of_shards() as advance:
         verification = verify(path, progress=advance)
     recomputation = None
     if recompute and verification.shards_whole:
-        from hookx.recompute import recompute as recompute_rows
+        from hookx.recomputation import recompute as recompute_rows
 
         with report.talk_on_stderr():
             recomputation = recompute_rows(path, recompute, images or [], model=model, weights=weights, device=device)

@@ -16,7 +16,7 @@ from hookx.plan import LayerSpec, Plan
 from hookx.store import INDEX, finished_shards, open_shard, read_plan, read_record
 
 _BYTES_AT_ONCE = 16 * 2**20
-_VALUES_AT_ONCE = 2**16  # in double precision: half a mebibyte, which stays in the cache of a core
+_VALUES_AT_ONCE = 2**15  # They stay in the cache of a core, and torch does not wake its other threads for them.
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def inspect(
 
     Example:
         >>> from tempfile import TemporaryDirectory
-        >>> from hookx.extract import extract
+        >>> from hookx.extraction import extract
         >>> with TemporaryDirectory() as out:
         ...     _ = extract("resnet18", "relu", "images", weights="none", out=out)
         ...     inspection = inspect(out, statistics=True)

@@ -17,10 +17,10 @@ from hookx.layers import Address, Layer
 from hookx.plan import LayerSpec
 
 if TYPE_CHECKING:  # At run time it would import torch, for which an error of usage need not wait.
-    from hookx.extract import Job, Summary
+    from hookx.extraction import Job, Summary
     from hookx.inspection import Inspection, Statistics
-    from hookx.recompute import Recomputation
-    from hookx.verify import Verification
+    from hookx.recomputation import Recomputation
+    from hookx.verification import Verification
 
 Rows = Sequence[Sequence[str]]
 

@@ -3,11 +3,41 @@
 The only package that knows model zoos.
 """
 
-from hookx.models import model_files, torchvision_zoo
-from hookx.models.loaded import LoadedModel, ModelOptions
-from hookx.models.torchvision_zoo import forward_of, list_models
+from types import ModuleType
 
-__all__ = ["LoadedModel", "ModelOptions", "forward_of", "list_models", "load_model", "skeleton"]
+from hookx.errors import ModelError
+from hookx.models import huggingface, model_files, own_code, timm_zoo, torchvision_zoo
+from hookx.models.loaded import LoadedModel, ModelOptions
+from hookx.models.torchvision_zoo import forward_of
+
+__all__ = ["LoadedModel", "ModelOptions", "forward_of", "list_models", "load_model", "skeleton", "weights_of"]
+
+
+def list_models(pattern: str = "*") -> dict[str, str]:
+    """Return the models of torchvision, or, for a pattern that begins with 'timm:', those of timm it names.
+
+    Video and optical-flow models are listed, and refused by `load_model`: they do not take still images.
+
+    Example:
+        >>> models = list_models()
+        >>> models["resnet18"], models["fcn_resnet50"], models["raft_large"]
+        ('classification', 'segmentation', 'optical flow')
+    """
+    if pattern.startswith(timm_zoo.PREFIX):
+        return timm_zoo.list_models(pattern)
+    if pattern.startswith((huggingface.PREFIX, own_code.PREFIX)):
+        raise ModelError(f"'{pattern}' cannot be listed: only torchvision's models and timm's have a list")
+    return torchvision_zoo.list_models()
+
+
+def weights_of(ref: str) -> list[tuple[str, bool]]:
+    """Return the names of the weights that a model has, the default ones first, and whether they are in the cache.
+
+    Example:
+        >>> [name for name, is_cached in weights_of("resnet50")]
+        ['IMAGENET1K_V2', 'IMAGENET1K_V1']
+    """
+    return timm_zoo.weights_of(ref) if ref.startswith(timm_zoo.PREFIX) else torchvision_zoo.weights_of(ref)
 
 
 def load_model(ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
@@ -15,7 +45,8 @@ def load_model(ref: str, weights: str = "default", options: ModelOptions = Model
 
     Args:
         ref: a name that `list_models` gives, or a file: a checkpoint that names its architecture
-            (`{"arch": "resnet18", "state_dict": ...}`), a pickled module, or an exported program (.pt2).
+            (`{"arch": "resnet18", "state_dict": ...}`), a pickled module, or an exported program (.pt2). From
+            elsewhere: 'timm:NAME', 'hf:NAME', 'python:package.module:factory', 'path/to/file.py:factory'.
         weights: 'default' (the architecture's DEFAULT weights; those in the file), a weights name such as
             'IMAGENET1K_V2', 'none' (random: `torch.manual_seed(seed)`, then the model is built on the CPU), or a file
             of weights, which is read without running any code in it.
@@ -29,9 +60,14 @@ def load_model(ref: str, weights: str = "default", options: ModelOptions = Model
         >>> model.module.training, model.weights, str(model.preprocessing)[:33]
         (False, 'random (seed 0)', 'resize 256 (bilinear), crop 224, ')
     """
-    if model_files.is_model_file(ref):
-        return model_files.load_model_file(ref, weights, options)
-    return torchvision_zoo.load_model(ref, weights, options)
+    elsewhere = _elsewhere(ref, options)
+    if elsewhere is not None:
+        loaded = elsewhere.load_model(ref, weights, options)
+    elif model_files.is_model_file(ref):
+        loaded = model_files.load_model_file(ref, weights, options)
+    else:
+        loaded = torchvision_zoo.load_model(ref, weights, options)
+    return own_code.with_transform(loaded, options.transform)
 
 
 def skeleton(ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
@@ -44,6 +80,23 @@ def skeleton(ref: str, weights: str = "default", options: ModelOptions = ModelOp
         >>> next(model.module.parameters()).device.type, model.preprocessing.crop_px
         ('meta', 518)
     """
-    if model_files.is_model_file(ref):
-        return model_files.skeleton_of_file(ref, weights, options)
-    return torchvision_zoo.skeleton(ref, weights, options)
+    elsewhere = _elsewhere(ref, options)
+    if elsewhere is not None:
+        bare = elsewhere.skeleton(ref, weights, options)
+    elif model_files.is_model_file(ref):
+        bare = model_files.skeleton_of_file(ref, weights, options)
+    else:
+        bare = torchvision_zoo.skeleton(ref, weights, options)
+    return own_code.with_transform(bare, options.transform)
+
+
+def _elsewhere(ref: str, options: ModelOptions) -> ModuleType | None:
+    """Return the source that a name's prefix says, or None if it has none."""
+    for source in (timm_zoo, huggingface):
+        if ref.startswith(source.PREFIX):
+            return source
+    if own_code.is_own_code(ref):
+        return own_code
+    if options.model_args:
+        raise ModelError(f"{ref} takes no --model-arg; those are for python:, timm: and hf:")
+    return None

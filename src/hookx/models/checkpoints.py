@@ -116,11 +116,6 @@ def read_weights(file: str, options: ModelOptions = ModelOptions(), *, shapes_on
     )
 
 
-def read_state_dict(path: Path) -> Mapping[str, Tensor]:
-    """Read the tensors of a file, whatever they are nested in."""
-    return read_weights(str(path)).state
-
-
 def architecture_of(content: Any) -> str:
     """Return the architecture that a checkpoint names, as the PyTorch ImageNet example's do; '' if it does not."""
     if not isinstance(content, Mapping):

@@ -91,7 +91,19 @@ def _read(path: Path) -> tuple[nn.Module, int, int | None]:
         ) from None
     finally:
         reader_log.setLevel(level)
+    _name_classes(module)
     return module.eval(), side_px, most
+
+
+def _name_classes(module: nn.Module) -> None:
+    """Let the class of every module have the name that it had before the export, so that `type:Conv2d` finds it."""
+    named: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
+    for part in module.modules():
+        # Older versions of torch do not keep it.
+        name = str(getattr(part, "type_name", lambda: "")() or "").rpartition(".")[2]
+        if name.isidentifier():
+            key = (type(part), name)
+            part.__class__ = named.setdefault(key, type(name, (type(part),), {}))
 
 
 def _images_of(program: Any, path: Path) -> tuple[int, int | None]:
@@ -113,7 +125,8 @@ def _images_of(program: Any, path: Path) -> tuple[int, int | None]:
         raise ModelError(f"'{path}' takes batches of exactly {_images(shape[0])}", _HOW_TO_EXPORT)
     bounds = program.range_constraints.get(shape[0].node.expr)
     least, most = (int(bounds.lower), _finite(bounds.upper)) if bounds else (0, None)
-    if least > 1 or (most is not None and most < 3):
+    # A bound of 2 is what an export writes where it assumed nothing; 1 image is computed as well.
+    if least > 2 or (most is not None and most < 3):
         raise ModelError(f"'{path}' takes batches of {least} to {most or 'any number of'} images", _HOW_TO_EXPORT)
     if not all(isinstance(length, int) for length in shape[1:]):  # Images of any size: that of the example.
         shape = tuple(program.example_inputs[0][0].shape)

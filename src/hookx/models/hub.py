@@ -54,14 +54,12 @@ def fetched_file(
         next_steps: what an error advises.
         required: whether it is an error if the repository has none of them; otherwise None is returned.
     """
-    found = cached_file(repository, names, revision)
-    if found:
-        return found
-    if not required and all(is_known_to_be_absent(repository, name, revision) for name in names):
-        return None
     from huggingface_hub import HfApi, hf_hub_download
 
     try:
+        found = cached_file(repository, names, revision)
+        if found or (not required and all(is_known_to_be_absent(repository, name, revision) for name in names)):
+            return found
         # Asked once: to download at once would try each file six times, for half a minute, before it gives up.
         info = HfApi().model_info(repository, revision=revision, timeout=_TIMEOUT_SECONDS)
         there = {sibling.rfilename for sibling in info.siblings or ()}
@@ -70,7 +68,7 @@ def fetched_file(
             log.info("downloading %s of %s", name, repository)
             return Path(hf_hub_download(repository, name, revision=revision))
     except Exception as error:  # Names, permissions, sockets, proxies, disks: each has its own exceptions.
-        raise _cannot_be_had(what, repository, revision, error, next_steps) from None
+        raise _cannot_be_had(what, repository, names, revision, error, next_steps) from None
     if required:
         raise ModelError(f"{what}: the repository {repository} has none of the files {', '.join(names)}", *next_steps)
     return None
@@ -90,10 +88,18 @@ def commit_of(file: Path) -> str:
 
 
 def _cannot_be_had(
-    what: str, repository: str, revision: str | None, error: Exception, next_steps: Sequence[str]
+    what: str,
+    repository: str,
+    names: Sequence[str],
+    revision: str | None,
+    error: Exception,
+    next_steps: Sequence[str],
 ) -> ModelError:
+    missing = f"weights for {what} are" if names[0] in WEIGHTS else f"{names[0]} for {what} is"
     match type(error).__name__:
-        case "RepositoryNotFoundError" | "HFValidationError":
+        case "HFValidationError":
+            return ModelError(f"'{repository}' is no name of a repository on the Hugging Face hub", *next_steps)
+        case "RepositoryNotFoundError":
             problem = f"there is no repository '{repository}' on the Hugging Face hub, or it is private"
             return ModelError(f"{what}: {problem}", "if it is yours: hf auth login", *next_steps)
         case "RevisionNotFoundError":
@@ -101,20 +107,17 @@ def _cannot_be_had(
         case "GatedRepoError":
             problem = "its authors ask you to accept their terms first"
             return ModelError(f"{what}: {problem}", f"on the page of {repository}; then: hf auth login", *next_steps)
-    return ModelError(
-        f"weights for {what} are not in the cache and could not be downloaded: {one_line(error)}", *next_steps
-    )
+    return ModelError(f"{missing} not in the cache and could not be downloaded: {one_line(error)}", *next_steps)
 
 
 @contextlib.contextmanager
 def tensors_only() -> Iterator[None]:
     """Make every `torch.load` in a library read tensors alone, so that no pickle runs code."""
-    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    os.environ[names[0]] = "1"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
-        else:
-            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+        del os.environ[names[0]]
+        os.environ.update(before)

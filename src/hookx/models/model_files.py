@@ -77,7 +77,7 @@ def _load(ref: str, weights: str, options: ModelOptions, *, shapes_only: bool) -
     settings = " (an entry 'arch')" if isinstance(content.value, Mapping) and not architecture else ""
     raise ModelError(
         f"'{ref}' holds weights and names {named}{settings}",
-        f"name it: --model NAME --weights {ref}",
+        f"name it: --model {f'timm:{architecture}' if architecture else 'NAME'} --weights {ref}",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,6 @@ from torchvision.transforms.functional import to_pil_image
 from hookx.errors import ModelError
 from hookx.models.loaded import one_line
 from hookx.plan import Preprocessing
-
-if TYPE_CHECKING:
-    from hookx.models.loaded import Transform
 
 # Wider than high and higher than wide: what keeps an image's proportions gives two shapes.
 _EXAMPLE_SIZES_PX = ((320, 240), (200, 333))
@@ -53,7 +50,9 @@ def from_timm_config(config: Mapping[str, Any], name: str) -> Preprocessing | No
     )
 
 
-def of_transform(transform: Any, source: str, description: str = "") -> tuple[Preprocessing, Transform | None]:
+def of_transform(
+    transform: Any, source: str, description: str = ""
+) -> tuple[Preprocessing, Callable[[Any], Tensor] | None]:
     """Try a transform on two images; return what a plan says of it, and the transform if a plan cannot say it all.
 
     Args:
@@ -100,7 +99,9 @@ def _side_px(transform: Callable[[Any], Any], size_px: tuple[int, int], source: 
         ) from error
     what = f"{width} x {height} pixels"
     if not isinstance(pixels, Tensor):
-        raise ModelError(f"{source} makes a {type(pixels).__name__} of an image; it has to make a tensor (3, side, side)")
+        raise ModelError(
+            f"{source} makes a {type(pixels).__name__} of an image; it has to make a tensor (3, side, side)"
+        )
     if pixels.dtype != torch.float32 or pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.shape[1] != pixels.shape[2]:
         shape = ", ".join(map(str, pixels.shape))
         dtype = str(pixels.dtype).removeprefix("torch.")

@@ -44,6 +44,13 @@ def list_models() -> dict[str, str]:
     return {name: _kind(name) for name in sorted(zoo.list_models())}
 
 
+def weights_of(ref: str) -> list[tuple[str, bool]]:
+    """Return the names of the weights that a model has, the default ones first, and whether they are in the cache."""
+    enum = zoo.get_model_weights(ref)
+    default_first = sorted(enum, key=lambda entry: entry is not enum.DEFAULT)
+    return [(entry.name, _is_cached(entry)) for entry in default_first]
+
+
 def load_model(ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
     """Build a model of torchvision's zoo with the weights asked for.
 

@@ -73,7 +73,7 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int], None] = la
 
     Example:
         >>> from tempfile import TemporaryDirectory
-        >>> from hookx.extract import extract
+        >>> from hookx.extraction import extract
         >>> with TemporaryDirectory() as out:
         ...     _ = extract("resnet18", "avgpool", "images", weights="none", out=out)
         ...     whole = verify(out)

@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 
 from hookx.cli import app
 from hookx.errors import HookxError, StoreError, UsageError
-from hookx.extract import extract
-from hookx.recompute import recompute
+from hookx.extraction import extract
+from hookx.recomputation import recompute
 from hookx.store import RunDirectory, ShardRecord, read_plan, read_record
-from hookx.verify import Problem, verify
+from hookx.verification import Problem, verify
 
 SHARDS = [f"shard-0000{number}-of-00003.safetensors" for number in range(3)]
 Options = dict[str, Any]

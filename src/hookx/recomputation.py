@@ -15,14 +15,14 @@ from torch import Tensor
 from hookx.capture import RowCapture
 from hookx.decoding import decode, failure_reason
 from hookx.errors import ShardError, StoreError, UsageError
-from hookx.extract import place_and_select, resolve_device
+from hookx.extraction import place_and_select, resolve_device
 from hookx.hooks import PRECISIONS
 from hookx.images import list_images
 from hookx.layers import Selector
 from hookx.models import LoadedModel, ModelOptions, list_models, load_model
 from hookx.plan import LayerSpec, Plan, Shard, key_bytes
 from hookx.store import ShardRecord, open_shard, present_shards, read_plan, read_record
-from hookx.verify import Problem
+from hookx.verification import Problem
 
 # Another order of the same sums, as a share of the row's largest magnitude. Between devices the arithmetic differs too
 # (TensorFloat-32 has the 10 bits of a half).
@@ -85,7 +85,7 @@ def recompute(
 
     Example:
         >>> from tempfile import TemporaryDirectory
-        >>> from hookx.extract import extract
+        >>> from hookx.extraction import extract
         >>> with TemporaryDirectory() as out:
         ...     _ = extract("resnet18", "conv1,avgpool", "images", weights="none", out=out)
         ...     again = recompute(out, 2, "images")

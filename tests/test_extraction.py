@@ -20,7 +20,7 @@ from torchvision.transforms._presets import ImageClassification
 
 import hookx
 from hookx.errors import ImageError, LayerError, StoreError, UsageError
-from hookx.extract import extract, prepare, run
+from hookx.extraction import extract, prepare, run
 from hookx.plan import parse_bytes
 
 # A forward pass over 32 x 32 pixels takes milliseconds; the traps of a network are the same.
@@ -77,7 +77,6 @@ def assert_stored(path: Path, expected: dict[str, Tensor]) -> None:
         assert features[address].dtype == tensor.dtype and torch.equal(features[address][:], tensor), address
 
 
-@pytest.mark.xfail(strict=True, reason="importing the module hookx.extract hides the function of the same name")
 def test_the_function_hookx_extract_is_there_also_when_its_module_was_imported_first() -> None:
     assert callable(hookx.extract)
 
