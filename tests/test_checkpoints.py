@@ -353,6 +353,14 @@ def test_the_names_of_another_architecture_are_left_as_they_are(tmp_path: Path) 
     assert "unexpected (52): module.features.0.weight, " in error_of(file)
 
 
+def test_a_few_names_in_common_make_no_prefix(tmp_path: Path) -> None:
+    others = under("other.", {f"layer{n}.weight": torch.ones(1) for n in range(5)})
+    decoder = {f"decoder.fc.{name}": state_of()[f"fc.{name}"] for name in ("weight", "bias")}
+    file = saved({"state_dict": others | decoder}, tmp_path / "w.pth")
+    message = error_of(file, allow_missing=("**",))
+    assert message.endswith("unexpected (7): other.layer0.weight, other.layer1.weight, other.layer2.weight, ...")
+
+
 # --- what fits -----------------------------------------------------------------------------------------------------
 
 
@@ -461,6 +469,25 @@ def test_another_width_is_not_taken_for_another_number_of_classes(tmp_path: Path
     assert "other shape (" in error_of(file)
 
 
+def test_half_a_classifier_of_other_classes_is_an_error(tmp_path: Path) -> None:
+    file = saved(state_of() | {"fc.weight": torch.ones(7, 1024)}, tmp_path / "w.pth")
+    assert error_of(file).endswith("\n  other shape (1): fc.weight (7, 1024) instead of (1000, 1024)")
+
+
+def test_a_classifier_and_more_of_another_shape_is_an_error_that_lists_both(tmp_path: Path) -> None:
+    file = saved(state_of(classes=7) | {"conv1.1.bias": torch.ones(7)}, tmp_path / "w.pth")
+    assert "other shape (3): conv1.1.bias (7,) instead of (24,), fc.weight (7, 1024) instead of" in error_of(file)
+
+
+def test_quantized_weights_fit_their_quantized_model(tmp_path: Path) -> None:
+    expected = load_model("quantized_shufflenet_v2_x0_5", "none", ModelOptions(seed=1)).module
+    file = saved(under("module.", expected.state_dict()), tmp_path / "w.pth")
+    model = load(file, "quantized_shufflenet_v2_x0_5")
+    pixels_NCHW = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(model.forward(pixels_NCHW), expected(pixels_NCHW))
+
+
 # --- a file as the model -------------------------------------------------------------------------------------------
 
 
@@ -543,7 +570,7 @@ def test_a_trusted_pickled_module_is_the_model(wrap: Callable[[nn.Module], objec
     assert not any(part.training for part in model.module.modules())
     assert model.weights.startswith(sha256_of(file)) and model.name == "model.pth"
     assert model.notes == (
-        "model.pth ran its own code while it was read, as --trust-checkpoint allows",
+        "model.pth could run code of its own while it was read: --trust-checkpoint allows it",
         "model.pth does not say how images are prepared; ImageNet's default is taken: resize 256 (bilinear), crop 224, "
         "mean 0.485,0.456,0.406, std 0.229,0.224,0.225",
     )
@@ -589,7 +616,7 @@ HOSTILE: dict[str, Callable[[RunsCode], object]] = {
 
 
 @pytest.mark.parametrize("place", HOSTILE)
-@pytest.mark.parametrize("name", ["w.pt", "w.pth.tar", "w.ckpt", "w.bin"])
+@pytest.mark.parametrize("name", ["w.pt", "checkpoint.pth.tar"])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_built_to_run_code_is_refused_on_every_way_in_and_runs_none(
     place: str, name: str, zipped: bool, tmp_path: Path

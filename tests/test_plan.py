@@ -89,9 +89,10 @@ def altered(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 ALTERED = dict(altered(PLAN))
+DECIDING = [place for place in ALTERED if place != "batch_size" and not place.startswith("notes")]
 
 
-@pytest.mark.parametrize("place", [place for place in ALTERED if place != "batch_size"])
+@pytest.mark.parametrize("place", DECIDING)
 def test_the_fingerprint_covers_everything_that_decides_the_numbers(place: str) -> None:
     assert ALTERED[place].fingerprint != PLAN.fingerprint
 
@@ -107,7 +108,7 @@ def test_two_plans_share_a_fingerprint_if_and_only_if_they_do_not_differ(one: Pl
     assert one.differences(one) == []
 
 
-@pytest.mark.parametrize("place", [place for place in ALTERED if place != "batch_size"])
+@pytest.mark.parametrize("place", DECIDING)
 def test_one_alteration_is_one_difference_that_shows_both_values(place: str) -> None:
     [phrase] = PLAN.differences(ALTERED[place])
     [back] = ALTERED[place].differences(PLAN)
@@ -162,6 +163,8 @@ def test_a_plan_json_with_one_character_altered_is_refused_or_means_the_same(pla
 @pytest.mark.parametrize("value", [None, [], {}, "x", -1, 0, 1.5, math.inf, math.nan, [None], [[]], {"a": 1}])
 @pytest.mark.parametrize("field", list(json.loads(PLAN.to_json())))
 def test_a_plan_json_with_a_foreign_value_in_it_is_refused(field: str, value: Any) -> None:
+    if (field, value) == ("notes", []):
+        return  # A plan may have none.
     document = {**json.loads(PLAN.to_json()), field: value}
     with pytest.raises(StoreError, match=r"^plan\.json (cannot be read|was altered|has the format)"):
         Plan.from_json(json.dumps(document))

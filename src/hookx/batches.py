@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from hookx.decoding import decode, failure_reason
 from hookx.errors import ImageError
 from hookx.images import ImageList
 from hookx.plan import Preprocessing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 DECODE_TIMEOUT_SECONDS = 60.0
 
@@ -56,12 +60,13 @@ def batches(
     decode_timeout_seconds: float = DECODE_TIMEOUT_SECONDS,
     pin_memory: bool = False,
     in_worker: Callable[[], None] = lambda: None,
+    transform: Callable[[Image], Tensor] | None = None,
 ) -> Generator[Batch]:
     """Decode the given ranges of positions, one batch a range, in order, `workers` processes ahead of the consumer.
 
     An image that takes longer than `decode_timeout_seconds` (0: any time), or that crashes its process, is a failure
     like any other. Without workers there is no such protection: this process decodes. `in_worker` runs once in each
-    decoding process.
+    decoding process. `transform` is a model's own preprocessing, in place of what `preprocessing` says.
 
     Raises:
         ImageError: (while iterating) a decoding process died, and no image is to blame.
@@ -69,7 +74,9 @@ def batches(
     reasons: dict[int, str] = {}  # why the images at these positions are not to be tried again
 
     def start(first: int) -> _Processes:
-        dataset = _Batches(images, positions[first:], preprocessing, reasons, decode_timeout_seconds, workers)
+        dataset = _Batches(
+            images, positions[first:], preprocessing, transform, reasons, decode_timeout_seconds, workers
+        )
         return _Processes(dataset, workers=workers, pin_memory=pin_memory, in_worker=in_worker)
 
     # The processes are forked here, not at the first batch, so that a caller can do it before there are threads. Those
@@ -122,11 +129,13 @@ class _Batches(Dataset[_Decoded]):
         images: ImageList,
         positions: Sequence[range],
         preprocessing: Preprocessing,
+        transform: Callable[[Image], Tensor] | None,
         reasons: Mapping[int, str],
         timeout_seconds: float,
         workers: int,
     ) -> None:
-        self.images, self.positions, self.preprocessing = images, positions, preprocessing
+        self.images, self.positions = images, positions
+        self.preprocessing, self.transform = preprocessing, transform
         self.reasons, self.timeout_seconds = reasons, timeout_seconds
         # In shared memory, a row a process: its id, and the position that it has in hand.
         self.in_hand = torch.full((workers, 2), _NOTHING).share_memory_()
@@ -143,7 +152,7 @@ class _Batches(Dataset[_Decoded]):
             self._take_in_hand(position)
             try:
                 file, listed_bytes = self.images.files[position], self.images.sizes_bytes[position]
-                pixels_CHW, rotation_ignored = decode(file, self.preprocessing, listed_bytes)
+                pixels_CHW, rotation_ignored = decode(file, self.preprocessing, listed_bytes, self.transform)
             except Exception as error:  # Whatever a decoder raises on foreign bytes is that image's failure.
                 batch.reasons[position] = failure_reason(error)
             else:

@@ -41,13 +41,19 @@ class UnreadableError(Exception):
     """A file is not decoded, for a reason that needs no exception's name."""
 
 
-def decode(file: str, preprocessing: Preprocessing, listed_bytes: int | None = None) -> tuple[Tensor, bool]:
+def decode(
+    file: str,
+    preprocessing: Preprocessing,
+    listed_bytes: int | None = None,
+    transform: Callable[[Image.Image], Tensor] | None = None,
+) -> tuple[Tensor, bool]:
     """Read one image file as a model's input: its first frame, as `_to_rgb` says; colour profiles are ignored.
 
     Args:
         file: its name.
         preprocessing: how the picture becomes a model's input.
         listed_bytes: the size that the file had when it was listed; another one now is a failure.
+        transform: a model's own, RGB image -> pixels (3, crop_px, crop_px), in place of what `preprocessing` says.
 
     Returns:
         The pixels, float32, (3, crop_px, crop_px), and whether a rotation recorded by the camera was ignored.
@@ -71,8 +77,12 @@ def decode(file: str, preprocessing: Preprocessing, listed_bytes: int | None = N
             rgb = _to_rgb(image)
     _check_resized_size(rgb.size, preprocessing.resize_px)
     if orientation is not None and preprocessing.exif == "apply":
-        return _transform(preprocessing)(rgb.transpose(orientation)), False
-    return _transform(preprocessing)(rgb), orientation is not None
+        rgb, orientation = rgb.transpose(orientation), None
+    pixels_CHW = (transform or _transform(preprocessing))(rgb)
+    if pixels_CHW.shape != (3, preprocessing.crop_px, preprocessing.crop_px):
+        side = preprocessing.crop_px
+        raise UnreadableError(f"preprocessing gave {tuple(pixels_CHW.shape)} instead of (3, {side}, {side})")
+    return pixels_CHW, orientation is not None
 
 
 def failure_reason(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -24,7 +25,7 @@ from hookx.capture import RowCapture, stored_dtype
 from hookx.errors import HookxError, ImageError, StoreError, UsageError
 from hookx.hooks import PRECISIONS, module_classes
 from hookx.images import ImageList, list_images
-from hookx.layers import Selection, Selector, Target, closest, matched_paths, parse_selectors, select
+from hookx.layers import Layer, Selection, Selector, Target, closest, matched_paths, parse_selectors, select
 from hookx.models import LoadedModel, ModelOptions, load_model, skeleton
 from hookx.plan import (
     DTYPES,
@@ -77,6 +78,7 @@ class Summary:
     out: str
     model: str
     weights: str
+    notes: tuple[str, ...]  # of the weights, such as what was unwrapped from a checkpoint
     preprocessing: Preprocessing
     layers: tuple[LayerSpec, ...]
     images: int  # rows stored
@@ -217,7 +219,7 @@ def prepare(
 
     max_shard_bytes = parse_bytes(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
     plan = Plan(
-        model=model,
+        model=loaded.name,
         weights=loaded.weights,
         layers=tuple(specs),
         preprocessing=preprocessing,
@@ -227,6 +229,7 @@ def prepare(
         images_sha256=images_sha256(listed.keys, listed.sizes_bytes),
         images_per_shard=images_per_shard(sum(s.bytes_per_image for s in specs), max_shard_bytes, shard_images),
         batch_size=batch_size,
+        notes=loaded.notes,
     )
     directory = Path(out)
     check_resumable(directory, plan)
@@ -266,13 +269,36 @@ def place_and_select(
     """Move a model to its device, and probe it there: what the selectors name in it."""
     loaded.module.to(device)
     # Published weights can lack a module that their architecture has: GoogLeNet's auxiliary classifiers.
-    paths = matched_paths(selectors, module_classes(loaded.module), loaded.name)
+    classes = module_classes(loaded.module)
+    paths = matched_paths(selectors, classes, loaded.name)
+    # Those that the weights did not hold are probed too, for their place in the order of execution.
+    paths = list(dict.fromkeys([*paths, *(path for path in classes if _is_within(path, loaded.random_paths))]))
     examples_NCHW = example_images(loaded.module, crop_px).to(device)
     try:
         probed = probe(loaded.module, examples_NCHW, paths=paths, precision=precision, forward=loaded.forward)
     except torch.OutOfMemoryError as error:
         raise _out_of_memory(len(examples_NCHW), error) from None
-    return select(selectors, probed, loaded.name, excluded)
+    selection = select(selectors, probed, loaded.name, excluded)
+    _warn_of_random_modules(loaded, probed, selection)
+    return selection
+
+
+def _warn_of_random_modules(loaded: LoadedModel, probed: Sequence[Layer], selection: Selection) -> None:
+    """Warn of targets that run after, or inside of, modules which the weights did not hold."""
+    order = [layer.path for layer in probed]
+    random = [path for path in order if _is_within(path, loaded.random_paths)]
+    for target in selection.targets:
+        path = target.address.path
+        before = [other for other in random if order.index(other) <= order.index(path)]
+        inside = [other for other in loaded.random_paths if path == "." or other.startswith(f"{path}.")]
+        if before or inside:
+            log.warning(
+                "'%s' depends on random weights: those of %s were missing", target.address, (before + inside)[0]
+            )
+
+
+def _is_within(path: str, paths: Sequence[str]) -> bool:
+    return any(path == other or path.startswith(f"{other}.") for other in paths)
 
 
 def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) -> Summary:
@@ -299,9 +325,11 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
         decode_timeout_seconds=job.decode_timeout_seconds,
         pin_memory=on_gpu,
         in_worker=functools.partial(_begin_worker, directory),
+        transform=job.model.transform,
     )
     said_aloud, images_at_once = 0, plan.batch_size
     with (
+        contextlib.closing(batches),
         ShardWriter(directory, capacity=max(map(len, job.pending)), pin_memory=on_gpu) as writer,
         RowCapture(
             job.model.module, job.targets, device=device, precision=plan.precision, forward=job.model.forward
@@ -390,6 +418,7 @@ def _summary(job: Job, clock: _Clock) -> Summary:
         out=str(job.out),
         model=plan.model,
         weights=plan.weights,
+        notes=plan.notes,
         preprocessing=plan.preprocessing,
         layers=plan.layers,
         images=rows,
@@ -488,6 +517,11 @@ def _overridden(
     exif: str,
 ) -> Preprocessing:
     """Return the preprocessing of the weights with what the user asked for instead."""
+    if preprocessing.custom and any(value is not None for value in (resize, crop, mean, std, interpolation)):
+        raise UsageError(
+            f"this model brings a preprocessing of its own ({preprocessing}), which no option can change",
+            "leave out --resize, --crop, --mean, --std and --interpolation",
+        )
     asked: dict[str, Any] = {
         "resize_px": resize,
         "crop_px": crop,

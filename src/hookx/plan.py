@@ -152,13 +152,15 @@ class Plan:
     image_count: int
     images_sha256: str
     images_per_shard: int
-    batch_size: int  # recorded, but outside the fingerprint: it changes values by rounding only
+    # Recorded, but outside the fingerprint: the batch size changes values by rounding only.
+    batch_size: int
+    notes: tuple[str, ...] = ()  # what a person should know of the weights, such as what was unwrapped
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """The fields that the fingerprint covers, as plain JSON values."""
         fields = asdict(self)
-        del fields["batch_size"]
+        del fields["batch_size"], fields["notes"]
         if not self.preprocessing.custom:
             del fields["preprocessing"]["custom"]  # Plans without one keep the fingerprint that they always had.
         return dict(json.loads(json.dumps({"format": FORMAT, **fields})))
@@ -186,6 +188,7 @@ class Plan:
             "fingerprint": self.fingerprint,
             **self.identity,
             "chosen": {"batch_size": self.batch_size},
+            "notes": list(self.notes),
         }
         return json.dumps(document, indent=2) + "\n"
 
@@ -210,6 +213,7 @@ class Plan:
                 images_sha256=str(document["images_sha256"]),
                 images_per_shard=int(document["images_per_shard"]),
                 batch_size=int(document["chosen"]["batch_size"]),
+                notes=_notes(document["notes"]),
             )
             whole = plan.fingerprint == document["fingerprint"]
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -314,6 +318,12 @@ def _is_possible(layer: LayerSpec) -> bool:
     is_shape = len(layer.shape) <= _DIMENSIONS_AT_MOST and min(layer.shape, default=1) >= 0
     # A dimension of 0 must not hide the others.
     return layer.dtype in DTYPES and is_shape and math.prod(max(side, 1) for side in layer.shape) <= _VALUES_AT_MOST
+
+
+def _notes(notes: Any) -> tuple[str, ...]:
+    if not (isinstance(notes, list) and all(isinstance(note, str) for note in notes)):
+        raise ValueError("its notes are no texts")
+    return tuple(notes)
 
 
 def _numbers(values: Sequence[float]) -> str:

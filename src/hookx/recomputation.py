@@ -126,7 +126,7 @@ def recompute(
             file, record = plan.shard_file(shard), read_record(path, plan, shard)
             for batch in _batches(plan, shard, record, numbers):
                 try:
-                    pixels_NCHW = torch.stack([_pixels_CHW(key, files, record, plan) for key in batch.keys])
+                    pixels_NCHW = torch.stack([_pixels_CHW(key, files, record, plan, loaded) for key in batch.keys])
                 except StoreError as error:
                     problems += [Problem(file, f"row {row:,}: {error}") for row in batch.rows]
                     continue
@@ -221,13 +221,13 @@ def _keys_in_order(record: ShardRecord) -> list[str]:
     return sorted([*record.keys, *(key for key, _ in record.failures)], key=key_bytes)
 
 
-def _pixels_CHW(key: str, files: dict[str, str], record: ShardRecord, plan: Plan) -> Tensor:
+def _pixels_CHW(key: str, files: dict[str, str], record: ShardRecord, plan: Plan, loaded: LoadedModel) -> Tensor:
     # Keys are looked up among the images that the user named, and never opened as paths.
     if key not in files:
         raise StoreError(f"its batch needs the image '{key}', which is not among those named")
     sizes_bytes = dict(zip(_keys_in_order(record), record.sizes_bytes, strict=False))
     try:
-        return decode(files[key], plan.preprocessing, sizes_bytes.get(key))[0]
+        return decode(files[key], plan.preprocessing, sizes_bytes.get(key), loaded.transform)[0]
     except Exception as error:  # As in a run: whatever a decoder raises.
         raise StoreError(f"its batch needs the image '{key}': {failure_reason(error)}") from None
 

@@ -96,6 +96,7 @@ def print_summary(summary: Summary) -> None:
         ("images", stored),
         ("shards", f"{shards}; {human_bytes(summary.bytes)} of activations"),
         ("model", f"{summary.model}, weights {summary.weights}"),
+        *(("note", note) for note in summary.notes),
         ("computed", f"{summary.precision} on {summary.device}, batches of {summary.batch_size}"),
         ("pixels", str(summary.preprocessing)),
         (

@@ -201,7 +201,10 @@ class RunDirectory:
 
     def publish_index(self) -> None:
         """Write index.csv (and failures.csv, if there are any) from the shards; the run is complete with this."""
-        for name, lines in derived_tables(self.path, self.plan).items():
+        tables = derived_tables(self.path, self.plan)
+        if FAILURES not in tables:
+            (self.path / FAILURES).unlink(missing_ok=True)  # Left by a shard that was removed and computed again.
+        for name, lines in tables.items():
             write_whole(self.path / name, lines)
 
 

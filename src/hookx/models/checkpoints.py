@@ -125,7 +125,7 @@ def architecture_of(content: Any) -> str:
 
 
 def trusted_note(file: Path) -> str:
-    return f"{file.name} ran its own code while it was read, as --trust-checkpoint allows"
+    return f"{file.name} could run code of its own while it was read: --trust-checkpoint allows it"
 
 
 @lru_cache(maxsize=64)

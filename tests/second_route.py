@@ -1,0 +1,69 @@
+"""A model's activations by two routes that share no code: captured as a run does it, and cloned as they return."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hookx.capture import RowCapture, stored_dtype
+from hookx.hooks import inference
+from hookx.layers import Target, parse_selectors, select
+from hookx.models import LoadedModel
+from hookx.probe import example_images, probe
+
+
+def captured_of(loaded: LoadedModel, layers: str = "**,.", side_px: int = 0) -> dict[str, Tensor]:
+    """Probe and capture two images, and compare every row with a clone of what the layer returned."""
+    side_px = side_px or loaded.preprocessing.crop_px
+    examples_NCHW = example_images(loaded.module, side_px)
+    probed = probe(loaded.module, examples_NCHW, forward=loaded.forward)
+    targets = select(parse_selectors(layers), probed, loaded.name).targets
+    pixels_NCHW = torch.randn(2, 3, side_px, side_px, generator=torch.Generator().manual_seed(1))
+    rows = {str(t.address): torch.full((2, *t.shape), 7, dtype=getattr(torch, stored_dtype(t))) for t in targets}
+    device = torch.device("cpu")
+    with RowCapture(loaded.module, targets, device=device, precision="fp32", forward=loaded.forward) as capture:
+        capture.run(pixels_NCHW, rows)
+    cloned = _cloned(loaded, targets, pixels_NCHW)
+    assert rows.keys() == cloned.keys() and rows
+    for address, row in rows.items():
+        assert torch.equal(row, cloned[address]), address
+    return rows
+
+
+def _cloned(loaded: LoadedModel, targets: list[Target], pixels_NCHW: Tensor) -> dict[str, Tensor]:
+    outputs: dict[str, list[dict[tuple[str, ...], Tensor]]] = {}
+
+    def watch(path: str) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            outputs.setdefault(path, []).append({parts: tensor.clone() for parts, tensor in _tensors(output)})
+
+        return hook
+
+    modules = dict(loaded.module.named_modules(remove_duplicate=False))
+    paths = {target.address.path for target in targets}
+    handles = [modules[path.removeprefix(".")].register_forward_hook(watch(path)) for path in paths]
+    with inference(pixels_NCHW.device, "fp32"):
+        loaded.forward(pixels_NCHW)
+    for handle in handles:
+        handle.remove()
+    found = {}
+    for target in targets:
+        tensor = outputs[target.address.path][target.address.call or 0][target.address.parts]
+        if target.tensor.rows_per_image > 1:
+            tensor = tensor.reshape(len(pixels_NCHW), target.tensor.rows_per_image, *tensor.shape[1:])
+        found[str(target.address)] = tensor.movedim(target.tensor.batch_dim or 0, 0)
+    return found
+
+
+def _tensors(value: Any, parts: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+    if isinstance(value, Tensor):
+        yield parts, value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _tensors(item, (*parts, str(name)))
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from _tensors(item, (*parts, str(number)))
