@@ -342,20 +342,21 @@ def list_layers(
 
 @app.command("list-models", epilog=EXIT_CODES)
 def list_models(
-    pattern: Annotated[str, typer.Argument(help="A glob, as in 'resnet*'.")] = "*",
+    pattern: Annotated[str, typer.Argument(help="A glob, as in 'resnet*' or 'timm:vit*'.")] = "*",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Show which models can be named, a line each, and their kinds.
+    """Show which models can be named, a line each: kind, weights (the default first), and which are in the cache.
 
     hookx list-models 'resnet*'
     """
     from hookx import models, report
 
-    known = models.list_models()
+    known = models.list_models(pattern)
     kinds = {name: kind for name, kind in known.items() if fnmatchcase(name, pattern)}
     if not kinds:
         raise HookxError(f"no model matches '{pattern}'; closest: {closest(pattern, known)}")
-    report.print_json(kinds) if json else report.print_models(kinds)
+    weights = {name: models.weights_of(name) for name in kinds}
+    report.print_json(report.models_document(kinds, weights)) if json else report.print_models(kinds, weights)
 
 
 @app.command(epilog=EXIT_CODES)

@@ -287,9 +287,24 @@ def layers_document(layers: Sequence[Layer]) -> list[dict[str, Any]]:
     ]
 
 
-def print_models(kinds: Mapping[str, str]) -> None:
-    """Print models and their kinds, a line each."""
-    _print_rows(list(kinds.items()), header=("model", "kind"))
+Weights = Mapping[str, Sequence[tuple[str, bool]]]
+
+
+def print_models(kinds: Mapping[str, str], weights: Weights) -> None:
+    """Print models, a line each: kind, and the names of their weights, marked where they are in the cache."""
+    rows = [
+        (name, kind, " ".join(f"{weight} (cached)" if is_cached else weight for weight, is_cached in weights[name]))
+        for name, kind in kinds.items()
+    ]
+    _print_rows(rows, header=("model", "kind", "weights"))
+
+
+def models_document(kinds: Mapping[str, str], weights: Weights) -> dict[str, Any]:
+    """Return models as plain JSON values, by name."""
+    return {
+        name: {"kind": kind, "weights": [{"name": weight, "cached": cached} for weight, cached in weights[name]]}
+        for name, kind in kinds.items()
+    }
 
 
 def print_json(document: Any) -> None:
