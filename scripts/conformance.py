@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Compare what hookx captures with what the layers return, for every module, call and part of torchvision's models.
+"""Compare what hookx captures with what the layers return, for every module, call and part of a zoo's models.
 
     scripts/conformance.py                      all classification models, about 10 minutes on 2 cores
     scripts/conformance.py 'resnet*' swin_t     some of them
     scripts/conformance.py --kind detection     another kind: segmentation, quantized, detection
+    scripts/conformance.py --kind timm          a model of each of timm's families, about 3 minutes; needs timm
 
 The second route shares no code with the capture: the model's own forward, with each output cloned as it returns; and,
 where torch.fx can trace the model, torchvision's feature extractor, asked for one node at a time. Comparison is bit for
@@ -36,6 +37,27 @@ from hookx.probe import probe
 BATCH = 2
 FX_NODES = 2
 
+# A small model of each of timm's families: those that take images of any size, and those that are built for one.
+TIMM_OF_ANY_SIZE = """
+    caformer_s18 convnext_atto convnextv2_atto crossvit_9_240 cspresnet50 davit_tiny densenet121 dla34 dpn48b
+    edgenext_xx_small efficientnet_b0 efficientvit_b0 efficientvit_m0 ese_vovnet19b_dw fastvit_t8 focalnet_tiny_srf
+    gernet_s ghostnet_100 hardcorenas_a hgnetv2_b0 hrnet_w18_small lambda_resnet26t lcnet_035 mambaout_femto
+    mnasnet_small mobilenetv3_small_050 mobilenetv4_conv_small mobilenetv4_hybrid_medium mobileone_s0 mobilevit_xxs
+    mobilevitv2_050 mvitv2_tiny nextvit_small nfnet_l0 poolformerv2_s12 pvt_v2_b0 rdnet_tiny regnetx_002 regnetz_b16
+    repvgg_a0
+    repvit_m0_9 resnest14d resnet10t resnet50_clip resnetv2_18 rexnet_100 selecsls42 sequencer2d_s seresnext26ts
+    shvit_s1 skresnet18 starnet_s1 swiftformer_xs tiny_vit_5m_224 tinynet_e twins_svt_small vit_small_patch16_dinov3
+    xception41 xcit_nano_12_p8_224
+""".split()
+TIMM_OF_ONE_SIZE = """
+    cait_xxs24_224 coat_tiny coatnet_pico_rw_224 convit_tiny deit3_small_patch16_224 deit_tiny_distilled_patch16_224
+    efficientformerv2_s0 eva02_tiny_patch14_224 flexivit_small gcvit_xxtiny gmlp_ti16_224 hiera_tiny_224 levit_128s
+    maxvit_rmlp_pico_rw_256 maxxvitv2_nano_rw_256 mixer_s32_224 nest_tiny pit_ti_224 resmlp_12_224 sebotnet33ts_256
+    swin_s3_tiny_224 swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 tnt_s_legacy_patch16_224 visformer_tiny
+    vit_base_patch32_siglip_256 vit_relpos_small_patch16_224 vit_small_patch14_dinov2 vit_tiny_patch16_224
+    vitamin_small_224 volo_d1_224
+""".split()
+
 Key = tuple[str, int, tuple[str, ...]]
 
 
@@ -60,8 +82,13 @@ class Row:
 
 def small(name: str, kind: str) -> tuple[nn.Module, int]:
     """Build a model with random weights and return it with the side of a small image that it accepts."""
-    arguments: dict[str, Any] = {"weights": None}
     side = 64
+    if kind == "timm":
+        import timm
+
+        torch.manual_seed(0)
+        return timm.create_model(name, **({"img_size": side} if name in TIMM_OF_ONE_SIZE else {})).eval(), side
+    arguments: dict[str, Any] = {"weights": None}
     if name.startswith("vit_"):
         side = arguments["image_size"] = 56 if name == "vit_h_14" else 64
     elif name == "maxvit_t":
@@ -145,7 +172,7 @@ def check(name: str, kind: str = "classification", *, channels_last: bool = Fals
     batch = pixels_NCHW[:BATCH]
 
     # hookx: all modules at once, into rows, the way a run does it.
-    forward = forward_of(name, model)
+    forward = model if kind == "timm" else forward_of(name, model)
     layers = probe(model, pixels_NCHW, forward=forward)
     selection = select(parse_selectors("**,." if kind != "detection" else "**"), layers, name)
     rows = {
@@ -226,15 +253,13 @@ def main() -> int:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("patterns", nargs="*", default=["*"], metavar="MODEL", help="names or globs; default all")
-    kinds = ["classification", "segmentation", "quantized", "detection"]
+    kinds = ["classification", "segmentation", "quantized", "detection", "timm"]
     parser.add_argument("--kind", choices=kinds, default="classification")
     parser.add_argument("--channels-last", action="store_true", help="compare in this memory format")
     arguments = parser.parse_args()
-    names = [
-        name
-        for name, kind in list_models().items()
-        if kind == arguments.kind and any(fnmatchcase(name, pattern) for pattern in arguments.patterns)
-    ]
+    of_timm = sorted(TIMM_OF_ANY_SIZE + TIMM_OF_ONE_SIZE)
+    known = of_timm if arguments.kind == "timm" else [n for n, kind in list_models().items() if kind == arguments.kind]
+    names = [name for name in known if any(fnmatchcase(name, pattern) for pattern in arguments.patterns)]
     if not names:
         parser.error(f"no {arguments.kind} model matches {' '.join(arguments.patterns)}")
     # As in a run: the fast path would skip submodules, and differs by rounding.

@@ -42,7 +42,7 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             etag = f'"{hashlib.sha256(content).hexdigest()}"'
             self.answer(200, content, {"ETag": etag, "X-Repo-Commit": COMMIT})
 
-        do_HEAD = do_GET  # noqa: N815
+        do_HEAD = do_GET
 
         def answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
             self.send_response(status)

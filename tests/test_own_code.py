@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from second_route import captured_of
 from torch import nn
 
 from hookx.decoding import decode
 from hookx.errors import ModelError
 from hookx.models import LoadedModel, ModelOptions, load_model, own_code, skeleton
 from hookx.models.arguments import arguments_for
+from second_route import captured_of
 
 NET = """
     from enum import Enum
@@ -45,7 +45,6 @@ NET = """
             x = self.act(self.norm(self.conv(x)))
             return {"map": x, "pooled": x.mean((2, 3)) * (self.scale or 1)}
 """
-CALLS = "whole = Net()\n"
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +75,7 @@ def error_of(ref: str, weights: str = "default", **options: Any) -> str:
 def test_every_activation_of_a_file_s_model_is_what_its_layer_returned(tmp_path: Path) -> None:
     loaded = load_model(f"{write(tmp_path, '')}:Net", "none")
     rows = captured_of(loaded, side_px=16)
-    assert list(rows) == ["./map", "./pooled", "conv", "norm", "act"]
+    assert list(rows) == ["conv", "norm", "act", "./map", "./pooled"]
     assert not torch.equal(rows["norm"], rows["act"])  # In place, and yet both.
 
 
@@ -109,7 +108,12 @@ def test_a_model_itself_will_do_and_a_nested_name_too(tmp_path: Path) -> None:
 
 
 def test_the_factory_is_called_once_for_the_layers_and_the_run(tmp_path: Path) -> None:
-    text = "from pathlib import Path\ndef factory():\n    Path(__file__).with_suffix('.calls').open('a').write('x')\n    return Net()"
+    text = """
+        def factory():
+            with open(Path(__file__).with_suffix(".calls"), "a") as calls:
+                calls.write("x")
+            return Net()
+    """
     ref = f"{write(tmp_path, text)}:factory"
     bare, loaded = skeleton(ref), load_model(ref)
     assert bare.module is loaded.module and (tmp_path / "net.calls").read_text() == "x"
@@ -175,7 +179,10 @@ def test_names_that_lead_to_nothing_are_errors_that_say_what_there_is(tmp_path: 
     file = write(tmp_path, "number = 3\n")
     assert f"'{file}' has no 'Nett'; closest: Net" in error_of(f"{file}:Nett")
     assert f"{file}:number is an int, and neither a factory nor an nn.Module" in error_of(f"{file}:number")
-    assert error_of(file) == f"'{file}' does not name a factory\n  write {file}:factory, or the name of a class or of a model in it"
+    assert (
+        error_of(file)
+        == f"'{file}' does not name a factory\n  write {file}:factory, or the name of a class or of a model in it"
+    )
     assert "write python:numpy:factory" in error_of("python:numpy")
     assert error_of(f"{tmp_path}/none.py:Net") == f"there is no file '{tmp_path}/none.py'"
     message = error_of("python:no_such_package.nets:small")
@@ -242,7 +249,7 @@ def test_arguments_are_read_as_the_annotations_say(tmp_path: Path) -> None:
     assert loaded.name == ref
 
 
-def typed(
+def typed(  # type: ignore[no-untyped-def]
     whole: int,
     real: float,
     text: str,
@@ -252,8 +259,8 @@ def typed(
     pair: tuple[int, float],
     either: int | str,
     maybe: float | None,
-    bare,  # type: ignore[no-untyped-def]
-    by_default=True,  # type: ignore[no-untyped-def]
+    bare,
+    by_default=True,
     *_: Any,
     **others: Any,
 ) -> None:
@@ -377,7 +384,9 @@ def test_what_a_model_does_not_say_is_assumed_aloud(tmp_path: Path) -> None:
 def test_a_model_s_own_preprocessing_is_taken(tmp_path: Path, photos: Path) -> None:
     file = str(photos / "animals" / "chelsea.jpg")
     preset = "from torchvision.models import ResNet50_Weights"
-    loaded = made_by(tmp_path, f"{preset}\nnet = Net(); net.preprocessing = ResNet50_Weights.DEFAULT.transforms(); return net")
+    loaded = made_by(
+        tmp_path, f"{preset}\nnet = Net(); net.preprocessing = ResNet50_Weights.DEFAULT.transforms(); return net"
+    )
     assert loaded.preprocessing.resize_px == 232 and loaded.transform is None
     assert not any("assumed" in note for note in loaded.notes)
     imports = "from torchvision.transforms import Compose, Resize, ToTensor"
@@ -452,7 +461,7 @@ def test_a_transform_of_ones_own_replaces_the_preprocessing_of_any_model(model: 
         ("sizes", "makes a tensor (3, 32, 42), float32, of an image of 320 x 240 pixels; it has to be (3, side, side)"),
         ("grows", "gives images of 20 x 20 and 32 x 32 pixels, and a batch holds images of one size"),
         ("doubles", "makes a tensor (3, 8, 8), float64, of an image"),
-        ("pictures", "makes an Image of an image; it has to make a tensor (3, side, side)"),
+        ("pictures", "makes no tensor of an image, but this: Image; it has to be (3, side, side), float32"),
         ("fails", "fails on an RGB image of 320 x 240 pixels: AttributeError: 'Image' object has no attribute"),
         ("nothing", "returns None, and not what turns an image into pixels\n  it is a factory: called without"),
         ("Net.forward", "needs arguments: self, x"),

@@ -8,19 +8,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from a_hub import hub
 from PIL import Image
 from safetensors.torch import save_file
-from second_route import captured_of
 from torch import Tensor
 
+from a_hub import hub
 from hookx.decoding import decode
 from hookx.errors import ModelError
 from hookx.models import ModelOptions, list_models, load_model, skeleton, weights_of
 from hookx.models.preprocessing import square_side_px
+from second_route import captured_of
 
 timm = pytest.importorskip("timm", reason="the extra timm is not installed")
 from huggingface_hub import constants  # noqa: E402
@@ -85,6 +86,14 @@ def test_every_activation_of_a_family_is_what_its_layer_returned(name: str, size
     assert {parameter.device.type for parameter in bare.module.parameters()} == {"meta"}
     assert [path for path, _ in bare.module.named_modules()] == [path for path, _ in loaded.module.named_modules()]
     assert bare.preprocessing == loaded.preprocessing
+
+
+def test_the_conformance_script_covers_families_of_timm() -> None:
+    script = Path(__file__).parents[1] / "scripts" / "conformance.py"
+    command = [sys.executable, str(script), "--kind", "timm", "lcnet_035", "mobilevit_xxs"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 models" in done.stdout and "hookx: 0 wrong and 0 missed of " in done.stdout
 
 
 # --- preprocessing -------------------------------------------------------------------------------------------------
@@ -162,7 +171,7 @@ class Malicious:
     def __init__(self, mark: Path) -> None:
         self.mark = mark
 
-    def __reduce__(self) -> object:
+    def __reduce__(self) -> Any:
         return os.mkdir, (str(self.mark),)
 
 

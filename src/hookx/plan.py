@@ -213,7 +213,7 @@ class Plan:
                 images_sha256=str(document["images_sha256"]),
                 images_per_shard=int(document["images_per_shard"]),
                 batch_size=int(document["chosen"]["batch_size"]),
-                notes=_notes(document["notes"]),
+                notes=_notes(document.get("notes", [])),
             )
             whole = plan.fingerprint == document["fingerprint"]
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:

@@ -99,8 +99,9 @@ def _side_px(transform: Callable[[Any], Any], size_px: tuple[int, int], source: 
         ) from error
     what = f"{width} x {height} pixels"
     if not isinstance(pixels, Tensor):
+        made = type(pixels).__name__
         raise ModelError(
-            f"{source} makes a {type(pixels).__name__} of an image; it has to make a tensor (3, side, side)"
+            f"{source} makes no tensor of an image, but this: {made}; it has to be (3, side, side), float32"
         )
     if pixels.dtype != torch.float32 or pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.shape[1] != pixels.shape[2]:
         shape = ", ".join(map(str, pixels.shape))
