@@ -44,10 +44,9 @@ TIMM_OF_ANY_SIZE = """
     gernet_s ghostnet_100 hardcorenas_a hgnetv2_b0 hrnet_w18_small lambda_resnet26t lcnet_035 mambaout_femto
     mnasnet_small mobilenetv3_small_050 mobilenetv4_conv_small mobilenetv4_hybrid_medium mobileone_s0 mobilevit_xxs
     mobilevitv2_050 mvitv2_tiny nextvit_small nfnet_l0 poolformerv2_s12 pvt_v2_b0 rdnet_tiny regnetx_002 regnetz_b16
-    repvgg_a0
-    repvit_m0_9 resnest14d resnet10t resnet50_clip resnetv2_18 rexnet_100 selecsls42 sequencer2d_s seresnext26ts
-    shvit_s1 skresnet18 starnet_s1 swiftformer_xs tiny_vit_5m_224 tinynet_e twins_svt_small vit_small_patch16_dinov3
-    xception41 xcit_nano_12_p8_224
+    repvgg_a0 repvit_m0_9 resnest14d resnet10t resnet50_clip resnetv2_18 rexnet_100 selecsls42 sequencer2d_s
+    seresnext26ts shvit_s1 skresnet18 starnet_s1 swiftformer_xs tiny_vit_5m_224 tinynet_e twins_svt_small
+    vit_small_patch16_dinov3 xception41 xcit_nano_12_p8_224
 """.split()
 TIMM_OF_ONE_SIZE = """
     cait_xxs24_224 coat_tiny coatnet_pico_rw_224 convit_tiny deit3_small_patch16_224 deit_tiny_distilled_patch16_224

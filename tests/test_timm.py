@@ -224,6 +224,9 @@ def test_models_are_listed_by_a_glob_with_tags_where_it_has_a_dot() -> None:
     assert list(list_models("timm:vit_tiny*")) == [f"timm:{name}" for name in timm.list_models("vit_tiny*")]
     assert list(list_models("timm:resnet10t.*")) == [SMALL]
     assert len(list_models("timm:*")) == len(timm.list_models())
+    with pytest.raises(ModelError, match=r"no model of timm matches 'resnet81\*'; closest: resnet18"):
+        list_models("timm:resnet81*")
+    assert weights_of("timm:resnet18")[0][0] == timm.get_pretrained_cfg("resnet18").tag
 
 
 def test_unknown_names_are_errors_with_the_names_there_are() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -36,19 +37,23 @@ def list_models(pattern: str = "*") -> dict[str, str]:
         >>> list_models("timm:resnet18.a*")
         {'timm:resnet18.a1_in1k': 'timm', 'timm:resnet18.a2_in1k': 'timm', 'timm:resnet18.a3_in1k': 'timm'}
     """
-    glob = pattern.removeprefix(PREFIX)
-    return {PREFIX + name: "timm" for name in _timm().list_models(glob, include_tags="." in glob)}
+    timm, glob = _timm(), pattern.removeprefix(PREFIX)
+    found = timm.list_models(glob, include_tags="." in glob)
+    if not found:
+        similar = closest(glob, timm.list_models(include_tags="." in glob))
+        raise ModelError(f"no model of timm matches '{glob}'; closest: {similar}")
+    return {PREFIX + name: "timm" for name in found}
 
 
 def weights_of(ref: str) -> list[tuple[str, bool]]:
-    """Return the weights that a model has: their names (timm calls them tags), and whether they are in the cache.
+    """Return the weights that a model has (timm calls them tags), the default first, and whether they are in the cache.
 
     Example:
         >>> [tag for tag, is_cached in weights_of("timm:resnet26")]
         ['bt_in1k']
     """
     entry = _entry(ref)
-    tags = [entry.tag] if "." in ref else entry.tags
+    tags = [entry.tag] if "." in ref else sorted(entry.tags, key=lambda tag: tag != entry.tag)
     return [(tag, _is_cached(_config(entry.architecture, tag))) for tag in tags]
 
 
@@ -124,16 +129,15 @@ def _install(extra: str) -> str:
 
 
 def _entry(ref: str, weights: str = "default") -> _Entry:
-    timm = _timm()
+    timm, known = _timm(), _tags()
     architecture, _, tag = ref.removeprefix(PREFIX).partition(".")
-    known = timm.list_models()
     if architecture not in known:
         similar = closest(architecture, known).replace(", ", f", {PREFIX}")
         raise ModelError(
             f"timm {timm.__version__} has no model '{architecture}'; closest: {PREFIX}{similar}",
             f"list them all: hookx list-models '{PREFIX}*'",
         )
-    tags = tuple(name.partition(".")[2] for name in timm.list_pretrained(f"{architecture}.*"))
+    tags = known[architecture]
     asked = weights if weights not in ("default", "none") and not is_weights_file(weights) else ""
     for wanted in filter(None, (asked, tag)):
         if wanted not in tags:
@@ -146,6 +150,17 @@ def _entry(ref: str, weights: str = "default") -> _Entry:
     first = timm.models.get_pretrained_cfg(architecture)
     default = first.tag or "" if first is not None and first.tag in tags else "".join(tags[:1])
     return _Entry(architecture, asked or tag or default, tags)
+
+
+@functools.lru_cache(maxsize=1)
+def _tags() -> dict[str, tuple[str, ...]]:
+    """Return every architecture of timm, with the tags of its weights."""
+    timm = _timm()
+    tags: dict[str, list[str]] = {name: [] for name in timm.list_models()}
+    for name in timm.list_pretrained():
+        architecture, _, tag = name.partition(".")
+        tags[architecture].append(tag)
+    return {architecture: tuple(names) for architecture, names in tags.items()}
 
 
 def _config(architecture: str, tag: str) -> Any:
