@@ -39,7 +39,7 @@ from hookx.plan import (
     parse_bytes,
 )
 from hookx.probe import example_images, probe
-from hookx.store import RunDirectory, ShardRecord, ShardWriter, check_resumable, finished_shards, read_record
+from hookx.store import RunDirectory, ShardRecord, ShardWriter, Totals, check_resumable, finished_shards, read_record
 
 log = logging.getLogger("hookx")
 
@@ -403,17 +403,9 @@ def _out_of_memory(images_at_once: int, error: torch.OutOfMemoryError) -> HookxE
 
 def _summary(job: Job, clock: _Clock) -> Summary:
     plan = job.plan
-    rows = failures = rotations_ignored = 0
-    counts: dict[str, dict[str, int]] = {}
+    totals = Totals()
     for shard in plan.shards:  # One record in memory at a time: a run can have millions of images.
-        record = read_record(job.out, plan, shard)
-        rows += len(record.keys)
-        failures += len(record.failures)
-        rotations_ignored += record.rotations_ignored
-        for address, by_what in record.counts.items():
-            for what, count in by_what.items():
-                total = counts.setdefault(address, {})
-                total[what] = total.get(what, 0) + count
+        totals.add(read_record(job.out, plan, shard))
     return Summary(
         out=str(job.out),
         model=plan.model,
@@ -421,17 +413,17 @@ def _summary(job: Job, clock: _Clock) -> Summary:
         notes=plan.notes,
         preprocessing=plan.preprocessing,
         layers=plan.layers,
-        images=rows,
-        failures=failures,
+        images=totals.rows,
+        failures=totals.failures,
         shards=len(plan.shards),
         shards_computed=len(job.pending),
         images_computed=sum(map(len, job.pending)),
-        bytes=rows * plan.bytes_per_image,
+        bytes=totals.rows * plan.bytes_per_image,
         device=_device_name(job.device),
         precision=plan.precision,
         batch_size=plan.batch_size,
-        rotations_ignored=rotations_ignored,
-        counts=counts,
+        rotations_ignored=totals.rotations_ignored,
+        counts=totals.counts,
         seconds_total=round(clock.total_seconds, 3),
         seconds_reading=round(clock.reading.seconds, 3),
         seconds_model=round(clock.model.seconds, 3),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hookx.plan import LayerSpec, Plan
-from hookx.store import INDEX, finished_shards, open_shard, read_plan, read_record
+from hookx.store import INDEX, Totals, finished_shards, open_shard, read_plan, read_record
 
 _BYTES_AT_ONCE = 16 * 2**20
 _VALUES_AT_ONCE = 2**15  # They stay in the cache of a core, and torch does not wake its other threads for them.
@@ -96,19 +96,12 @@ def inspect(
     path = Path(path)
     plan = read_plan(path)
     finished = finished_shards(path, plan)
-    rows = failures = rotations_ignored = 0
-    counts: dict[str, dict[str, int]] = {}
+    totals = Totals()
     made: list[dict[str, Any]] = []
     moments = {layer.address: _Moments() for layer in plan.layers}
     for shard in finished:
         record = read_record(path, plan, shard)
-        rows += len(record.keys)
-        failures += len(record.failures)
-        rotations_ignored += record.rotations_ignored
-        for address, by_what in record.counts.items():
-            for what, count in by_what.items():
-                total = counts.setdefault(address, {})
-                total[what] = total.get(what, 0) + count
+        totals.add(record)
         if record.made not in made:
             made.append(record.made)
         if statistics:
@@ -121,21 +114,21 @@ def inspect(
         plan=plan,
         shards_finished=len(finished),
         has_index=(path / INDEX).exists(),
-        rows=rows,
-        failures=failures,
-        rotations_ignored=rotations_ignored,
-        bytes=rows * plan.bytes_per_image,
+        rows=totals.rows,
+        failures=totals.failures,
+        rotations_ignored=totals.rotations_ignored,
+        bytes=totals.rows * plan.bytes_per_image,
         layers=tuple(
             InspectedLayer(
                 address=layer.address,
-                shape=(rows, *layer.shape),
+                shape=(totals.rows, *layer.shape),
                 dtype=layer.dtype,
-                bytes=rows * layer.bytes_per_image,
+                bytes=totals.rows * layer.bytes_per_image,
                 statistics=moments[layer.address].statistics() if statistics else None,
             )
             for layer in plan.layers
         ),
-        counts=counts,
+        counts=totals.counts,
         made=tuple(made),
     )
 

@@ -69,6 +69,26 @@ class ShardRecord:
         return {**metadata, "checksum": _checksum_of_record(metadata)}
 
 
+@dataclass
+class Totals:
+    """What shard records add up to; keeps no record."""
+
+    rows: int = 0
+    failures: int = 0
+    rotations_ignored: int = 0
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def add(self, record: ShardRecord) -> None:
+        """Add one shard's record."""
+        self.rows += len(record.keys)
+        self.failures += len(record.failures)
+        self.rotations_ignored += record.rotations_ignored
+        for address, by_what in record.counts.items():
+            total = self.counts.setdefault(address, {})
+            for what, count in by_what.items():
+                total[what] = total.get(what, 0) + count
+
+
 # --- writing -------------------------------------------------------------------------------------------------------
 
 

@@ -52,23 +52,7 @@ def weights_of(ref: str) -> list[tuple[str, bool]]:
 
 
 def load_model(ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
-    """Build a model of torchvision's zoo with the weights asked for.
-
-    Args:
-        ref: a name that `list_models` gives.
-        weights: 'default' (the architecture's DEFAULT weights), a weights name such as 'IMAGENET1K_V2', 'none'
-            (random: `torch.manual_seed(seed)`, then the model is built on the CPU), or a state-dict file
-            (.safetensors, .pt, .pth), which is read without running any code in it.
-        options: the seed of random weights, and what else can be said.
-
-    Raises:
-        ModelError: no such model or weights; weights that cannot be downloaded, read, or made to fit.
-
-    Example:
-        >>> model = load_model("resnet18", weights="none")
-        >>> model.module.training, model.weights, str(model.preprocessing)[:33]
-        (False, 'random (seed 0)', 'resize 256 (bilinear), crop 224, ')
-    """
+    """Build a model of torchvision's zoo with the weights asked for; `hookx.models.load_model` says how."""
     entry = _entry(ref)
     if weights == "none":
         torch.manual_seed(options.seed)
