@@ -257,7 +257,8 @@ def typed(  # type: ignore[no-untyped-def]
     path: Path,
     many: list[int],
     pair: tuple[int, float],
-    either: int | str,
+    either: str | int,
+    neither: str | int,
     maybe: float | None,
     bare,
     by_default=True,
@@ -276,7 +277,8 @@ def test_a_text_becomes_what_is_annotated() -> None:
         "path": "a/b",
         "many": "1,2",
         "pair": "1, 2",
-        "either": "x",
+        "either": "7",
+        "neither": "x",
         "maybe": "none",
         "bare": "[1, 'a']",
         "by_default": "off",
@@ -291,7 +293,8 @@ def test_a_text_becomes_what_is_annotated() -> None:
         "path": Path("a/b"),
         "many": [1, 2],
         "pair": (1, 2.0),
-        "either": "x",
+        "either": 7,
+        "neither": "x",
         "maybe": None,
         "bare": [1, "a"],
         "by_default": False,
@@ -326,6 +329,15 @@ def test_the_seed_comes_before_the_factory_so_that_a_run_can_be_repeated(tmp_pat
         assert one.weights.partition("sha256:")[2] != other.weights.partition("sha256:")[2]
 
 
+def test_what_an_import_draws_does_not_change_what_the_factory_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "whole = Net()", "drawn_at_import_of_a_test.py")
+    monkeypatch.chdir(tmp_path)
+    first, second = (load_model("python:drawn_at_import_of_a_test:Net", "none") for _ in range(2))  # Imported once.
+    assert first.weights == second.weights
+
+
 def test_the_identity_of_the_weights_is_the_digest_of_every_tensor(tmp_path: Path) -> None:
     ref = f"{write(tmp_path, '')}:Net"
     loaded = load_model(ref)
@@ -335,6 +347,11 @@ def test_the_identity_of_the_weights_is_the_digest_of_every_tensor(tmp_path: Pat
         tensor += 1
         digests.add(own_code.state_sha256(loaded.module))
     assert len(digests) == 1 + len(loaded.module.state_dict())
+    kinds = [torch.zeros(2, 3), torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.int32)]  # The same bytes.
+    alike = [nn.Module() for _ in kinds]
+    for module, tensor in zip(alike, kinds, strict=True):
+        module.register_buffer("table", tensor)
+    assert len(set(map(own_code.state_sha256, alike))) == 3
     odd = nn.Module()
     for number, dtype in enumerate((torch.bfloat16, torch.bool, torch.int8, torch.complex64)):
         odd.register_buffer(f"b{number}", torch.zeros((), dtype=dtype))

@@ -54,7 +54,7 @@ plans = st.builds(
         unique_by=lambda layer: layer.address,
     ).map(tuple),
     preprocessing=st.builds(
-        Preprocessing, *[st.integers(1, 999)] * 2, channels, channels, st.text(), st.booleans(), st.text()
+        Preprocessing, *[st.integers(1, 999)] * 2, channels, channels, st.text(), st.booleans(), st.text(), st.text()
     ),
     precision=st.sampled_from(["fp32", "bf16", "fp16"]),
     memory_format=st.sampled_from(["contiguous", "channels_last"]),
@@ -100,6 +100,18 @@ def test_the_fingerprint_covers_everything_that_decides_the_numbers(place: str) 
 def test_the_fingerprint_does_not_cover_the_batch_size() -> None:
     assert ALTERED["batch_size"] != PLAN and ALTERED["batch_size"].fingerprint == PLAN.fingerprint
     assert PLAN.differences(ALTERED["batch_size"]) == []
+
+
+def test_a_plan_without_a_transform_of_its_own_does_not_speak_of_one() -> None:
+    # So it has the fingerprint that it had before there were any.
+    assert "custom" not in PLAN.identity["preprocessing"]
+    own = dataclasses.replace(PLAN.preprocessing, custom="net.py:transform: Resize(8)")
+    changed = dataclasses.replace(PLAN, preprocessing=own)
+    assert changed.fingerprint != PLAN.fingerprint and "net.py:transform" in changed.to_json()
+    assert (
+        str(own) == "net.py:transform: Resize(8), 224 x 224"
+        and len(str(dataclasses.replace(own, custom="x" * 999))) < 200
+    )
 
 
 @given(plans, plans)

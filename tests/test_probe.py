@@ -117,3 +117,10 @@ def test_a_module_that_is_called_more_often_for_more_images_is_an_error() -> Non
 
     with pytest.raises(CaptureError, match="'conv' is called 2 times for 2 images and 3 times for 3"):
         probe(OneByOne().eval(), images())
+
+
+def test_a_forward_pass_that_draws_random_numbers_is_refused() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Dropout(0.5))
+    assert probe(net.eval(), images())
+    with pytest.raises(CaptureError, match="draws random numbers"):
+        probe(net.train(), images())

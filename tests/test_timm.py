@@ -20,6 +20,7 @@ from a_hub import hub
 from hookx.decoding import decode
 from hookx.errors import ModelError
 from hookx.models import ModelOptions, list_models, load_model, skeleton, weights_of
+from hookx.models.hub import tensors_only
 from hookx.models.preprocessing import square_side_px
 from second_route import captured_of
 
@@ -183,6 +184,15 @@ def test_a_pickle_in_the_cache_does_not_run_its_code(cache: Path, tmp_path: Path
     file.write_bytes(pickle.dumps(Malicious(mark)))
     error_of(SMALL, "default")
     assert not mark.exists()
+
+
+def test_a_library_that_would_read_pickles_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    before = dict(os.environ)
+    torch.save(Malicious(tmp_path / "it ran"), tmp_path / "w.bin")
+    with tensors_only(), pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "w.bin", weights_only=False)
+    assert not (tmp_path / "it ran").exists() and dict(os.environ) == before
 
 
 def test_weights_that_are_neither_in_the_cache_nor_to_be_had_are_an_error_at_once(cache: Path) -> None:

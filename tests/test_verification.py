@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from hookx.cli import app
 from hookx.errors import HookxError, StoreError, UsageError
 from hookx.extraction import extract
+from hookx.models import ModelOptions
 from hookx.recomputation import recompute
 from hookx.store import RunDirectory, ShardRecord, read_plan, read_record
 from hookx.verification import Problem, verify
@@ -355,7 +356,7 @@ def test_recompute_needs_images_and_rows_and_a_run(whole: Path, mixed_folder: Pa
         recompute(whole, 1, tmp_path / "absent")
 
 
-@pytest.mark.parametrize("model", ["python:os:system", "./model.pt", "timm:resnet18"])
+@pytest.mark.parametrize("model", ["python:os:system", "./model.pt", "hf:./folder"])
 def test_a_plan_alone_cannot_have_a_model_built_that_may_run_code(run: Path, mixed_folder: Path, model: str) -> None:
     plan = replace(read_plan(run), model=model)
     out = run.parent / "crafted"
@@ -364,3 +365,21 @@ def test_a_plan_alone_cannot_have_a_model_built_that_may_run_code(run: Path, mix
         directory.publish(plan.shards[0], {"conv1@mean23": torch.zeros(1, 64), "fc": torch.zeros(1, 1000)}, record)
     with pytest.raises(UsageError, match="building it may run code"):
         recompute(out, 1, mixed_folder)
+
+
+def test_a_model_of_ones_own_is_computed_again_if_it_is_named_again(thumbnails: Path, tmp_path: Path) -> None:
+    code = tmp_path / "net.py"
+    code.write_text(
+        "from torch import nn\n"
+        "def tiny(width: int) -> nn.Module:\n"
+        "    return nn.Sequential(nn.Conv2d(3, width, 3, stride=2), nn.ReLU(inplace=True))\n"
+    )
+    ref, arguments, out = f"{code}:tiny", {"width": "5"}, tmp_path / "own"
+    extract(ref, "0", thumbnails, out=out, weights="none", crop=32, resize=32, model_args=arguments, workers=0)
+    options = ModelOptions(model_args=arguments)
+    with pytest.raises(UsageError, match="building it may run code"):
+        recompute(out, 3, thumbnails, options=options)
+    again = recompute(out, 3, thumbnails, model=ref, options=options)
+    assert again.problems == () and again.rows_with_same_bits == 3
+    with pytest.raises(UsageError, match="and not 'resnet18'"):
+        recompute(out, 3, thumbnails, model="resnet18", options=options)

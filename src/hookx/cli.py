@@ -123,6 +123,25 @@ def _variable(name: str) -> dict[str, Any]:
     return {"envvar": f"HOOKX_{name}", "show_envvar": False}
 
 
+# What several commands take of a model.
+Seed = Annotated[int, typer.Option("--seed", help="Seed of --weights none.", **_variable("SEED"))]
+WeightsKey = Annotated[
+    str | None, typer.Option("--weights-key", help="The entry of a checkpoint that holds the weights, as in model_ema.")
+]
+AllowMissing = Annotated[
+    list[str] | None, typer.Option("--allow-missing", help="Globs over weights that a file need not hold.")
+]
+TrustCheckpoint = Annotated[
+    bool, typer.Option("--trust-checkpoint", help="Read a pickled module or a .pt2, which can run code.")
+]
+ModelArg = Annotated[
+    list[str] | None, typer.Option("--model-arg", help="key=value for a model of python:, timm: or hf:.")
+]
+Transform = Annotated[
+    str | None, typer.Option("--transform", help="python:module:factory of a preprocessing of your own.")
+]
+
+
 @app.command(epilog=EXIT_CODES)
 def extract(
     images: Annotated[
@@ -151,23 +170,12 @@ def extract(
             **_variable("WEIGHTS"),
         ),
     ] = "default",
-    seed: Annotated[int, typer.Option("--seed", help="Seed of --weights none.", **_variable("SEED"))] = 0,
-    weights_key: Annotated[
-        str | None,
-        typer.Option("--weights-key", help="The entry of a checkpoint that holds the weights, as in model_ema."),
-    ] = None,
-    allow_missing: Annotated[
-        list[str] | None, typer.Option("--allow-missing", help="Globs over weights that a file need not hold.")
-    ] = None,
-    trust_checkpoint: Annotated[
-        bool, typer.Option("--trust-checkpoint", help="Read a pickled module, which runs the code that it names.")
-    ] = False,
-    model_arg: Annotated[
-        list[str] | None, typer.Option("--model-arg", help="key=value for the factory of python:module:factory.")
-    ] = None,
-    transform: Annotated[
-        str | None, typer.Option("--transform", help="python:module:factory of a preprocessing of your own.")
-    ] = None,
+    seed: Seed = 0,
+    weights_key: WeightsKey = None,
+    allow_missing: AllowMissing = None,
+    trust_checkpoint: TrustCheckpoint = False,
+    model_arg: ModelArg = None,
+    transform: Transform = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="The output directory.", **_variable("OUT"))] = Path(
         "features"
     ),
@@ -306,12 +314,9 @@ def list_layers(
     weights: Annotated[
         str, typer.Option("-w", "--weights", help="The weights name, which decides the size of the input.")
     ] = "default",
-    trust_checkpoint: Annotated[
-        bool, typer.Option("--trust-checkpoint", help="Read a pickled module, which runs the code that it names.")
-    ] = False,
-    model_arg: Annotated[
-        list[str] | None, typer.Option("--model-arg", help="key=value for the factory of python:module:factory.")
-    ] = None,
+    trust_checkpoint: TrustCheckpoint = False,
+    model_arg: ModelArg = None,
+    transform: Transform = None,
     types: Annotated[
         list[str] | None, typer.Option("--type", help="Only modules of these classes, as in Conv2d,Linear.")
     ] = None,
@@ -333,7 +338,7 @@ def list_layers(
     from hookx.models import ModelOptions, skeleton
     from hookx.probe import example_images, probe
 
-    options = ModelOptions(trust_checkpoint=trust_checkpoint, model_args=_model_args(model_arg))
+    options = ModelOptions(trust_checkpoint=trust_checkpoint, model_args=_model_args(model_arg), transform=transform)
     bare = skeleton(model, weights, options)
     layers = probe(bare.module, example_images(bare.module, bare.preprocessing.crop_px), forward=bare.forward)
     layers = narrowed(layers, model, paths=paths or [], types=types or [], depth=depth)
@@ -378,6 +383,11 @@ def verify(
     device: Annotated[
         str, typer.Option("-d", "--device", help="For --recompute: auto, cpu, cuda, cuda:1 or mps.")
     ] = "cpu",
+    weights_key: WeightsKey = None,
+    allow_missing: AllowMissing = None,
+    trust_checkpoint: TrustCheckpoint = False,
+    model_arg: ModelArg = None,
+    transform: Transform = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Check that a run is whole, and with --recompute that it is true; name everything that is wrong.
@@ -393,10 +403,20 @@ def verify(
         verification = verify(path, progress=advance)
     recomputation = None
     if recompute and verification.shards_whole:
+        from hookx.models import ModelOptions
         from hookx.recomputation import recompute as recompute_rows
 
+        options = ModelOptions(
+            weights_key=weights_key,
+            allow_missing=tuple(allow_missing or ()),
+            trust_checkpoint=trust_checkpoint,
+            model_args=_model_args(model_arg),
+            transform=transform,
+        )
         with report.talk_on_stderr():
-            recomputation = recompute_rows(path, recompute, images or [], model=model, weights=weights, device=device)
+            recomputation = recompute_rows(
+                path, recompute, images or [], model=model, weights=weights, device=device, options=options
+            )
     document = report.verification_document(verification, recomputation)
     report.print_json(document) if json else report.print_verification(verification, recomputation)
     if not document["ok"]:

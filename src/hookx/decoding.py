@@ -67,6 +67,7 @@ def decode(
         >>> pixels_CHW.shape
         torch.Size([3, 224, 224])
     """
+    assert transform or not preprocessing.custom, "a model's own preprocessing comes with its transform"
     # The file is opened here, not by Pillow, which would map it into memory: a file cut short while it is read then
     # kills the process. Pillow warns of odd metadata and of large images; what fails is a failure.
     with _opened(file, listed_bytes) as content, warnings.catch_warnings():

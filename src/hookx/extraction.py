@@ -362,7 +362,7 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
                 with clock.model:
                     torch.cuda.synchronize(device)  # The copies into the buffer were only queued.
             record.counts = capture.take_counts()
-            record.made = _made(device, min(plan.batch_size, images_at_once))
+            record.made = _made(plan.model, device, min(plan.batch_size, images_at_once))
             writer.publish(shard, buffer, record)
         with clock.writing:
             writer.finish()
@@ -545,10 +545,12 @@ def _bytes_free(path: Path) -> int:
     return shutil.disk_usage(_existing_parent(path)).free
 
 
-def _made(device: torch.device, batch_size: int) -> dict[str, Any]:
+def _made(model: str, device: torch.device, batch_size: int) -> dict[str, Any]:
+    source = {"timm": "timm", "hf": "transformers"}.get(model.partition(":")[0], "torchvision")
     return {
         "hookx": version("hookx-vision"),
         "torch": torch.__version__,
+        source: version(source),
         "pillow": version("pillow"),
         "device": _device_name(device),
         "batch_size": batch_size,

@@ -128,6 +128,7 @@ def _record(
         note(path, call, False, tensors_in(output))
 
     taps = Taps(on_enter, on_return)
+    random_state = torch.get_rng_state()
     with tapped_while(modules, taps), inference(pixels_NCHW.device, precision):
         try:
             forward(pixels_NCHW)
@@ -139,6 +140,11 @@ def _record(
                 f"the model fails on a batch of images ({shape}): {type(error).__name__}: {error}"
             ) from error
         recording.calls = taps.calls
+    if not torch.equal(random_state, torch.get_rng_state()):
+        raise CaptureError(
+            "the forward pass draws random numbers, so its activations could not be computed again: a dropout that is "
+            "left on, or a model that masks at random"
+        )
     return recording
 
 

@@ -6,7 +6,7 @@ import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -66,6 +66,7 @@ def recompute(
     weights: str | None = None,
     device: str = "cpu",
     seed: int | None = None,
+    options: ModelOptions = ModelOptions(),
 ) -> Recomputation:
     """Run the model again on random rows of a run, each in the batch it was computed in, and compare.
 
@@ -78,6 +79,7 @@ def recompute(
         weights: the file of the weights, if the run took them from a file; it has to be the same one.
         device: where to compute.
         seed: of the choice of rows; None for another choice each time.
+        options: what else the run was told of its model.
 
     Raises:
         HookxError: the run, its model, its weights or the images are not to be had. Rows that deviate are no exception
@@ -101,7 +103,7 @@ def recompute(
     chosen = _choose(path, plan, count, random.Random(seed))
     listed = list_images([images] if isinstance(images, str | os.PathLike) else images)
     files = dict(zip(listed.keys, listed.files, strict=True))
-    loaded = _load_again(plan, model, weights)
+    loaded = _load_again(plan, model, weights, options)
     chosen_device = resolve_device(device)
     if loaded.cpu_only and chosen_device.type != "cpu":
         raise UsageError(f"{plan.model} has integer layers that run on the CPU only", "write --device cpu")
@@ -175,23 +177,23 @@ def _choose(path: Path, plan: Plan, count: int, generator: random.Random) -> dic
     return chosen
 
 
-def _load_again(plan: Plan, model: str | None, weights: str | None) -> LoadedModel:
+def _load_again(plan: Plan, model: str | None, weights: str | None, options: ModelOptions) -> LoadedModel:
     """Build the run's model with the run's weights; what a plan says is never taken for a path, nor as code to run."""
-    if plan.model not in list_models() and model != plan.model:
+    zoo = plan.model in list_models()
+    if model is None and not zoo and not plan.model.startswith("timm:"):
         raise UsageError(
             f"the model of this run is '{plan.model}', and building it may run code",
             f"if you trust it, name it yourself: --model {plan.model}",
         )
-    seeded = re.fullmatch(r"random \(seed (\d{1,18})\)", plan.weights)
-    published = re.fullmatch(r"\w+_Weights\.(\w+)", plan.weights)
-    if weights is not None:
-        loaded = load_model(plan.model, weights)
-    elif seeded:
-        loaded = load_model(plan.model, "none", ModelOptions(seed=int(seeded[1])))
-    elif published:
-        loaded = load_model(plan.model, published[1])
-    else:
+    if model is not None and plan.model not in (model, Path(model).name):
+        raise UsageError(f"the model of this run is '{plan.model}', and not '{model}'")
+    if seeded := re.match(r"random \(seed (\d{1,18})\)", plan.weights):
+        weights, options = weights or "none", replace(options, seed=int(seeded[1]))
+    elif published := re.fullmatch(r"\w+_Weights\.(\w+)", plan.weights):
+        weights = weights or published[1]
+    elif zoo and weights is None:
         raise UsageError(f"the weights of this run are a file ({plan.weights})", "name it: --weights FILE")
+    loaded = load_model(model or plan.model, weights or "default", options)
     if loaded.weights != plan.weights:
         raise StoreError(f"these are other weights ({loaded.weights}) than those of this run ({plan.weights})")
     return loaded
