@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Compare what hookx captures with what the layers return, for every module, call and part of a zoo's models.
 
-    scripts/conformance.py                      all classification models, about 10 minutes on 2 cores
+    scripts/conformance.py                      all classification models, some minutes on 2 cores
     scripts/conformance.py 'resnet*' swin_t     some of them
     scripts/conformance.py --kind detection     another kind: segmentation, quantized, detection
     scripts/conformance.py --kind timm          a model of each of timm's families, about 3 minutes; needs timm
