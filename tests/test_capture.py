@@ -109,6 +109,18 @@ def test_tuples_named_tuples_and_dicts_become_their_tensor_parts() -> None:
     assert all(torch.equal(rows[address], expected[address]) for address in rows)
 
 
+def test_a_module_that_calls_itself_is_numbered_in_the_order_of_its_calls() -> None:
+    class Recursive(nn.Module):
+        def forward(self, x: Tensor, depth: int = 2) -> Tensor:
+            return self(x, depth - 1) + 1 if depth else x * 2
+
+    net, pixels = nn.Sequential(Recursive()).eval(), images()
+    rows = captured_rows(net, "0", pixels)
+    assert list(rows) == ["0:0", "0:1", "0:2"]
+    assert torch.equal(rows["0:2"], pixels * 2)
+    assert torch.equal(rows["0:1"], pixels * 2 + 1) and torch.equal(rows["0:0"], pixels * 2 + 1 + 1)
+
+
 # --- a pass --------------------------------------------------------------------------------------------------------
 
 
@@ -119,6 +131,20 @@ def test_the_forward_pass_ends_after_the_last_layer_asked_for() -> None:
     with RowCapture(net, targets, device=CPU, precision="fp32") as capture:
         capture.run(images(), {"early": torch.empty(3, 4, 8, 8)})
     assert net.late_calls == 0  # Not even the network's own `except Exception` held it up.
+
+
+def test_the_transformer_fast_path_is_off_during_a_pass_of_a_run_and_back_on_after_it() -> None:
+    seen: list[bool] = []
+
+    class Looks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(torch.backends.mha.get_fastpath_enabled())
+            return x
+
+    net = nn.Sequential(Looks(), nn.Conv2d(3, 4, 1)).eval()
+    captured_rows(net, "1", images())
+    assert seen == [False, False, False]  # two passes of the probe, one of the run
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_hooks_come_off_after_an_exception_in_the_forward_pass() -> None:
