@@ -75,6 +75,7 @@ class RowCapture:
         self._taps = Taps(self._on_enter, self._on_return)
         self._rows: Mapping[str, Tensor] = {}
         self._remaining: set[tuple[str, int, bool]] = set()
+        self._tallies_of_pass: list[tuple[str, str, Tensor]] = []
 
     def __enter__(self) -> RowCapture:
         for path, module in self._modules.items():
@@ -87,7 +88,7 @@ class RowCapture:
     def run(self, pixels_NCHW: Tensor, rows: Mapping[str, Tensor]) -> None:
         """Run one batch; `rows` holds for every address a tensor (images of the batch, *shape) to write into."""
         self._rows, self._remaining = rows, set(self._targets)
-        self._tallies_of_pass: list[tuple[str, str, Tensor]] = []
+        self._tallies_of_pass = []
         self._taps.begin_pass()
         with inference(self.device, self.precision), contextlib.suppress(ForwardIsDone):
             self._forward(pixels_NCHW)
@@ -133,7 +134,7 @@ class RowCapture:
         self._tallies.clear()
         return {address: by_what for address, by_what in counts.items() if by_what}
 
-    def _tally(self, address: str, value: Tensor, stored: torch.dtype) -> None:
+    def _tally(self, address: str, value: Tensor, stored: Tensor) -> None:
         # The extremes of each image tell both: NaN and infinity survive them, and so does a lone non-zero.
         per_image = value.unsqueeze(1) if value.ndim == 1 else value
         if not per_image.shape[1:].numel():
@@ -141,10 +142,9 @@ class RowCapture:
         dims = tuple(range(1, per_image.ndim))
         high, low = per_image.amax(dims), per_image.amin(dims)
         found = {"non_finite": ~(high.isfinite() & low.isfinite()), "all_zero": (high == 0) & (low == 0)}
-        if torch.finfo(stored).bits < torch.finfo(value.dtype).bits:
-            narrowed = value.to(stored)
-            found["overflowed"] = narrowed.isinf() & ~value.isinf()
-            found["flushed"] = (narrowed == 0) & (value != 0)
+        if torch.finfo(stored.dtype).bits < torch.finfo(value.dtype).bits:
+            found["overflowed"] = stored.isinf() & ~value.isinf()
+            found["flushed"] = (stored == 0) & (value != 0)
         # Sums that are read at the end of a shard only, so that a GPU need not be waited for.
         self._tallies_of_pass += [(address, what, where.sum()) for what, where in found.items()]
 
@@ -163,8 +163,9 @@ class RowCapture:
             )
         value = reduce(batch_first(tensor, info), target.address.reduction)
         if value.is_floating_point():
-            self._tally(str(target.address), value, rows.dtype)
-            value = value.to(rows.dtype)
+            stored = value.to(rows.dtype)
+            self._tally(str(target.address), value, stored)
+            value = stored
         # This copy is the snapshot: whatever overwrites `tensor` later in the pass comes after it in stream order.
         rows.copy_(value, non_blocking=self.device.type == "cuda")
 

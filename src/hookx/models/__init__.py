@@ -60,14 +60,7 @@ def load_model(ref: str, weights: str = "default", options: ModelOptions = Model
         >>> model.module.training, model.weights, str(model.preprocessing)[:33]
         (False, 'random (seed 0)', 'resize 256 (bilinear), crop 224, ')
     """
-    elsewhere = _elsewhere(ref, options)
-    if elsewhere is not None:
-        loaded = elsewhere.load_model(ref, weights, options)
-    elif model_files.is_model_file(ref):
-        loaded = model_files.load_model_file(ref, weights, options)
-    else:
-        loaded = torchvision_zoo.load_model(ref, weights, options)
-    return own_code.with_transform(loaded, options.transform)
+    return own_code.with_transform(_source(ref, options).load_model(ref, weights, options), options.transform)
 
 
 def skeleton(ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
@@ -80,18 +73,11 @@ def skeleton(ref: str, weights: str = "default", options: ModelOptions = ModelOp
         >>> next(model.module.parameters()).device.type, model.preprocessing.crop_px
         ('meta', 518)
     """
-    elsewhere = _elsewhere(ref, options)
-    if elsewhere is not None:
-        bare = elsewhere.skeleton(ref, weights, options)
-    elif model_files.is_model_file(ref):
-        bare = model_files.skeleton_of_file(ref, weights, options)
-    else:
-        bare = torchvision_zoo.skeleton(ref, weights, options)
-    return own_code.with_transform(bare, options.transform)
+    return own_code.with_transform(_source(ref, options).skeleton(ref, weights, options), options.transform)
 
 
-def _elsewhere(ref: str, options: ModelOptions) -> ModuleType | None:
-    """Return the source that a name's prefix says, or None if it has none."""
+def _source(ref: str, options: ModelOptions) -> ModuleType:
+    """Return the module that knows a model; each has a `load_model` and a `skeleton`."""
     for source in (timm_zoo, huggingface):
         if ref.startswith(source.PREFIX):
             return source
@@ -99,4 +85,4 @@ def _elsewhere(ref: str, options: ModelOptions) -> ModuleType | None:
         return own_code
     if options.model_args:
         raise ModelError(f"{ref} takes no --model-arg; those are for python:, timm: and hf:")
-    return None
+    return model_files if model_files.is_model_file(ref) else torchvision_zoo

@@ -38,7 +38,7 @@ def is_model_file(ref: str) -> bool:
     return Path(ref).is_file() or (not names_a_source and is_weights_file(ref))
 
 
-def load_model_file(ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
+def load_model(ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
     """Build the model that a file holds, with the weights in it.
 
     Raises:
@@ -47,7 +47,7 @@ def load_model_file(ref: str, weights: str = "default", options: ModelOptions = 
     return _load(ref, weights, options, shapes_only=False)
 
 
-def skeleton_of_file(ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
+def skeleton(ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
     """Build the model that a file holds, without values where only its architecture is in the file."""
     return _load(ref, weights, options, shapes_only=True)
 
