@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import overload
 
 from hookx.errors import ImageError
+from hookx.plan import LazySequence
 
 # What a folder is searched for. A file that is named outright may be called anything.
 SUFFIXES = frozenset(
@@ -19,7 +19,7 @@ SUFFIXES = frozenset(
 )
 
 
-class Keys(Sequence[str]):
+class Keys(LazySequence[str]):
     """Many keys in one block of bytes; a string is made when it is asked for, and not kept.
 
     A name that is not UTF-8 comes back as Python gives such names: `os.fsencode` turns it into its bytes.
@@ -36,19 +36,12 @@ class Keys(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[position] for position in range(len(self))[index]]
-        position = range(len(self))[index]
+    def item(self, position: int) -> str:
         start = self._ends[position - 1] if position else 0
         return os.fsdecode(self._block[start : self._ends[position]])
 
 
-class Files(Sequence[str]):
+class Files(LazySequence[str]):
     """The file of every key: a root, and the key."""
 
     def __init__(self, keys: Keys, roots: list[str], root_of: array[int]) -> None:
@@ -57,14 +50,8 @@ class Files(Sequence[str]):
     def __len__(self) -> int:
         return len(self._keys)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[position] for position in range(len(self))[index]]
-        return self._roots[self._root_of[index]] + self._keys[index]
+    def item(self, position: int) -> str:
+        return self._roots[self._root_of[position]] + self._keys[position]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -6,11 +6,12 @@ import hashlib
 import json
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 from hookx.errors import StoreError, UsageError
 
@@ -51,6 +52,9 @@ _SHOWN_OF_CUSTOM = 160  # characters
 
 # Shards are cut at multiples of this many images, so that the last batch of a shard is seldom a small one.
 _CUT = 32
+
+
+_Item = TypeVar("_Item", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -120,23 +124,33 @@ class Shard:
             yield range(start, min(start + batch_size, self.stop))
 
 
-class _Shards(Sequence[Shard]):
+class LazySequence(Sequence[_Item]):
+    """A sequence whose items are made when they are looked at, and not kept; a slice is a list of them."""
+
+    @abstractmethod
+    def item(self, position: int) -> _Item:
+        """Make the item at a position, which counts from 0 and exists."""
+
+    @overload
+    def __getitem__(self, index: int) -> _Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[_Item]: ...
+    def __getitem__(self, index: int | slice) -> _Item | list[_Item]:
+        if isinstance(index, slice):
+            return [self.item(position) for position in range(len(self))[index]]
+        return self.item(range(len(self))[index])
+
+
+class _Shards(LazySequence[Shard]):
     def __init__(self, image_count: int, images_per_shard: int) -> None:
         self._starts = range(0, image_count, images_per_shard)
 
     def __len__(self) -> int:
         return len(self._starts)
 
-    @overload
-    def __getitem__(self, index: int) -> Shard: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Shard]: ...
-    def __getitem__(self, index: int | slice) -> Shard | list[Shard]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(len(self))[index]]
-        start = self._starts[index]
-        number = start // self._starts.step
-        return Shard(number, start, min(start + self._starts.step, self._starts.stop))
+    def item(self, position: int) -> Shard:
+        start = self._starts[position]
+        return Shard(position, start, min(start + self._starts.step, self._starts.stop))
 
 
 @dataclass(frozen=True)
