@@ -535,3 +535,12 @@ def test_batches_for_a_gpu_lie_in_pinned_memory(mixture: ImageList) -> None:
     some = list(batches(mixture, [range(4), range(9, 12)], SMALL, workers=1, pin_memory=True))
     assert some[0].pixels_NCHW is not None and some[0].pixels_NCHW.is_pinned()
     assert some[1].pixels_NCHW is None
+
+
+def test_keys_and_files_are_indexed_like_lists_of_them() -> None:
+    images = list_images([PHOTOGRAPHS])
+    for lazy in (images.keys, images.files):
+        listed = list(lazy)
+        assert lazy[-1] == listed[-1] and lazy[2:-1:3] == listed[2:-1:3]
+        with pytest.raises(IndexError):
+            lazy[len(listed)]

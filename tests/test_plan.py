@@ -259,3 +259,16 @@ def test_a_size_may_have_a_fraction_and_leave_out_the_b() -> None:
 def test_a_text_that_is_no_size_is_refused_with_examples(text: str) -> None:
     with pytest.raises(UsageError, match="is not a size; write it as in 512MiB, 2GB or 4096"):
         parse_bytes(text)
+
+
+@given(st.integers(1, 50), st.integers(1, 9), st.integers(-60, 60))
+def test_shards_are_indexed_like_a_list_of_them(images: int, per_shard: int, index: int) -> None:
+    shards = dataclasses.replace(PLAN, image_count=images, images_per_shard=per_shard).shards
+    listed = list(shards)
+    assert [shard.number for shard in listed] == list(range(len(shards)))
+    assert shards[index:] == listed[index:] and shards[:index:2] == listed[:index:2]
+    if -len(listed) <= index < len(listed):
+        assert shards[index] == listed[index]
+    else:
+        with pytest.raises(IndexError):
+            shards[index]
