@@ -21,9 +21,9 @@ from torch import Tensor
 from a_hub import COMMIT, hub
 from hookx.errors import ModelError, UsageError
 from hookx.extraction import extract
+from hookx.features import open_features
 from hookx.hooks import inference
 from hookx.models import ModelOptions, list_models, load_model, skeleton
-from hookx.store import open_features
 from second_route import captured_of
 
 transformers = pytest.importorskip("transformers", reason="the extra transformers is not installed")

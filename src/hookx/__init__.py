@@ -13,24 +13,24 @@ from hookx.errors import HookxError
 if TYPE_CHECKING:
     from hookx.capture import Capture
     from hookx.extraction import Summary, extract
+    from hookx.features import Activations, Features
+    from hookx.features import open_features as open
     from hookx.inspection import inspect
     from hookx.models import LoadedModel, list_models, load_model
     from hookx.recomputation import recompute
-    from hookx.store import Activations, Features
-    from hookx.store import open_features as open
     from hookx.verification import verify
 
 _HOMES = {
-    "Activations": ("hookx.store", "Activations"),
+    "Activations": ("hookx.features", "Activations"),
     "Capture": ("hookx.capture", "Capture"),
-    "Features": ("hookx.store", "Features"),
+    "Features": ("hookx.features", "Features"),
     "LoadedModel": ("hookx.models", "LoadedModel"),
     "Summary": ("hookx.extraction", "Summary"),
     "extract": ("hookx.extraction", "extract"),
     "inspect": ("hookx.inspection", "inspect"),
     "list_models": ("hookx.models", "list_models"),
     "load_model": ("hookx.models", "load_model"),
-    "open": ("hookx.store", "open_features"),
+    "open": ("hookx.features", "open_features"),
     "recompute": ("hookx.recomputation", "recompute"),
     "verify": ("hookx.verification", "verify"),
 }
