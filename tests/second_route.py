@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hookx.capture import RowCapture, stored_dtype
+from hookx.decoding import decode, model_input
 from hookx.hooks import inference
 from hookx.layers import Target, parse_selectors, select
 from hookx.models import LoadedModel
+from hookx.plan import Preprocessing
 from hookx.probe import example_images, probe
+
+
+def input_of(file: Path, preprocessing: Preprocessing) -> Tensor:
+    """Decode one image file to what a model takes, (3, crop_px, crop_px)."""
+    pixels_CHW, _ = decode(str(file), preprocessing)
+    return model_input(pixels_CHW.unsqueeze(0), preprocessing)[0]
 
 
 def captured_of(loaded: LoadedModel, layers: str = "**,.", side_px: int = 0) -> dict[str, Tensor]:

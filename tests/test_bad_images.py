@@ -86,7 +86,7 @@ def failure_of(file: Path) -> str:
 def rgb_of(file: Path) -> NDArray[np.uint8]:
     """Give what a picture of 4 x 4 pixels becomes, as height, width, channel, from 0 to 255."""
     pixels_CHW, _ = decode(str(file), PLAIN)
-    rgb: NDArray[np.uint8] = (pixels_CHW * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    rgb: NDArray[np.uint8] = pixels_CHW.permute(1, 2, 0).numpy()
     return rgb
 
 
@@ -224,7 +224,7 @@ def test_a_picture_of_absurd_size_is_a_failure_and_takes_no_memory(
 def test_a_picture_of_unusual_size_is_a_row(width: int, height: int, tmp_path: Path) -> None:
     Image.new("L", (width, height), 200).save(tmp_path / "x.png")
     pixels_CHW, _ = decode(str(tmp_path / "x.png"), PLAIN)
-    assert pixels_CHW.shape == (3, 4, 4) and torch.equal(pixels_CHW, torch.full((3, 4, 4), 200 / 255))
+    assert torch.equal(pixels_CHW, torch.full((3, 4, 4), 200, dtype=torch.uint8))
 
 
 # --- colours -------------------------------------------------------------------------------------------------------
@@ -493,7 +493,7 @@ def test_a_process_that_is_killed_from_outside_is_not_blamed_on_its_image(tmp_pa
     time.sleep(0.3)
     [process_id] = process_ids() - before
     os.kill(process_id, signal.SIGKILL)
-    with no_longer_than(20), pytest.raises(ImageError, match=r"a decoding process died: SIGKILL\n .*memory"):
+    with no_longer_than(20), pytest.raises(ImageError, match=r"a worker died: SIGKILL\n .*memory"):
         next(some)
     assert process_ids() == before
 

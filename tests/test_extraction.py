@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import shutil
 from collections import namedtuple
@@ -38,6 +39,14 @@ def batches_of(keys: Sequence[str], shard_images: int, batch_size: int) -> list[
     return [list(shard[start : start + batch_size]) for shard in shards for start in range(0, len(shard), batch_size)]
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def reference(
     folder: Path,
     batches: list[list[str]],
@@ -47,7 +56,7 @@ def reference(
 ) -> dict[str, Tensor]:
     """Take activations with plain torch and torchvision: hooks that clone, no early end, one batch after another."""
     torch.manual_seed(0)
-    model = get_model("resnet18", weights=None).eval()
+    model = get_model("resnet18", weights=None).eval().to(memory_format=torch.channels_last)
     taken: dict[str, list[Tensor]] = {layer: [] for layer in layers}
 
     def clone_into(tensors: list[Tensor]) -> Callable[..., None]:
@@ -57,7 +66,8 @@ def reference(
         model.get_submodule(layer).register_forward_hook(clone_into(taken[layer]))
     for keys in batches:
         pixels_NCHW = torch.stack([transform(Image.open(folder / key).convert("RGB")) for key in keys])
-        with torch.inference_mode(), torch.autocast("cpu", autocast, enabled=autocast is not None):
+        pixels_NCHW = pixels_NCHW.contiguous(memory_format=torch.channels_last)
+        with one_thread(), torch.inference_mode(), torch.autocast("cpu", autocast, enabled=autocast is not None):
             model(pixels_NCHW)
     return {layer: torch.cat(tensors) for layer, tensors in taken.items()}
 
@@ -336,7 +346,10 @@ def bad_arguments() -> Iterator[Any]:
     yield case(LayerError, "every layer asked for is excluded", exclude="fc")
     yield case(LayerError, "no layer matches 'fcc'", exclude="fcc")
     yield case(UsageError, "the batch size is 0", batch_size=0)
-    yield case(UsageError, "the shard images is 0", shard_images=0)
+    yield case(UsageError, "the batch size is 'many'; it is a number, or auto", batch_size="many")
+    yield case(UsageError, "'nhwc' is not a memory format; closest: ", memory_format="nhwc")
+    yield case(UsageError, "'nvjpeg' is not a way to decode; closest: ", decode="nvjpeg")
+    yield case(UsageError, "the shard images are 0", shard_images=0)
     yield case(UsageError, "'fp8' is not a precision; closest: fp", precision="fp8")
     yield case(UsageError, "'int8' is not a dtype", dtype="int8")
     yield case(UsageError, "there is no device 'tpu' here; there is: cpu", device="tpu")

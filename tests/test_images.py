@@ -32,6 +32,7 @@ from hookx.decoding import decode
 from hookx.errors import ImageError
 from hookx.images import SUFFIXES, Files, ImageList, Keys, list_images
 from hookx.plan import Preprocessing, Shard
+from second_route import input_of
 
 PHOTOGRAPHS = Path(__file__).parents[1] / "images"
 CHELSEA = PHOTOGRAPHS / "animals" / "chelsea.jpg"
@@ -285,8 +286,8 @@ def test_pixels_are_those_of_torchvisions_loader_and_transforms(photograph: Path
     mode = transforms.InterpolationMode(interpolation)
     steps = [transforms.Resize(40, mode), transforms.CenterCrop(32), transforms.ToTensor()]
     steps += [transforms.Normalize(SMALL.mean, SMALL.std)]
-    pixels_CHW, rotation_ignored = decode(str(photograph), preprocessing)
-    assert pixels_CHW.dtype == torch.float32 and pixels_CHW.shape == (3, 32, 32) and not rotation_ignored
+    pixels_CHW = input_of(photograph, preprocessing)
+    assert pixels_CHW.dtype == torch.float32 and pixels_CHW.shape == (3, 32, 32)
     assert torch.equal(pixels_CHW, transforms.Compose(steps)(pil_loader(str(photograph))))
 
 
@@ -307,8 +308,8 @@ def test_a_picture_of_any_mode_becomes_the_same_rgb(mode: str, suffix: str, tmp_
     converted.save(file)
     with Image.open(file) as saved:
         assert saved.mode == mode
-    expected = torch.tensor(list(picture.tobytes())).reshape(4, 4, 3).permute(2, 0, 1) / 255
-    assert torch.equal(decode(str(file), PLAIN)[0], expected)
+    expected = torch.tensor(list(picture.tobytes())).reshape(4, 4, 3).permute(2, 0, 1)
+    assert torch.equal(decode(str(file), PLAIN)[0], expected.to(torch.uint8))
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "LA"])
@@ -498,7 +499,7 @@ def test_a_killed_decoding_process_is_an_error_where_the_next_batch_is_asked_for
     with no_longer_than(60):
         os.kill(min(process_ids() - before), signal.SIGKILL)
         time.sleep(0.3)  # The consumer is at work; it hears of it when it comes back.
-        with pytest.raises(ImageError, match=r"a decoding process died: .*\n  .*try fewer --workers or a smaller"):
+        with pytest.raises(ImageError, match=r"a worker died: .*\n  .*try fewer --workers or a smaller"):
             list(some)
     assert process_ids() == before
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
 
 from hookx import Capture
-from hookx.decoding import decode
 from hookx.errors import ModelError
 from hookx.models import ModelOptions, list_models, load_model, skeleton, torchvision_zoo
+from second_route import input_of
 
 PHOTOGRAPHS = [Path(__file__).parents[1] / "images" / name for name in ("animals/chelsea.jpg", "people/camera.jpg")]
 pytestmark = pytest.mark.filterwarnings("ignore:The default weight initialization")
@@ -275,7 +275,7 @@ def test_a_photograph_is_preprocessed_as_the_weights_ask_for_bit_for_bit(name: s
     for photograph in PHOTOGRAPHS:
         with Image.open(photograph) as image:
             expected = transforms(image.convert("RGB"))
-        assert torch.equal(decode(str(photograph), preprocessing)[0], expected)
+        assert torch.equal(input_of(photograph, preprocessing), expected)
 
 
 @pytest.mark.parametrize("weights", ["none", "file"])

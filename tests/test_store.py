@@ -209,13 +209,13 @@ def test_a_writer_that_fails_half_way_leaves_no_file(tmp_path: Path) -> None:
 def test_a_disk_that_takes_no_more_leaves_no_shard_and_the_error_says_so(tmp_path: Path) -> None:
     plan = plan_of((LayerSpec("conv1", (64, 1024), "float32"),), 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, capacity=1) as writer:
-        writer.publish(plan.shards[0], random_rows(plan, 1), ShardRecord(["0"]))
+    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards) as writer:
+        writer.publish(plan.shards[0], [(range(1), 1)], ShardRecord(["0"]))
         writer.finish()  # The limit below is what stops the second attempt, not something else.
         (tmp_path / plan.shard_file(plan.shards[0])).unlink()
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         try:
-            writer.publish(plan.shards[0], random_rows(plan, 1), ShardRecord(["0"]))
+            writer.publish(plan.shards[0], [(range(1), 1)], ShardRecord(["0"]))
             with pytest.raises(StoreError, match=r"cannot write .*shard-00000-of-00001.safetensors: File too large"):
                 writer.finish()
         finally:
@@ -427,12 +427,13 @@ def test_a_shard_that_does_not_account_for_its_images_is_refused(tmp_path: Path)
 def test_a_run_of_many_shards_fills_no_more_than_two_buffers_and_mixes_none_of_them_up(tmp_path: Path) -> None:
     plan = plan_of((LayerSpec("conv1", (1000,), "float32"),), 20, 2)
     addresses_in_memory = set()
-    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, capacity=2) as writer:
+    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards) as writer:
         for shard in plan.shards:
-            buffer = writer.buffer()
-            addresses_in_memory.add(buffer["conv1"].data_ptr())
-            buffer["conv1"][:] = shard.number
-            writer.publish(shard, buffer, ShardRecord([str(position) for position in range(shard.start, shard.stop)]))
+            positions = range(shard.start, shard.stop)
+            rows = writer.rows(positions)["conv1"]
+            addresses_in_memory.add(rows.data_ptr())
+            rows[:] = shard.number
+            writer.publish(shard, [(positions, 2)], ShardRecord(list(map(str, positions))))
         writer.finish()
     assert len(addresses_in_memory) == 2
     stored = hookx.open(tmp_path)["conv1"]
@@ -442,10 +443,84 @@ def test_a_run_of_many_shards_fills_no_more_than_two_buffers_and_mixes_none_of_t
 def test_a_shard_handed_over_before_an_error_is_still_written(tmp_path: Path) -> None:
     plan = plan_of(MAPS, 3)
     with pytest.raises(ZeroDivisionError), RunDirectory(tmp_path, plan) as directory:
-        with ShardWriter(directory, capacity=3) as writer:
-            writer.publish(plan.shards[0], writer.buffer(), ShardRecord(["0", "1", "2"]))
+        with ShardWriter(directory, plan.shards) as writer:
+            writer.publish(plan.shards[0], [(range(3), 3)], ShardRecord(["0", "1", "2"]))
             _ = 1 // 0
     assert finished_shards(tmp_path, plan) == [Shard(0, 0, 3)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), image_count=st.integers(1, 20), images_per_shard=st.integers(1, 8), batch=st.integers(1, 5))
+def test_rows_that_unreadable_images_leave_empty_are_closed_up(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory, image_count: int, images_per_shard: int, batch: int
+) -> None:
+    plan = plan_of((LayerSpec("fc", (3,), "int64"), LayerSpec("none", (0,), "float32")), image_count, images_per_shard)
+    readable = [data.draw(st.booleans()) for _ in range(image_count)]
+    path = tmp_path_factory.mktemp("run")
+    with RunDirectory(path, plan) as directory, ShardWriter(directory, plan.shards) as writer:
+        for shard in plan.shards:
+            record, filled = ShardRecord(sizes_bytes=[0] * len(shard)), []
+            for positions in shard.batches(batch):
+                read = [position for position in positions if readable[position]]
+                for place, position in enumerate(read):
+                    writer.rows(positions)["fc"][place] = position
+                filled.append((positions, len(read)))
+                record.keys += [f"{position:02}" for position in read]
+                record.failures += [(f"{position:02}", "cut") for position in positions if not readable[position]]
+            writer.publish(shard, filled, record)
+        writer.finish()
+    assert hookx.open(path)["fc"][:].tolist() == [[n] * 3 for n in range(image_count) if readable[n]]
+
+
+def test_a_forked_process_fills_rows_that_are_stored_and_waits_until_their_buffer_is_free(tmp_path: Path) -> None:
+    plan = plan_of((LayerSpec("fc", (3,), "float32"),), 8, 2)  # four shards for two buffers
+    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards) as writer:
+        filled = multiprocessing.get_context("fork").SimpleQueue()
+
+        def fill() -> None:
+            directory.release()
+            for shard in plan.shards:
+                writer.rows(range(shard.start, shard.stop))["fc"][:] = shard.number
+                filled.put(shard.number)
+
+        worker = multiprocessing.get_context("fork").Process(target=fill)
+        worker.start()
+        assert [filled.get(), filled.get()] == [0, 1]
+        time.sleep(0.2)
+        assert filled.empty()  # The third shard has no buffer before the first one is written.
+        for shard in plan.shards:
+            if shard.number > 1:
+                assert filled.get() == shard.number
+            positions = range(shard.start, shard.stop)
+            writer.publish(shard, [(positions, 2)], ShardRecord(list(map(str, positions))))
+        writer.finish()
+        worker.join()
+    assert hookx.open(tmp_path)["fc"][:][:, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_process_that_waits_for_a_buffer_ends_when_the_run_was_killed(tmp_path: Path) -> None:
+    plan = plan_of((LayerSpec("fc", (3,), "float32"),), 3, 1)
+    ready = multiprocessing.get_context("fork").SimpleQueue()
+
+    def run() -> None:
+        with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards) as writer:
+
+            def wait() -> None:
+                ready.put(os.getpid())
+                writer.rows(range(2, 3))
+
+            multiprocessing.get_context("fork").Process(target=wait).start()
+            time.sleep(60)
+
+    run_process = multiprocessing.get_context("fork").Process(target=run)
+    run_process.start()
+    waiting = Path(f"/proc/{ready.get()}/stat")
+    run_process.kill()
+    run_process.join()
+    deadline = time.monotonic() + 10
+    while waiting.exists() and waiting.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline, "it waits for ever"
+        time.sleep(0.05)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------

@@ -17,12 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from a_hub import hub
-from hookx.decoding import decode
 from hookx.errors import ModelError
 from hookx.models import ModelOptions, list_models, load_model, skeleton, weights_of
 from hookx.models.hub import tensors_only
 from hookx.models.preprocessing import square_side_px
-from second_route import captured_of
+from second_route import captured_of, input_of
 
 timm = pytest.importorskip("timm", reason="the extra timm is not installed")
 from huggingface_hub import constants  # noqa: E402
@@ -109,7 +108,7 @@ def test_the_preprocessing_is_timms_own_bit_for_bit(name: str, photos: Path) -> 
     for file in sorted(photos.rglob("*.jpg"))[:3]:
         with Image.open(file) as image:
             expected = transform(image.convert("RGB"))
-        assert torch.equal(decode(str(file), loaded.preprocessing)[0], expected)
+        assert torch.equal(input_of(file, loaded.preprocessing), expected)
 
 
 def test_what_a_plan_cannot_say_is_timms_own_transform_with_its_configuration_in_the_plan(photos: Path) -> None:

@@ -1,4 +1,4 @@
-"""A list of images -> batches of pixels, by processes that decode ahead of the consumer.
+"""A list of images -> batches of pixels, by processes that decode ahead of the consumer, or consume them themselves.
 
 A file can make a decoder hang, or crash the process that it runs in. That costs the one image: the process notes which
 image it has in hand, and where it dies, the image is a failure and all processes are started again without it.
@@ -14,9 +14,10 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -41,14 +42,17 @@ _POLL_SECONDS = 0.2
 class Batch:
     """Decoded images, in the order of their positions; those that could not be read are in `failures`.
 
-    `pixels_NCHW` is float32, or None when no image of the batch could be read.
+    `pixels_NCHW`, as `decode` returns them, is None when no image of the batch could be read, or when they have been
+    consumed: `outcome` is what came of that.
     """
 
     positions: range
     pixels_NCHW: Tensor | None
+    outcome: Any
     keys: list[str]
     failures: list[tuple[str, str]]  # (key, reason)
     rotations_ignored: int
+    seconds: float  # of decoding
 
 
 def batches(
@@ -61,12 +65,14 @@ def batches(
     pin_memory: bool = False,
     in_worker: Callable[[], None] = lambda: None,
     transform: Callable[[Image], Tensor] | None = None,
+    consume: Callable[[range, Tensor], Any] | None = None,
 ) -> Generator[Batch]:
     """Decode the given ranges of positions, one batch a range, in order, `workers` processes ahead of the consumer.
 
     An image that takes longer than `decode_timeout_seconds` (0: any time), or that crashes its process, is a failure
     like any other. Without workers there is no such protection: this process decodes. `in_worker` runs once in each
-    decoding process. `transform` is a model's own preprocessing, in place of what `preprocessing` says.
+    worker. `transform` is a model's own preprocessing, in place of what `preprocessing` says. `consume` is called with
+    the positions and the pixels of each batch, in the process that decoded them, before it decodes the next.
 
     Raises:
         ImageError: (while iterating) a decoding process died, and no image is to blame.
@@ -75,7 +81,7 @@ def batches(
 
     def start(first: int) -> _Processes:
         dataset = _Batches(
-            images, positions[first:], preprocessing, transform, reasons, decode_timeout_seconds, workers
+            images, positions[first:], preprocessing, transform, consume, reasons, decode_timeout_seconds, workers
         )
         return _Processes(dataset, workers=workers, pin_memory=pin_memory, in_worker=in_worker)
 
@@ -103,6 +109,8 @@ class _Decoded:
     """What a decoding process hands over. No keys: a message of up to 4,096 bytes is never left half written."""
 
     pixels_NCHW: Tensor | None = None
+    outcome: Any = None
+    seconds: float = 0.0
     reasons: dict[int, str] = field(default_factory=dict)  # of the positions that could not be read
     rotations_ignored: int = 0
 
@@ -115,9 +123,11 @@ def _batch(images: ImageList, positions: range, decoded: _Decoded) -> Batch:
     return Batch(
         positions=positions,
         pixels_NCHW=decoded.pixels_NCHW,
+        outcome=decoded.outcome,
         keys=[images.keys[position] for position in positions if position not in decoded.reasons],
         failures=[(images.keys[position], reason) for position, reason in decoded.reasons.items()],
         rotations_ignored=decoded.rotations_ignored,
+        seconds=decoded.seconds,
     )
 
 
@@ -130,12 +140,13 @@ class _Batches(Dataset[_Decoded]):
         positions: Sequence[range],
         preprocessing: Preprocessing,
         transform: Callable[[Image], Tensor] | None,
+        consume: Callable[[range, Tensor], Any] | None,
         reasons: Mapping[int, str],
         timeout_seconds: float,
         workers: int,
     ) -> None:
         self.images, self.positions = images, positions
-        self.preprocessing, self.transform = preprocessing, transform
+        self.preprocessing, self.transform, self.consume = preprocessing, transform, consume
         self.reasons, self.timeout_seconds = reasons, timeout_seconds
         # In shared memory, a row a process: its id, and the position that it has in hand.
         self.in_hand = torch.full((workers, 2), _NOTHING).share_memory_()
@@ -144,7 +155,7 @@ class _Batches(Dataset[_Decoded]):
         return len(self.positions)
 
     def __getitem__(self, number: int) -> _Decoded:
-        batch, pixels = _Decoded(), []
+        batch, pixels, start = _Decoded(), [], time.perf_counter()
         for position in self.positions[number]:
             if position in self.reasons:
                 batch.reasons[position] = self.reasons[position]
@@ -159,8 +170,13 @@ class _Batches(Dataset[_Decoded]):
                 pixels.append(pixels_CHW)
                 batch.rotations_ignored += rotation_ignored
             self._take_in_hand(_NOTHING)
-        if pixels:
-            batch.pixels_NCHW = _stacked(pixels)
+        pixels_NCHW = _stacked(pixels) if pixels else None
+        batch.seconds = time.perf_counter() - start
+        if self.consume is None or pixels_NCHW is None:
+            batch.pixels_NCHW = pixels_NCHW if get_worker_info() is None else _shared(pixels_NCHW)
+        else:
+            with _interruptible():
+                batch.outcome = self.consume(self.positions[number], pixels_NCHW)
         return batch
 
     def _take_in_hand(self, position: int) -> None:
@@ -181,12 +197,33 @@ class _Batches(Dataset[_Decoded]):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let the alarm's signal end this process, as it may while an image is in hand: `_Processes.end` sends it."""
+    if get_worker_info() is None:
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+
+
 def _stacked(pixels: list[Tensor]) -> Tensor:
     try:
-        pixels_NCHW = torch.stack(pixels)
-        # Shared here: the queue's thread would do it while an image is in hand, and that would be blamed if it crashes.
-        return pixels_NCHW if get_worker_info() is None else pixels_NCHW.share_memory_()
+        if pixels[0].dtype == torch.uint8:  # Channels stay innermost, as they were decoded.
+            return torch.stack([pixels_CHW.permute(1, 2, 0) for pixels_CHW in pixels]).permute(0, 3, 1, 2)
+        return torch.stack(pixels)
     except RuntimeError as error:  # torch's only word for it
+        raise MemoryError(str(error)) from None
+
+
+def _shared(pixels_NCHW: Tensor | None) -> Tensor | None:
+    # Shared here: the queue's thread would do it while an image is in hand, and that would be blamed if it crashes.
+    try:
+        return pixels_NCHW if pixels_NCHW is None else pixels_NCHW.share_memory_()
+    except RuntimeError as error:
         raise MemoryError(str(error)) from None
 
 
@@ -240,7 +277,7 @@ class _Processes:
             position = in_hand.get(process.pid, _NOTHING)
             how = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
             if position == _NOTHING or not (exit_code >= 0 or -exit_code in (signal.SIGALRM, *_CRASHES)):
-                raise _out_of_memory(f"a decoding process died: {how}")
+                raise _out_of_memory(f"a worker died: {how}")
             if exit_code == -signal.SIGALRM:
                 fatal[position] = f"took longer than {self._dataset.timeout_seconds:g} s to decode"
             else:
@@ -256,6 +293,7 @@ class _Processes:
             # What the loader does when it is deleted. Here it may be kept alive, by the traceback of an exception.
             self._batches._shutdown_workers()  # type: ignore[attr-defined]
         for process in self._processes:
+            process.kill()  # What is left of it must not write where others do; stuck in the kernel, it no longer can.
             process.join(timeout=1)
 
 

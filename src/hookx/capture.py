@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hookx.errors import CaptureError, LayerError, NotCapturedError, UsageError
 from hookx.hooks import (
+    MEMORY_FORMATS,
     ForwardIsDone,
     Parts,
     Taps,
@@ -26,6 +27,7 @@ from hookx.hooks import (
     modules_of,
     parameter_count,
     reduce,
+    shares_memory,
     tensors_given,
     tensors_in,
 )
@@ -59,10 +61,12 @@ class RowCapture:
         *,
         device: torch.device,
         precision: str,
+        memory_format: str = "contiguous",
         forward: Callable[[Tensor], Any] | None = None,
     ) -> None:
-        self.device, self.precision = device, precision
+        self.device, self.precision, self.memory_format = device, precision, memory_format
         self._forward = model if forward is None else forward
+        self._copies = _GPUCopies(device) if device.type == "cuda" else None
         self._tallies: dict[str, dict[str, list[Tensor]]] = {}
         self._targets: dict[tuple[str, int, bool], dict[Parts, list[Target]]] = {}
         for target in targets:
@@ -86,17 +90,39 @@ class RowCapture:
         self._taps.detach_all()
 
     def run(self, pixels_NCHW: Tensor, rows: Mapping[str, Tensor]) -> None:
-        """Run one batch; `rows` holds for every address a tensor (images of the batch, *shape) to write into."""
+        """Run one batch; `rows` holds for every address a tensor (images of the batch, *shape) to write into.
+
+        The pixels are on the device already. On a GPU the rows are there only after `wait`.
+        """
+        pixels_NCHW = pixels_NCHW.contiguous(memory_format=MEMORY_FORMATS[self.memory_format])
         self._rows, self._remaining = rows, set(self._targets)
         self._tallies_of_pass = []
+        if self._copies is not None:
+            self._copies.begin_pass()
         self._taps.begin_pass()
         with inference(self.device, self.precision), contextlib.suppress(ForwardIsDone):
             self._forward(pixels_NCHW)
         if self._remaining:
             missing = next(iter(self._targets[min(self._remaining)].values()))[0].address
             raise CaptureError(f"'{missing}' did not run in this batch, though the probe saw it")
+        if self._copies is not None:
+            self._copies.end_pass()
         for address, what, tally in self._tallies_of_pass:  # Only now: a pass that failed is run again in parts.
             self._tallies.setdefault(address, {}).setdefault(what, []).append(tally)
+
+    def wait(self) -> None:
+        """Wait until the rows of all passes are there; on a GPU the copies are only queued."""
+        if self._copies is not None:
+            self._copies.wait()
+
+    @property
+    def gpu_seconds(self) -> float:
+        """How long the passes took on a GPU, which the process that asks for them does not notice."""
+        return self._copies.model_seconds if self._copies else 0.0
+
+    @property
+    def gpu_copying_seconds(self) -> float:
+        return self._copies.copying_seconds if self._copies else 0.0
 
     def _on_enter(self, path: str, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if call >= self._calls[path]:
@@ -166,8 +192,73 @@ class RowCapture:
             stored = value.to(rows.dtype)
             self._tally(str(target.address), value, stored)
             value = stored
-        # This copy is the snapshot: whatever overwrites `tensor` later in the pass comes after it in stream order.
-        rows.copy_(value, non_blocking=self.device.type == "cuda")
+        # This copy is the snapshot, to which nothing that overwrites `tensor` later in the pass can reach.
+        if self._copies is not None:
+            self._copies.copy(rows, value, is_live=shares_memory(value, tensor))
+        else:
+            _copy(rows, value)
+
+
+def _copy(rows: Tensor, value: Tensor) -> None:
+    """Copy an activation on the CPU into contiguous rows of the same type."""
+    if value.ndim == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last):
+        # One image is a matrix (pixels, channels) to transpose, which torch does in blocks that fit the cache.
+        for row_CHW, value_CHW in zip(rows, value, strict=True):
+            row_CHW.flatten(1).copy_(value_CHW.permute(1, 2, 0).flatten(0, 1).t())
+    else:
+        rows.copy_(value)
+
+
+class _GPUCopies:
+    """Copies from a GPU to pinned memory, on a stream of their own, beside the passes that follow.
+
+    A live activation is first copied on the GPU, in the order of the pass: an in-place operation after it then cannot
+    reach what is still on its way. At most two passes are on their way, so that those copies take bounded memory.
+    """
+
+    _PASSES_ON_THEIR_WAY = 2
+
+    def __init__(self, device: torch.device) -> None:
+        self.model_seconds = self.copying_seconds = 0.0
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._begin = self._now()
+        self._copies: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._passes: deque[tuple[torch.cuda.Event, torch.cuda.Event, list[Any]]] = deque()
+
+    def begin_pass(self) -> None:
+        self._begin, self._copies = self._now(), []
+
+    def copy(self, rows: Tensor, value: Tensor, *, is_live: bool) -> None:
+        snapshot = value.clone(memory_format=torch.contiguous_format) if is_live else value.contiguous()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            begin = self._now()
+            rows.copy_(snapshot, non_blocking=True)
+            self._copies.append((begin, self._now()))
+        snapshot.record_stream(self._stream)  # Its memory is not given to others before it has been copied.
+
+    def end_pass(self) -> None:
+        self._passes.append((self._begin, self._now(), self._copies))
+        if len(self._passes) > self._PASSES_ON_THEIR_WAY:
+            self._finish_oldest()
+
+    def wait(self) -> None:
+        while self._passes:
+            self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        begin, end, copies = self._passes.popleft()
+        end.synchronize()
+        self.model_seconds += begin.elapsed_time(end) / 1000
+        for begin, end in copies:
+            end.synchronize()
+            self.copying_seconds += begin.elapsed_time(end) / 1000
+
+    def _now(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
 
 # --- out of your own forward passes --------------------------------------------------------------------------------

@@ -180,15 +180,16 @@ def extract(
         "features"
     ),
     batch_size: Annotated[
-        int, typer.Option("-b", "--batch-size", help="Images a forward pass.", **_variable("BATCH_SIZE"))
-    ] = 32,
+        str,
+        typer.Option("-b", "--batch-size", help="Images a forward pass: a number, or auto.", **_variable("BATCH_SIZE")),
+    ] = "auto",
     device: Annotated[
         str, typer.Option("-d", "--device", help="auto, cpu, cuda, cuda:1 or mps.", **_variable("DEVICE"))
     ] = "auto",
     workers: Annotated[
         int | None,
         typer.Option(
-            "-j", "--workers", min=0, help="Decoding processes; default from the cores.", **_variable("WORKERS")
+            "-j", "--workers", min=0, help="Worker processes; default from the cores.", **_variable("WORKERS")
         ),
     ] = None,
     decode_timeout: Annotated[
@@ -204,10 +205,18 @@ def extract(
     precision: Annotated[
         str, typer.Option("--precision", help="Arithmetic: fp32, bf16 or fp16.", **_variable("PRECISION"))
     ] = "fp32",
+    memory_format: Annotated[
+        str,
+        typer.Option("--memory-format", help="contiguous, channels_last or auto.", **_variable("MEMORY_FORMAT")),
+    ] = "auto",
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="Stored type: fp32, fp16, bf16; default: as returned.", **_variable("DTYPE")),
     ] = None,
+    decode: Annotated[
+        str,
+        typer.Option("--decode", help="exact, or fast: large JPEGs at reduced scale.", **_variable("DECODE")),
+    ] = "exact",
     resize: Annotated[
         int | None, typer.Option("--resize", help="Shorter side after resizing, in pixels.", **_variable("RESIZE"))
     ] = None,
@@ -277,7 +286,9 @@ def extract(
             workers=workers,
             decode_timeout=decode_timeout,
             precision=precision,
+            memory_format=memory_format,
             dtype=dtype,
+            decode=decode,
             resize=resize,
             crop=crop,
             mean=_numbers("--mean", mean),

@@ -22,8 +22,10 @@ import torch
 from hookx.batches import DECODE_TIMEOUT_SECONDS
 from hookx.batches import batches as decoded_batches
 from hookx.capture import RowCapture, stored_dtype
+from hookx.choices import chosen_batch_size, chosen_device, chosen_memory_format, chosen_workers
+from hookx.decoding import model_input
 from hookx.errors import HookxError, ImageError, StoreError, UsageError
-from hookx.hooks import PRECISIONS, module_classes
+from hookx.hooks import MEMORY_FORMATS, PRECISIONS, module_classes
 from hookx.images import ImageList, list_images
 from hookx.layers import Layer, Selection, Selector, Target, closest, matched_paths, parse_selectors, select
 from hookx.models import LoadedModel, ModelOptions, load_model, skeleton
@@ -39,7 +41,18 @@ from hookx.plan import (
     parse_bytes,
 )
 from hookx.probe import example_images, probe
-from hookx.store import RunDirectory, ShardRecord, ShardWriter, Totals, check_resumable, finished_shards, read_record
+from hookx.store import (
+    PLAN,
+    RunDirectory,
+    ShardRecord,
+    ShardWriter,
+    Totals,
+    check_resumable,
+    finished_shards,
+    read_plan,
+    read_record,
+)
+from hookx.workers import keep_freed_memory, single_threaded
 
 log = logging.getLogger("hookx")
 
@@ -63,6 +76,14 @@ class Job:
     pending: list[Shard]
 
     @property
+    def workers_compute(self) -> bool:
+        """On the CPU the workers compute what they decode: a small batch each, on one thread.
+
+        Where processes cannot be forked they only decode, as they do beside a GPU, which one process feeds.
+        """
+        return self.device.type == "cpu" and (self.workers == 0 or sys.platform == "linux")
+
+    @property
     def bytes_to_write(self) -> int:
         return sum(map(len, self.pending)) * self.plan.bytes_per_image
 
@@ -73,7 +94,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did. Times are seconds that the run spent on, or waited for, each part."""
+    """What a run did. The seconds of each part are of work, added up over the processes that shared it."""
 
     out: str
     model: str
@@ -89,13 +110,18 @@ class Summary:
     bytes: int  # of activations
     device: str
     precision: str
+    memory_format: str
     batch_size: int
+    workers: int
     rotations_ignored: int
     counts: dict[str, dict[str, int]]  # address -> 'non_finite', 'all_zero' images, 'overflowed', 'flushed' values
     seconds_total: float
     seconds_reading: float
     seconds_model: float
+    seconds_copying: float  # from a GPU
     seconds_writing: float
+    busy: dict[str, float]  # 'reading', 'model', 'copying', 'writing' -> the share of the time for which it worked
+    bound_by: str  # which of them the run waited for
     files: tuple[str, ...]
 
 
@@ -147,12 +173,14 @@ def prepare(
     model_args: Mapping[str, str] | None = None,
     transform: str | None = None,
     exclude: str | Iterable[str] = (),
-    batch_size: int = 32,
+    batch_size: int | str = "auto",
     device: str = "auto",
     workers: int | None = None,
     decode_timeout: float = DECODE_TIMEOUT_SECONDS,
     precision: str = "fp32",
+    memory_format: str = "auto",
     dtype: str | None = None,
+    decode: str = "exact",
     resize: int | None = None,
     crop: int | None = None,
     mean: Sequence[float] | None = None,
@@ -167,16 +195,18 @@ def prepare(
     selectors, excluded = parse_selectors(layers), parse_selectors(exclude)
     if not selectors:
         raise UsageError("no layer is asked for", "name one: --layers avgpool    list them: hookx list-layers MODEL")
-    for name, value in (("batch size", batch_size), ("shard images", shard_images)):
-        if value < 1:
-            raise UsageError(f"the {name} is {value}; it is 1 or more")
+    if shard_images < 1:
+        raise UsageError(f"the shard images are {shard_images}; it is 1 or more")
     if shard_images > IMAGES_PER_SHARD_AT_MOST:
         raise UsageError(f"the shard images are {shard_images:,}; {IMAGES_PER_SHARD_AT_MOST:,} is the most")
     _one_of("precision", precision, list(PRECISIONS))
     _one_of("exif", exif, ["ignore", "apply"])
+    _one_of("way to decode", decode, ["exact", "fast"])
     stored_as = None if dtype is None else _float_dtype(dtype)
     listed = list_images([images] if isinstance(images, str | os.PathLike) else images)
-    chosen_device = resolve_device(device)
+    device_of_run = chosen_device(device)
+    directory = Path(out)
+    begun = read_plan(directory) if (directory / PLAN).exists() else None
 
     # What is wrong with the layers is found on the skeleton, before any weights are built, read or downloaded.
     options = ModelOptions(
@@ -189,7 +219,14 @@ def prepare(
     )
     bare = skeleton(model, weights, options)
     preprocessing = _overridden(
-        bare.preprocessing, resize=resize, crop=crop, mean=mean, std=std, interpolation=interpolation, exif=exif
+        bare.preprocessing,
+        resize=resize,
+        crop=crop,
+        mean=mean,
+        std=std,
+        interpolation=interpolation,
+        exif=exif,
+        decode=decode,
     )
     paths = matched_paths(selectors, module_classes(bare.module), model)
     matched_paths(excluded, module_classes(bare.module), model)
@@ -200,12 +237,24 @@ def prepare(
     log.info("weights: %s", loaded.weights)
     for note in loaded.notes:
         log.info("%s", note)
-    if loaded.cpu_only and chosen_device.type != "cpu":
+    if loaded.cpu_only and device_of_run.type != "cpu":
         if device != "auto":
             raise UsageError(f"{model} has integer layers that run on the CPU only", "write --device cpu")
-        chosen_device = torch.device("cpu")
+        device_of_run = torch.device("cpu")
+    # What was chosen automatically stays what it was: on another device the choice may be another.
+    if begun is not None:
+        batch_size = begun.batch_size if batch_size == "auto" else batch_size
+        memory_format = begun.memory_format if memory_format == "auto" else memory_format
+    batch_size = chosen_batch_size(batch_size, device_of_run, preprocessing.crop_px)
+    memory_format = chosen_memory_format(memory_format, loaded.module, device_of_run, precision)
     selection = place_and_select(
-        loaded, selectors, excluded, crop_px=preprocessing.crop_px, precision=precision, device=chosen_device
+        loaded,
+        selectors,
+        excluded,
+        crop_px=preprocessing.crop_px,
+        precision=precision,
+        memory_format=memory_format,
+        device=device_of_run,
     )
     for left_out in selection.left_out.values():
         log.info("left out: %s", left_out)
@@ -224,14 +273,13 @@ def prepare(
         layers=tuple(specs),
         preprocessing=preprocessing,
         precision=precision,
-        memory_format="contiguous",
+        memory_format=memory_format,
         image_count=len(listed),
         images_sha256=images_sha256(listed.keys, listed.sizes_bytes),
         images_per_shard=images_per_shard(sum(s.bytes_per_image for s in specs), max_shard_bytes, shard_images),
         batch_size=batch_size,
         notes=loaded.notes,
     )
-    directory = Path(out)
     check_resumable(directory, plan)
     finished = {shard.number for shard in finished_shards(directory, plan)}
     pending = [shard for shard in plan.shards if shard.number not in finished]
@@ -242,8 +290,8 @@ def prepare(
         model=loaded,
         images=listed,
         targets=selection.targets,
-        device=chosen_device,
-        workers=min(_default_workers(chosen_device) if workers is None else workers, batches),
+        device=device_of_run,
+        workers=min(chosen_workers(workers, device_of_run), batches),
         decode_timeout_seconds=decode_timeout,
         strict=strict,
         pending=pending,
@@ -264,16 +312,17 @@ def place_and_select(
     *,
     crop_px: int,
     precision: str,
+    memory_format: str,
     device: torch.device,
 ) -> Selection:
-    """Move a model to its device, and probe it there: what the selectors name in it."""
-    loaded.module.to(device)
+    """Move a model to its device and memory format, and probe it there: what the selectors name in it."""
+    loaded.module.to(device).to(memory_format=MEMORY_FORMATS[memory_format])
     # Published weights can lack a module that their architecture has: GoogLeNet's auxiliary classifiers.
     classes = module_classes(loaded.module)
     paths = matched_paths(selectors, classes, loaded.name)
     # Those that the weights did not hold are probed too, for their place in the order of execution.
     paths = list(dict.fromkeys([*paths, *(path for path in classes if _is_within(path, loaded.random_paths))]))
-    examples_NCHW = example_images(loaded.module, crop_px).to(device)
+    examples_NCHW = example_images(loaded.module, crop_px).to(device, memory_format=MEMORY_FORMATS[memory_format])
     try:
         probed = probe(loaded.module, examples_NCHW, paths=paths, precision=precision, forward=loaded.forward)
     except torch.OutOfMemoryError as error:
@@ -307,91 +356,140 @@ def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) ->
     with RunDirectory(job.out, plan) as directory:
         if job.pending:
             _compute(job, directory, clock, progress)
-        with clock.writing:
-            directory.publish_index()  # Written again on a finished run: it is small, and may be missing.
+        directory.publish_index()  # Written again on a finished run: it is small, and may be missing.
     return _summary(job, clock)
 
 
 def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callable[[int], None]) -> None:
-    plan, device = job.plan, job.device
-    on_gpu = device.type == "cuda"
-    positions = [batch for shard in job.pending for batch in shard.batches(plan.batch_size)]
-    # The decoding processes are forked here, before the writer's thread exists.
-    batches = decoded_batches(
-        job.images,
-        positions,
-        plan.preprocessing,
-        workers=job.workers,
-        decode_timeout_seconds=job.decode_timeout_seconds,
-        pin_memory=on_gpu,
-        in_worker=functools.partial(_begin_worker, directory),
-        transform=job.model.transform,
-    )
-    said_aloud, images_at_once = 0, plan.batch_size
+    plan, on_gpu = job.plan, job.device.type == "cuda"
     with (
-        contextlib.closing(batches),
-        ShardWriter(directory, capacity=max(map(len, job.pending)), pin_memory=on_gpu) as writer,
+        single_threaded() if job.device.type == "cpu" else contextlib.nullcontext(),
+        ShardWriter(directory, job.pending, pin_memory=on_gpu) as writer,
         RowCapture(
-            job.model.module, job.targets, device=device, precision=plan.precision, forward=job.model.forward
+            job.model.module,
+            job.targets,
+            device=job.device,
+            precision=plan.precision,
+            memory_format=plan.memory_format,
+            forward=job.model.forward,
         ) as capture,
     ):
-        for shard in job.pending:
-            with clock.writing:
-                buffer = writer.buffer()
-            record = ShardRecord(sizes_bytes=list(job.images.sizes_bytes[shard.start : shard.stop]))
-            for _ in shard.batches(plan.batch_size):
-                with clock.reading:
+        filling = _Filling(job, writer, capture)
+        # The workers are forked here: after the buffers that they share exist, and before the writer's thread does.
+        batches = decoded_batches(
+            job.images,
+            [positions for shard in job.pending for positions in shard.batches(plan.batch_size)],
+            plan.preprocessing,
+            workers=job.workers,
+            decode_timeout_seconds=job.decode_timeout_seconds,
+            pin_memory=on_gpu,
+            in_worker=functools.partial(_begin_worker, directory),
+            transform=job.model.transform,
+            consume=filling if job.workers_compute else None,
+        )
+        failures = _Failures(strict=job.strict)
+        with contextlib.closing(batches):
+            for shard in job.pending:
+                record = ShardRecord(sizes_bytes=list(job.images.sizes_bytes[shard.start : shard.stop]))
+                rows_of_batches = []
+                for positions in shard.batches(plan.batch_size):
                     batch = next(batches)
-                for key, reason in batch.failures:
-                    if job.strict:
-                        raise ImageError(f"cannot read '{key}': {reason}", "leave out --strict to go on without it")
-                    if said_aloud < _FAILURES_SAID_ALOUD:
-                        log.warning("cannot read '%s': %s", key, reason)
-                    said_aloud += 1
-                if batch.pixels_NCHW is not None:
-                    start, stop = len(record.keys), len(record.keys) + len(batch.keys)
-                    rows = {address: tensor[start:stop] for address, tensor in buffer.items()}
-                    with clock.model:
-                        pixels_NCHW = batch.pixels_NCHW.to(device, non_blocking=on_gpu)
-                        images_at_once = _run_in_parts(capture, pixels_NCHW, rows, images_at_once)
-                record.keys += batch.keys
-                record.failures += batch.failures
-                record.rotations_ignored += batch.rotations_ignored
-                progress(len(batch.positions))
-            if on_gpu:
-                with clock.model:
-                    torch.cuda.synchronize(device)  # The copies into the buffer were only queued.
-            record.counts = capture.take_counts()
-            record.made = _made(plan.model, device, min(plan.batch_size, images_at_once))
-            writer.publish(shard, buffer, record)
-        with clock.writing:
+                    writer.check()
+                    failures.say(batch.failures)
+                    filled = batch.outcome
+                    if batch.pixels_NCHW is not None:
+                        filled = filling(positions, batch.pixels_NCHW)
+                    if filled is not None:
+                        if filled.problem:
+                            raise filled.problem
+                        record.add_counts(filled.counts)
+                        clock.model_seconds += filled.seconds
+                    clock.reading_seconds += batch.seconds
+                    rows_of_batches.append((positions, len(batch.keys)))
+                    record.keys += batch.keys
+                    record.failures += batch.failures
+                    record.rotations_ignored += batch.rotations_ignored
+                    progress(len(positions))
+                capture.wait()
+                record.add_counts(capture.take_counts())
+                record.made = _made(plan.model, job.device, min(plan.batch_size, filling.images_at_once))
+                writer.publish(shard, rows_of_batches, record)
             writer.finish()
-    if said_aloud > _FAILURES_SAID_ALOUD:
-        log.warning("and %d more that cannot be read; see failures.csv", said_aloud - _FAILURES_SAID_ALOUD)
+        failures.say_how_many_more()
+        clock.model_seconds += capture.gpu_seconds
+        clock.copying_seconds = capture.gpu_copying_seconds
+        clock.writing_seconds = writer.seconds
+
+
+class _Failures:
+    """Says aloud which images cannot be read, up to a number."""
+
+    def __init__(self, *, strict: bool) -> None:
+        self._strict, self._count = strict, 0
+
+    def say(self, failures: Sequence[tuple[str, str]]) -> None:
+        for key, reason in failures:
+            if self._strict:
+                raise ImageError(f"cannot read '{key}': {reason}", "leave out --strict to go on without it")
+            if self._count < _FAILURES_SAID_ALOUD:
+                log.warning("cannot read '%s': %s", key, reason)
+            self._count += 1
+
+    def say_how_many_more(self) -> None:
+        if self._count > _FAILURES_SAID_ALOUD:
+            log.warning("and %d more that cannot be read; see failures.csv", self._count - _FAILURES_SAID_ALOUD)
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """What became of a batch that went through the model."""
+
+    counts: Mapping[str, Mapping[str, int]]  # as RowCapture takes them
+    seconds: float
+    problem: HookxError | None = None
+
+
+class _Filling:
+    """Pixels of a batch -> its rows of a shard's buffer, in any process that shares the buffers."""
+
+    def __init__(self, job: Job, writer: ShardWriter, capture: RowCapture) -> None:
+        self._preprocessing, self._device = job.plan.preprocessing, job.device
+        self._writer, self._capture = writer, capture
+        self.images_at_once = job.plan.batch_size
+
+    def __call__(self, positions: range, pixels_NCHW: torch.Tensor) -> _Filled:
+        rows = self._writer.rows(positions)
+        start = time.perf_counter()
+        try:
+            on_device = pixels_NCHW.to(self._device, non_blocking=self._device.type == "cuda")
+            self._run_in_parts(model_input(on_device, self._preprocessing), rows)
+        except HookxError as error:  # Returned: on its way out of a worker, an exception is wrapped in other words.
+            return _Filled({}, 0.0, error)
+        if self._device.type == "cuda":  # What it was asked for is still being computed.
+            return _Filled({}, 0.0)
+        return _Filled(self._capture.take_counts(), time.perf_counter() - start)
+
+    def _run_in_parts(self, pixels_NCHW: torch.Tensor, rows: Mapping[str, torch.Tensor]) -> None:
+        """Run a batch, in halves of halves if the device's memory is too small."""
+        start = 0
+        while start < len(pixels_NCHW):
+            stop = min(start + self.images_at_once, len(pixels_NCHW))
+            try:
+                places = {address: tensor[start:stop] for address, tensor in rows.items()}
+                self._capture.run(pixels_NCHW[start:stop], places)
+                start = stop
+            except torch.OutOfMemoryError as error:
+                if stop - start == 1:
+                    raise _out_of_memory(1, error) from None
+                self.images_at_once = (stop - start) // 2
+                log.warning("out of memory with %d images at once: going on with %d", stop - start, self.images_at_once)
 
 
 def _begin_worker(directory: RunDirectory) -> None:
     directory.release()
+    keep_freed_memory()
     # Only the thread that hands tensors over reports here, when the parent was killed in the middle of taking one.
     sys.excepthook = lambda *_: None
-
-
-def _run_in_parts(
-    capture: RowCapture, pixels_NCHW: torch.Tensor, rows: Mapping[str, torch.Tensor], images_at_once: int
-) -> int:
-    """Run a batch, in halves of halves if the device's memory is too small; return how many images it held."""
-    start = 0
-    while start < len(pixels_NCHW):
-        stop = min(start + images_at_once, len(pixels_NCHW))
-        try:
-            capture.run(pixels_NCHW[start:stop], {address: tensor[start:stop] for address, tensor in rows.items()})
-            start = stop
-        except torch.OutOfMemoryError as error:
-            if stop - start == 1:
-                raise _out_of_memory(1, error) from None
-            images_at_once = (stop - start) // 2
-            log.warning("out of memory with %d images at once: going on with %d", stop - start, images_at_once)
-    return images_at_once
 
 
 def _out_of_memory(images_at_once: int, error: torch.OutOfMemoryError) -> HookxError:
@@ -421,70 +519,55 @@ def _summary(job: Job, clock: _Clock) -> Summary:
         bytes=totals.rows * plan.bytes_per_image,
         device=_device_name(job.device),
         precision=plan.precision,
+        memory_format=plan.memory_format,
         batch_size=plan.batch_size,
+        workers=job.workers,
         rotations_ignored=totals.rotations_ignored,
         counts=totals.counts,
         seconds_total=round(clock.total_seconds, 3),
-        seconds_reading=round(clock.reading.seconds, 3),
-        seconds_model=round(clock.model.seconds, 3),
-        seconds_writing=round(clock.writing.seconds, 3),
+        seconds_reading=round(clock.reading_seconds, 3),
+        seconds_model=round(clock.model_seconds, 3),
+        seconds_copying=round(clock.copying_seconds, 3),
+        seconds_writing=round(clock.writing_seconds, 3),
+        busy=clock.busy(job),
+        bound_by=clock.bound_by(job),
         files=tuple(str(job.out / plan.shard_file(shard)) for shard in plan.shards),
     )
 
 
-class _Stopwatch:
-    """Adds up the time spent inside its `with` blocks."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._start
-
-
 class _Clock:
+    """Seconds of work, by part, and what they say of the whole."""
+
     def __init__(self) -> None:
-        self.reading, self.model, self.writing = _Stopwatch(), _Stopwatch(), _Stopwatch()
+        self.reading_seconds = self.model_seconds = self.copying_seconds = self.writing_seconds = 0.0
         self._start = time.perf_counter()
 
     @property
     def total_seconds(self) -> float:
         return time.perf_counter() - self._start
 
+    def busy(self, job: Job) -> dict[str, float]:
+        workers = max(job.workers, 1)
+        shares = {
+            "reading": self.reading_seconds / workers,
+            "model": self.model_seconds / (workers if job.workers_compute else 1),
+            "copying": self.copying_seconds,
+            "writing": self.writing_seconds,
+        }
+        return {part: round(seconds / self.total_seconds, 3) for part, seconds in shares.items()}
+
+    def bound_by(self, job: Job) -> str:
+        busy = self.busy(job)
+        if job.workers_compute and busy["reading"] + busy["model"] > busy["writing"]:
+            del busy["writing"]  # Reading and model share the workers, and together are what is waited for.
+        return max(busy, key=lambda part: busy[part])
+
 
 # --- choices -------------------------------------------------------------------------------------------------------
 
 
-def resolve_device(name: str) -> torch.device:
-    """Turn 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps' into a device; `UsageError` for one that is absent."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            name = "cuda"
-        elif torch.backends.mps.is_available():
-            name = "mps"
-        else:
-            name = "cpu"
-    present = ["cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
-    if torch.cuda.is_available():
-        present += ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-    if name not in present:
-        raise UsageError(
-            f"there is no device '{name}' here; there is: {', '.join(present)}", "or let hookx choose: --device auto"
-        )
-    return torch.device(name)
-
-
 def _device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-
-
-def _default_workers(device: torch.device) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # On the CPU the forward pass needs the cores itself, and decoding is the lighter half.
-    return max(1, cores // 2 if device.type == "cpu" else cores - 1)
 
 
 def _float_dtype(name: str) -> str:
@@ -507,12 +590,14 @@ def _overridden(
     std: Sequence[float] | None,
     interpolation: str | None,
     exif: str,
+    decode: str,
 ) -> Preprocessing:
     """Return the preprocessing of the weights with what the user asked for instead."""
-    if preprocessing.custom and any(value is not None for value in (resize, crop, mean, std, interpolation)):
+    changes = any(value is not None for value in (resize, crop, mean, std, interpolation)) or decode != "exact"
+    if preprocessing.custom and changes:
         raise UsageError(
             f"this model brings a preprocessing of its own ({preprocessing}), which no option can change",
-            "leave out --resize, --crop, --mean, --std and --interpolation",
+            "leave out --resize, --crop, --mean, --std, --interpolation and --decode",
         )
     asked: dict[str, Any] = {
         "resize_px": resize,
@@ -520,8 +605,10 @@ def _overridden(
         "mean": mean and tuple(map(float, mean)),
         "std": std and tuple(map(float, std)),
         "interpolation": interpolation,
+        "exif": exif,
+        "decode": decode,
     }
-    changed = dataclasses.replace(preprocessing, exif=exif, **{k: v for k, v in asked.items() if v is not None})
+    changed = dataclasses.replace(preprocessing, **{k: v for k, v in asked.items() if v is not None})
     if min(changed.resize_px, changed.crop_px) < 1 or changed.crop_px > changed.resize_px:
         raise UsageError(
             f"cannot crop {changed.crop_px} pixels out of {changed.resize_px}", "give both: --resize 256 --crop 224"

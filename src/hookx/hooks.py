@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hookx.layers import Reduction, TensorInfo
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def module_classes(model: nn.Module) -> dict[str, str]:
@@ -102,6 +103,17 @@ def batch_first(tensor: Tensor, info: TensorInfo) -> Tensor:
         return tensor.unflatten(0, (-1, info.rows_per_image))
     assert info.batch_dim is not None
     return tensor.movedim(info.batch_dim, 0)
+
+
+def shares_memory(one: Tensor, other: Tensor) -> bool:
+    """Say whether writing to one tensor can change the other.
+
+    Example:
+        >>> maps = torch.ones(2, 3)
+        >>> shares_memory(maps, maps[0]), shares_memory(maps, maps + 1)
+        (True, False)
+    """
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

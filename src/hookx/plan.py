@@ -68,6 +68,7 @@ class Preprocessing:
         exif: 'ignore' (as the published preprocessing does) or 'apply' the rotation that a camera recorded.
         custom: what a model's own transform does, where the fields above cannot say it; of those only `crop_px` (the
             side of its output) and `exif` then mean something.
+        decode: 'exact', or 'fast': a JPEG at 1/2, 1/4 or 1/8 of its size where that is still large enough.
     """
 
     resize_px: int
@@ -78,6 +79,7 @@ class Preprocessing:
     antialias: bool = True
     exif: str = "ignore"
     custom: str = ""
+    decode: str = "exact"
 
     def __str__(self) -> str:
         if self.custom:
@@ -85,7 +87,9 @@ class Preprocessing:
             return f"{what}, {self.crop_px} x {self.crop_px}" + (", EXIF applied" * (self.exif == "apply"))
         return (
             f"resize {self.resize_px} ({self.interpolation}), crop {self.crop_px}, "
-            f"mean {_numbers(self.mean)}, std {_numbers(self.std)}" + (", EXIF applied" * (self.exif == "apply"))
+            f"mean {_numbers(self.mean)}, std {_numbers(self.std)}"
+            + (", EXIF applied" * (self.exif == "apply"))
+            + (", decoded fast" * (self.decode == "fast"))
         )
 
 
@@ -175,8 +179,9 @@ class Plan:
         """The fields that the fingerprint covers, as plain JSON values."""
         fields = asdict(self)
         del fields["batch_size"], fields["notes"]
-        if not self.preprocessing.custom:
-            del fields["preprocessing"]["custom"]  # Plans without one keep the fingerprint that they always had.
+        for name, usual in (("custom", ""), ("decode", "exact")):
+            if fields["preprocessing"][name] == usual:
+                del fields["preprocessing"][name]  # Plans without one keep the fingerprint that they always had.
         return dict(json.loads(json.dumps({"format": FORMAT, **fields})))
 
     @cached_property
@@ -325,6 +330,7 @@ def _preprocessing(document: Mapping[str, Any]) -> Preprocessing:
         antialias=bool(document["antialias"]),
         exif=str(document["exif"]),
         custom=str(document.get("custom", "")),
+        decode=str(document.get("decode", "exact")),
     )
 
 

@@ -6,6 +6,7 @@ import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,16 +14,18 @@ import torch
 from torch import Tensor
 
 from hookx.capture import RowCapture
-from hookx.decoding import decode, failure_reason
+from hookx.choices import chosen_device
+from hookx.decoding import decode, failure_reason, model_input
 from hookx.errors import ShardError, StoreError, UsageError
-from hookx.extraction import place_and_select, resolve_device
-from hookx.hooks import PRECISIONS
+from hookx.extraction import place_and_select
+from hookx.hooks import MEMORY_FORMATS, PRECISIONS
 from hookx.images import list_images
 from hookx.layers import Selector
 from hookx.models import LoadedModel, ModelOptions, list_models, load_model
 from hookx.plan import LayerSpec, Plan, Shard, key_bytes
 from hookx.store import ShardRecord, open_shard, present_shards, read_plan, read_record
 from hookx.verification import Problem
+from hookx.workers import single_threaded
 
 # Another order of the same sums, as a share of the row's largest magnitude. Between devices the arithmetic differs too
 # (TensorFloat-32 has the 10 bits of a half).
@@ -100,19 +103,22 @@ def recompute(
     plan = read_plan(path)
     if plan.precision not in PRECISIONS:
         raise StoreError(f"{path}/ was computed in '{plan.precision}', which this hookx does not know")
+    if plan.memory_format not in MEMORY_FORMATS:
+        raise StoreError(f"{path}/ was computed in '{plan.memory_format}', which this hookx does not know")
     chosen = _choose(path, plan, count, random.Random(seed))
     listed = list_images([images] if isinstance(images, str | os.PathLike) else images)
     files = dict(zip(listed.keys, listed.files, strict=True))
     loaded = _load_again(plan, model, weights, options)
-    chosen_device = resolve_device(device)
-    if loaded.cpu_only and chosen_device.type != "cpu":
+    on_device = chosen_device(device)
+    if loaded.cpu_only and on_device.type != "cpu":
         raise UsageError(f"{plan.model} has integer layers that run on the CPU only", "write --device cpu")
     selection = place_and_select(
         loaded,
         [Selector.parse(layer.address) for layer in plan.layers],
         crop_px=plan.preprocessing.crop_px,
         precision=plan.precision,
-        device=chosen_device,
+        memory_format=plan.memory_format,
+        device=on_device,
     )
     if {str(target.address): target.shape for target in selection.targets} != {
         layer.address: layer.shape for layer in plan.layers
@@ -121,9 +127,17 @@ def recompute(
 
     rows: list[RecomputedRow] = []
     problems: list[Problem] = []
-    with RowCapture(
-        loaded.module, selection.targets, device=chosen_device, precision=plan.precision, forward=loaded.forward
-    ) as capture:
+    with (
+        single_threaded() if on_device.type == "cpu" else nullcontext(),
+        RowCapture(
+            loaded.module,
+            selection.targets,
+            device=on_device,
+            precision=plan.precision,
+            memory_format=plan.memory_format,
+            forward=loaded.forward,
+        ) as capture,
+    ):
         for shard, numbers in chosen.items():
             file, record = plan.shard_file(shard), read_record(path, plan, shard)
             for batch in _batches(plan, shard, record, numbers):
@@ -132,7 +146,7 @@ def recompute(
                 except StoreError as error:
                     problems += [Problem(file, f"row {row:,}: {error}") for row in batch.rows]
                     continue
-                computed = _computed(capture, pixels_NCHW.to(chosen_device), plan)
+                computed = _computed(capture, pixels_NCHW.to(on_device), plan)
                 for row in batch.rows:
                     key = record.keys[row]
                     place = batch.keys.index(key)
@@ -141,7 +155,7 @@ def recompute(
                         for layer in plan.layers
                     }
                     rows.append(RecomputedRow(file, row, key, deviations))
-                    on_another_device = str(record.made.get("device")).split(":")[0].split()[0] != chosen_device.type
+                    on_another_device = str(record.made.get("device")).split(":")[0].split()[0] != on_device.type
                     for layer in plan.layers:
                         allowed = _rounding(plan, layer, on_another_device)
                         if not deviations[layer.address] <= allowed:
@@ -152,7 +166,7 @@ def recompute(
                                     f"{deviations[layer.address]:.1e} of its largest value (rounding: {allowed:.0e})",
                                 )
                             )
-    return Recomputation(str(chosen_device), tuple(rows), tuple(problems))
+    return Recomputation(str(on_device), tuple(rows), tuple(problems))
 
 
 def _choose(path: Path, plan: Plan, count: int, generator: random.Random) -> dict[Shard, list[int]]:
@@ -239,9 +253,8 @@ def _computed(capture: RowCapture, pixels_NCHW: Tensor, plan: Plan) -> dict[str,
         layer.address: torch.empty((len(pixels_NCHW), *layer.shape), dtype=getattr(torch, layer.dtype))
         for layer in plan.layers
     }
-    capture.run(pixels_NCHW, computed)
-    if pixels_NCHW.is_cuda:
-        torch.cuda.synchronize(pixels_NCHW.device)
+    capture.run(model_input(pixels_NCHW, plan.preprocessing), computed)
+    capture.wait()
     return computed
 
 

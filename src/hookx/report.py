@@ -97,13 +97,9 @@ def print_summary(summary: Summary) -> None:
         ("shards", f"{shards}; {human_bytes(summary.bytes)} of activations"),
         ("model", f"{summary.model}, weights {summary.weights}"),
         *(("note", note) for note in summary.notes),
-        ("computed", f"{summary.precision} on {summary.device}, batches of {summary.batch_size}"),
+        ("computed", f"{summary.precision} on {summary.device}, {_batches(summary.batch_size, summary.memory_format)}"),
         ("pixels", str(summary.preprocessing)),
-        (
-            "time",
-            f"{summary.seconds_total:.1f} s, {summary.images_computed / summary.seconds_total:.0f} images/s: reading "
-            f"{summary.seconds_reading:.1f}, model {summary.seconds_model:.1f}, writing {summary.seconds_writing:.1f}",
-        ),
+        ("time", _time(summary)),
         ("result", f"{summary.out}/"),
     ]
     if summary.rotations_ignored:
@@ -111,6 +107,18 @@ def print_summary(summary: Summary) -> None:
         facts.insert(1, ("rotation", note))
     facts[1:1] = _values_facts(summary.counts)
     _print_rows(facts)
+
+
+def _batches(batch_size: int, memory_format: str) -> str:
+    return f"batches of {batch_size:,}" + (f", {memory_format}" if memory_format != "contiguous" else "")
+
+
+def _time(summary: Summary) -> str:
+    """Say how fast it was, and for how much of the time each part worked; first the one that the others waited for."""
+    speed = f"{summary.seconds_total:.1f} s, {summary.images_computed / summary.seconds_total:.0f} images/s"
+    parts = sorted(summary.busy, key=lambda part: part != summary.bound_by)
+    busy = [f"{part} {summary.busy[part]:.0%}" for part in parts if round(summary.busy[part], 2)]
+    return f"{speed}; busy: {', '.join(busy)}" if busy else speed
 
 
 def print_job(job: Job) -> None:
@@ -124,7 +132,7 @@ def print_job(job: Job) -> None:
             ("shards", f"{pending}, of up to {plan.images_per_shard:,} images"),
             ("bytes", f"{human_bytes(job.bytes_to_write)} to write, {human_bytes(job.bytes_free)} free"),
             ("model", f"{plan.model}, weights {plan.weights}"),
-            ("computed", f"{plan.precision} on {job.device}, batches of {plan.batch_size}"),
+            ("computed", f"{plan.precision} on {job.device}, {_batches(plan.batch_size, plan.memory_format)}"),
             ("pixels", str(plan.preprocessing)),
             ("result", f"{job.out}/ (nothing was written)"),
         ]
@@ -156,6 +164,7 @@ def job_document(job: Job) -> dict[str, Any]:
         "bytes_free": job.bytes_free,
         "device": str(job.device),
         "precision": plan.precision,
+        "memory_format": plan.memory_format,
         "batch_size": plan.batch_size,
         "workers": job.workers,
         "fingerprint": plan.fingerprint,
@@ -223,7 +232,7 @@ def print_inspection(inspection: Inspection) -> None:
         *_values_facts(inspection.counts),
         ("shards", f"{shards}; {human_bytes(inspection.bytes)} of activations"),
         ("model", f"{plan.model}, weights {plan.weights}"),
-        ("computed", f"{plan.precision}, {plan.memory_format}, batches of {plan.batch_size:,}"),
+        ("computed", f"{plan.precision}, {_batches(plan.batch_size, plan.memory_format)}"),
         *(("made", ", ".join(f"{name} {value}" for name, value in made.items())) for made in inspection.made),
         ("pixels", str(plan.preprocessing)),
         ("plan", plan.fingerprint),

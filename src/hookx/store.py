@@ -11,9 +11,13 @@ import fcntl
 import io
 import itertools
 import json
+import math
+import mmap
 import os
 import re
+import time
 import zlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -30,6 +34,7 @@ from hookx.plan import DTYPES, FORMAT, Plan, Shard
 PLAN, INDEX, FAILURES = "plan.json", "index.csv", "failures.csv"
 ASIDE = ".aside"  # The suffix of a file that is still being written.
 _BUFFERS = 2  # One fills while the other is written.
+_POLL_SECONDS = 0.001  # between looks at whether a buffer is free
 # What is read into memory at once is bounded before it is read: somebody else may have made it. JSON takes up to some
 # 25 times its length as Python objects.
 _PLAN_BYTES_AT_MOST = 16 * 2**20
@@ -47,6 +52,10 @@ class ShardRecord:
     made: dict[str, Any] = field(default_factory=dict)  # the versions, the device and the batch size
     checksums: dict[str, int] = field(default_factory=dict)  # address -> CRC-32 of its bytes in the file
     sizes_bytes: list[int] = field(default_factory=list)  # of the images, rows and failures together, by key
+
+    def add_counts(self, counts: Mapping[str, Mapping[str, int]]) -> None:
+        """Add what was remarkable in a batch."""
+        _add_counts(self.counts, counts)
 
     def to_metadata(self, plan: Plan, shard: Shard) -> dict[str, str]:
         """Return the record as a safetensors file holds it, with a CRC-32 of its own."""
@@ -79,10 +88,14 @@ class Totals:
         self.rows += len(record.keys)
         self.failures += len(record.failures)
         self.rotations_ignored += record.rotations_ignored
-        for address, by_what in record.counts.items():
-            total = self.counts.setdefault(address, {})
-            for what, count in by_what.items():
-                total[what] = total.get(what, 0) + count
+        _add_counts(self.counts, record.counts)
+
+
+def _add_counts(totals: dict[str, dict[str, int]], counts: Mapping[str, Mapping[str, int]]) -> None:
+    for address, by_what in counts.items():
+        total = totals.setdefault(address, {})
+        for what, count in by_what.items():
+            total[what] = total.get(what, 0) + count
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
@@ -401,14 +414,37 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[bytes
 class ShardWriter:
     """Publishes shards in a thread of its own, while the next one is filled. Owns the buffers, of which there are two.
 
+    The buffers lie in memory that processes forked later share: any of them may fill the rows of any batch. A batch
+    has its place by its positions, so nobody needs to know what became of the images before it; rows that unreadable
+    images leave empty are closed up when the shard is published.
+
     Leaving the `with` block waits for the shard that is being written, also after an error: it is finished work.
+
+    Args:
+        directory: where to.
+        shards: what will be published, in this order.
+        pin_memory: buffers that a GPU copies into by itself, which no other process sees.
     """
 
-    def __init__(self, directory: RunDirectory, *, capacity: int, pin_memory: bool = False) -> None:
-        self.directory, self.capacity, self.pin_memory = directory, capacity, pin_memory
+    def __init__(self, directory: RunDirectory, shards: Sequence[Shard], *, pin_memory: bool = False) -> None:
+        self.directory, self.shards = directory, shards
+        self._starts = [shard.start for shard in shards]
+        self.seconds = 0.0  # spent on writing, so far
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hookx-writer")
-        self._free: list[dict[str, Tensor]] = []
-        self._writing: list[tuple[Future[Path], dict[str, Tensor]]] = []
+        self._writing: list[Future[None]] = []
+        self._owner = os.getpid()
+        # For each buffer the number of the shard, among `shards`, that may fill it.
+        self._fills = _shared_empty((_BUFFERS,), torch.int64)
+        self._fills.copy_(torch.arange(_BUFFERS))
+        capacity = max(map(len, shards))
+        allocate = _pinned_empty if pin_memory else _shared_empty
+        self._buffers = [
+            {
+                layer.address: allocate((capacity, *layer.shape), getattr(torch, layer.dtype))
+                for layer in directory.plan.layers
+            }
+            for _ in range(min(_BUFFERS, len(shards)))
+        ]
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -416,30 +452,70 @@ class ShardWriter:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def buffer(self) -> dict[str, Tensor]:
-        """Return a buffer to fill: for every address a tensor (capacity, *shape). Waits until one is free."""
-        if not self._free and len(self._writing) == _BUFFERS:
-            self._finish_oldest()
-        if self._free:
-            return self._free.pop()
-        return {
-            layer.address: torch.empty(
-                (self.capacity, *layer.shape), dtype=getattr(torch, layer.dtype), pin_memory=self.pin_memory
-            )
-            for layer in self.directory.plan.layers
-        }
+    def rows(self, positions: range) -> dict[str, Tensor]:
+        """Return the place of a batch: for every address a tensor (images, *shape). Waits until the buffer is free."""
+        number = self._number(positions.start)
+        is_owner = os.getpid() == self._owner
+        while self._fills[number % _BUFFERS] != number:
+            if is_owner:
+                self.check()
+            elif os.getppid() != self._owner:
+                raise SystemExit  # The run was killed; nobody will free the buffer.
+            time.sleep(_POLL_SECONDS)
+        first = positions.start - self.shards[number].start
+        buffer = self._buffers[number % _BUFFERS]
+        return {address: tensor[first : first + len(positions)] for address, tensor in buffer.items()}
 
-    def publish(self, shard: Shard, buffer: dict[str, Tensor], record: ShardRecord) -> None:
-        """Hand a filled buffer over; the first `len(record.keys)` rows are written."""
-        rows = {address: tensor[: len(record.keys)] for address, tensor in buffer.items()}
-        self._writing.append((self._thread.submit(self.directory.publish, shard, rows, record), buffer))
+    def publish(self, shard: Shard, batches: Sequence[tuple[range, int]], record: ShardRecord) -> None:
+        """Hand a filled shard over: the positions of its batches, and how many rows of each are filled."""
+        self.check()
+        self._writing.append(self._thread.submit(self._write, self._number(shard.start), batches, record))
+
+    def check(self) -> None:
+        """Raise what went wrong in the thread, if anything has."""
+        for future in [future for future in self._writing if future.done()]:
+            future.result()
+            self._writing.remove(future)
 
     def finish(self) -> None:
         """Wait until everything that was handed over is on the disk."""
-        while self._writing:
-            self._finish_oldest()
+        for future in self._writing:
+            future.result()
 
-    def _finish_oldest(self) -> None:
-        future, buffer = self._writing.pop(0)
-        future.result()  # Raises here what went wrong in the thread.
-        self._free.append(buffer)
+    def _number(self, position: int) -> int:
+        return bisect_right(self._starts, position) - 1
+
+    def _write(self, number: int, batches: Sequence[tuple[range, int]], record: ShardRecord) -> None:
+        start = time.perf_counter()
+        shard, buffer = self.shards[number], self._buffers[number % _BUFFERS]
+        filled = [(positions.start - shard.start, count) for positions, count in batches]
+        try:
+            rows = {address: _closed_up(tensor, filled) for address, tensor in buffer.items()}
+            self.directory.publish(shard, rows, record)
+        finally:
+            # Also when it failed: a process that waits for the buffer must not wait for ever.
+            self._fills[number % _BUFFERS] = number + _BUFFERS
+            self.seconds += time.perf_counter() - start
+
+
+def _closed_up(tensor: Tensor, filled: Sequence[tuple[int, int]]) -> Tensor:
+    """Move runs of rows, each a first row and a count, to the front of a tensor, and return them."""
+    end = 0
+    for first, count in filled:
+        if first != end:
+            tensor[end : end + count] = tensor[first : first + count].clone()
+        end += count
+    return tensor[:end]
+
+
+def _shared_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Allocate a tensor that processes forked later share; no file of a /dev/shm that may be small is behind it."""
+    length = math.prod(shape)
+    memory = mmap.mmap(-1, max(length * dtype.itemsize, 1))
+    if not length:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=length).view(shape)
+
+
+def _pinned_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, pin_memory=True)

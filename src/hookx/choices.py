@@ -1,0 +1,91 @@
+"""What a run uses where the user names nothing: device, workers, batch size, memory format. Rules, not measurements.
+
+A measurement comes out differently on a busy machine, and then the same command would store other bits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from hookx.errors import UsageError
+from hookx.hooks import MEMORY_FORMATS
+from hookx.layers import closest
+from hookx.workers import usable_cores
+
+# On the CPU, a batch of 8 images of up to 256 x 256 pixels, and of as many pixels if they are larger: small enough for
+# its activations to stay in the cache, and for each of many workers to have one.
+_BATCH_ON_CPU, _BATCH_ON_CPU_PX = 8, 8 * 256 * 256
+_BATCH_ON_GPU = 64
+
+
+def chosen_device(name: str) -> torch.device:
+    """Turn 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps' into a device; `UsageError` for one that is absent."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        elif torch.backends.mps.is_available():
+            name = "mps"
+        else:
+            name = "cpu"
+    present = ["cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
+    if torch.cuda.is_available():
+        present += ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    if name not in present:
+        raise UsageError(
+            f"there is no device '{name}' here; there is: {', '.join(present)}", "or let hookx choose: --device auto"
+        )
+    return torch.device(name)
+
+
+def chosen_workers(workers: int | None, device: torch.device) -> int:
+    """Return how many worker processes there are: on the CPU they compute, too; beside a GPU they only decode."""
+    if workers is not None:
+        return workers
+    return usable_cores() if device.type == "cpu" else max(1, usable_cores() - 1)
+
+
+def chosen_batch_size(batch_size: int | str, device: torch.device, crop_px: int) -> int:
+    """Return how many images a forward pass takes; `UsageError` for what is neither 'auto' nor 1 or more.
+
+    Example:
+        >>> chosen_batch_size("auto", torch.device("cpu"), 224), chosen_batch_size("auto", torch.device("cpu"), 518)
+        (8, 1)
+    """
+    if batch_size == "auto":
+        if device.type != "cpu":
+            return _BATCH_ON_GPU
+        return max(1, min(_BATCH_ON_CPU, _BATCH_ON_CPU_PX // crop_px**2))
+    try:
+        images = int(batch_size)
+    except ValueError:
+        raise UsageError(f"the batch size is '{batch_size}'; it is a number, or auto") from None
+    if images < 1:
+        raise UsageError(f"the batch size is {images}; it is 1 or more")
+    return images
+
+
+def chosen_memory_format(memory_format: str, module: nn.Module, device: torch.device, precision: str) -> str:
+    """Return 'contiguous' (NCHW) or 'channels_last' (NHWC): the latter for convolutions over overlapping windows.
+
+    Those are what it makes faster: in fp32 on a CPU, in half precision on a GPU. A transformer that cuts an image into
+    patches has none.
+
+    Example:
+        >>> cpu = torch.device("cpu")
+        >>> chosen_memory_format("auto", nn.Conv2d(3, 64, kernel_size=7, stride=2), cpu, "fp32")
+        'channels_last'
+        >>> chosen_memory_format("auto", nn.Conv2d(3, 768, kernel_size=16, stride=16), cpu, "fp32")
+        'contiguous'
+    """
+    if memory_format != "auto":
+        if memory_format not in MEMORY_FORMATS:
+            known = ["auto", *MEMORY_FORMATS]
+            raise UsageError(f"'{memory_format}' is not a memory format; closest: {closest(memory_format, known, 3)}")
+        return memory_format
+    convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
+    overlap = any(math.prod(part.kernel_size) > math.prod(part.stride) for part in convolutions)
+    gains = device.type == "cpu" or (device.type == "cuda" and precision != "fp32")
+    return "channels_last" if overlap and gains else "contiguous"
