@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import json
 import shutil
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,9 +22,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
 import hookx
-from hookx.errors import ImageError, LayerError, StoreError, UsageError
+from hookx.errors import CaptureError, ImageError, LayerError, StoreError, UsageError
 from hookx.extraction import extract, prepare, run
-from hookx.plan import parse_bytes
+from hookx.plan import Plan, parse_bytes
 
 # A forward pass over 32 x 32 pixels takes milliseconds; the traps of a network are the same.
 SMALL: dict[str, Any] = {"weights": "none", "resize": 32, "crop": 32, "workers": 0}
@@ -266,12 +268,79 @@ def test_a_finished_run_computes_nothing(copy: Path, mixed_folder: Path) -> None
     assert {file: file.stat().st_mtime_ns for file in copy.glob("*.safetensors")} == before
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_the_number_of_decoding_processes_changes_no_byte(
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_the_number_of_workers_changes_no_byte(
     finished: Path, mixed_folder: Path, tmp_path: Path, workers: int
 ) -> None:
     extract("resnet18", "conv1,avgpool", mixed_folder, out=tmp_path, **{**CUTS, "workers": workers})
     assert files_of(tmp_path) == files_of(finished)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_b_16", "densenet121"])
+def test_the_number_of_workers_changes_no_bit_of_any_layer_at_full_size(
+    photos: Path, tmp_path: Path, name: str
+) -> None:
+    for workers in (0, 2):
+        extract(name, "type:Conv2d@mean23,type:Linear,.", photos, weights="none", batch_size=3, shard_images=5,
+                workers=workers, out=tmp_path / str(workers))  # fmt: skip
+    assert files_of(tmp_path / "0") == files_of(tmp_path / "2")
+
+
+def test_what_was_chosen_automatically_is_in_the_plan_and_a_resumed_run_keeps_it(
+    thumbnails: Path, tmp_path: Path
+) -> None:
+    def begin(**options: Any) -> Plan:
+        job = prepare("resnet18", "fc", thumbnails, out=tmp_path / "out", shard_images=8, **{**SMALL, **options})
+        run(job)
+        return job.plan
+
+    chosen = begin()
+    assert (chosen.batch_size, chosen.memory_format) == (8, "channels_last")
+    shutil.rmtree(tmp_path / "out")
+    asked = begin(batch_size=3, memory_format="contiguous")
+    before = files_of(tmp_path / "out")
+    (tmp_path / "out" / "shard-00001-of-00003.safetensors").unlink()
+    kept = begin()
+    assert (kept.batch_size, kept.memory_format) == (asked.batch_size, asked.memory_format) == (3, "contiguous")
+    assert files_of(tmp_path / "out") == before
+    with pytest.raises(StoreError, match=r"memory formats differ \(there: contiguous; asked: channels_last\)"):
+        begin(memory_format="channels_last")
+
+
+def test_a_model_that_fails_in_a_worker_says_why_and_keeps_the_shards_there_are(
+    thumbnails: Path, tmp_path: Path
+) -> None:
+    cuts = {"shard_images": 8, "batch_size": 4, "workers": 2}
+    job = prepare("resnet18", "fc", thumbnails, out=tmp_path, **{**SMALL, **cuts})
+    passes = 0
+
+    def turn_wide(module: Any, args: Any, output: Tensor) -> Tensor:
+        nonlocal passes
+        passes += 1
+        return torch.cat([output, output], 1) if passes > 2 else output  # Each of two workers computes three batches.
+
+    job.model.module.get_submodule("fc").register_forward_hook(turn_wide)
+    with pytest.raises(CaptureError, match=r"^'fc' is float32 \[4, 2000\] in this batch; the probe saw") as error:
+        run(job)
+    assert "worker" not in str(error.value)
+    assert len(list(tmp_path.glob("shard-0000[01]-of-00003.safetensors"))) == 2 == len(list(tmp_path.glob("shard-*")))
+
+
+def test_fast_decoding_changes_large_jpegs_a_little_and_nothing_else(thumbnails: Path, tmp_path: Path) -> None:
+    side = np.linspace(0, 6 * np.pi, 1600)
+    wave = np.stack([np.sin(side)[:, None] * np.cos(side[:1200] * k) for k in (1, 2, 3)], 2)
+    Image.fromarray((127 + 120 * wave).astype(np.uint8)).save(tmp_path / "large.jpg", quality=95)
+    shutil.copy(thumbnails / "sky" / "hubble-0.png", tmp_path / "small.png")
+    rows = {}
+    for decode in ("exact", "fast"):
+        options: dict[str, Any] = {"weights": "none", "resize": 64, "crop": 56, "decode": decode, "workers": 0}
+        extract("resnet18", "./in", tmp_path, out=tmp_path / decode, **options)
+        rows[decode] = hookx.open(tmp_path / decode)["./in"][:]
+    deviation = (rows["fast"] - rows["exact"]).abs()
+    assert deviation[0].max() > 0 and deviation[0].mean() < 0.02 and not deviation[1].any()
+    assert json.loads((tmp_path / "fast" / "plan.json").read_text())["preprocessing"]["decode"] == "fast"
+    with pytest.raises(StoreError, match=r"preprocessing differ .*decode fast"):
+        prepare("resnet18", "./in", tmp_path, out=tmp_path / "exact", **options)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,104 @@
+"""What a run uses where the user names nothing follows rules, so that the same command stores the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import get_model
+
+from hookx import workers
+from hookx.choices import chosen_batch_size, chosen_memory_format, chosen_workers
+from hookx.errors import UsageError
+from hookx.workers import keep_freed_memory, single_threaded, usable_cores
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(("crop_px", "images"), [(32, 8), (224, 8), (256, 8), (299, 5), (384, 3), (518, 1), (5000, 1)])
+def test_a_batch_on_the_cpu_is_8_images_or_as_many_as_have_their_pixels(crop_px: int, images: int) -> None:
+    assert chosen_batch_size("auto", CPU, crop_px) == images
+    assert images == 1 or images * crop_px**2 <= 8 * 256**2
+
+
+@pytest.mark.parametrize("asked", [16, "16"])
+def test_a_batch_size_that_is_asked_for_is_taken_on_any_device(asked: int | str) -> None:
+    assert chosen_batch_size(asked, CPU, 518) == chosen_batch_size(asked, CUDA, 518) == 16
+
+
+@pytest.mark.parametrize("asked", [0, "-3", "eight", "1.5", ""])
+def test_a_batch_size_that_is_no_number_of_images_is_refused(asked: int | str) -> None:
+    with pytest.raises(UsageError, match=f"the batch size is '?{asked}'?; it is"):
+        chosen_batch_size(asked, CPU, 224)
+
+
+@pytest.mark.parametrize(
+    ("name", "memory_format"),
+    [
+        ("resnet18", "channels_last"),
+        ("mobilenet_v3_small", "channels_last"),
+        ("convnext_tiny", "channels_last"),  # its 7 x 7 convolutions overlap, its 2 x 2 ones do not
+        ("vit_b_16", "contiguous"),
+        ("swin_t", "contiguous"),
+    ],
+)
+def test_convolutions_over_overlapping_windows_run_in_channels_last(name: str, memory_format: str) -> None:
+    with torch.device("meta"):
+        module = get_model(name, weights=None)
+    assert chosen_memory_format("auto", module, CPU, "fp32") == memory_format
+    assert chosen_memory_format("auto", module, CUDA, "bf16") == memory_format
+    assert chosen_memory_format("auto", module, CUDA, "fp32") == "contiguous"
+    for asked in ("contiguous", "channels_last"):
+        assert chosen_memory_format(asked, module, CPU, "fp32") == asked
+
+
+def test_a_memory_format_that_there_is_not_is_refused() -> None:
+    with pytest.raises(UsageError, match="'nhwc' is not a memory format"):
+        chosen_memory_format("nhwc", nn.Conv2d(3, 3, 3), CPU, "fp32")
+
+
+def test_every_core_computes_on_the_cpu_and_one_is_left_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hookx.choices.usable_cores", lambda: 16)
+    assert (chosen_workers(None, CPU), chosen_workers(None, CUDA), chosen_workers(3, CPU)) == (16, 15, 3)
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("150000 100000", 2), ("20000 100000", 1), ("max 100000", 64), ("", 64)])
+def test_the_quota_of_a_container_bounds_the_cores(
+    quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
+    monkeypatch.setattr(workers, "_CGROUP_LIMIT", tmp_path / "cpu.max")
+    if quota:
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    assert usable_cores() == cores
+
+
+def test_computing_on_one_thread_ends_with_its_block_also_after_an_error() -> None:
+    threads = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), single_threaded():
+        assert torch.get_num_threads() == 1
+        _ = 1 // 0
+    assert torch.get_num_threads() == threads
+
+
+def faults_of_a_worker(prepare: str) -> int:
+    """Count the pages that a fresh process is given while it makes and drops a tensor of 48 MB, ten times."""
+    import subprocess
+    import sys
+
+    code = (
+        "import resource, torch; from hookx.workers import keep_freed_memory\n"
+        f"{prepare}\n"
+        "torch.set_num_threads(1)\nfor _ in range(5): torch.ones(12_000_000)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(10): torch.ones(12_000_000)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def test_a_worker_computes_in_memory_that_it_already_has() -> None:
+    keep_freed_memory()  # Harmless to call anywhere.
+    assert faults_of_a_worker("keep_freed_memory()") < faults_of_a_worker("") / 3
