@@ -262,9 +262,9 @@ def print_export(exported: Export) -> None:
     """Print what was written where."""
     shape = ",".join(map(str, exported.shape))
     _print_rows([(exported.layer, shape, exported.dtype, human_bytes(exported.bytes))])
-    images = f"{exported.shape[0]:,} rows"
+    images = f"{exported.shape[0]:,} stored"
     if exported.failures:
-        images += f"; {exported.failures:,} could not be read, and have none"
+        images += f", {exported.failures:,} could not be read, and are not in it"
     _print_rows([("images", images), *(("result", file) for file in exported.files)])
 
 

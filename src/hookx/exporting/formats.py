@@ -16,9 +16,6 @@ from hookx.exporting.rows import Rows
 from hookx.layers import Address, Reduction
 from hookx.plan import key_bytes
 
-_HDF5_CHUNK_BYTES = 2**20
-
-
 # --- numpy ---------------------------------------------------------------------------------------------------------
 
 
@@ -129,18 +126,32 @@ def write_parquet(path: Path, rows: Rows) -> None:
 
 
 def write_h5(path: Path, rows: Rows) -> None:
-    """Write the datasets `activations`, in chunks of some 1 MiB of rows, and `keys`; attributes say whence."""
+    """Write the datasets `activations` and `keys`, each in one piece; attributes say whence.
+
+    HDF5 lays the file out and hookx fills it, because HDF5 2.0 crashes, sooner or later, in a process in which it once
+    could not write.
+    """
     import h5py
 
-    rows_per_chunk = min(len(rows), rows.rows_per_block, max(1, _HDF5_CHUNK_BYTES // max(1, rows.bytes_per_row)))
-    chunks = (rows_per_chunk, *rows.shape[1:])
-    with h5py.File(path, "x") as file:
-        file.attrs.update(rows.origin)
-        activations = file.create_dataset("activations", rows.shape, rows.dtype, chunks=chunks if all(chunks) else None)
-        keys = file.create_dataset("keys", len(rows), h5py.string_dtype())
-        for span, block in rows.blocks():
-            activations[span] = block
-            keys[span] = list(map(key_bytes, rows.keys[span]))
+    longest = max(1, max((len(key_bytes(key)) for key in rows.keys), default=1))
+    text = h5py.string_dtype(length=longest)
+    with open(path, "xb") as file:
+        file.truncate(rows.nbytes + len(rows) * longest)  # A file system that takes no file so large says so here.
+    layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    with h5py.File(path, "w") as hierarchy:
+        hierarchy.attrs.update(rows.origin)
+        activations = hierarchy.create_dataset("activations", rows.shape, rows.dtype, dcpl=layout).id.get_offset()
+        keys = hierarchy.create_dataset("keys", len(rows), text, dcpl=layout).id.get_offset()
+    with open(path, "r+b") as file:
+        if rows.nbytes:
+            file.seek(activations)
+        for _, block in rows.blocks():
+            file.write(block.data)
+        for span in rows.spans():
+            file.seek(keys + span.start * longest)
+            file.write(np.array(list(map(key_bytes, rows.keys[span])), f"S{longest}").data)
 
 
 def write_zarr(path: Path, rows: Rows) -> None:
@@ -150,9 +161,7 @@ def write_zarr(path: Path, rows: Rows) -> None:
 
     chunks = tuple(max(1, length) for length in (rows.rows_per_block, *rows.shape[1:]))
     group = zarr.create_group(path, zarr_format=3, attributes=dict(rows.origin))
-    # Empty chunks are written because zarr takes -0.0 for empty.
-    options = {"compressors": None, "config": {"write_empty_chunks": True}}
-    activations = group.create_array("activations", shape=rows.shape, dtype=rows.dtype, chunks=chunks, **options)
+    activations = group.create_array("activations", shape=rows.shape, dtype=rows.dtype, chunks=chunks, compressors=None)
     kind = str if rows.keys_are_text else VariableLengthBytes()
     keys = group.create_array("keys", shape=(len(rows),), dtype=kind, chunks=chunks[:1])
     for span, block in rows.blocks():

@@ -74,7 +74,7 @@ def _write_activations(file: BinaryIO, rows: Rows) -> None:
     for part in parts:
         columns = _columns(rows, part_dtype, part, is_last_part=part is parts[-1])
         if math.prod(rows.shape) * part_dtype.itemsize <= 4:
-            file.write(_element(element, b"".join(columns)))
+            file.write(_element(element, b"".join(map(bytes, columns))))
         else:
             with _sized(file, element):
                 file.writelines(columns)
@@ -89,10 +89,11 @@ def _columns(
     """
     places = np.arange(rows.values_per_row).reshape(rows.shape[1:]).ravel(order="F")
     places_per_pass = max(1, _PASS_BYTES // max(1, len(rows) * dtype.itemsize))
-    for start in range(0, len(places), places_per_pass):
+    buffer = np.empty((min(places_per_pass, len(places)), len(rows)), dtype)
+    for start in range(0, max(1, len(places)), places_per_pass):
         some = places[start : start + places_per_pass]
         is_last_pass = is_last_part and start + places_per_pass >= len(places)
-        columns = np.empty((len(some), len(rows)), dtype)
+        columns = buffer[: len(some)]
         for span, block in rows.blocks(is_last_pass=is_last_pass):
             columns[:, span] = part(block.reshape(len(block), -1)[:, some]).T
         yield columns.data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 
 from hookx.features import Activations
 from hookx.plan import key_bytes
+
+log = logging.getLogger("hookx")
 
 _BLOCK_BYTES = 16 * 2**20
 _BLOCK_ROWS = 2**14  # A row can be a single number, and its key is longer than that.
@@ -75,8 +78,11 @@ class Rows:
 
     @cached_property
     def keys_are_text(self) -> bool:
-        """Whether all file names are UTF-8, as nearly all are; what holds text only then holds their bytes."""
-        return not any(re.search("[\udc80-\udcff]", key) for key in self.keys)
+        """Whether all file names are UTF-8, as nearly all are; if not, what can hold text only holds their bytes."""
+        if any(re.search("[\udc80-\udcff]", key) for key in self.keys):
+            log.info("some file names are not UTF-8, so the keys are written as bytes")
+            return False
+        return True
 
     def texts(self, span: slice) -> list[str] | list[bytes]:
         """Return the keys of some rows as texts or, where not every key of the run is one, as bytes."""
