@@ -282,7 +282,7 @@ def test_no_shape_cut_or_size_of_a_block_changes_what_is_read_back(
     keys = [*(f"{row}.jpg" for row in range(rows)), *UNREADABLE]
     write_run(folder / "features", {"layer": values}, keys, rows_per_shard)
     if suffix == ".parquet" and 0 in shape:
-        with pytest.raises(UsageError, match=r"\.parquet holds no empty lists, and layer has no values"):
+        with pytest.raises(UsageError, match="layer has no values, and tables hold some"):
             export(folder / "features", "layer", folder / "a.parquet")
         return
     with pytest.MonkeyPatch.context() as patch:

@@ -18,7 +18,7 @@ import numpy as np
 from hookx.errors import LayerError, StoreError, UsageError
 from hookx.exporting.formats import (
     check_csv,
-    check_parquet,
+    check_table,
     keys_csv,
     keys_file,
     write_csv,
@@ -50,7 +50,7 @@ class _Format:
 _FORMATS = {
     ".npy": _Format(write_npy, has_keys_beside=True),
     ".npz": _Format(write_npz),
-    ".parquet": _Format(write_parquet, check_parquet, needs=("pyarrow", "parquet")),
+    ".parquet": _Format(write_parquet, check_table, needs=("pyarrow", "parquet")),
     ".h5": _Format(write_h5, needs=("h5py", "hdf5")),
     ".mat": _Format(write_mat, check_mat, lacks=("bfloat16", "float16")),
     ".csv": _Format(write_csv, check_csv, has_size_of_rows=False),
@@ -190,8 +190,8 @@ def _check_is_absent(file: Path, *, unless_it_holds: Iterable[bytes] | None = No
 def _whole_or_absent(to: Path) -> Iterator[Path]:
     """Yield a path in a folder beside `to`, which this process alone holds; what is made there is then moved out.
 
-    All of it is flushed to the disk before, and moved in the order in which it was made, `to` last. The folder is gone
-    afterwards, also on an error; what a killed process leaves of it, the next one for the same `to` throws away.
+    All of it is flushed to the disk first, and `to` is moved last. The folder is gone afterwards, also on an error;
+    what a killed process leaves of it, the next one for the same `to` throws away.
     """
     folder = to.with_name(f".{to.name}{ASIDE}")
     try:

@@ -16,6 +16,8 @@ from hookx.exporting.rows import Rows
 from hookx.layers import Address, Reduction
 from hookx.plan import key_bytes
 
+_HDF5_LAYOUT_BYTES = 2**16  # More than it takes.
+
 # --- numpy ---------------------------------------------------------------------------------------------------------
 
 
@@ -47,7 +49,7 @@ def write_npz(path: Path, rows: Rows) -> None:
         with archive.open("keys.npy", "w", force_zip64=True) as file:
             _write_header(file, (len(rows),), longest)
             for span in rows.spans():
-                file.write(np.array(rows.keys[span], longest).data)
+                file.write(np.array(list(rows.keys[span]), longest).data)
 
 
 def _write_activations(file: IO[bytes], rows: Rows) -> None:
@@ -66,7 +68,7 @@ def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any])
 
 def check_csv(rows: Rows) -> None:
     """Raise `UsageError` unless the activation of an image is a vector, or a single number."""
-    check_is_real(rows)
+    check_table(rows)
     shape = rows.shape[1:]
     if sum(length != 1 for length in shape) > 1:
         layer = Address.parse(rows.origin["layer"])
@@ -77,16 +79,12 @@ def check_csv(rows: Rows) -> None:
         raise UsageError(f".csv holds vectors, and {layer} is {shown} for every image", *steps)
 
 
-def check_parquet(rows: Rows) -> None:
-    """Raise `UsageError` for what a list column cannot hold."""
-    check_is_real(rows)
-    if not rows.values_per_row:
-        raise UsageError(f".parquet holds no empty lists, and {rows.origin['layer']} has no values", "choose .npy")
-
-
-def check_is_real(rows: Rows) -> None:
+def check_table(rows: Rows) -> None:
+    """Raise `UsageError` for what no column holds."""
     if rows.dtype.kind == "c":
         raise UsageError(f"{rows.origin['layer']} is complex, and tables hold real numbers", "choose .npy or .h5")
+    if not rows.values_per_row:
+        raise UsageError(f"{rows.origin['layer']} has no values, and tables hold some", "choose .npy or .h5")
 
 
 def write_csv(path: Path, rows: Rows) -> None:
@@ -128,15 +126,16 @@ def write_parquet(path: Path, rows: Rows) -> None:
 def write_h5(path: Path, rows: Rows) -> None:
     """Write the datasets `activations` and `keys`, each in one piece; attributes say whence.
 
-    HDF5 lays the file out and hookx fills it, because HDF5 2.0 crashes, sooner or later, in a process in which it once
-    could not write.
+    HDF5 only lays the file out, and hookx fills it: where HDF5 has once failed to write, on a full disk, its next file
+    can end the process (a segmentation fault in HDF5 2.0).
     """
     import h5py
 
     longest = max(1, max((len(key_bytes(key)) for key in rows.keys), default=1))
     text = h5py.string_dtype(length=longest)
-    with open(path, "xb") as file:
-        file.truncate(rows.nbytes + len(rows) * longest)  # A file system that takes no file so large says so here.
+    with open(path, "xb") as file:  # A disk that takes no such file, or not even its layout, says so here.
+        file.write(bytes(_HDF5_LAYOUT_BYTES))
+        file.truncate(_HDF5_LAYOUT_BYTES + rows.nbytes + len(rows) * longest)
     layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     layout.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
