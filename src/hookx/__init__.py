@@ -12,6 +12,7 @@ from hookx.errors import HookxError
 
 if TYPE_CHECKING:
     from hookx.capture import Capture
+    from hookx.exporting import export
     from hookx.extraction import Summary, extract
     from hookx.features import Activations, Features
     from hookx.features import open_features as open
@@ -26,6 +27,7 @@ _HOMES = {
     "Features": ("hookx.features", "Features"),
     "LoadedModel": ("hookx.models", "LoadedModel"),
     "Summary": ("hookx.extraction", "Summary"),
+    "export": ("hookx.exporting", "export"),
     "extract": ("hookx.extraction", "extract"),
     "inspect": ("hookx.inspection", "inspect"),
     "list_models": ("hookx.models", "list_models"),
@@ -42,6 +44,7 @@ __all__ = [
     "HookxError",
     "LoadedModel",
     "Summary",
+    "export",
     "extract",
     "inspect",
     "list_models",

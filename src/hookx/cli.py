@@ -454,6 +454,42 @@ def inspect_run(
     report.print_json(report.inspection_document(inspection)) if json else report.print_inspection(inspection)
 
 
+@app.command("export", epilog=EXIT_CODES)
+def export_layer(
+    layer: Annotated[str, typer.Option("-l", "--layer", help="One of the run's layers; hookx inspect shows them.")],
+    to: Annotated[
+        Path, typer.Option("--to", help="A new file: .npy, .npz, .parquet, .h5, .mat, .csv (vectors) or .zarr.")
+    ],
+    path: Annotated[Path, typer.Argument(help="The directory that hookx extract wrote.")] = Path("features"),
+    partial: Annotated[bool, typer.Option("--partial", help="Accept a run that is not finished.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the written files' paths only.")] = False,
+) -> None:
+    """Write one layer of a run to a file for another program; its suffix says the format.
+
+    hookx export features/ --layer avgpool --to avgpool.npy
+    """
+    from hookx import report
+    from hookx.exporting import export
+    from hookx.features import open_features
+
+    with report.talk_on_stderr(quiet):
+        features = open_features(path, partial=partial)
+        with report.progress_of_rows(len(features.keys_of_rows), quiet) as advance:
+
+            def progress(rows_written: int) -> None:
+                advance(rows_written)
+                _stop_if_asked()
+
+            exported = export(features, layer, to, progress=progress)
+    if json:
+        report.print_json(report.export_document(exported))
+    elif quiet:
+        report.print_lines(exported.files)
+    else:
+        report.print_export(exported)
+
+
 def _model_args(texts: list[str] | None) -> dict[str, str]:
     pairs = [text.partition("=") for text in texts or []]
     if wrong := ["".join(pair) for pair in pairs if not pair[1]]:

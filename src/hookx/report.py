@@ -17,6 +17,7 @@ from hookx.layers import Address, Layer
 from hookx.plan import LayerSpec
 
 if TYPE_CHECKING:  # At run time it would import torch, for which an error of usage need not wait.
+    from hookx.exporting import Export
     from hookx.extraction import Job, Summary
     from hookx.inspection import Inspection, Statistics
     from hookx.recomputation import Recomputation
@@ -80,6 +81,16 @@ def progress_of_shards(total: int | None = None) -> Iterator[Callable[[int], Non
     from tqdm import tqdm
 
     with tqdm(total=total, unit=" shards", file=sys.stderr, disable=None, dynamic_ncols=True, leave=False) as bar:
+        yield lambda count: bar.update(count) and None
+
+
+@contextlib.contextmanager
+def progress_of_rows(total: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """Show a bar of the rows of a run, if standard error is a terminal; yields what advances it."""
+    from tqdm import tqdm
+
+    disable = True if quiet else None
+    with tqdm(total=total, unit=" rows", file=sys.stderr, disable=disable, dynamic_ncols=True, leave=False) as bar:
         yield lambda count: bar.update(count) and None
 
 
@@ -254,6 +265,21 @@ def inspection_document(inspection: Inspection) -> dict[str, Any]:
     document["shards"] = len(inspection.plan.shards)
     document["is_finished"] = inspection.is_finished
     return document
+
+
+def print_export(exported: Export) -> None:
+    """Print what was written where."""
+    shape = ",".join(map(str, exported.shape))
+    _print_rows([(exported.layer, shape, exported.dtype, human_bytes(exported.bytes))])
+    images = f"{exported.shape[0]:,} stored"
+    if exported.failures:
+        images += f", {exported.failures:,} could not be read, and are not in it"
+    _print_rows([("images", images), *(("result", file) for file in exported.files)])
+
+
+def export_document(exported: Export) -> dict[str, Any]:
+    """Return what was written where as plain JSON values."""
+    return _plain(exported)
 
 
 def print_model_layers(layers: Sequence[Layer], *, tree: bool = False) -> None:

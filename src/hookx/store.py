@@ -1,6 +1,6 @@
 """The output directory: shards that are whole or absent, what they say of themselves, and an index.
 
-The only file that writes activations.
+The only file that writes shards.
 """
 
 from __future__ import annotations
