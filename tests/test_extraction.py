@@ -307,6 +307,26 @@ def test_what_was_chosen_automatically_is_in_the_plan_and_a_resumed_run_keeps_it
         begin(memory_format="channels_last")
 
 
+def test_a_model_that_cannot_run_in_channels_last_runs_contiguous_unless_it_was_asked_for(
+    thumbnails: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "takes_a_view.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.conv = torch.nn.Conv2d(3, 4, 3)\n"
+        "        self.fc = torch.nn.Linear(4 * 30 * 30, 2)\n"
+        "    def forward(self, x):\n"
+        "        return self.fc(self.conv(x).view(len(x), -1))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    model, options = "python:takes_a_view:Net", {**SMALL, "out": tmp_path / "out"}
+    assert prepare(model, "fc", thumbnails, **options).plan.memory_format == "contiguous"
+    with pytest.raises(CaptureError, match="the model fails on a batch of images .*view"):
+        prepare(model, "fc", thumbnails, memory_format="channels_last", **options)
+
+
 def test_a_model_that_fails_in_a_worker_says_why_and_keeps_the_shards_there_are(
     thumbnails: Path, tmp_path: Path
 ) -> None:

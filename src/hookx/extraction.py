@@ -24,7 +24,7 @@ from hookx.batches import batches as decoded_batches
 from hookx.capture import RowCapture, stored_dtype
 from hookx.choices import chosen_batch_size, chosen_device, chosen_memory_format, chosen_workers
 from hookx.decoding import model_input
-from hookx.errors import HookxError, ImageError, StoreError, UsageError
+from hookx.errors import CaptureError, HookxError, ImageError, StoreError, UsageError
 from hookx.hooks import MEMORY_FORMATS, PRECISIONS, module_classes
 from hookx.images import ImageList, list_images
 from hookx.layers import Layer, Selection, Selector, Target, closest, matched_paths, parse_selectors, select
@@ -246,16 +246,25 @@ def prepare(
         batch_size = begun.batch_size if batch_size == "auto" else batch_size
         memory_format = begun.memory_format if memory_format == "auto" else memory_format
     batch_size = chosen_batch_size(batch_size, device_of_run, preprocessing.crop_px)
-    memory_format = chosen_memory_format(memory_format, loaded.module, device_of_run, precision)
-    selection = place_and_select(
+    place = functools.partial(
+        place_and_select,
         loaded,
         selectors,
         excluded,
         crop_px=preprocessing.crop_px,
         precision=precision,
-        memory_format=memory_format,
         device=device_of_run,
     )
+    automatic = memory_format == "auto"
+    memory_format = chosen_memory_format(memory_format, loaded.module, device_of_run, precision)
+    try:
+        selection = place(memory_format=memory_format)
+    except CaptureError:
+        if not automatic or memory_format == "contiguous":
+            raise
+        # Code of somebody's own can take a view that only NCHW has.
+        memory_format = "contiguous"
+        selection = place(memory_format=memory_format)
     for left_out in selection.left_out.values():
         log.info("left out: %s", left_out)
     specs = []
