@@ -323,7 +323,7 @@ def test_a_model_that_cannot_run_in_channels_last_runs_contiguous_unless_it_was_
     monkeypatch.syspath_prepend(tmp_path)
     model, options = "python:takes_a_view:Net", {**SMALL, "out": tmp_path / "out"}
     assert prepare(model, "fc", thumbnails, **options).plan.memory_format == "contiguous"
-    with pytest.raises(CaptureError, match="the model fails on a batch of images .*view"):
+    with pytest.raises(CaptureError, match=r"the model fails on a batch of images .*view"):
         prepare(model, "fc", thumbnails, memory_format="channels_last", **options)
 
 
