@@ -34,6 +34,7 @@ from hookx.plan import DTYPES, FORMAT, Plan, Shard
 PLAN, INDEX, FAILURES = "plan.json", "index.csv", "failures.csv"
 ASIDE = ".aside"  # The suffix of a file that is still being written.
 _BUFFERS = 2  # One fills while the other is written.
+_LARGEST_CHECKSUM = 2**32 - 1
 _POLL_SECONDS = 0.001  # between looks at whether a buffer is free
 # What is read into memory at once is bounded before it is read: somebody else may have made it. JSON takes up to some
 # 25 times its length as Python objects.
@@ -101,14 +102,19 @@ def _add_counts(totals: dict[str, dict[str, int]], counts: Mapping[str, Mapping[
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
-def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write a file so that it is whole or absent: aside, flushed to the disk, then renamed into place."""
+def write_whole(path: Path, chunks: Iterable[bytes | memoryview], beginning: Callable[[], bytes] = lambda: b"") -> None:
+    """Write a file so that it is whole or absent: aside, flushed to the disk, then renamed into place.
+
+    `beginning` is called when the chunks are written, and what it returns is written over the first of them.
+    """
     aside = path.with_name(f".{path.name}{ASIDE}")
     try:
         aside.unlink(missing_ok=True)
         with open(aside, "xb") as file:  # x: never through a link that somebody put there.
             for chunk in chunks:
                 file.write(chunk)
+            file.seek(0)
+            file.write(beginning())
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -136,33 +142,42 @@ def _checksum_of_record(metadata: Mapping[str, str]) -> str:
     return str(zlib.crc32(json.dumps(fields).encode()))
 
 
-def shard_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """Lay out a safetensors file without copying a tensor: 8 bytes of length, a JSON header, the data.
+def shard_chunks(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], header_bytes: int = 0
+) -> Iterator[bytes | memoryview]:
+    """Lay out a safetensors file without copying a tensor."""
+    yield shard_header(tensors, metadata, header_bytes)
+    for name in _in_file_order(tensors):
+        if tensors[name].numel():
+            yield _bytes_of(tensors[name])
+
+
+def shard_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], header_bytes: int = 0) -> bytes:
+    """Return what a safetensors file begins with: 8 bytes of length and a JSON header, padded to `header_bytes`.
 
     Source: https://github.com/huggingface/safetensors#format
     """
-    # Wide types first, so that every tensor begins at a multiple of its element's size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
-    for name in names:
+    for name in _in_file_order(tensors):
         tensor = tensors[name]
         end = offset + tensor.nbytes
         code = DTYPES[str(tensor.dtype).removeprefix("torch.")][0]
         header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * max(header_bytes - 8 - len(text), -len(text) % 8)
     if len(text) > _HEADER_BYTES_AT_MOST:
         raise StoreError(
             f"the names of a shard's images and layers take {len(text):,} bytes; {_HEADER_BYTES_AT_MOST:,} is the most",
             "choose a smaller --shard-images and another --out",
         )
-    yield len(text).to_bytes(8, "little")
-    yield text
-    for name in names:
-        if tensors[name].numel():
-            yield _bytes_of(tensors[name])
+    return len(text).to_bytes(8, "little") + text
+
+
+def _in_file_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of tensors, wide types first: every tensor begins at a multiple of its element's size."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
 class RunDirectory:
@@ -222,10 +237,22 @@ class RunDirectory:
             os.close(descriptor)
 
     def publish(self, shard: Shard, tensors: Mapping[str, Tensor], record: ShardRecord) -> Path:
-        """Write one shard's file."""
+        """Write one shard's file; its checksums are computed meanwhile, and room for them is left in the header."""
         path = self.path / self.plan.shard_file(shard)
-        record.checksums = {address: checksum(tensor) for address, tensor in tensors.items()}
-        write_whole(path, shard_chunks(tensors, record.to_metadata(self.plan, shard)))
+
+        def metadata(checksums: dict[str, int]) -> dict[str, str]:
+            record.checksums = checksums
+            return record.to_metadata(self.plan, shard)
+
+        largest = metadata(dict.fromkeys(tensors, _LARGEST_CHECKSUM))
+        header_bytes = len(shard_header(tensors, largest)) + 16  # The record's own checksum can get longer, too.
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            checksums = thread.map(checksum, tensors.values())
+            write_whole(
+                path,
+                shard_chunks(tensors, largest, header_bytes),
+                lambda: shard_header(tensors, metadata(dict(zip(tensors, checksums, strict=True))), header_bytes),
+            )
         return path
 
     def publish_index(self) -> None:
