@@ -432,7 +432,9 @@ def test_a_run_of_many_shards_fills_no_more_than_two_buffers_and_mixes_none_of_t
             buffer = writer.buffer()
             addresses_in_memory.add(buffer["conv1"].data_ptr())
             buffer["conv1"][:] = shard.number
-            writer.publish(shard, buffer, ShardRecord([str(position) for position in range(shard.start, shard.stop)]))
+            writer.publish(
+                shard, buffer, ShardRecord([f"{position:02}" for position in range(shard.start, shard.stop)])
+            )
         writer.finish()
     assert len(addresses_in_memory) == 2
     stored = hookx.open(tmp_path)["conv1"]
@@ -529,7 +531,7 @@ def test_a_shuffling_data_loader_with_two_workers_gives_every_row_with_its_key(o
 
 
 def test_a_misspelt_address_is_a_key_error_with_the_closest(opened: Opened) -> None:
-    with pytest.raises(KeyError, match="avgpol; closest: avgpool"):
+    with pytest.raises(KeyError, match="'avgpol'; closest: avgpool"):
         opened[0]["avgpol"]
 
 
@@ -546,7 +548,7 @@ def test_the_index_and_the_list_of_failures_are_tables_of_what_the_shards_hold(r
 def test_an_unfinished_run_is_refused_unless_partial_and_then_shows_the_shards_there_are(run_of_ten: Run) -> None:
     path, plan, written = run_of_ten
     (path / plan.shard_file(plan.shards[0])).unlink()
-    with pytest.raises(StoreError, match=r"is not finished: 3 of 4 shards\n.*partial=True"):
+    with pytest.raises(StoreError, match=r"is not finished: 3 of 4 shards\n(.*\n)*.*partial=True"):
         hookx.open(path)
     features = hookx.open(path, partial=True)
     assert features.keys_of_rows == ["03", "05", "09"]
