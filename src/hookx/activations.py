@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import reprlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import pairwise
+from functools import cached_property
+from itertools import groupby, pairwise
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -21,10 +24,8 @@ from hookx.errors import NotStoredError, ShardError, UsageError
 from hookx.images import Keys
 from hookx.layers import closest
 from hookx.plan import LayerSpec
-from hookx.store import open_shard
+from hookx.store import data_range, open_shard
 
-# A mapped file takes up addresses, not memory, and a process may have some 65,000 of them.
-_MAPPED_AT_MOST = 256
 _KEYS_COMPARED = 100  # with one that is not there, for the error message
 
 Index: TypeAlias = int | slice | Sequence[int] | Sequence[bool] | NDArray[Any] | Tensor
@@ -94,8 +95,8 @@ class Activations:
         self.dtype: torch.dtype = getattr(torch, layer.dtype)
         self.shape = (len(rows.keys), *layer.shape)
         self.bytes_per_row = layer.bytes_per_image
-        self.rows = rows
-        self._mapped = lru_cache(_MAPPED_AT_MOST)(self._map)
+        self.layer, self.rows = layer, rows
+        self._shards: dict[int, _ShardRows] = {}  # those that were read from
 
     @property
     def keys(self) -> Keys:
@@ -110,14 +111,6 @@ class Activations:
 
     def __repr__(self) -> str:
         return f"Activations('{self.address}', shape={self.shape}, dtype={self.dtype})"
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A worker process that is spawned maps the files itself; one that is forked shares the pages.
-        return {name: value for name, value in self.__dict__.items() if name != "_mapped"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._mapped = lru_cache(_MAPPED_AT_MOST)(self._map)
 
     def __getitem__(self, index: Index) -> Tensor:
         positions = _positions(index, len(self))
@@ -146,7 +139,7 @@ class Activations:
         for number, (start, stop) in enumerate(pairwise(self.rows.borders)):
             if start < stop:
                 is_whole = stop - start == self.rows.first_rows[number + 1] - self.rows.first_rows[number]
-                yield self._map(number) if is_whole else self[start:stop], self.keys[start:stop]
+                yield self._shard(number).map() if is_whole else self[start:stop], self.keys[start:stop]
 
     def torch(self) -> Tensor:
         """Return all rows as a tensor."""
@@ -177,34 +170,121 @@ class Activations:
             stacklevel=3,
         )
 
-    def _read(self, positions: Positions) -> Tensor:
-        """Copy rows out of the files: every file once, its rows in their order, to where they were asked for."""
-        if self.rows.chosen is not None:
-            positions = self.rows.chosen[positions]
-        rows = torch.empty((len(positions), *self.shape[1:]), dtype=self.dtype)
-        order = np.argsort(positions, kind="stable")
-        ascending = positions[order]
-        borders = np.searchsorted(ascending, self.rows.first_rows)
-        for number in np.flatnonzero(np.diff(borders)).tolist():
-            part = slice(borders[number], borders[number + 1])
-            within = torch.from_numpy(ascending[part] - self.rows.first_rows[number])
-            rows[torch.from_numpy(order[part])] = self._mapped(number)[within]
-        return rows
+    def prefetch(self, start: int, stop: int) -> None:
+        """Ask the system to read these rows from the disk, because they are about to be used; does not wait for it."""
+        for shard, runs in self._runs(self._in_run(np.arange(start, stop))):
+            shard.prefetch(runs)
 
-    def _map(self, number: int) -> Tensor:
-        """Return the rows of a shard without reading them: the system does as they are looked at.
+    def _in_run(self, positions: Positions) -> Positions:
+        return positions if self.rows.chosen is None else self.rows.chosen[positions]
+
+    def _read(self, positions: Positions) -> Tensor:
+        """Copy rows out of the files: each file is opened once, and each row read once, in its order."""
+        wanted = self._in_run(positions)
+        ascending, places = np.unique(wanted, return_inverse=True)
+        rows = torch.empty((len(ascending), *self.shape[1:]), dtype=self.dtype)
+        if rows.numel():
+            into = _bytes_of_rows(rows)
+            for shard, runs in self._runs(ascending):
+                shard.read(runs, into)
+        if np.array_equal(ascending, wanted):
+            return rows
+        in_order = torch.empty((len(wanted), *self.shape[1:]), dtype=self.dtype)
+        if rows.numel():
+            np.take(_bytes_of_rows(rows), places, axis=0, out=_bytes_of_rows(in_order), mode="clip")
+        return in_order
+
+    def _runs(self, ascending: Positions) -> Iterator[tuple[_ShardRows, list[_Run]]]:
+        """Cut rows of the run, which ascend, into those that lie side by side in one shard."""
+        first_rows = self.rows.first_rows
+        gaps = np.flatnonzero(np.diff(ascending) != 1) + 1
+        cuts = np.union1d(gaps, np.searchsorted(ascending, first_rows))
+        numbers = np.searchsorted(first_rows, ascending[cuts[:-1]], side="right") - 1
+        firsts = ascending[cuts[:-1]] - first_rows[numbers]
+        runs = map(_Run, numbers.tolist(), firsts.tolist(), cuts[:-1].tolist(), cuts[1:].tolist())
+        for number, of_shard in groupby(runs, key=attrgetter("shard")):
+            yield self._shard(number), list(of_shard)
+
+    def _shard(self, number: int) -> _ShardRows:
+        if number not in self._shards:
+            start, stop = self.rows.first_rows[number : number + 2].tolist()
+            self._shards[number] = _ShardRows(self.rows.files[number], self.layer, stop - start)
+        return self._shards[number]
+
+
+class _Run(NamedTuple):
+    """Rows that lie side by side in a shard, from `first` on; they are rows `start` to `stop` of what is read."""
+
+    shard: int
+    first: int
+    start: int
+    stop: int
+
+
+class _ShardRows:
+    """The rows of one address in one shard's file. Holds no open file, so it can be forked and pickled."""
+
+    def __init__(self, file: Path, layer: LayerSpec, count: int) -> None:
+        self.file, self.layer, self.count = file, layer, count
+        self.row_bytes = layer.bytes_per_image
+        start, stop = data_range(file, layer.address)
+        if stop - start != count * self.row_bytes:
+            raise self._changed()
+        self.offset, self.file_bytes = start, file.stat().st_size
+
+    def read(self, runs: Sequence[_Run], into: NDArray[np.uint8]) -> None:
+        """Copy rows out of the file, to their places."""
+        # From a mapped file this would be one line. But where a page is missing, the system then reads what is around
+        # it, up to megabytes for a row of some kilobytes; and an error of the disk would end the process.
+        with self._opened() as descriptor:
+            for _, first, start, stop in runs:
+                at, wanted = self.offset + first * self.row_bytes, into[start:stop].data.cast("B")
+                while wanted:  # A call reads 2 GiB at most.
+                    count = os.preadv(descriptor, [wanted], at)
+                    at, wanted = at + count, wanted[count:]
+
+    def prefetch(self, runs: Sequence[_Run]) -> None:
+        """Let the system read rows into its cache of files."""
+        if hasattr(os, "posix_fadvise"):  # macOS has none.
+            with self._opened() as descriptor:
+                for _, first, start, stop in runs:
+                    at, length = self.offset + first * self.row_bytes, (stop - start) * self.row_bytes
+                    os.posix_fadvise(descriptor, at, length, os.POSIX_FADV_WILLNEED)
+
+    def map(self) -> Tensor:
+        """Return all rows without reading them: the system does as they are looked at.
 
         The mapping is private, so that what is written to the tensor is memory of this process, and never the file.
         """
-        file, (start, stop) = self.rows.files[number], self.rows.first_rows[number : number + 2]
         try:
-            with open_shard(file) as opened:
-                tensor: Tensor = opened.get_tensor(self.address)
+            with open_shard(self.file) as opened:
+                rows: Tensor = opened.get_tensor(self.layer.address)
         except (SafetensorError, RuntimeError) as error:
-            raise ShardError(file, f"is damaged: {error}") from None
-        if (tensor.dtype, tensor.shape) != (self.dtype, (stop - start, *self.shape[1:])):
-            raise ShardError(file, "is another one than when the run was opened")
-        return tensor
+            raise ShardError(self.file, f"is damaged: {error}") from None
+        if (rows.dtype, rows.shape) != (getattr(torch, self.layer.dtype), (self.count, *self.layer.shape)):
+            raise self._changed()
+        return rows
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
+        try:
+            descriptor = os.open(self.file, os.O_RDONLY)
+            try:
+                if os.fstat(descriptor).st_size != self.file_bytes:
+                    raise self._changed()
+                yield descriptor
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise ShardError(self.file, f"cannot be read: {error.strerror}") from None
+
+    def _changed(self) -> ShardError:
+        return ShardError(self.file, "has changed since the run was opened")
+
+
+def _bytes_of_rows(rows: Tensor) -> NDArray[np.uint8]:
+    """Return the memory of rows as (rows, bytes), whatever their type; numpy does not know all of torch's."""
+    return rows.reshape(len(rows), -1).view(torch.uint8).numpy()
 
 
 def _positions(index: Any, length: int) -> Positions:

@@ -76,6 +76,10 @@ class ActivationDataset(Dataset[tuple[Any, str]]):
         item = activations if self.address is None else activations[self.address]
         return item if self.transform is None else self.transform(item)
 
+    def _prefetch(self, start: int, stop: int) -> None:
+        for activations in self.activations.values():
+            activations.prefetch(start, stop)
+
     def sampler(self, *, seed: int = 0, window: str | int = "512MiB") -> RunSampler:
         """Return a sampler for a DataLoader, which shuffles; `RunSampler` says how.
 
@@ -88,6 +92,7 @@ class ActivationDataset(Dataset[tuple[Any, str]]):
         window_bytes = parse_bytes(window) if isinstance(window, str) else window
         return RunSampler(
             self.rows.borders,
+            self._prefetch,
             rows_per_run=max(1, _RUN_BYTES // row_bytes),
             rows_per_window=min(window_bytes // row_bytes, _WINDOW_ROWS_AT_MOST),
             seed=seed,
@@ -112,10 +117,18 @@ class RunSampler(Sampler[int]):
         seed: decides the order, together with the epoch.
     """
 
-    def __init__(self, borders: Positions, *, rows_per_run: int, rows_per_window: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        borders: Positions,
+        prefetch: Callable[[int, int], None] = lambda start, stop: None,
+        *,
+        rows_per_run: int,
+        rows_per_window: int,
+        seed: int = 0,
+    ) -> None:
         if seed < 0:
             raise UsageError(f"the seed is {seed}; it is 0 or more")
-        self.borders, self.seed, self.epoch = borders, seed, 0
+        self.borders, self.prefetch, self.seed, self.epoch = borders, prefetch, seed, 0
         self.rows_per_run, self.runs_per_window = rows_per_run, max(1, rows_per_window // rows_per_run)
 
     def __len__(self) -> int:
@@ -132,11 +145,19 @@ class RunSampler(Sampler[int]):
     def _order(self, random: np.random.Generator) -> Iterator[int]:
         cut = [np.arange(start, stop, self.rows_per_run) for start, stop in pairwise(self.borders)]
         starts = np.concatenate([self.borders[:0], *cut])
-        lengths = np.diff(starts, append=len(self))
-        runs = random.permutation(len(starts))
-        for first in range(0, len(runs), self.runs_per_window):
-            window = runs[first : first + self.runs_per_window]
-            before = np.cumsum(lengths[window]) - lengths[window]
-            rows = np.arange(lengths[window].sum()) + np.repeat(starts[window] - before, lengths[window])
+        runs = np.stack([starts, np.append(starts, len(self))[1:]], axis=1)
+        order = random.permutation(len(runs))
+        firsts = range(0, len(runs), self.runs_per_window)
+        windows = [runs[np.sort(order[first : first + self.runs_per_window])] for first in firsts]
+        coming = iter(windows)
+
+        def prefetch() -> None:
+            for start, stop in next(coming, runs[:0]).tolist():
+                self.prefetch(start, stop)
+
+        prefetch()
+        for window in windows:
+            prefetch()  # The disk reads the next window while this one is used.
+            rows = np.concatenate([np.arange(start, stop) for start, stop in window])
             random.shuffle(rows)
             yield from rows.tolist()

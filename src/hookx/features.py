@@ -100,8 +100,9 @@ class Features(Mapping[str, Activations]):
 
     def __init__(self, path: Path, plan: Plan, rows: Rows) -> None:
         self.path, self.plan, self.rows = path, plan, rows
-        self.keys = RunKeys(rows.keys, list(self))
         self.failures = rows.failures
+        self._activations = {layer.address: Activations(layer, rows) for layer in plan.layers}
+        self.keys = RunKeys(rows.keys, list(self))
 
     @property
     def keys_of_rows(self) -> RunKeys:
@@ -109,16 +110,15 @@ class Features(Mapping[str, Activations]):
         return self.keys
 
     def __getitem__(self, address: str) -> Activations:
-        for layer in self.plan.layers:
-            if layer.address == address:
-                return Activations(layer, self.rows)
-        raise NotStoredError(f"{self.path}/ holds no {address!r}; closest: {closest(str(address), self)}")
+        if address not in self._activations:
+            raise NotStoredError(f"{self.path}/ holds no {address!r}; closest: {closest(str(address), self)}")
+        return self._activations[address]
 
     def __iter__(self) -> Iterator[str]:
-        return (layer.address for layer in self.plan.layers)
+        return iter(self._activations)
 
     def __len__(self) -> int:
-        return len(self.plan.layers)
+        return len(self._activations)
 
     def __repr__(self) -> str:
         return f"Features('{self.path}', {len(self.keys):,} images, {', '.join(self)})"
