@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
-from operator import attrgetter
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -20,19 +20,20 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hookx.errors import NotStoredError, ShardError, UsageError
+from hookx.errors import NotStoredError, ShardError, StoreError, UsageError
 from hookx.images import Keys
 from hookx.layers import closest
 from hookx.plan import LayerSpec
 from hookx.store import data_range, open_shard
 
+_BYTES_AT_ONCE = 2**20
 _KEYS_COMPARED = 100  # with one that is not there, for the error message
 
 Index: TypeAlias = int | slice | Sequence[int] | Sequence[bool] | NDArray[Any] | Tensor
 Positions: TypeAlias = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows:
     """Which rows there are, and where: the same for every address of a run.
 
@@ -107,7 +108,9 @@ class Activations:
         return self.shape[0]
 
     def __iter__(self) -> Iterator[Tensor]:
-        return map(self.__getitem__, range(len(self)))
+        rows_at_once = max(1, _BYTES_AT_ONCE // max(1, self.bytes_per_row))
+        for start in range(0, len(self), rows_at_once):
+            yield from self[start : start + rows_at_once]
 
     def __repr__(self) -> str:
         return f"Activations('{self.address}', shape={self.shape}, dtype={self.dtype})"
@@ -172,8 +175,8 @@ class Activations:
 
     def prefetch(self, start: int, stop: int) -> None:
         """Ask the system to read these rows from the disk, because they are about to be used; does not wait for it."""
-        for shard, runs in self._runs(self._in_run(np.arange(start, stop))):
-            shard.prefetch(runs)
+        for shard, stretches in self._stretches(self._in_run(np.arange(start, stop))):
+            shard.prefetch(stretches)
 
     def _in_run(self, positions: Positions) -> Positions:
         return positions if self.rows.chosen is None else self.rows.chosen[positions]
@@ -185,8 +188,8 @@ class Activations:
         rows = torch.empty((len(ascending), *self.shape[1:]), dtype=self.dtype)
         if rows.numel():
             into = _bytes_of_rows(rows)
-            for shard, runs in self._runs(ascending):
-                shard.read(runs, into)
+            for shard, stretches in self._stretches(ascending):
+                shard.read(stretches, into)
         if np.array_equal(ascending, wanted):
             return rows
         in_order = torch.empty((len(wanted), *self.shape[1:]), dtype=self.dtype)
@@ -194,16 +197,16 @@ class Activations:
             np.take(_bytes_of_rows(rows), places, axis=0, out=_bytes_of_rows(in_order), mode="clip")
         return in_order
 
-    def _runs(self, ascending: Positions) -> Iterator[tuple[_ShardRows, list[_Run]]]:
+    def _stretches(self, ascending: Positions) -> Iterator[tuple[_ShardRows, list[_Stretch]]]:
         """Cut rows of the run, which ascend, into those that lie side by side in one shard."""
         first_rows = self.rows.first_rows
         gaps = np.flatnonzero(np.diff(ascending) != 1) + 1
         cuts = np.union1d(gaps, np.searchsorted(ascending, first_rows))
         numbers = np.searchsorted(first_rows, ascending[cuts[:-1]], side="right") - 1
         firsts = ascending[cuts[:-1]] - first_rows[numbers]
-        runs = map(_Run, numbers.tolist(), firsts.tolist(), cuts[:-1].tolist(), cuts[1:].tolist())
-        for number, of_shard in groupby(runs, key=attrgetter("shard")):
-            yield self._shard(number), list(of_shard)
+        stretches = map(_Stretch, firsts.tolist(), cuts[:-1].tolist(), cuts[1:].tolist())
+        for number, of_shard in groupby(zip(numbers.tolist(), stretches, strict=True), key=itemgetter(0)):
+            yield self._shard(number), [stretch for _, stretch in of_shard]
 
     def _shard(self, number: int) -> _ShardRows:
         if number not in self._shards:
@@ -212,10 +215,9 @@ class Activations:
         return self._shards[number]
 
 
-class _Run(NamedTuple):
-    """Rows that lie side by side in a shard, from `first` on; they are rows `start` to `stop` of what is read."""
+class _Stretch(NamedTuple):
+    """Rows that lie side by side in a shard, from `first` on: rows `start` to `stop` of what is read."""
 
-    shard: int
     first: int
     start: int
     stop: int
@@ -232,22 +234,24 @@ class _ShardRows:
             raise self._changed()
         self.offset, self.file_bytes = start, file.stat().st_size
 
-    def read(self, runs: Sequence[_Run], into: NDArray[np.uint8]) -> None:
+    def read(self, stretches: Sequence[_Stretch], into: NDArray[np.uint8]) -> None:
         """Copy rows out of the file, to their places."""
         # From a mapped file this would be one line. But where a page is missing, the system then reads what is around
         # it, up to megabytes for a row of some kilobytes; and an error of the disk would end the process.
         with self._opened() as descriptor:
-            for _, first, start, stop in runs:
+            for first, start, stop in stretches:
                 at, wanted = self.offset + first * self.row_bytes, into[start:stop].data.cast("B")
                 while wanted:  # A call reads 2 GiB at most.
                     count = os.preadv(descriptor, [wanted], at)
+                    if not count:
+                        raise self._changed()
                     at, wanted = at + count, wanted[count:]
 
-    def prefetch(self, runs: Sequence[_Run]) -> None:
+    def prefetch(self, stretches: Sequence[_Stretch]) -> None:
         """Let the system read rows into its cache of files."""
         if hasattr(os, "posix_fadvise"):  # macOS has none.
             with self._opened() as descriptor:
-                for _, first, start, stop in runs:
+                for first, start, stop in stretches:
                     at, length = self.offset + first * self.row_bytes, (stop - start) * self.row_bytes
                     os.posix_fadvise(descriptor, at, length, os.POSIX_FADV_WILLNEED)
 
@@ -278,8 +282,8 @@ class _ShardRows:
         except OSError as error:
             raise ShardError(self.file, f"cannot be read: {error.strerror}") from None
 
-    def _changed(self) -> ShardError:
-        return ShardError(self.file, "has changed since the run was opened")
+    def _changed(self) -> StoreError:
+        return StoreError(f"{self.file} has changed since the run was opened", "open it again")
 
 
 def _bytes_of_rows(rows: Tensor) -> NDArray[np.uint8]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -14,8 +15,7 @@ from hookx.errors import UsageError
 from hookx.images import Keys
 from hookx.plan import parse_bytes
 
-# Long enough that a disk reads it at its full speed.
-_RUN_BYTES = 2**20
+_STRETCH_BYTES = 2**20  # Long enough that a disk reads it at nearly its full speed.
 _WINDOW_ROWS_AT_MOST = 2**20  # Of small rows many fit into a window, and their order is in memory too.
 
 
@@ -80,40 +80,41 @@ class ActivationDataset(Dataset[tuple[Any, str]]):
         for activations in self.activations.values():
             activations.prefetch(start, stop)
 
-    def sampler(self, *, seed: int = 0, window: str | int = "512MiB") -> RunSampler:
-        """Return a sampler for a DataLoader, which shuffles; `RunSampler` says how.
+    def sampler(self, *, seed: int = 0, window: str | int = "256MiB") -> ShardSampler:
+        """Return a sampler for a DataLoader, which shuffles; `ShardSampler` says how.
 
         Args:
             seed: decides the order, together with the epoch.
-            window: how much is shuffled at once, and should fit into the memory that is free: it is read once, and then
-                comes from the system's cache of files.
+            window: how much is shuffled at once. The next window is read from the disk while one is used, so the
+                system's cache of files should have room for two.
         """
         row_bytes = max(1, sum(activations.bytes_per_row for activations in self.activations.values()))
         window_bytes = parse_bytes(window) if isinstance(window, str) else window
-        return RunSampler(
+        return ShardSampler(
             self.rows.borders,
             self._prefetch,
-            rows_per_run=max(1, _RUN_BYTES // row_bytes),
+            rows_per_stretch=max(1, _STRETCH_BYTES // row_bytes),
             rows_per_window=min(window_bytes // row_bytes, _WINDOW_ROWS_AT_MOST),
             seed=seed,
         )
 
 
-class RunSampler(Sampler[int]):
-    """Every row once, in an order that is shuffled and walks the shards.
+class ShardSampler(Sampler[int]):
+    """Every row once, in an order that is shuffled and yet reads the shards as a disk likes it.
 
     Neighbours in a shard are alike: keys are in order, so a folder's images, often a class, stand together. Shards are
-    therefore cut into runs of consecutive rows (about 1 MiB), all runs are shuffled, and the rows of as many runs as
-    fit into a window are shuffled among each other. A file is read a run at a time, and a window mixes rows from all
-    over the run. Rows of 1 MiB and more, and runs smaller than a window, are shuffled without any such limit.
+    therefore cut into stretches of rows (about 1 MiB), all stretches are shuffled, and the rows of as many as fit into
+    a window are shuffled among each other. So every window mixes rows from all over the run, and is read a stretch at
+    a time. What is smaller than a window, and rows of a stretch's size, are shuffled without any such limit.
 
     Every iteration is the next epoch, with an order of its own; `set_epoch` goes to a certain one, as when training is
     resumed. The order follows from the seed and the epoch alone.
 
     Args:
         borders: the first row of every shard, and the number of all rows.
-        rows_per_run: the length of a run; the last of a shard may be shorter.
-        rows_per_window: how many rows are shuffled at once, about; never less than a run.
+        prefetch: called with the first row of a stretch, and the one after its last, before its window is used.
+        rows_per_stretch: the most rows that are kept together up to a window.
+        rows_per_window: about how many rows are shuffled at once; at least those of a stretch.
         seed: decides the order, together with the epoch.
     """
 
@@ -122,14 +123,15 @@ class RunSampler(Sampler[int]):
         borders: Positions,
         prefetch: Callable[[int, int], None] = lambda start, stop: None,
         *,
-        rows_per_run: int,
+        rows_per_stretch: int,
         rows_per_window: int,
         seed: int = 0,
     ) -> None:
         if seed < 0:
             raise UsageError(f"the seed is {seed}; it is 0 or more")
         self.borders, self.prefetch, self.seed, self.epoch = borders, prefetch, seed, 0
-        self.rows_per_run, self.runs_per_window = rows_per_run, max(1, rows_per_window // rows_per_run)
+        self.rows_per_stretch = rows_per_stretch
+        self.stretches_per_window = max(1, rows_per_window // rows_per_stretch)
 
     def __len__(self) -> int:
         return int(self.borders[-1])
@@ -143,21 +145,21 @@ class RunSampler(Sampler[int]):
         return self._order(np.random.default_rng([self.seed, epoch]))
 
     def _order(self, random: np.random.Generator) -> Iterator[int]:
-        cut = [np.arange(start, stop, self.rows_per_run) for start, stop in pairwise(self.borders)]
+        cut = [np.arange(start, stop, self.rows_per_stretch) for start, stop in pairwise(self.borders)]
         starts = np.concatenate([self.borders[:0], *cut])
-        runs = np.stack([starts, np.append(starts, len(self))[1:]], axis=1)
-        order = random.permutation(len(runs))
-        firsts = range(0, len(runs), self.runs_per_window)
-        windows = [runs[np.sort(order[first : first + self.runs_per_window])] for first in firsts]
+        stretches = np.stack([starts, np.append(starts, len(self))[1:]], axis=1)
+        # Of equal size, or the rest would be a last window that mixes little.
+        window_count = max(1, math.ceil(len(stretches) / self.stretches_per_window))
+        windows = np.array_split(random.permutation(stretches), window_count)
         coming = iter(windows)
 
         def prefetch() -> None:
-            for start, stop in next(coming, runs[:0]).tolist():
+            for start, stop in sorted(next(coming, stretches[:0]).tolist()):
                 self.prefetch(start, stop)
 
         prefetch()
         for window in windows:
             prefetch()  # The disk reads the next window while this one is used.
-            rows = np.concatenate([np.arange(start, stop) for start, stop in window])
+            rows = np.concatenate([self.borders[:0], *(np.arange(start, stop) for start, stop in window)])
             random.shuffle(rows)
             yield from rows.tolist()

@@ -16,7 +16,7 @@ from hookx.datasets import ActivationDataset
 from hookx.errors import NotStoredError, ShardError, StoreError, UsageError
 from hookx.images import Keys
 from hookx.layers import closest
-from hookx.plan import Plan, key_bytes
+from hookx.plan import Plan
 from hookx.store import present_shards, read_plan, read_record
 
 
@@ -62,13 +62,13 @@ def open_features(path: str | os.PathLike[str], *, partial: bool = False) -> Fea
             record = read_record(path, plan, shard)
             failures.update(record.failures)
             first_rows.append(first_rows[-1] + len(record.keys))
-            for key in map(key_bytes, record.keys):
+            for key in map(os.fsencode, record.keys):
                 if key <= last:
                     raise ShardError(file, "is damaged: its images are not in the order of their keys")
                 yield key
                 last = key
 
-    keys = Keys(keys_of_rows())
+    keys = Keys.pack(keys_of_rows())
     return Features(path, plan, Rows(keys, failures, files, np.array(first_rows, dtype=np.int64)))
 
 
@@ -80,7 +80,7 @@ class RunKeys(Keys):
     """
 
     def __init__(self, keys: Keys, addresses: Sequence[str]) -> None:
-        self._ends, self._block = keys._ends, keys._block  # shared: there can be millions
+        super().__init__(keys._block, keys._ends)  # The same memory: there can be millions.
         self._addresses = addresses
 
     def __call__(self) -> KeysView[str]:
@@ -196,7 +196,7 @@ def _common(left: Keys, right: Keys) -> tuple[Positions, Positions]:
 
 def _narrowed(features: Features, positions: Positions) -> Features:
     rows = features.rows
-    keys = Keys(map(rows.keys.encoded, positions.tolist()))
+    keys = Keys.pack(map(rows.keys.encoded, positions.tolist()))
     chosen = positions if rows.chosen is None else rows.chosen[positions]
     return Features(features.path, features.plan, replace(rows, keys=keys, chosen=chosen))
 
@@ -204,4 +204,4 @@ def _narrowed(features: Features, positions: Positions) -> Features:
 def _without(keys: Keys, positions: Positions) -> Keys:
     others = np.ones(len(keys), dtype=bool)
     others[positions] = False
-    return Keys(map(keys.encoded, np.flatnonzero(others).tolist()))
+    return Keys.pack(map(keys.encoded, np.flatnonzero(others).tolist()))

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from hookx.errors import ImageError
-from hookx.plan import LazySequence, key_bytes
+from hookx.plan import LazySequence
 
 # What a folder is searched for. A file that is named outright may be called anything.
 SUFFIXES = frozenset(
@@ -31,19 +31,23 @@ class Keys(LazySequence[str]):
     A name that is not UTF-8 comes back as Python gives such names: `os.fsencode` turns it into its bytes.
     """
 
-    def __init__(self, sorted_keys: Iterable[bytes]) -> None:
-        self._ends = array("q")
-        block = bytearray()
+    def __init__(self, block: bytes, ends: array[int]) -> None:
+        self._block, self._ends = block, ends
+
+    @classmethod
+    def pack(cls, sorted_keys: Iterable[bytes]) -> Keys:
+        """Join keys, which are in the order of their bytes, and remember where each ends."""
+        block, ends = bytearray(), array("q")
         for key in sorted_keys:
             block += key
-            self._ends.append(len(block))
-        self._block = bytes(block)
+            ends.append(len(block))
+        return Keys(bytes(block), ends)
 
     def __len__(self) -> int:
         return len(self._ends)
 
     def item(self, position: int) -> str:
-        return self.encoded(position).decode("utf-8", "surrogateescape")
+        return os.fsdecode(self.encoded(position))
 
     def encoded(self, position: int) -> bytes:
         """Return the bytes by which a key is ordered."""
@@ -52,7 +56,7 @@ class Keys(LazySequence[str]):
 
     def place(self, key: str) -> int:
         """Return how many keys come before one that need not be there."""
-        return bisect_left(range(len(self)), key_bytes(key), key=self.encoded)
+        return bisect_left(range(len(self)), os.fsencode(key), key=self.encoded)
 
     def index(self, value: Any, start: int = 0, stop: int | None = None) -> int:
         """Return the position of a key; `ValueError` if it is not there. They are in order, so few are looked at."""
@@ -128,12 +132,12 @@ def list_images(sources: Iterable[str | os.PathLike[str]]) -> ImageList:
     numbers: dict[str, int] = {}  # of the roots
     unsorted_keys, unsorted_roots = [], array("i")
     for root, key in (pair for name in names for pair in _in_source(name)):
-        unsorted_keys.append(key_bytes(key))
+        unsorted_keys.append(os.fsencode(key))
         unsorted_roots.append(numbers.setdefault(root, len(numbers)))
     if not unsorted_keys:
         raise ImageError(f"there is no image in {', '.join(names) or 'the empty list'}")
     order = sorted(range(len(unsorted_keys)), key=unsorted_keys.__getitem__)
-    keys = Keys(unsorted_keys[number] for number in order)
+    keys = Keys.pack(unsorted_keys[number] for number in order)
     files = Files(keys, list(numbers), array("i", (unsorted_roots[number] for number in order)))
     for position, (one, next_one) in enumerate(pairwise(order)):
         if unsorted_keys[one] == unsorted_keys[next_one]:
