@@ -245,7 +245,13 @@ def test_rows_are_a_copy_that_is_the_readers_to_change(opened: Opened) -> None:
 def test_an_index_opens_each_file_that_it_needs_once_and_no_other(opened: Opened) -> None:
     features, written = opened
     features["labels"][:]  # Where the rows begin in the files is known from now on.
-    for rows, shards in (([5, 0, 5, 2, 1, 0], {0, 3}), (slice(3, 5), {1}), ([], set()), (slice(1, 6), {0, 1, 3})):
+    for rows, shards in (
+        ([5, 0, 5, 2, 1, 0], {0, 3}),
+        (slice(3, 5), {1}),
+        ([], set()),
+        (slice(1, 6), {0, 1, 3}),
+        ([0, 2, 4], {0, 1}),
+    ):
         with files_opened() as names:
             assert same_bits(features["labels"][rows], written["labels"][rows])
         assert sorted(names) == [features.plan.shard_file(features.plan.shards[number]) for number in sorted(shards)]
@@ -253,15 +259,22 @@ def test_an_index_opens_each_file_that_it_needs_once_and_no_other(opened: Opened
 
 @on_linux
 def test_only_the_rows_asked_for_are_read_and_neighbours_at_once(tmp_path: Path) -> None:
-    features = write_images(tmp_path, [f"{row:02}" for row in range(8)], 4, LayerSpec("conv1", (250, 1000), "float32"))
-    features["conv1"][:]
-    for rows, reads in (([5, 2, 5], 2), (slice(1, 4), 1), (slice(2, 7), 2), ([7, 0, 6, 1], 2)):
+    keys = [f"{row:03}" for row in range(200)]
+    conv1 = write_images(tmp_path, keys, 100, LayerSpec("conv1", (64, 1024), "float32"))["conv1"]
+    conv1[:]
+    for rows, stretches in (([150, 2, 150], 2), (slice(10, 90), 1), (slice(50, 150), 2), ([7, 9, 8, 6, 5], 1)):
         bytes_before, reads_before = proc("io", "rchar"), proc("io", "syscr")
-        chosen = features["conv1"][rows]
-        bytes_read, reads_made = proc("io", "rchar") - bytes_before, proc("io", "syscr") - reads_before
-        assert chosen[:, 0, 0].tolist() == np.arange(8)[rows].tolist()
-        assert 0 <= bytes_read - len(set(chosen[:, 0, 0].tolist())) * 1_000_000 < 50_000  # the rest: /proc itself
-        assert reads_made <= reads + 10
+        chosen = conv1[rows]
+        bytes_read, reads = proc("io", "rchar") - bytes_before, proc("io", "syscr") - reads_before
+        numbers = chosen[:, 0, 0].tolist()
+        assert numbers == np.arange(200)[rows].tolist()
+        assert 0 <= bytes_read - len(set(numbers)) * conv1.bytes_per_row < 50_000  # The rest is /proc itself.
+        assert stretches <= reads < stretches + 10
+
+
+def test_a_loop_over_rows_of_any_size_gives_each_of_them(tmp_path: Path) -> None:
+    conv1 = write_images(tmp_path, KEYS, 4, LayerSpec("conv1", (500, 1000), "float32"))["conv1"]
+    assert [int(row[0, 0]) for row in conv1] == [0, 1, 2, 3, 4, 5]
 
 
 def test_iteration_batches_and_shards_give_all_rows_in_order_with_their_keys(opened: Opened) -> None:
@@ -371,7 +384,7 @@ def test_an_unfinished_run_is_refused_unless_partial_and_then_shows_the_shards_t
         "",
         "--resize 40 --crop 32 --mean 0.1,0.2,0.3 --std 0.7,0.8,0.9000000001 --interpolation bicubic --exif apply",
         "--precision bf16 --seed 3 --batch-size 4 --shard-images 5",
-        "--dtype fp16 --shard-images 9000 --max-shard-size 1GiB",
+        "--dtype fp16 --resize 64 --crop 64",
         "--precision bf16 --dtype fp32 --exif apply --max-shard-size 100kB",
     ],
 )
@@ -539,6 +552,12 @@ def test_a_window_holds_whole_stretches_of_shards_which_were_fetched_before(
         unfinished = {s for s in begun if not all(r in in_use for r in range(*s))}
         assert len(unfinished) <= max(1, window // stretch)
     assert sorted(row for some in fetched for row in range(*some)) == list(range(sum(shards)))
+
+
+def test_the_next_window_is_fetched_while_one_is_used() -> None:
+    fetched: list[int] = []
+    sampler = sampler_of([90], 10, 30, prefetch=lambda start, stop: fetched.append(start))
+    assert [len(fetched) for _ in sampler] == [6] * 30 + [9] * 60  # stretches, of which a window has three
 
 
 def test_seeds_and_epochs_differ_and_a_negative_seed_is_refused() -> None:
