@@ -235,6 +235,59 @@ def test_the_bytes_of_an_image_are_those_of_its_layers() -> None:
     assert LayerSpec("scalar", (), "bool").bytes_per_image == 1
 
 
+@pytest.mark.parametrize(
+    ("model", "weights", "words"),
+    [
+        ("resnet18", "ResNet18_Weights.IMAGENET1K_V1", "--weights IMAGENET1K_V1"),
+        ("resnet18", "ResNet18_QuantizedWeights.IMAGENET1K_FBGEMM_V1", "--weights IMAGENET1K_FBGEMM_V1"),
+        ("resnet18", "random (seed 0)", "--weights none"),
+        ("python:my.code:net", "random (seed 7), python:my.code:net(width=2) sha256:0", "--weights none --seed 7"),
+        ("resnet18", "sha256:0 (key 'model')", "--weights WEIGHTS"),
+        ("timm:resnet18.a1_in1k", "sha256:0; random (seed 0): fc", "--weights WEIGHTS"),
+        ("timm:resnet18.a1_in1k", "timm:resnet18.a1_in1k", ""),
+        ("hf:facebook/dinov2-small", "hf:facebook/dinov2-small@0", ""),
+        ("checkpoint.pth.tar", "sha256:0 (resnet18)", ""),
+        ("python:my.code:net", "python:my.code:net sha256:0", ""),
+    ],
+)
+def test_the_command_of_a_plan_names_the_weights_as_far_as_the_plan_tells(model: str, weights: str, words: str) -> None:
+    command = dataclasses.replace(PLAN, model=model, weights=weights).command("my features/")
+    begins = f"hookx extract --model {model} {words}".rstrip()
+    assert command == f"{begins} --layers conv1,avgpool --out 'my features/' IMAGES"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"batch_size": 5, "memory_format": "channels_last"}, ""),  # A resumed run keeps them.
+        ({"precision": "bf16"}, "--precision bf16"),
+        ({"layers": PLAN.layers[1:], "images_per_shard": 4096}, "--dtype float16"),
+        ({"preprocessing": dataclasses.replace(PLAN.preprocessing, exif="apply")}, "--exif apply"),
+        ({"preprocessing": dataclasses.replace(PLAN.preprocessing, decode="fast")}, "--decode fast"),
+        ({"preprocessing": dataclasses.replace(PLAN.preprocessing, custom="its own")}, ""),
+    ],
+)
+def test_the_command_of_a_plan_says_what_is_not_the_default(change: dict[str, Any], words: str) -> None:
+    plan = dataclasses.replace(PLAN, **change)
+    options = plan.command("out").partition("avgpool")[2].removesuffix("--out out IMAGES")
+    assert options.strip() == words
+
+
+@given(st.integers(1, 2**31), st.integers(1, 2**32), st.integers(1, 65_536))
+@example(2**20, 2**31, 1000)
+def test_the_command_of_a_plan_cuts_the_images_as_the_plan_does(
+    values_per_image: int, max_bytes: int, max_images: int
+) -> None:
+    layer = LayerSpec("conv1", (values_per_image,), "uint8")
+    cut = images_per_shard(layer.bytes_per_image, max_bytes, max_images)
+    command = dataclasses.replace(PLAN, layers=(layer,), images_per_shard=cut).command("out").split()
+    asked = {"--max-shard-size": "512MiB", "--shard-images": "4096", **dict(pairwise(command))}
+    again = images_per_shard(
+        layer.bytes_per_image, parse_bytes(asked["--max-shard-size"]), int(asked["--shard-images"])
+    )
+    assert again == cut
+
+
 def test_the_length_of_a_shard_is_its_number_of_images() -> None:
     assert len(Shard(3, 10, 15)) == sum(map(len, Shard(3, 10, 15).batches(2))) == 5
 

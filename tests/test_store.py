@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,7 +23,6 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 import hookx
 from hookx.errors import StoreError
@@ -433,7 +431,7 @@ def test_a_run_of_many_shards_fills_no_more_than_two_buffers_and_mixes_none_of_t
             rows = writer.rows(positions)["conv1"]
             addresses_in_memory.add(rows.data_ptr())
             rows[:] = shard.number
-            writer.publish(shard, [(positions, 2)], ShardRecord(list(map(str, positions))))
+            writer.publish(shard, [(positions, 2)], ShardRecord([f"{position:02}" for position in positions]))
         writer.finish()
     assert len(addresses_in_memory) == 2
     stored = hookx.open(tmp_path)["conv1"]
@@ -492,7 +490,7 @@ def test_a_forked_process_fills_rows_that_are_stored_and_waits_until_their_buffe
             if shard.number > 1:
                 assert filled.get() == shard.number
             positions = range(shard.start, shard.stop)
-            writer.publish(shard, [(positions, 2)], ShardRecord(list(map(str, positions))))
+            writer.publish(shard, [(positions, 2)], ShardRecord([f"{position:02}" for position in positions]))
         writer.finish()
         worker.join()
     assert hookx.open(tmp_path)["fc"][:][:, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -523,89 +521,7 @@ def test_a_process_that_waits_for_a_buffer_ends_when_the_run_was_killed(tmp_path
         time.sleep(0.05)
 
 
-# --- reading -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[hookx.Features, dict[str, Tensor]]:
-    path = tmp_path_factory.mktemp("opened")
-    written = write_run(path, plan_of(MAPS, 10, 3))
-    return hookx.open(path), written
-
-
-Opened = tuple[hookx.Features, dict[str, Tensor]]
-
-
-def test_opened_features_show_what_there_is_before_anything_is_read(opened: Opened) -> None:
-    features, _ = opened
-    assert list(features) == ["layer1", "avgpool"] and len(features) == 2 and "fc" not in features
-    layer1, avgpool = features["layer1"], features["avgpool"]
-    assert (layer1.shape, layer1.dtype, len(layer1)) == ((6, 2, 3), torch.float32, 6)
-    assert (avgpool.shape, avgpool.dtype) == ((6, 5), torch.bfloat16)
-    assert features.keys_of_rows == ["00", "01", "02", "03", "05", "09"]
-    assert features.failures == UNREADABLE
-
-
-@given(st.slices(6))
-@settings(max_examples=60, deadline=None)
-def test_a_slice_gives_the_rows_that_a_tensor_would_over_the_borders_of_shards(opened: Opened, rows: slice) -> None:
-    features, written = opened
-    assert same_bits(features["layer1"][rows], written["layer1"][torch.arange(6).numpy()[rows].copy()])
-
-
-@given(st.lists(st.integers(-6, 5), max_size=8))
-@settings(max_examples=30, deadline=None)
-def test_integers_and_lists_of_them_give_rows_and_count_from_the_end_when_negative(
-    opened: Opened, rows: list[int]
-) -> None:
-    features, written = opened
-    assert same_bits(features["avgpool"][rows], written["avgpool"][rows])
-    assert same_bits(features["avgpool"][np.array(rows, dtype=np.int64)], written["avgpool"][rows])
-    for row in rows:
-        assert same_bits(features["avgpool"][row], written["avgpool"][row])
-
-
-def test_a_mask_of_all_rows_gives_those_that_are_true(opened: Opened) -> None:
-    features, written = opened
-    mask = np.array([True, False, False, True, True, False])
-    assert same_bits(features["layer1"][mask], written["layer1"][torch.from_numpy(mask)])
-    assert same_bits(features["layer1"][mask.tolist()], written["layer1"][torch.from_numpy(mask)])
-
-
-def test_an_index_that_names_no_rows_is_refused_and_never_guessed(opened: Opened) -> None:
-    layer1 = opened[0]["layer1"]
-    for outside in (6, -7, [0, 6], [-7]):
-        with pytest.raises(IndexError):
-            layer1[outside]
-    for foreign in ((0, 1), [True, False], [0.0, 1.0], [[0, 1]], np.zeros((6, 2), dtype=bool)):
-        with pytest.raises(TypeError, match="rows are an integer, a slice"):
-            layer1[foreign]  # type: ignore[index]
-
-
-def test_numpy_gets_the_stored_values_and_bfloat16_as_exactly_equal_float32(opened: Opened) -> None:
-    features, written = opened
-    layer1, avgpool = features["layer1"], features["avgpool"]
-    assert np.array_equal(layer1.numpy(), written["layer1"].numpy(), equal_nan=True)
-    assert avgpool.numpy().dtype == np.float32
-    assert np.array_equal(avgpool.numpy(), written["avgpool"].float().numpy(), equal_nan=True)
-    assert np.array_equal(np.asarray(layer1), layer1.numpy(), equal_nan=True)
-    assert np.asarray(layer1, dtype=np.float64).dtype == np.float64
-    assert same_bits(layer1.torch(), written["layer1"])
-
-
-def test_a_shuffling_data_loader_with_two_workers_gives_every_row_with_its_key(opened: Opened) -> None:
-    features, written = opened
-    loader = DataLoader(features.dataset("layer1"), batch_size=4, shuffle=True, num_workers=2)
-    seen: dict[str, Tensor] = {}
-    for activations, keys in loader:
-        seen.update(zip(keys, activations, strict=True))
-    assert sorted(seen) == features.keys_of_rows
-    assert all(same_bits(seen[key], written["layer1"][row]) for row, key in enumerate(features.keys_of_rows))
-
-
-def test_a_misspelt_address_is_a_key_error_with_the_closest(opened: Opened) -> None:
-    with pytest.raises(KeyError, match="avgpol; closest: avgpool"):
-        opened[0]["avgpol"]
+# --- the tables -----------------------------------------------------------------------------------------------------
 
 
 def test_the_index_and_the_list_of_failures_are_tables_of_what_the_shards_hold(run_of_ten: Run) -> None:
@@ -616,19 +532,3 @@ def test_the_index_and_the_list_of_failures_are_tables_of_what_the_shards_hold(r
             assert same_bits(load_file(path / line["shard"])["layer1"][int(line["row"])], written["layer1"][row])
     with open(path / "failures.csv", newline="") as file:
         assert {line["key"]: line["reason"] for line in csv.DictReader(file)} == UNREADABLE
-
-
-def test_an_unfinished_run_is_refused_unless_partial_and_then_shows_the_shards_there_are(run_of_ten: Run) -> None:
-    path, plan, written = run_of_ten
-    (path / plan.shard_file(plan.shards[0])).unlink()
-    with pytest.raises(StoreError, match=r"is not finished: 3 of 4 shards\n.*partial=True"):
-        hookx.open(path)
-    features = hookx.open(path, partial=True)
-    assert features.keys_of_rows == ["03", "05", "09"]
-    assert same_bits(features["layer1"][:], written["layer1"][3:])
-
-
-def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(StoreError, match=r"holds no run of hookx: cannot read plan.json"):
-            hookx.open(path)

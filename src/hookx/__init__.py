@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from hookx.errors import HookxError
 
 if TYPE_CHECKING:
+    from hookx.activations import Activations
     from hookx.capture import Capture
     from hookx.exporting import export
     from hookx.extraction import Summary, extract
-    from hookx.features import Activations, Features
+    from hookx.features import Features, Join, join
     from hookx.features import open_features as open
     from hookx.inspection import inspect
     from hookx.models import LoadedModel, list_models, load_model
@@ -22,14 +23,16 @@ if TYPE_CHECKING:
     from hookx.verification import verify
 
 _HOMES = {
-    "Activations": ("hookx.features", "Activations"),
+    "Activations": ("hookx.activations", "Activations"),
     "Capture": ("hookx.capture", "Capture"),
     "Features": ("hookx.features", "Features"),
+    "Join": ("hookx.features", "Join"),
     "LoadedModel": ("hookx.models", "LoadedModel"),
     "Summary": ("hookx.extraction", "Summary"),
     "export": ("hookx.exporting", "export"),
     "extract": ("hookx.extraction", "extract"),
     "inspect": ("hookx.inspection", "inspect"),
+    "join": ("hookx.features", "join"),
     "list_models": ("hookx.models", "list_models"),
     "load_model": ("hookx.models", "load_model"),
     "open": ("hookx.features", "open_features"),
@@ -42,11 +45,13 @@ __all__ = [
     "Capture",
     "Features",
     "HookxError",
+    "Join",
     "LoadedModel",
     "Summary",
     "export",
     "extract",
     "inspect",
+    "join",
     "list_models",
     "load_model",
     "open",

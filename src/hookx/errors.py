@@ -67,6 +67,12 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signal_number
 
 
+class NotStoredError(HookxError, KeyError):
+    """A run is asked for an address or an image that it does not hold."""
+
+    __str__ = Exception.__str__
+
+
 class NotCapturedError(HookxError, KeyError):
     """A capture is asked for an activation that it does not hold."""
 

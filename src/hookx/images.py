@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import sys
 from array import array
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from hookx.errors import ImageError
 from hookx.plan import LazySequence
@@ -19,26 +22,67 @@ SUFFIXES = frozenset(
 )
 
 
+_KEYS_SHOWN = 3  # where a list of them is printed
+
+
 class Keys(LazySequence[str]):
-    """Many keys in one block of bytes; a string is made when it is asked for, and not kept.
+    """Many keys in one block of bytes, in order; a string is made when it is asked for, and not kept.
 
     A name that is not UTF-8 comes back as Python gives such names: `os.fsencode` turns it into its bytes.
     """
 
-    def __init__(self, sorted_keys: Iterable[bytes]) -> None:
-        self._ends = array("q")
-        block = bytearray()
+    def __init__(self, block: bytes, ends: array[int]) -> None:
+        self._block, self._ends = block, ends
+
+    @classmethod
+    def pack(cls, sorted_keys: Iterable[bytes]) -> Keys:
+        """Join keys, which are in the order of their bytes, and remember where each ends."""
+        block, ends = bytearray(), array("q")
         for key in sorted_keys:
             block += key
-            self._ends.append(len(block))
-        self._block = bytes(block)
+            ends.append(len(block))
+        return Keys(bytes(block), ends)
 
     def __len__(self) -> int:
         return len(self._ends)
 
     def item(self, position: int) -> str:
+        return os.fsdecode(self.encoded(position))
+
+    def encoded(self, position: int) -> bytes:
+        """Return the bytes by which a key is ordered."""
         start = self._ends[position - 1] if position else 0
-        return os.fsdecode(self._block[start : self._ends[position]])
+        return self._block[start : self._ends[position]]
+
+    def place(self, key: str) -> int:
+        """Return how many keys come before one that need not be there."""
+        return bisect_left(range(len(self)), os.fsencode(key), key=self.encoded)
+
+    def index(self, value: Any, start: int = 0, stop: int | None = None) -> int:
+        """Return the position of a key; `ValueError` if it is not there. They are in order, so few are looked at."""
+        if isinstance(value, str):
+            position = self.place(value)
+            if position in range(len(self))[start:stop] and self.item(position) == value:
+                return position
+        raise ValueError(f"{value!r} is not among the {len(self):,} keys")
+
+    def __contains__(self, value: object) -> bool:
+        try:
+            self.index(value)
+        except ValueError:  # Also of half a character, which no key has.
+            return False
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(map(operator.eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]  # As of a list.
+
+    def __repr__(self) -> str:
+        shown = ", ".join(map(repr, self[:_KEYS_SHOWN])) + (", ..." if len(self) > _KEYS_SHOWN else "")
+        return f"<{len(self):,} keys: {shown}>"
 
 
 class Files(LazySequence[str]):
@@ -93,7 +137,7 @@ def list_images(sources: Iterable[str | os.PathLike[str]]) -> ImageList:
     if not unsorted_keys:
         raise ImageError(f"there is no image in {', '.join(names) or 'the empty list'}")
     order = sorted(range(len(unsorted_keys)), key=unsorted_keys.__getitem__)
-    keys = Keys(unsorted_keys[number] for number in order)
+    keys = Keys.pack(unsorted_keys[number] for number in order)
     files = Files(keys, list(numbers), array("i", (unsorted_roots[number] for number in order)))
     for position, (one, next_one) in enumerate(pairwise(order)):
         if unsorted_keys[one] == unsorted_keys[next_one]:

@@ -6,9 +6,10 @@ import hashlib
 import json
 import math
 import re
+import shlex
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any, TypeVar, overload
@@ -49,6 +50,9 @@ _VALUES_AT_MOST = 2**40  # of an activation of one image
 _DIMENSIONS_AT_MOST = 32
 _SIDE_PX_AT_MOST = 2**16
 _SHOWN_OF_CUSTOM = 160  # characters
+
+# What `hookx extract` does unless it is told otherwise.
+MAX_SHARD_BYTES, MAX_SHARD_IMAGES = 512 * 2**20, 4096
 
 # Shards are cut at multiples of this many images, so that the last batch of a shard is seldom a small one.
 _CUT = 32
@@ -91,6 +95,21 @@ class Preprocessing:
             + (", EXIF applied" * (self.exif == "apply"))
             + (", decoded fast" * (self.decode == "fast"))
         )
+
+    def options(self) -> list[str]:
+        """Return the options of `hookx extract` that ask for this, where it is not what most weights come with."""
+        asked = [
+            *["--exif", self.exif] * (self.exif != "ignore"),
+            *["--decode", self.decode] * (self.decode != "exact"),
+        ]
+        if self.custom or replace(self, exif="ignore", decode="exact") == _OF_MOST_WEIGHTS:
+            return asked
+        mean, std = (",".join(map(repr, values)) for values in (self.mean, self.std))
+        sizes = ["--resize", str(self.resize_px), "--crop", str(self.crop_px), "--interpolation", self.interpolation]
+        return [*sizes, "--mean", mean, "--std", std, *asked]
+
+
+_OF_MOST_WEIGHTS = Preprocessing(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
 
 
 @dataclass(frozen=True)
@@ -143,6 +162,9 @@ class LazySequence(Sequence[_Item]):
         if isinstance(index, slice):
             return [self.item(position) for position in range(len(self))[index]]
         return self.item(range(len(self))[index])
+
+    def __iter__(self) -> Iterator[_Item]:
+        return map(self.item, range(len(self)))
 
 
 class _Shards(LazySequence[Shard]):
@@ -201,6 +223,44 @@ class Plan:
     def shard_file(self, shard: Shard) -> str:
         """Return the name of a shard's file."""
         return f"shard-{shard.number:05}-of-{len(self.shards):05}.safetensors"
+
+    def command(self, out: str) -> str:
+        """Return the command line that resumes this plan, with IMAGES for the images.
+
+        What was chosen automatically, batch size and memory format, is kept where the plan is, and need not be said.
+        A plan does not hold where a file of weights lies (WEIGHTS stands for it), nor what a model of somebody's own
+        needs (`--model-arg`, `--transform`). A command that lacks something is refused with what differs.
+
+        Example:
+            >>> preprocessing = Preprocessing(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
+            >>> layers = (LayerSpec("conv1", (64, 112, 112), "float32"), LayerSpec("avgpool", (512, 1, 1), "float32"))
+            >>> plan = Plan("resnet18", "ResNet18_Weights.IMAGENET1K_V1", layers, preprocessing, "fp32", "contiguous",
+            ...             image_count=8, images_sha256="", images_per_shard=160, batch_size=32)
+            >>> plan.command("features/")
+            'hookx extract --model resnet18 --weights IMAGENET1K_V1 --layers conv1,avgpool --out features/ IMAGES'
+        """
+        words = ["--model", self.model, *self._weights_options()]
+        words += ["--layers", ",".join(layer.address for layer in self.layers), *self.preprocessing.options()]
+        if self.precision != "fp32":
+            words += ["--precision", self.precision]
+        # Of several types none was asked for.
+        floats = {layer.dtype for layer in self.layers if "float" in layer.dtype}
+        if len(floats) == 1 and (self.precision, floats) != ("fp32", {"float32"}):
+            words += ["--dtype", *floats]
+        if self.images_per_shard != images_per_shard(self.bytes_per_image, MAX_SHARD_BYTES, MAX_SHARD_IMAGES):
+            words += ["--shard-images", str(self.images_per_shard)]
+            if (shard_bytes := self.images_per_shard * self.bytes_per_image) > MAX_SHARD_BYTES:
+                words += ["--max-shard-size", str(shard_bytes)]
+        return shlex.join(["hookx", "extract", *words, "--out", out, "IMAGES"])
+
+    def _weights_options(self) -> list[str]:
+        if random := re.match(r"random \(seed (\d+)\)", self.weights):
+            return ["--weights", "none", *(["--seed", random[1]] if random[1] != "0" else [])]
+        if published := re.fullmatch(r"\w+Weights\.(\w+)", self.weights):
+            return ["--weights", published[1]]
+        if self.weights.startswith("sha256:") and (self.model.isidentifier() or self.model.startswith("timm:")):
+            return ["--weights", "WEIGHTS"]
+        return []  # The model's own.
 
     def to_json(self) -> str:
         document = {

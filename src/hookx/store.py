@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -405,14 +405,31 @@ def _record_of(metadata: Mapping[str, str]) -> ShardRecord:
 def open_shard(file: Path) -> Any:
     """Open a shard for reading; its header is bounded, and checked against the file's size."""
     try:
-        _check_is_file(file)
-        with open(file, "rb") as opened:
-            header_bytes = int.from_bytes(opened.read(8), "little")
-        if header_bytes > _HEADER_BYTES_AT_MOST:
-            raise ShardError(file, f"is damaged: its header claims {header_bytes:,} bytes")
-        return safe_open(file, framework="pt")
+        with _opened_behind_length(file):
+            return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ShardError(file, f"is damaged: {error}") from None
+
+
+def data_range(file: Path, address: str) -> tuple[int, int]:
+    """Return which bytes of a shard's file are a tensor: its first, and the one after its last."""
+    try:
+        with _opened_behind_length(file) as (opened, header_bytes):
+            start, stop = json.loads(opened.read(header_bytes))[address]["data_offsets"]
+    except (ValueError, LookupError, TypeError, RecursionError, OSError) as error:
+        raise ShardError(file, f"is damaged: {error}") from None
+    return 8 + header_bytes + start, 8 + header_bytes + stop
+
+
+@contextlib.contextmanager
+def _opened_behind_length(file: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a shard where its header begins; yields the file and the bounded length of the header."""
+    _check_is_file(file)
+    with open(file, "rb") as opened:
+        header_bytes = int.from_bytes(opened.read(8), "little")
+        if header_bytes > _HEADER_BYTES_AT_MOST:
+            raise ShardError(file, f"is damaged: its header claims {header_bytes:,} bytes")
+        yield opened, header_bytes
 
 
 def _check_is_file(path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hookx.features import Activations
+from hookx.activations import Activations
 from hookx.plan import key_bytes
 
 log = logging.getLogger("hookx")
