@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hookx.layers import Address, Layer
@@ -305,6 +305,18 @@ def models_document(kinds: Mapping[str, str], weights: Weights) -> dict[str, Any
         name: {"kind": kind, "weights": [{"name": weight, "cached": cached} for weight, cached in weights[name]]}
         for name, kind in kinds.items()
     }
+
+
+def print_facts(facts: Mapping[str, str]) -> None:
+    """Print names with what there is to say of them, a line each."""
+    _print_rows(list(facts.items()))
+
+
+def print_bytes(pieces: Iterable[bytes | memoryview]) -> None:
+    """Print data a piece at a time; it is all with the reader when this returns."""
+    for piece in pieces:
+        sys.stdout.buffer.write(piece)
+    sys.stdout.buffer.flush()
 
 
 def print_json(document: Any) -> None:
