@@ -52,6 +52,11 @@ def main() -> NoReturn:
     try:
         try:
             app()
+        except SystemExit:
+            from hookx.report import hand_over_output
+
+            hand_over_output()
+            raise
         except Exception:
             _stop_if_asked()  # A signal during an import leaves a module half made, and any error may follow.
             raise

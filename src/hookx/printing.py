@@ -70,8 +70,8 @@ def as_text(values: Tensor) -> Iterator[bytes]:
     """
     numbers = _as_numpy(values.to(torch.uint8) if values.dtype == torch.bool else values)
     sides = [side for side in numbers.shape if side != 1]
-    if len(sides) < 2:
-        yield from (f"{number!s}\n".encode() for number in numbers.flat)
+    if len(sides) < 2 or not numbers.size:
+        yield from (f"{number!s}\n".encode() for number in numbers.flat)  # !s: as what it is, and not as a double
         return
     for number, matrix in enumerate(numbers.reshape(-1, *sides[-2:])):
         yield b"\n" if number else b""
