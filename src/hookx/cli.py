@@ -145,9 +145,10 @@ def _completes(names: Callable[..., Iterable[str]], *parameters: str) -> dict[st
     """Make a function of `hookx.completion` offer the values of an option, by what was said for other parameters."""
 
     def offered(context: typer.Context, incomplete: str) -> list[str]:
-        # Behind an option that still lacks its value, Typer leaves an argument unread.
-        unread = context.args[0] if context.args else None
-        return list(names(*(context.params.get(parameter) or unread for parameter in parameters), incomplete))
+        said = dict(context.params)
+        if context.args:  # Behind an option that still lacks its value, Typer leaves the arguments unread.
+            said[next(p.name for p in context.command.params if p.param_type_name == "argument")] = context.args[0]
+        return list(names(*map(said.get, parameters), incomplete))
 
     return {"autocompletion": offered}
 
