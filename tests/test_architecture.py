@@ -17,7 +17,7 @@ SOURCE = ROOT / "src" / "hookx"
 
 # A module may import those of the lines above it. Peers do not know each other.
 ORDER = [
-    {"errors"},
+    {"errors", "versions"},
     {"layers"},
     {"plan"},
     {"hooks", "decoding", "workers"},
@@ -25,7 +25,7 @@ ORDER = [
     {"batches", "activations"},
     {"datasets"},
     {"features"},
-    {"extraction", "pictures", "exporting"},
+    {"extraction", "pictures", "exporting", "printing", "completion"},
     {"verification", "inspection"},
     {"recomputation"},
     {"report"},
@@ -115,7 +115,7 @@ def test_what_only_one_file_may_do_only_that_file_does() -> None:
 
 
 def test_the_language_the_plan_and_the_command_line_do_not_import_torch() -> None:
-    without_torch = {"errors", "layers", "plan", "cli", "report", "__init__", "__main__"}
+    without_torch = {"errors", "versions", "layers", "plan", "completion", "cli", "report", "__init__", "__main__"}
     assert not without_torch & files_that_import("torch", "torchvision", "numpy", "safetensors")
 
 

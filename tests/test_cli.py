@@ -353,14 +353,29 @@ def test_a_name_cannot_act_on_the_terminal_that_shows_it() -> None:
     assert "\x1b" not in process.stderr and r"\x1b[31mred.toml" in process.stderr
 
 
-def test_a_reader_that_closes_the_pipe_early_gets_no_traceback() -> None:
+# What is printed is handed over in pieces or, if it is short, at the very end; this variable hides the difference.
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
+@pytest.mark.parametrize("arguments", [["list-layers", "vit_b_16"], ["list-models", "resnet18"], ["--version"], ["-h"]])
+def test_a_reader_that_closes_the_pipe_early_gets_no_traceback(arguments: list[str]) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
     process = subprocess.run(
-        [*HOOKX, "list-layers", "resnet18"], stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=100
+        [*HOOKX, *arguments], stdout=write_end, stderr=subprocess.PIPE, text=True, env=BUFFERED, timeout=100
     )
     os.close(write_end)
-    assert process.stderr == ""
+    assert (process.returncode, process.stderr) == (1, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_an_answer_that_does_not_fit_on_the_disk_is_an_error() -> None:
+    with open("/dev/full", "wb") as full:
+        process = subprocess.run(
+            [*HOOKX, "--version"], stdout=full, stderr=subprocess.PIPE, text=True, env=BUFFERED, timeout=100
+        )
+    assert process.returncode == 1
+    assert process.stderr == "error: cannot write to standard output: No space left on device\n"
 
 
 # --- on a terminal -------------------------------------------------------------------------------------------------

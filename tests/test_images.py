@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import hashlib
 import multiprocessing
 import os
+import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import tracemalloc
@@ -15,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from types import FrameType
 
 import pytest
@@ -31,7 +35,7 @@ from hookx.batches import Batch, batches
 from hookx.decoding import decode
 from hookx.errors import ImageError
 from hookx.images import SUFFIXES, Files, ImageList, Keys, list_images
-from hookx.plan import Preprocessing, Shard
+from hookx.plan import Preprocessing, Shard, images_sha256
 from second_route import input_of
 
 PHOTOGRAPHS = Path(__file__).parents[1] / "images"
@@ -213,6 +217,49 @@ def test_two_dots_behind_a_link_lead_where_the_link_leads(tmp_path: Path, monkey
     assert Path(images.files[0]).read_bytes() == b"the one that is meant"
 
 
+def root_and_key(path: str) -> tuple[str, str]:
+    """Say, for one path alone, what `list_images` makes of it."""
+    whole, here = os.path.abspath(path), f"{os.getcwd()}/"
+    return ("", whole.removeprefix(here)) if whole.startswith(here) else ("/", whole.lstrip("/"))
+
+
+NAMES = ["a", "b.jpg", "a.", "a\x01", "ä", "two words", "..a", ".a", ".", "..", ""]
+
+
+@given(st.lists(st.lists(st.sampled_from(NAMES), min_size=1, max_size=4).map("/".join), max_size=6), st.booleans())
+@example(["a//b"], False)
+@example([".//a", "a/b"], False)
+@example(["a/"], True)
+@example(["./a", "./b.jpg"], True)
+def test_a_list_of_paths_gives_the_key_that_each_path_has_alone_in_the_order_of_their_bytes(
+    paths: list[str], with_nul: bool
+) -> None:
+    with TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+        expected = sorted((os.fsencode(key), root) for root, key in map(root_and_key, filter(None, paths)))
+        keys = [os.fsdecode(key) for key, _ in expected]
+        with standard_input(("\0" if with_nul else "\n").join(paths).encode(), Path("list")):
+            if not keys or len(set(keys)) < len(keys):
+                assert error_of("-0" if with_nul else "-").startswith(("there is no image", "two images have the key"))
+            else:
+                images = list_images(["-0" if with_nul else "-"])
+                assert list(images.keys) == keys
+                assert list(images.files) == [root + key for key, (_, root) in zip(keys, expected, strict=True)]
+
+
+def test_a_long_list_is_read_in_blocks_and_no_path_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = many_names(60_000).split(b"\0")[:-1]
+    shuffled = random.Random(0).sample(names, len(names))
+    with standard_input(b"\n".join(b"./" + name for name in shuffled), tmp_path / "list"):  # as `find .` writes them
+        images = list_images(["-"])
+    assert list(map(os.fsencode, images.keys)) == names
+
+
+def test_a_nul_where_lines_are_read_is_an_error_that_names_the_option(tmp_path: Path) -> None:
+    with standard_input(b"a.jpg\0b.jpg\0", tmp_path / "list"):
+        assert error_of("-") == "there is a NUL in the list on standard input\n  if paths end with it: -0"
+
+
 def test_empty_lines_of_standard_input_name_nothing(tmp_path: Path) -> None:
     with standard_input(b"\n\r\n\n", tmp_path / "list"):
         assert error_of("-") == "there is no image in -"
@@ -237,6 +284,43 @@ def test_a_key_costs_its_bytes_and_twenty_more(tmp_path: Path, monkeypatch: pyte
             tracemalloc.stop()
     assert len(images) == 20_000 and len(images.keys[0]) == 40
     assert bytes_held / len(images) < 1.1 * (40 + 20)  # Arrays grow in steps, and some of the last one stays free.
+
+
+PEAK = """
+import resource, sys
+from hookx.images import list_images
+from hookx.plan import images_sha256
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+images = list_images(["-0"])
+digest = images_sha256(images.keys, images.sizes_bytes)
+print(len(images), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, digest)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ru_maxrss is not in KB")
+def test_a_million_paths_take_seconds_and_a_bounded_amount_of_memory_each_in_any_order(tmp_path: Path) -> None:
+    names = many_names(1_000_000).split(b"\0")[:-1]
+    expected = hashlib.sha256(b"".join(name + b"\0-1\n" for name in names)).hexdigest()
+    shuffled = random.Random(0).sample(names, len(names))
+    for order in (names, shuffled):
+        begin = time.monotonic()
+        process = subprocess.run(
+            [sys.executable, "-c", PEAK], input=b"\0".join(order), stdout=subprocess.PIPE, cwd=tmp_path, check=True
+        )
+        assert time.monotonic() - begin < 30  # 3 on an idle machine
+        count, peak_bytes, digest = process.stdout.split()
+        assert int(count) == len(names) and digest.decode() == expected
+        assert int(peak_bytes) / len(names) < 40 + 125  # What sorting a list of them takes, and a pointer to each.
+
+
+def test_the_digest_of_a_list_is_that_of_its_keys_and_sizes_a_line_each(tmp_path: Path) -> None:
+    touch(tmp_path, "b/ä.jpg", "a.png")
+    (tmp_path / "b/c.png").write_bytes(b"12345")
+    (tmp_path / "gone.jpg").symlink_to("nowhere")
+    images = list_images([tmp_path])
+    lines = b"a.png\0000\nb/c.png\0005\nb/\xc3\xa4.jpg\0000\ngone.jpg\000-1\n"
+    assert images_sha256(images.keys, images.sizes_bytes) == hashlib.sha256(lines).hexdigest()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

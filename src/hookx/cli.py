@@ -5,23 +5,32 @@ torch is imported by the commands that need it, so that `hookx --help` answers a
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
 import tomllib
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
-from importlib.metadata import version as version_of
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+from hookx import completion
 from hookx.errors import HookxError, Interrupted, UsageError
 from hookx.layers import closest
 
 EXIT_CODES = """Exit codes: 0 done; 1 error; 2 usage; 3 done, but some images could not be read; 130 interrupted;
 143 terminated."""
+
+
+def _examples(*commands: str) -> str:
+    """Write what stands below the options in a command's help: examples, each run by a test, and the exit codes."""
+    lines = "\n".join(f"  {command}" for command in commands)
+    return f"\b\nExamples:\n{lines}\n\n{EXIT_CODES}"  # \b: these lines are not filled into a paragraph.
+
 
 app = typer.Typer(
     help="Exact per-layer activations of vision models: a folder of images in, safetensors shards out.",
@@ -35,12 +44,19 @@ app = typer.Typer(
 
 def main() -> NoReturn:
     """Run the command line, with every error in the form of the design: what, which value, what to do next."""
+    if "_HOOKX_COMPLETE" in os.environ:
+        completion.answer(app)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     sys.unraisablehook = _report_unraisable
     try:
         try:
             app()
+        except SystemExit:
+            from hookx.report import hand_over_output
+
+            hand_over_output()
+            raise
         except Exception:
             _stop_if_asked()  # A signal during an import leaves a module half made, and any error may follow.
             raise
@@ -76,10 +92,12 @@ def _report_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        others = ", ".join(f"{name} {version_of(name)}" for name in ("torch", "torchvision", "safetensors", "pillow"))
-        typer.echo(f"hookx {version_of('hookx-vision')} ({others})")
+def _show_version(context: typer.Context, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        from hookx import report
+        from hookx.versions import versions
+
+        report.print_facts(versions())
         raise typer.Exit
 
 
@@ -123,6 +141,22 @@ def _variable(name: str) -> dict[str, Any]:
     return {"envvar": f"HOOKX_{name}", "show_envvar": False}
 
 
+def _completes(names: Callable[..., Iterable[str]], *parameters: str) -> dict[str, Any]:
+    """Make a function of `hookx.completion` offer the values of an option, by what was said for other parameters."""
+
+    def offered(context: typer.Context, incomplete: str) -> list[str]:
+        said = dict(context.params)
+        if context.args:  # Behind an option that still lacks its value, Typer leaves the arguments unread.
+            said[next(p.name for p in context.command.params if p.param_type_name == "argument")] = context.args[0]
+        return list(names(*map(said.get, parameters), incomplete))
+
+    return {"autocompletion": offered}
+
+
+def _one_of(names: Iterable[str]) -> dict[str, Any]:
+    return {"autocompletion": lambda: list(names)}
+
+
 # What several commands take of a model.
 Seed = Annotated[int, typer.Option("--seed", help="Seed of --weights none.", **_variable("SEED"))]
 WeightsKey = Annotated[
@@ -142,7 +176,13 @@ Transform = Annotated[
 ]
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(
+    epilog=_examples(
+        "hookx extract --model resnet18 --layers conv1,avgpool images/",
+        "hookx extract -m vit_b_16 -l 'encoder.layers.*@cls' -o tokens --dry-run images/",
+        "find images -name '*.jpg' | hookx extract -m resnet18 -l layer4@mean23 -o pooled -",
+    )
+)
 def extract(
     images: Annotated[
         list[str] | None,
@@ -150,16 +190,32 @@ def extract(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("-m", "--model", help="A model's name; hookx list-models shows them.", **_variable("MODEL")),
+        typer.Option(
+            "-m",
+            "--model",
+            help="A model's name; hookx list-models shows them.",
+            **_variable("MODEL"),
+            **_completes(completion.models),
+        ),
     ] = None,
     layers: Annotated[
         list[str] | None,
         typer.Option(
-            "-l", "--layers", help="Layers: paths, globs, type:Class; with commas, or repeated.", **_variable("LAYERS")
+            "-l",
+            "--layers",
+            help="Layers: paths, globs, type:Class; with commas, or repeated.",
+            **_variable("LAYERS"),
+            **_completes(completion.layers, "model"),
         ),
     ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option("--exclude", help="Layers to leave out of those.", **_variable("EXCLUDE"))
+        list[str] | None,
+        typer.Option(
+            "--exclude",
+            help="Layers to leave out of those.",
+            **_variable("EXCLUDE"),
+            **_completes(completion.layers, "model"),
+        ),
     ] = None,
     weights: Annotated[
         str,
@@ -168,6 +224,7 @@ def extract(
             "--weights",
             help="default, a weights name, none (random, seeded), or a state-dict file.",
             **_variable("WEIGHTS"),
+            **_completes(completion.weights, "model"),
         ),
     ] = "default",
     seed: Seed = 0,
@@ -184,7 +241,14 @@ def extract(
         typer.Option("-b", "--batch-size", help="Images a forward pass: a number, or auto.", **_variable("BATCH_SIZE")),
     ] = "auto",
     device: Annotated[
-        str, typer.Option("-d", "--device", help="auto, cpu, cuda, cuda:1 or mps.", **_variable("DEVICE"))
+        str,
+        typer.Option(
+            "-d",
+            "--device",
+            help="auto, cpu, cuda, cuda:1 or mps.",
+            **_variable("DEVICE"),
+            **_one_of(completion.DEVICES),
+        ),
     ] = "auto",
     workers: Annotated[
         int | None,
@@ -203,7 +267,13 @@ def extract(
         ),
     ] = 60,
     precision: Annotated[
-        str, typer.Option("--precision", help="Arithmetic: fp32, bf16 or fp16.", **_variable("PRECISION"))
+        str,
+        typer.Option(
+            "--precision",
+            help="Arithmetic: fp32, bf16 or fp16.",
+            **_variable("PRECISION"),
+            **_one_of(completion.PRECISIONS),
+        ),
     ] = "fp32",
     memory_format: Annotated[
         str,
@@ -211,7 +281,12 @@ def extract(
     ] = "auto",
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="Stored type: fp32, fp16, bf16; default: as returned.", **_variable("DTYPE")),
+        typer.Option(
+            "--dtype",
+            help="Stored type: fp32, fp16, bf16; default: as returned.",
+            **_variable("DTYPE"),
+            **_one_of(completion.DTYPES),
+        ),
     ] = None,
     decode: Annotated[
         str,
@@ -234,7 +309,13 @@ def extract(
         typer.Option("--interpolation", help="bilinear, bicubic, nearest, ...", **_variable("INTERPOLATION")),
     ] = None,
     exif: Annotated[
-        str, typer.Option("--exif", help="Rotations recorded by cameras: ignore or apply.", **_variable("EXIF"))
+        str,
+        typer.Option(
+            "--exif",
+            help="Rotations recorded by cameras: ignore or apply.",
+            **_variable("EXIF"),
+            **_one_of(completion.EXIF),
+        ),
     ] = "ignore",
     max_shard_size: Annotated[
         str, typer.Option("--max-shard-size", help="Largest shard.", **_variable("MAX_SHARD_SIZE"))
@@ -254,10 +335,7 @@ def extract(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the finished shards' paths only.")] = False,
 ) -> None:
-    """Store the activations of images; the same command again finishes what was interrupted.
-
-    hookx extract --model resnet18 --layers conv1,avgpool images/
-    """
+    """Store the activations of images; the same command again finishes what was interrupted."""
     if not model:
         raise UsageError("no model is named", "as in --model resnet18    see them: hookx list-models")
     if not images:
@@ -319,20 +397,46 @@ def extract(
         raise typer.Exit(3)
 
 
-@app.command("list-layers", epilog=EXIT_CODES)
+@app.command(
+    "list-layers",
+    epilog=_examples(
+        "hookx list-layers resnet18",
+        "hookx list-layers vit_b_16 --type MultiheadAttention",
+        "hookx list-layers resnet50 --depth 1 --json",
+    ),
+)
 def list_layers(
-    model: Annotated[str, typer.Argument(help="A model's name; hookx list-models shows them.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A model's name; hookx list-models shows them.", **_completes(completion.models)),
+    ],
     weights: Annotated[
-        str, typer.Option("-w", "--weights", help="The weights name, which decides the size of the input.")
+        str,
+        typer.Option(
+            "-w",
+            "--weights",
+            help="The weights name, which decides the size of the input.",
+            **_completes(completion.weights, "model"),
+        ),
     ] = "default",
     trust_checkpoint: TrustCheckpoint = False,
     model_arg: ModelArg = None,
     transform: Transform = None,
     types: Annotated[
-        list[str] | None, typer.Option("--type", help="Only modules of these classes, as in Conv2d,Linear.")
+        list[str] | None,
+        typer.Option(
+            "--type",
+            help="Only modules of these classes, as in Conv2d,Linear.",
+            **_completes(completion.classes, "model"),
+        ),
     ] = None,
     paths: Annotated[
-        list[str] | None, typer.Option("--filter", help="Only paths that match a glob, or contain a text.")
+        list[str] | None,
+        typer.Option(
+            "--filter",
+            help="Only paths that match a glob, or contain a text.",
+            **_completes(completion.layers, "model"),
+        ),
     ] = None,
     depth: Annotated[
         int | None, typer.Option("--depth", min=0, help="Only paths of at most this many names; 0 is the model itself.")
@@ -340,10 +444,7 @@ def list_layers(
     tree: Annotated[bool, typer.Option("--tree", help="Indent each layer beneath the one that holds it.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Show what can be captured: every module, in the order of execution. Needs no weights.
-
-    hookx list-layers resnet18
-    """
+    """Show what can be captured: every module, in the order of execution. Needs no weights."""
     from hookx import report
     from hookx.layers import narrowed
     from hookx.models import ModelOptions, skeleton
@@ -356,15 +457,21 @@ def list_layers(
     report.print_json(report.layers_document(layers)) if json else report.print_model_layers(layers, tree=tree)
 
 
-@app.command("list-models", epilog=EXIT_CODES)
+@app.command(
+    "list-models",
+    epilog=_examples(
+        "hookx list-models",
+        "hookx list-models 'vit*'",
+        "hookx list-models --json '*resnet50*'",
+    ),
+)
 def list_models(
-    pattern: Annotated[str, typer.Argument(help="A glob, as in 'resnet*' or 'timm:vit*'.")] = "*",
+    pattern: Annotated[
+        str, typer.Argument(help="A glob, as in 'resnet*' or 'timm:vit*'.", **_completes(completion.models))
+    ] = "*",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Show which models can be named, a line each: kind, weights (the default first), and which are in the cache.
-
-    hookx list-models 'resnet*'
-    """
+    """Show which models can be named, a line each: kind, weights (the default first), and which are in the cache."""
     from hookx import models, report
 
     known = models.list_models(pattern)
@@ -375,7 +482,13 @@ def list_models(
     report.print_json(report.models_document(kinds, weights)) if json else report.print_models(kinds, weights)
 
 
-@app.command(epilog=EXIT_CODES)
+@app.command(
+    epilog=_examples(
+        "hookx verify features/",
+        "hookx verify features/ --recompute 3 --images images/",
+        "hookx verify features/ --json",
+    )
+)
 def verify(
     path: Annotated[Path, typer.Argument(help="The directory that hookx extract wrote.")] = Path("features"),
     recompute: Annotated[
@@ -389,10 +502,21 @@ def verify(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("-m", "--model", help="For --recompute: the model again, if it is not one of torchvision's."),
+        typer.Option(
+            "-m",
+            "--model",
+            help="For --recompute: the model again, if it is not one of torchvision's.",
+            **_completes(completion.models),
+        ),
     ] = None,
     device: Annotated[
-        str, typer.Option("-d", "--device", help="For --recompute: auto, cpu, cuda, cuda:1 or mps.")
+        str,
+        typer.Option(
+            "-d",
+            "--device",
+            help="For --recompute: auto, cpu, cuda, cuda:1 or mps.",
+            **_one_of(completion.DEVICES),
+        ),
     ] = "cpu",
     weights_key: WeightsKey = None,
     allow_missing: AllowMissing = None,
@@ -401,10 +525,7 @@ def verify(
     transform: Transform = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Check that a run is whole, and with --recompute that it is true; name everything that is wrong.
-
-    hookx verify features/ --recompute 10 --images images/
-    """
+    """Check that a run is whole, and with --recompute that it is true; name everything that is wrong."""
     if recompute and not images:
         raise UsageError("the plan does not say where the images are", "name them: --images images/")
     from hookx import report
@@ -434,7 +555,14 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command("inspect", epilog=EXIT_CODES)
+@app.command(
+    "inspect",
+    epilog=_examples(
+        "hookx inspect features/",
+        "hookx inspect features/ --stats",
+        "hookx inspect features/ --json",
+    ),
+)
 def inspect_run(
     path: Annotated[Path, typer.Argument(help="The directory that hookx extract wrote.")] = Path("features"),
     stats: Annotated[
@@ -442,10 +570,7 @@ def inspect_run(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Show a run, finished or not: its plan, how far it has come, and what every layer holds.
-
-    hookx inspect features/ --stats
-    """
+    """Show a run, finished or not: its plan, how far it has come, and what every layer holds."""
     from hookx import report
     from hookx.inspection import inspect
 
@@ -454,9 +579,24 @@ def inspect_run(
     report.print_json(report.inspection_document(inspection)) if json else report.print_inspection(inspection)
 
 
-@app.command("export", epilog=EXIT_CODES)
+@app.command(
+    "export",
+    epilog=_examples(
+        "hookx export features/ --layer avgpool --to avgpool.npy",
+        "hookx export features/ -l avgpool --to avgpool.csv",
+        "hookx export features/ -l conv1 --to conv1.npz --quiet",
+    ),
+)
 def export_layer(
-    layer: Annotated[str, typer.Option("-l", "--layer", help="One of the run's layers; hookx inspect shows them.")],
+    layer: Annotated[
+        str,
+        typer.Option(
+            "-l",
+            "--layer",
+            help="An address of the run; hookx inspect shows them.",
+            **_completes(completion.addresses, "path"),
+        ),
+    ],
     to: Annotated[
         Path, typer.Option("--to", help="A new file: .npy, .npz, .parquet, .h5, .mat, .csv (vectors) or .zarr.")
     ],
@@ -465,10 +605,7 @@ def export_layer(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the written files' paths only.")] = False,
 ) -> None:
-    """Write one layer of a run to a file for another program; its suffix says the format.
-
-    hookx export features/ --layer avgpool --to avgpool.npy
-    """
+    """Write one layer of a run to a file for another program; its suffix says the format."""
     from hookx import report
     from hookx.exporting import export
     from hookx.features import open_features
@@ -488,6 +625,51 @@ def export_layer(
         report.print_lines(exported.files)
     else:
         report.print_export(exported)
+
+
+@app.command(
+    epilog=_examples(
+        "hookx cat features/ --layer avgpool --image animals/chelsea.jpg",
+        "hookx cat features/ -l conv1 -i people/astronaut.jpg | head -112",
+        "hookx cat features/ -l conv1 -i people/astronaut.jpg --raw > conv1.f32",
+    )
+)
+def cat(
+    layer: Annotated[
+        str,
+        typer.Option(
+            "-l",
+            "--layer",
+            help="An address of the run; hookx inspect shows them.",
+            **_completes(completion.addresses, "path"),
+        ),
+    ],
+    image: Annotated[
+        str,
+        typer.Option(
+            "-i",
+            "--image",
+            metavar="KEY",
+            help="An image's key; index.csv lists them.",
+            **_completes(completion.keys, "path"),
+        ),
+    ],
+    path: Annotated[Path, typer.Argument(help="The directory that hookx extract wrote.")] = Path("features"),
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document, the values nested.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Write the bytes as they are stored, little-endian.")] = False,
+) -> None:
+    """Print one activation: a number a line, or rows of numbers with a blank line between channels."""
+    if json and raw:
+        raise UsageError("--json and --raw are two forms of one activation", "choose one")
+    if raw and sys.stdout.isatty():
+        raise UsageError("--raw writes bytes, and standard output is a terminal", "send them to a file: > FILE")
+    from hookx import printing, report
+
+    activation = printing.read_activation(path, layer, image)
+    if raw:
+        report.print_bytes(printing.as_bytes(activation.values))
+    else:
+        report.print_bytes(printing.as_json(activation) if json else printing.as_text(activation.values))
 
 
 def _model_args(texts: list[str] | None) -> dict[str, str]:

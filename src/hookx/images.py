@@ -9,8 +9,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from typing import Any, BinaryIO
 
 from hookx.errors import ImageError
 from hookx.plan import LazySequence
@@ -20,6 +19,10 @@ SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .gif .webp .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .pfm .tga .ico .icns "
     ".jp2 .j2k .jpx .avif .avifs .qoi .dds .sgi .rgb .pcx .psd .xbm .xpm".split()
 )
+_SUFFIXES = frozenset(map(os.fsencode, SUFFIXES))
+
+_BLOCK_BYTES = 2**20  # of standard input, read at once
+_MARK_BYTES = 5
 
 
 _KEYS_SHOWN = 3  # where a list of them is printed
@@ -45,6 +48,12 @@ class Keys(LazySequence[str]):
 
     def __len__(self) -> int:
         return len(self._ends)
+
+    def __iter__(self) -> Iterator[str]:
+        start = 0
+        for end in self._ends:
+            yield os.fsdecode(self._block[start:end])
+            start = end
 
     def item(self, position: int) -> str:
         return os.fsdecode(self.encoded(position))
@@ -129,44 +138,56 @@ def list_images(sources: Iterable[str | os.PathLike[str]]) -> ImageList:
         (8, 'animals/chelsea.jpg')
     """
     names = [os.fspath(source) for source in sources]
-    numbers: dict[str, int] = {}  # of the roots
-    unsorted_keys, unsorted_roots = [], array("i")
-    for root, key in (pair for name in names for pair in _in_source(name)):
-        unsorted_keys.append(os.fsencode(key))
-        unsorted_roots.append(numbers.setdefault(root, len(numbers)))
-    if not unsorted_keys:
+    # There may be ten million. A flat list of bytes is the least that Python can sort, so behind each key stands a mark
+    # of its root; it begins with NUL, which no name holds, and so leaves the order as it is.
+    marks: dict[bytes, bytes] = {}
+    marked_keys: list[bytes] = []
+    for root, keys in (found for name in names for found in _in_source(name)):
+        mark = marks.setdefault(root, len(marks).to_bytes(_MARK_BYTES, "big"))
+        marked_keys += [key + mark for key in keys]
+    if not marked_keys:
         raise ImageError(f"there is no image in {', '.join(names) or 'the empty list'}")
-    order = sorted(range(len(unsorted_keys)), key=unsorted_keys.__getitem__)
-    keys = Keys.pack(unsorted_keys[number] for number in order)
-    files = Files(keys, list(numbers), array("i", (unsorted_roots[number] for number in order)))
-    for position, (one, next_one) in enumerate(pairwise(order)):
-        if unsorted_keys[one] == unsorted_keys[next_one]:
+    marked_keys.sort(reverse=True)
+
+    roots, numbers = list(marks), {mark: number for number, mark in enumerate(marks.values())}
+    block, ends, root_of, sizes_bytes = bytearray(), array("q"), array("i"), array("q")
+    before = None
+    while marked_keys:
+        marked = marked_keys.pop()  # Its memory is free again as soon as it is packed.
+        key, number = marked[:-_MARK_BYTES], numbers[marked[-_MARK_BYTES:]]
+        file = roots[number] + key
+        if key == before:
+            one, other = os.fsdecode(roots[root_of[-1]] + key), os.fsdecode(file)
             raise ImageError(
-                f"two images have the key '{keys[position]}': {files[position]} and {files[position + 1]}",
+                f"two images have the key '{os.fsdecode(key)}': {one} and {other}",
                 "give the folder that holds both, or run twice",
             )
-    return ImageList(keys, files, array("q", map(_size_bytes, files)))
+        before = key
+        block += key
+        ends.append(len(block))
+        root_of.append(number)
+        sizes_bytes.append(_size_bytes(file))
+    packed = Keys(bytes(block), ends)
+    return ImageList(packed, Files(packed, list(map(os.fsdecode, roots)), root_of), sizes_bytes)
 
 
-def _in_source(source: str) -> Iterator[tuple[str, str]]:
-    """Yield the root and the key of every image of a source; the file is the one and the other."""
+def _in_source(source: str) -> Iterator[tuple[bytes, list[bytes]]]:
+    """Yield the images of a source, some at a time: their root and their keys; the file is the one and the other."""
     if source in ("-", "-0"):
-        separator = b"\0" if source == "-0" else b"\n"
-        for line in sys.stdin.buffer.read().split(separator):
-            if path := os.fsdecode(line if source == "-0" else line.removesuffix(b"\r")):
-                yield _in_working_directory(path)
+        yield from _on_standard_input(b"\0" if source == "-0" else b"\n")
     elif os.path.isdir(source):
-        root = os.path.join(source, "")
-        for key in _in_folder(source, "", ()):
-            yield root, key
+        root = os.fsencode(os.path.join(source, ""))
+        for keys in _in_folder(root, b"", ()):
+            yield root, keys
     elif os.path.lexists(source):
-        key = os.path.basename(source)
-        yield source.removesuffix(key), key
+        file = os.fsencode(source)
+        key = os.path.basename(file)
+        yield file.removesuffix(key), [key]
     else:
         raise ImageError(f"there is no file or folder '{source}'")
 
 
-def _in_folder(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+def _in_folder(folder: bytes, prefix: bytes, above: tuple[tuple[int, int], ...]) -> Iterator[list[bytes]]:
     status = os.stat(folder)
     identity = (status.st_dev, status.st_ino)
     if identity in above:
@@ -174,29 +195,64 @@ def _in_folder(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> 
     try:
         entries = list(os.scandir(folder))
     except OSError as error:
-        raise ImageError(f"cannot list the folder '{folder}': {error.strerror}") from None
+        name = os.fsdecode(folder).removesuffix("/")
+        raise ImageError(f"cannot list the folder '{name}': {error.strerror}") from None
+    keys = []
     for entry in entries:
         if _is_folder(entry):
-            yield from _in_folder(entry.path, f"{prefix}{entry.name}/", (*above, identity))
-        elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
-            yield prefix + entry.name
+            yield from _in_folder(entry.path, prefix + entry.name + b"/", (*above, identity))
+        elif os.path.splitext(entry.name)[1].lower() in _SUFFIXES:
+            keys.append(prefix + entry.name)
+    yield keys
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
     try:
         return entry.is_dir()
     except OSError:
         return False  # A link to itself.
 
 
-def _in_working_directory(path: str) -> tuple[str, str]:
-    if ".." in path.split("/"):  # Behind a link, '..' is not what its name suggests.
+def _on_standard_input(end: bytes) -> Iterator[tuple[bytes, list[bytes]]]:
+    here = os.path.join(os.getcwdb(), b"")
+    for block in _blocks(sys.stdin.buffer, end):
+        block = end + block + end
+        if end == b"\n":
+            block = block.replace(b"\r\n", b"\n")
+            if b"\0" in block:
+                raise ImageError("there is a NUL in the list on standard input", "if paths end with it: -0")
+        # Looking at every path takes longer than listing it, and few lists hold one that could be written shorter; but
+        # `find .` writes './' before each.
+        is_plain = not any(text in block for text in (b"//", b"/.", b"/" + end, end + end))
+        if is_plain:
+            block = block.replace(end + b"./", end)
+        paths = block[1:-1].split(end)
+        if not is_plain or end + b"." in block:
+            paths = [_shortest(path) for path in paths if path]
+        yield b"", [path.removeprefix(here) for path in paths if path.startswith(here) or not path.startswith(b"/")]
+        yield b"/", [path.lstrip(b"/") for path in paths if path.startswith(b"/") and not path.startswith(here)]
+
+
+def _blocks(stream: BinaryIO, end: bytes) -> Iterator[bytes]:
+    """Read a stream in blocks that are cut where a path ends, without that end."""
+    rest = b""
+    while more := stream.read(_BLOCK_BYTES):
+        block, found, tail = more.rpartition(end)
+        if found:
+            yield rest + block
+            rest = tail
+        else:
+            rest += tail
+    yield rest
+
+
+def _shortest(path: bytes) -> bytes:
+    if b".." in path.split(b"/"):  # Behind a link, '..' is not what its name suggests.
         path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
-    whole, here = os.path.abspath(path), os.getcwd().rstrip("/") + "/"
-    return ("", whole.removeprefix(here)) if whole.startswith(here) else ("/", whole.lstrip("/"))
+    return os.path.abspath(path)
 
 
-def _size_bytes(file: str) -> int:
+def _size_bytes(file: bytes) -> int:
     try:
         return os.stat(file).st_size
     except OSError:

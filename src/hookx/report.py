@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hookx.errors import HookxError
 from hookx.layers import Address, Layer
 from hookx.plan import LayerSpec
 
@@ -342,6 +344,33 @@ def models_document(kinds: Mapping[str, str], weights: Weights) -> dict[str, Any
     }
 
 
+def print_facts(facts: Mapping[str, str]) -> None:
+    """Print names with what there is to say of them, a line each."""
+    _print_rows(list(facts.items()))
+
+
+def print_bytes(pieces: Iterable[bytes | memoryview]) -> None:
+    """Print data a piece at a time."""
+    try:
+        for piece in pieces:
+            sys.stdout.buffer.write(piece)
+    except BrokenPipeError:
+        raise  # The reader has seen enough, and Typer ends the command without a word.
+    except OSError as error:
+        raise _not_written(error) from None
+
+
+def hand_over_output() -> None:
+    """Give the system what is still buffered; Python would do so at its end, where an error cannot be told any more."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        not_written = _not_written(error)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(1)
+        raise not_written from None
+
+
 def print_json(document: Any) -> None:
     """Print one JSON document."""
     print(json.dumps(document, indent=2))
@@ -381,6 +410,11 @@ def printable(text: str) -> str:
 
 
 # --- drawing -------------------------------------------------------------------------------------------------------
+
+
+def _not_written(error: OSError) -> HookxError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python will try once more to write what is left.
+    return HookxError(f"cannot write to standard output: {error.strerror}")
 
 
 def _in_one_line(text: str) -> str:
