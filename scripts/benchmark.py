@@ -46,6 +46,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -68,7 +69,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 BY_HAND = ["hand-written", "fx", "naive", "torchhook", "torchextractor", "torchlens"]
 OF_HOOKX = {"hookx": [], "hookx-bf16": ["--precision", "bf16"]}
 # Of a row's largest value. Other batch sizes, memory formats and kernels add up in another order; bf16 has 8 bits.
-TOLERANCE = {"hookx-bf16": 0.1}
+TOLERANCE = {"hookx-bf16": 0.05}
 ROUNDING = 1e-4
 
 
@@ -101,10 +102,10 @@ MODELS = {
     "vit_b_16": Model(
         64, "encoder.ln@cls", "conv_proj", "encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_5@mean1"
     ),
-    "mobilenet_v3_small": Model(1000, "avgpool", "features.0.0", "features.1", "features.6@mean23"),
-    "efficientnet_b0": Model(300, "avgpool", "features.0.0", "features.1", "features.4@mean23"),
+    "mobilenet_v3_small": Model(1000, "avgpool", "features.0", "features.1", "features.6@mean23"),
+    "efficientnet_b0": Model(300, "avgpool", "features.0", "features.1", "features.4@mean23"),
     "densenet121": Model(200, "classifier/in", "features.conv0", "features.denseblock1", "features.denseblock2@mean23"),
-    "convnext_tiny": Model(150, "avgpool", "features.0.0", "features.1", "features.3@mean23"),
+    "convnext_tiny": Model(150, "avgpool", "features.0", "features.1", "features.3@mean23"),
 }
 DEFAULT_MODELS = ["resnet18", "resnet50", "vit_b_16", "mobilenet_v3_small"]
 OTHER_IMAGES = 200
@@ -194,7 +195,7 @@ class Finished:
     @property
     def last_words(self) -> str:
         lines = self.stderr.strip().splitlines()
-        return lines[-1] if lines else f"exit code {self.exit_code}"
+        return lines[-1][:100] if lines else f"exit code {self.exit_code}"
 
 
 def run(command: Sequence[str], *, watch_memory: bool = False) -> Finished:
@@ -248,25 +249,33 @@ def memory_of_tree(pid: int) -> int:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A model and the layers asked of it: a row of the table."""
+class Asked:
+    """A model, layers of it, and how many images."""
 
     model: str
     layers: str  # the name of a set, or selectors
     selectors: str
-    addresses: tuple[str, ...]
     images: int
+
+
+@dataclass(frozen=True)
+class Row(Asked):
+    """A row of the table: what is asked, and what hookx found it to be."""
+
+    addresses: tuple[str, ...]
     bytes_per_image: int
 
 
+def command_of_hookx(asked: Asked, images: Path, out: Path, *options: str) -> list[str]:
+    what = ["--model", asked.model, "--layers", asked.selectors, "--weights", "none", "--device", "cpu"]
+    return [sys.executable, "-m", "hookx", "extract", *what, "--json", *options, "--out", str(out), str(images)]
+
+
 def command_of(contestant: str, row: Row, images: Path, out: Path) -> list[str]:
-    """Return the command line of a contestant; of hookx, the one that a user would write."""
-    what = ["--model", row.model, "--out", str(out), str(images)]
     if contestant in OF_HOOKX:
-        options = ["--weights", "none", "--device", "cpu", "--json", *OF_HOOKX[contestant]]
-        return [sys.executable, "-m", "hookx", "extract", "--layers", row.selectors, *options, *what]
-    script = str(SCRIPTS / "benchmark_contestants.py")
-    return [sys.executable, script, contestant, "--layers", ",".join(row.addresses), *what]
+        return command_of_hookx(row, images, out, *OF_HOOKX[contestant])
+    what = ["--model", row.model, "--layers", ",".join(row.addresses), "--out", str(out), str(images)]
+    return [sys.executable, str(SCRIPTS / "benchmark_contestants.py"), contestant, *what]
 
 
 def steady_seconds(contestant: str, finished: Finished) -> float:
@@ -360,20 +369,20 @@ class Measured:
     limits: list[dict[str, dict[str, Any]]]  # by round
 
 
-def measure(row: Row, names: Sequence[str], rounds: int, files: Sequence[Path], seconds: float) -> Measured:
+def measure(asked: Asked, names: Sequence[str], rounds: int, files: Sequence[Path], seconds: float) -> Measured:
     """Compare the contestants of a row with hookx, then time those that agree, in turn."""
     contestants = {name: Contestant(name) for name in dict.fromkeys(["hookx", *names])}
+    others = [one for name, one in contestants.items() if name != "hookx"]
     with tempfile.TemporaryDirectory(prefix="hookx-benchmark-") as scratch:
         place = Path(scratch)
-        images = link_images(files, place / "images")
+        images, ours = link_images(files[: asked.images], place / "images"), place / "hookx"
+        talk(f"{asked.model} {asked.layers}: hookx")
+        row = first_run(contestants["hookx"], asked, images, ours)
         check_disk(row, place)
-        ours = place / "hookx"
-        for contestant in contestants.values():
-            talk(f"{row.model} {row.layers}: does {contestant.name} agree?")
-            out = ours if contestant.name == "hookx" else place / "out"
-            check(contestant, row, images, out, ours)
-            if out != ours:
-                remove(out)
+        for contestant in others:
+            talk(f"{asked.model} {asked.layers}: does {contestant.name} agree?")
+            check(contestant, row, images, place / "out", ours)
+            remove(place / "out")
         for shard in ours.glob("*.safetensors"):
             shard.unlink()  # plan.json remains, for the limits.
         os.sync()
@@ -399,6 +408,17 @@ def measure(row: Row, names: Sequence[str], rounds: int, files: Sequence[Path], 
     return Measured(row, contestants, by_round)
 
 
+def first_run(hookx: Contestant, asked: Asked, images: Path, out: Path) -> Row:
+    """Run hookx once; note its memory. What it stores is what the others are compared with."""
+    finished = run(command_of_hookx(asked, images, out), watch_memory=True)
+    if finished.exit_code:
+        raise SystemExit(finished.stderr.strip())
+    hookx.peak_bytes, hookx.bytes_written = finished.peak_bytes, bytes_in(out)
+    document = json.loads(finished.stdout)
+    addresses = tuple(layer["address"] for layer in document["layers"])
+    return Row(**asdict(asked), addresses=addresses, bytes_per_image=document["bytes"] // asked.images)
+
+
 def check(contestant: Contestant, row: Row, images: Path, out: Path, ours: Path) -> None:
     """Run a contestant once; note its memory, and whether what it stored is what hookx stored."""
     if contestant.name in BY_HAND:
@@ -408,14 +428,9 @@ def check(contestant: Contestant, row: Row, images: Path, out: Path, ours: Path)
             return
     finished = run(command_of(contestant.name, row, images, out), watch_memory=True)
     if finished.exit_code:
-        if out == ours:
-            raise SystemExit(f"error: hookx itself fails:\n{finished.stderr}")
         contestant.status, contestant.reason = "cannot", finished.last_words
         return
-    contestant.peak_bytes = finished.peak_bytes
-    contestant.bytes_written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    if out == ours:
-        return
+    contestant.peak_bytes, contestant.bytes_written = finished.peak_bytes, bytes_in(out)
     try:
         contestant.largest_difference = largest_difference(ours, out)
     except ValueError as error:
@@ -431,11 +446,17 @@ def time_once(contestant: Contestant, row: Row, images: Path, out: Path) -> None
         out.mkdir()
     finished = run(command_of(contestant.name, row, images, out))
     if finished.exit_code:
+        if contestant.name == "hookx":
+            raise SystemExit(finished.stderr.strip())
         contestant.status, contestant.reason = "cannot", finished.last_words
         return
     contestant.whole.append(row.images / finished.seconds)
     contestant.steady.append(row.images / steady_seconds(contestant.name, finished))
     contestant.cpu_seconds_per_image.append(finished.cpu_seconds / row.images)
+
+
+def bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def bytes_lacking(row: Row) -> int:
@@ -446,10 +467,10 @@ def bytes_lacking(row: Row) -> int:
 
 
 def check_disk(row: Row, folder: Path) -> None:
-    needed, free = 2 * row.images * row.bytes_per_image, shutil.disk_usage(folder).free
+    needed, free = row.images * row.bytes_per_image, shutil.disk_usage(folder).free
     if needed > free:
         raise SystemExit(
-            f"error: {row.model} {row.layers} needs {needed:,} bytes in {folder.parent}, which has {free:,} free\n"
+            f"error: {row.model} {row.layers} needs {needed:,} bytes more in {folder.parent}, which has {free:,}\n"
             "  fewer images: --count    another disk: TMPDIR=..."
         )
 
@@ -713,24 +734,23 @@ def machine() -> dict[str, Any]:
     }
 
 
-def planned(model: str, layers: str, count: int | None, files: Sequence[Path]) -> Row:
-    """Ask hookx what a row will store, and decide for how many images, where nobody said."""
-    if layers in SETS and model not in MODELS:
+def selectors_of(model: str, layers: str) -> str:
+    if layers not in SETS:
+        return layers
+    if model not in MODELS:
         raise SystemExit(f"error: what is '{layers}' in {model}? name its layers")
-    selectors = MODELS[model].layers(layers) if layers in SETS else layers
+    return MODELS[model].layers(layers)
+
+
+def image_count(model: str, selectors: str, files: Sequence[Path]) -> int:
+    """Decide for how many images a row is measured, where nobody said."""
+    count = MODELS[model].images if model in MODELS else OTHER_IMAGES
     with tempfile.TemporaryDirectory() as nowhere:
-        what = ["--model", model, "--layers", selectors, "--weights", "none", "--device", "cpu"]
-        command = [sys.executable, "-m", "hookx", "extract", "--dry-run", "--json", *what]
-        finished = run([*command, "--out", f"{nowhere}/out", str(files[0])])
+        one_image = Asked(model, "", selectors, 1)
+        finished = run(command_of_hookx(one_image, files[0], Path(nowhere) / "out", "--dry-run"))
     if finished.exit_code:
         raise SystemExit(finished.stderr.strip())
-    document = json.loads(finished.stdout)
-    bytes_per_image = document["bytes_to_write"]
-    if count is None:
-        count = MODELS[model].images if model in MODELS else OTHER_IMAGES
-        count = max(1, min(count, BYTES_AT_MOST // bytes_per_image))
-    addresses = tuple(layer["address"] for layer in document["layers"])
-    return Row(model, layers, selectors, addresses, min(count, len(files)), bytes_per_image)
+    return max(1, min(count, BYTES_AT_MOST // json.loads(finished.stdout)["bytes_to_write"], len(files)))
 
 
 def main() -> int:
@@ -749,6 +769,8 @@ def main() -> int:
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the table: .svg or .png")
     parser.add_argument("--quick", action="store_true", help="8 images, 1 round, one row: do all parts work?")
     arguments = parser.parse_args()
+    # Ends like Ctrl-C does: with the process that runs, and with gigabytes of outputs, removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     quick = arguments.quick
     models = arguments.models or (["resnet18"] if quick else DEFAULT_MODELS)
     sets = arguments.layers or (["pooled"] if quick else SETS)
@@ -767,9 +789,10 @@ def main() -> int:
             most = max(MODELS[model].images if model in MODELS else OTHER_IMAGES for model in models)
             files = make_images(Path(folder), count or most)
         for model, layers in itertools.product(models, sets):
-            row = planned(model, layers, count, files)
-            seconds = 0.2 if quick else 3.0
-            measured = measure(row, arguments.contestants or names, rounds, files[: row.images], seconds)
+            selectors = selectors_of(model, layers)
+            images = min(count, len(files)) if count else image_count(model, selectors, files)
+            asked, seconds = Asked(model, layers, selectors, images), 0.2 if quick else 3.0
+            measured = measure(asked, arguments.contestants or names, rounds, files, seconds)
             rows.append(document_of(measured))
             print(table_of(rows[-1]), flush=True)
             # After every row: what hours have measured survives an interruption.

@@ -237,7 +237,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]
 def test_a_quick_run_measures_everything_it_promises(quick: tuple[str, dict[str, Any]]) -> None:
     printed, document = quick
     (row,) = document["rows"]
-    assert document["machine"]["cores"] >= 1 and document["machine"]["versions"]["torch"] == torch.__version__
+    assert document["machine"]["cores"] >= 1 and torch.__version__.startswith(document["machine"]["versions"]["torch"])
     assert (row["model"], row["addresses"], row["images"]) == ("resnet18", ["bn1", "avgpool"], 8)
     for name in ("hookx", "hand-written"):
         one = row["contestants"][name]
@@ -288,7 +288,7 @@ def test_a_contestant_stores_what_hookx_stores(benchmark: Any, name: str, tmp_pa
     images = benchmark.link_images(benchmark.listed_images(SCRIPTS.parent / "images"), tmp_path / "images")
     hookx.extract("resnet18", "conv1,layer2@mean23", images, weights="none", out=tmp_path / "ours")
     (tmp_path / "theirs").mkdir()
-    row = benchmark.Row("resnet18", "", "", ("conv1", "layer2@mean23"), 8, 0)
+    row = benchmark.Row("resnet18", "", "", 8, ("conv1", "layer2@mean23"), 0)
     finished = benchmark.run(benchmark.command_of(name, row, images, tmp_path / "theirs"))
     assert finished.exit_code == 0, finished.stderr
     assert benchmark.steady_seconds(name, finished) > 0
