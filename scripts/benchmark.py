@@ -674,7 +674,7 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
 
     colours = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), _GREY)
     with matplotlib.rc_context({**colours, "font.size": 11, "svg.hashsalt": "hookx"}):
-        figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.42 * len(rows)), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.34 * len(rows)), layout="constrained")
         labelled = set()
         for line, row in enumerate(rows):
             bound = row["limits"]["bound"]["median"]

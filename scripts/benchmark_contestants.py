@@ -51,6 +51,16 @@ class Wanted:
         path, is_input, reduction, dimensions = match.groups(default="")
         return cls(address, path, bool(is_input), reduction, tuple(map(int, dimensions)))
 
+    def operation(self, before: dict[str, str]) -> str:
+        """Name the layer for a tool that knows what operations return, and so not what a module is given.
+
+        Args:
+            before: by module, what the tool calls the operation that gives the module its input.
+        """
+        if self.is_input and self.path not in before:
+            raise SystemExit(f"it is not known here which operation comes before {self.path}")
+        return before[self.path] if self.is_input else self.path
+
     def reduce(self, activation: Tensor) -> Tensor:
         """Return the activation, or, if a reduction is asked for, a new and smaller tensor."""
         match self.reduction:
@@ -155,9 +165,7 @@ def fx(task: Task) -> None:
     """Run torchvision's feature extractor: the model, traced, and cut after the last node asked for."""
     from torchvision.models.feature_extraction import create_feature_extractor
 
-    # A node is what some operation returns, so the input of a module is the node before it.
-    before = {"classifier": "flatten", "heads": "getitem_5"}
-    nodes = {before[one.path] if one.is_input else one.path: one for one in task.wanted}
+    nodes = {one.operation({"classifier": "flatten"}): one for one in task.wanted}
     if len(nodes) < len(task.wanted):
         raise SystemExit("a node can be asked for once only")
     with warnings.catch_warnings():
@@ -219,15 +227,14 @@ def torchlens(task: Task) -> None:
     """Run torchlens' extraction of a data set into a directory: https://github.com/johnmarktaylor91/torchlens."""
     import torchlens as tl
 
-    pools = {(4, "mean"): "spatial_mean", (3, "mean"): "token_mean", (3, "cls"): "cls"}
-    before = {"classifier": "flatten_1"}
-    # A name in a torchlens file has no slash.
-    layers = {one.address.replace("/", "|"): before[one.path] if one.is_input else one.path for one in task.wanted}
-    pool = {
-        one.address: pools[3 if one.reduction == "cls" or one.dimensions == (1,) else 4, one.reduction]
-        for one in task.wanted
-        if one.reduction
+    pools = {
+        ("mean", (2, 3)): "spatial_mean",
+        ("mean", (1,)): {"preset": "token_mean", "unmasked": True},  # An image has no padded tokens.
+        ("cls", ()): "cls",
     }
+    # A name in a torchlens file has no slash.
+    layers = {one.address.replace("/", "|"): one.operation({"classifier": "flatten_1"}) for one in task.wanted}
+    pool = {one.address: pools[one.reduction, one.dimensions] for one in task.wanted if one.reduction}
     # "Any iterable of unbatched samples works": this one is decoded by as many processes as cores.
     samples = DataLoader(task.photographs, batch_size=None, num_workers=CORES)
     task.ready()
