@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +23,26 @@ import hookx
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
-def script(name: str) -> Any:
-    spec = spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec and spec.loader
-    module = sys.modules[name] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module", autouse=True)
+def scripts_can_be_imported() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPTS)
+        yield
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> Any:
-    return script("benchmark")
+    return import_module("benchmark")
+
+
+@pytest.fixture(scope="module")
+def report() -> Any:
+    return import_module("benchmark_report")
 
 
 @pytest.fixture(scope="module")
 def limits() -> Any:
-    script("benchmark_contestants")  # The limits import it, as a script's neighbour.
-    return script("benchmark_limits")
+    return import_module("benchmark_limits")
 
 
 # --- agreement -----------------------------------------------------------------------------------------------------
@@ -118,18 +122,18 @@ def test_bf16_is_compared_as_the_numbers_it_stands_for(benchmark: Any, ours: Pat
 rates = st.floats(0.1, 1e5)
 
 
-def test_ratios_are_paired_so_a_slow_round_does_not_spread_them(benchmark: Any) -> None:
-    spread = benchmark.paired([10.0, 2.0, 40.0], [5.0, 1.0, 20.0])
+def test_ratios_are_paired_so_a_slow_round_does_not_spread_them(report: Any) -> None:
+    spread = report.paired([10.0, 2.0, 40.0], [5.0, 1.0, 20.0])
     assert (spread.lowest, spread.median, spread.highest) == (2.0, 2.0, 2.0)
     # The ratio of the medians would be 10.
-    assert benchmark.paired([10.0, 1.0, 10.0], [1.0, 1.0, 10.0]).median == 1.0
+    assert report.paired([10.0, 1.0, 10.0], [1.0, 1.0, 10.0]).median == 1.0
 
 
-def test_the_bound_is_of_three_works_on_the_same_cores_and_of_a_disk(benchmark: Any) -> None:
+def test_the_bound_is_of_three_works_on_the_same_cores_and_of_a_disk(report: Any) -> None:
     def bound(write_seconds: float, write_cpu_seconds: float) -> float:
         writing = {"seconds_per_image": write_seconds, "cpu_seconds_per_image": write_cpu_seconds}
         alone = {"decode": {"images_per_second": 100.0}, "forward": {"images_per_second": 100.0}, "write": writing}
-        return float(benchmark.bound_of(alone, 2))
+        return float(report.bound_of(alone, 2))
 
     assert bound(0.0, 0.0) == pytest.approx(50)
     assert bound(0.04, 0.04) == pytest.approx(1 / (0.01 + 0.01 + 0.04 / 2)), "writing costs core-seconds"
@@ -139,24 +143,24 @@ def test_the_bound_is_of_three_works_on_the_same_cores_and_of_a_disk(benchmark: 
 
 @given(decode=rates, forward=rates, write=rates, of_it_cpu=st.floats(0, 1), cores=st.integers(1, 64))
 def test_no_bound_is_above_a_limit(
-    benchmark: Any, decode: float, forward: float, write: float, of_it_cpu: float, cores: int
+    report: Any, decode: float, forward: float, write: float, of_it_cpu: float, cores: int
 ) -> None:
     writing = {"seconds_per_image": 1 / write, "cpu_seconds_per_image": of_it_cpu / write}
     alone = {"decode": {"images_per_second": decode}, "forward": {"images_per_second": forward}, "write": writing}
-    bound = benchmark.bound_of(alone, cores)
+    bound = report.bound_of(alone, cores)
     assert 0 < bound <= min(decode, forward) * (1 + 1e-9)
     nothing_written = {**alone, "write": {"seconds_per_image": 0.0, "cpu_seconds_per_image": 0.0}}
-    assert bound <= benchmark.bound_of(nothing_written, cores)
+    assert bound <= report.bound_of(nothing_written, cores)
 
 
-def test_goals_are_decided_by_the_rows_that_were_measured(benchmark: Any) -> None:
+def test_goals_are_decided_by_the_rows_that_were_measured(report: Any) -> None:
     def row(layers: str, **ratios: float) -> dict[str, Any]:
         by_name = {name.replace("_", " "): {"steady": {"median": ratio}} for name, ratio in ratios.items()}
         peaks = {"hookx": {"peak_bytes": 1_500_000_000}, "hand-written": {"peak_bytes": 600_000_000}}
         return {"model": "resnet18", "layers": layers, "images": 1000, "ratios": by_name, "contestants": peaks}
 
-    assert benchmark.goals_of([]) == []
-    decided = benchmark.goals_of([row("pooled", bound=0.95, fastest_other=1.2), row("first", bound=0.5)])
+    assert report.goals_of([]) == []
+    decided = report.goals_of([row("pooled", bound=0.95, fastest_other=1.2), row("first", bound=0.5)])
     assert [(goal["layers"], goal["against"], goal["met"]) for goal in decided[:-1]] == [
         ("pooled", "bound", True),
         ("pooled", "fastest other", False),
@@ -264,15 +268,16 @@ def test_a_contestant_that_stores_other_values_is_called_wrong_and_not_timed(
     assert "fx              wrong: differs by" in printed
 
 
-def test_the_picture_is_drawn_for_light_and_for_dark_pages(
-    benchmark: Any, quick: tuple[str, dict[str, Any]], tmp_path: Path
-) -> None:
+def test_the_report_can_be_had_again_from_the_figures(quick: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    for name in ("speed.png", "speed.svg"):
-        benchmark.draw(quick[1]["rows"], tmp_path / name)
-    with Image.open(tmp_path / "speed.png") as picture:
-        assert picture.mode == "RGBA" and picture.getpixel((0, 0))[3] == 0 and picture.width > 1000  # type: ignore[index]
-    assert (tmp_path / "speed.svg").read_text().startswith("<?xml")
+    printed, document = quick
+    figures, light_and_dark = tmp_path / "speed.json", tmp_path / "speed.png"
+    figures.write_text(json.dumps(document))
+    command: list[str | Path] = [sys.executable, SCRIPTS / "benchmark_report.py", figures, "--picture", light_and_dark]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == printed
+    with Image.open(light_and_dark) as picture:
+        corner = picture.getpixel((0, 0))
+        assert picture.mode == "RGBA" and picture.width > 1000 and isinstance(corner, tuple) and corner[3] == 0
 
 
 OTHERS = [
