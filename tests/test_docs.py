@@ -97,7 +97,7 @@ def test_a_configuration_is_a_complete_run(path: Path, monkeypatch: pytest.Monke
 
 
 def test_scripts_say_what_they_are_for_and_can_be_run() -> None:
-    for script in (ROOT / "scripts").iterdir():
+    for script in filter(Path.is_file, (ROOT / "scripts").iterdir()):
         assert os.access(script, os.X_OK), script
         assert script.read_text().splitlines()[1].startswith(("# ", '"""')), script
 

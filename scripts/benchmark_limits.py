@@ -1,0 +1,232 @@
+#!/usr/bin/env python
+"""Measure what the machine can do of each part of an extraction alone: the limits of scripts/benchmark.py.
+
+    scripts/benchmark_limits.py --run features/ --seconds 3 images/
+
+`--run` is a finished run of hookx over these images with `--weights none`: it says which model, which layers, which
+shards. Prints one JSON line:
+
+- decode: images/s that as many single-threaded processes as cores decode and prepare, with no model beside them.
+- forward: images/s that as many single-threaded processes as cores take through the model, on random pixels, up to the
+  last layer asked for; the best of two memory formats and two sizes of batch, or of those that `--pass` names.
+- write: images/s of the run's shards, the same bytes in as many files, by plain write() and fsync(); and the CPU
+  seconds that an image's bytes take.
+- hookx_write: the same by hookx's own writer, checksums, records and directories included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark_contestants import CORES, Photographs, Wanted, build
+from torch import Tensor, nn
+from torchvision.models import get_model_weights
+
+from hookx.plan import Plan, Shard
+from hookx.store import RunDirectory, ShardRecord, read_plan
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+PASSES = [f"{layout},{batch}" for layout in LAYOUTS for batch in (4, 8)]
+
+
+def side_by_side(work: Callable[[int], Callable[[], int]], seconds: float) -> float:
+    """Repeat a step in as many single-threaded processes as cores; return the images a second of all together.
+
+    Args:
+        work: makes, in process number 0, 1, ..., the step; the step returns how many images it has finished.
+        seconds: for which every process repeats its step, after doing it once.
+    """
+    context = multiprocessing.get_context("fork")
+    everyone_is_ready, rates = context.Barrier(CORES), context.SimpleQueue()
+
+    def repeat(number: int) -> None:
+        torch.set_num_threads(1)
+        step, images = work(number), 0
+        step()
+        everyone_is_ready.wait()
+        start = time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            images += step()
+        rates.put(images / (time.perf_counter() - start))
+
+    processes = [context.Process(target=repeat, args=(number,), daemon=True) for number in range(CORES)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        if process.exitcode:
+            raise SystemExit("a process of the limits died")
+    return sum(rates.get() for _ in processes)
+
+
+# --- decode --------------------------------------------------------------------------------------------------------
+
+
+def decode(photographs: Photographs, seconds: float) -> dict[str, Any]:
+    def work(number: int) -> Callable[[], int]:
+        mine = itertools.cycle(range(number % len(photographs), len(photographs), CORES))
+
+        def step() -> int:
+            photographs[next(mine)]
+            return 1
+
+        return step
+
+    return {"images_per_second": side_by_side(work, seconds)}
+
+
+# --- forward -------------------------------------------------------------------------------------------------------
+
+
+class Reached(BaseException):
+    """The last layer asked for has returned."""
+
+
+def end_after(model: nn.Module, wanted: list[Wanted], pixels_NCHW: Tensor) -> None:
+    """Hook a model so that a pass raises `Reached` after the last of these layers, in the order of execution."""
+    order: list[Wanted] = []
+
+    def hook(one: Wanted, then: Callable[[], None]) -> Any:
+        module = model.get_submodule(one.path)
+        if one.is_input:
+            return module.register_forward_pre_hook(lambda _module, _inputs: then())
+        return module.register_forward_hook(lambda _module, _inputs, _output: then())
+
+    def reached() -> None:
+        raise Reached
+
+    handles = [hook(one, lambda one=one: order.append(one)) for one in wanted]  # type: ignore[misc]
+    model(pixels_NCHW)
+    for handle in handles:
+        handle.remove()
+    hook(order[-1], reached)
+
+
+def forward(name: str, wanted: list[Wanted], passes: list[str], seconds: float) -> dict[str, Any]:
+    side_px: int = get_model_weights(name).DEFAULT.transforms().crop_size[0]
+    pixels_NCHW = torch.rand(8, 3, side_px, side_px, generator=torch.Generator().manual_seed(0))
+    model = build(name)
+    with torch.inference_mode():
+        end_after(model, wanted, pixels_NCHW[:1])
+
+    def rate_of(layout: str, batch: int) -> float:
+        def work(_number: int) -> Callable[[], int]:
+            mine = model.to(memory_format=LAYOUTS[layout])
+            pixels = pixels_NCHW[:batch].contiguous(memory_format=LAYOUTS[layout])
+
+            def step() -> int:
+                try:
+                    with torch.inference_mode():
+                        mine(pixels)
+                except Reached:
+                    return batch
+                raise AssertionError("the pass went on after the last layer")
+
+            return step
+
+        return side_by_side(work, seconds)
+
+    rates = {of: rate_of(of.split(",")[0], int(of.split(",")[1])) for of in passes}
+    best = max(rates, key=rates.__getitem__)
+    return {"images_per_second": rates[best], "pass": best, "of": rates}
+
+
+# --- write ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stopwatch:
+    """Wall-clock and CPU seconds of a `with` block."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.seconds, self.cpu_seconds = time.perf_counter() - wall, time.process_time() - cpu
+
+    def per_image(self, images: int) -> dict[str, Any]:
+        return {
+            "images_per_second": images / self.seconds,
+            "seconds_per_image": self.seconds / images,
+            "cpu_seconds_per_image": self.cpu_seconds / images,
+        }
+
+
+def random_rows(plan: Plan) -> dict[str, Tensor]:
+    """Return the tensors of the largest shard, filled with what no disk can compress."""
+    rows, generator = max(map(len, plan.shards)), torch.Generator().manual_seed(0)
+    return {
+        layer.address: torch.randint(256, (rows, layer.bytes_per_image), dtype=torch.uint8, generator=generator)
+        .view(getattr(torch, layer.dtype))
+        .reshape(rows, *layer.shape)
+        for layer in plan.layers
+    }
+
+
+def write(plan: Plan, buffer: dict[str, Tensor], folder: Path) -> dict[str, Any]:
+    stopwatch = Stopwatch()
+    with stopwatch.running():
+        for shard in plan.shards:
+            with open(folder / plan.shard_file(shard), "xb") as file:
+                for tensor in buffer.values():
+                    file.write(tensor[: len(shard)].flatten().view(torch.uint8).numpy().data)
+                file.flush()
+                os.fsync(file.fileno())
+    return stopwatch.per_image(plan.image_count)
+
+
+def hookx_write(plan: Plan, buffer: dict[str, Tensor], folder: Path) -> dict[str, Any]:
+    def record(shard: Shard) -> ShardRecord:
+        return ShardRecord([f"{n:06}.jpg" for n in range(shard.start, shard.stop)], sizes_bytes=[1] * len(shard))
+
+    stopwatch = Stopwatch()
+    with RunDirectory(folder / "run", plan) as directory, stopwatch.running():
+        for shard in plan.shards:
+            rows = {address: tensor[: len(shard)] for address, tensor in buffer.items()}
+            directory.publish(shard, rows, record(shard))
+    return stopwatch.per_image(plan.image_count)
+
+
+def main() -> int:
+    """Measure every limit once, one after the other."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True, help="the directory of a run; only its plan.json is read")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for decode, and for every kind of forward pass")
+    parser.add_argument("--pass", dest="passes", action="append", choices=PASSES, help="repeatable; default all")
+    parser.add_argument("images", type=Path, help="a flat folder")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    plan = read_plan(arguments.run)
+    wanted = [Wanted.of(layer.address) for layer in plan.layers]
+    limits = {
+        "decode": decode(Photographs(arguments.images, plan.model), arguments.seconds),
+        "forward": forward(plan.model, wanted, arguments.passes or PASSES, arguments.seconds),
+    }
+    buffer = random_rows(plan)
+    for name, writer in (("write", write), ("hookx_write", hookx_write)):
+        # Beside the run, so on the disk that it went to; what is removed before the next begins need not be flushed.
+        with tempfile.TemporaryDirectory(dir=arguments.run) as folder:
+            limits[name] = writer(plan, buffer, Path(folder))
+    print(json.dumps(limits))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
