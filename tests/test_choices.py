@@ -17,21 +17,26 @@ from hookx.workers import keep_freed_memory, single_threaded, usable_cores
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-@pytest.mark.parametrize(("crop_px", "images"), [(32, 8), (224, 8), (256, 8), (299, 5), (384, 3), (518, 1), (5000, 1)])
-def test_a_batch_on_the_cpu_is_8_images_or_as_many_as_have_their_pixels(crop_px: int, images: int) -> None:
-    assert chosen_batch_size("auto", CPU, crop_px) == images
-    assert images == 1 or images * crop_px**2 <= 8 * 256**2
+@pytest.mark.parametrize(("crop_px", "images"), [(32, 16), (256, 16), (299, 11), (384, 7), (518, 3), (5000, 1)])
+def test_a_batch_on_the_cpu_is_16_images_or_as_many_as_have_their_pixels(crop_px: int, images: int) -> None:
+    assert chosen_batch_size("auto", CPU, crop_px, 10**6) == images
+    assert images == 1 or images * crop_px**2 <= 16 * 256**2
 
 
-@pytest.mark.parametrize("asked", [16, "16"])
+@pytest.mark.parametrize(("image_count", "images"), [(1, 4), (64, 4), (100, 6), (256, 16), (300, 16)])
+def test_a_short_list_makes_small_batches_so_that_every_worker_has_one(image_count: int, images: int) -> None:
+    assert chosen_batch_size("auto", CPU, 224, image_count) == images
+
+
+@pytest.mark.parametrize("asked", [24, "24"])
 def test_a_batch_size_that_is_asked_for_is_taken_on_any_device(asked: int | str) -> None:
-    assert chosen_batch_size(asked, CPU, 518) == chosen_batch_size(asked, CUDA, 518) == 16
+    assert chosen_batch_size(asked, CPU, 518, 1) == chosen_batch_size(asked, CUDA, 518, 1) == 24
 
 
 @pytest.mark.parametrize("asked", [0, "-3", "eight", "1.5", ""])
 def test_a_batch_size_that_is_no_number_of_images_is_refused(asked: int | str) -> None:
     with pytest.raises(UsageError, match=f"the batch size is '?{asked}'?; it is"):
-        chosen_batch_size(asked, CPU, 224)
+        chosen_batch_size(asked, CPU, 224, 1000)
 
 
 @pytest.mark.parametrize(

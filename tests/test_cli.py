@@ -208,7 +208,7 @@ def test_a_flag_beats_a_variable_which_beats_the_configuration_which_beats_the_d
         document = dry_run(*arguments, thumbnails)
         return document["batch_size"], document["out"], [layer["address"] for layer in document["layers"]]
 
-    assert chosen("-l", "avgpool") == (8, "features", ["avgpool"])
+    assert chosen("-l", "avgpool") == (4, "features", ["avgpool"])
     assert chosen("--config", config) == (5, "from-config", ["conv1", "fc"])
     monkeypatch.setenv("HOOKX_BATCH_SIZE", "6")
     monkeypatch.setenv("HOOKX_LAYERS", "bn1,relu")

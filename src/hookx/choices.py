@@ -15,9 +15,10 @@ from hookx.hooks import MEMORY_FORMATS
 from hookx.layers import closest
 from hookx.workers import usable_cores
 
-# On the CPU, a batch of 8 images of up to 256 x 256 pixels, and of as many pixels if they are larger: small enough for
-# its activations to stay in the cache, and for each of many workers to have one.
-_BATCH_ON_CPU, _BATCH_ON_CPU_PX = 8, 8 * 256 * 256
+# On the CPU, a batch of 16 images of up to 256 x 256 pixels, and of as many pixels if they are larger: every worker has
+# one in memory. Below 16, convolutions spend a noticeable time on the layout of their weights. A short list makes
+# smaller ones, so that there is work for every worker.
+_BATCH_ON_CPU, _BATCH_ON_CPU_PX, _BATCHES_ON_CPU, _SMALL_BATCH_ON_CPU = 16, 16 * 256 * 256, 16, 4
 _BATCH_ON_GPU = 64
 
 
@@ -47,17 +48,19 @@ def chosen_workers(workers: int | None, device: torch.device) -> int:
     return usable_cores() if device.type == "cpu" else max(1, usable_cores() - 1)
 
 
-def chosen_batch_size(batch_size: int | str, device: torch.device, crop_px: int) -> int:
+def chosen_batch_size(batch_size: int | str, device: torch.device, crop_px: int, image_count: int) -> int:
     """Return how many images a forward pass takes; `UsageError` for what is neither 'auto' nor 1 or more.
 
     Example:
-        >>> chosen_batch_size("auto", torch.device("cpu"), 224), chosen_batch_size("auto", torch.device("cpu"), 518)
-        (8, 1)
+        >>> cpu = torch.device("cpu")
+        >>> [chosen_batch_size("auto", cpu, *run) for run in ((224, 10_000), (518, 10_000), (224, 100), (224, 8))]
+        [16, 3, 6, 4]
     """
     if batch_size == "auto":
         if device.type != "cpu":
             return _BATCH_ON_GPU
-        return max(1, min(_BATCH_ON_CPU, _BATCH_ON_CPU_PX // crop_px**2))
+        by_count = max(_SMALL_BATCH_ON_CPU, image_count // _BATCHES_ON_CPU)
+        return max(1, min(_BATCH_ON_CPU, _BATCH_ON_CPU_PX // crop_px**2, by_count))
     try:
         images = int(batch_size)
     except ValueError:

@@ -245,7 +245,7 @@ def prepare(
     if begun is not None:
         batch_size = begun.batch_size if batch_size == "auto" else batch_size
         memory_format = begun.memory_format if memory_format == "auto" else memory_format
-    batch_size = chosen_batch_size(batch_size, device_of_run, preprocessing.crop_px)
+    batch_size = chosen_batch_size(batch_size, device_of_run, preprocessing.crop_px, len(listed))
     place = functools.partial(
         place_and_select,
         loaded,

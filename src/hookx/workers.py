@@ -1,7 +1,7 @@
 """A process that computes on the CPU by itself: its cores, its one thread, its memory.
 
-Several such processes side by side beat one forward pass on many threads: their small batches stay in the cache, and
-nobody waits for anybody. And a pass on one thread adds in one order, so its bits do not depend on the machine's cores.
+Several such processes side by side beat one forward pass on many threads, because nobody waits for anybody. And a pass
+on one thread adds in one order, so its bits do not depend on how many cores there are.
 """
 
 from __future__ import annotations
