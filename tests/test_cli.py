@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torchvision
 from typer.testing import CliRunner, Result
 
 import hookx
@@ -88,6 +90,21 @@ def test_help_and_errors_of_usage_do_not_wait_for_torch(arguments: list[str], ex
     imported = re.findall(r"^import time:.*\| +(\S+)$", process.stderr, re.MULTILINE)
     assert process.returncode == exit_code
     assert "hookx.cli" in imported and "torch" not in imported and "torchvision" not in imported
+
+
+def test_version_names_what_hookx_stands_on_and_the_cuda_that_is_here() -> None:
+    lines = in_this_process("--version").stdout.splitlines()
+    shown = {name: value.strip() for name, _, value in (line.partition(" ") for line in lines)}
+    assert list(shown)[:4] == ["hookx", "python", "torch", "torchvision"] and list(shown)[-1] == "CUDA"
+    assert shown["torch"] == torch.__version__ or torch.__version__.startswith(f"{shown['torch']}+")
+    assert shown["torchvision"].partition("+")[0] == torchvision.__version__.partition("+")[0]
+    if torch.version.cuda is None:
+        assert shown["CUDA"] == "not in this torch"
+    elif not torch.cuda.is_available():
+        assert shown["CUDA"] == f"{torch.version.cuda}, no device here"
+    else:
+        names = ", ".join(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
+        assert re.fullmatch(rf"{torch.version.cuda}, driver \d+\.\d+: {re.escape(names)}", shown["CUDA"])
 
 
 def test_importing_hookx_does_not_import_torch_and_its_names_are_there() -> None:

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,12 +19,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
+import hookx
 from hookx.cli import app
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+COMMANDS = list(get_command(app).commands)  # type: ignore[attr-defined]
 _BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 
 
@@ -45,7 +50,7 @@ def outputs(block: str, folder: Path) -> str:
 
 
 def without_measurements(text: str) -> str:
-    text = re.sub(r"^(time|made) .*$", r"\1", text, flags=re.MULTILINE)
+    text = re.sub(r"^(time|made|python|torch|torchvision|safetensors|pillow|CUDA) .*$", r"\1", text, flags=re.MULTILINE)
     text = re.sub(r"^(\w+ .*B) .*%.*$", r"\1", text, flags=re.MULTILINE)  # statistics, rounded by the machine
     return re.sub(r"to write, .* free", "to write, some free", text)
 
@@ -77,10 +82,44 @@ def test_the_readme_shows_what_its_commands_and_examples_print(tmp_path: Path) -
 def test_the_readme_says_what_the_command_line_says() -> None:
     text = README.read_text()
     assert all(f"| {code} |" in text for code in ("0", "1", "2", "3", "130, 143"))
-    commands = ["extract", "list-layers", "list-models", "verify", "inspect", "export"]
-    helps = [CliRunner().invoke(app, [command, "--help"]).stdout for command in commands]
+    helps = [
+        CliRunner().invoke(app, arguments).stdout for arguments in (["--help"], *([c, "--help"] for c in COMMANDS))
+    ]
     for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", re.sub(r"```bash.*?```", "", text, flags=re.DOTALL)):
         assert any(option in help_text for help_text in helps), option
+
+
+def examples_in_help(command: str) -> list[str]:
+    """Return the examples that a command's help shows, as they can be copied from a narrow terminal."""
+    text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "60"}).stdout
+    _, _, below = text.partition("\n  Examples:\n")
+    return re.findall(r"^    (\S.*)$", below.partition("\n\n")[0], re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = workplace(tmp_path_factory.mktemp("examples"))
+    with contextlib.chdir(folder):
+        hookx.extract("resnet18", "conv1,avgpool", "images/", weights="none")
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_every_command_shows_three_examples_or_more_that_run(
+    command: str, finished_run: Path, tmp_path: Path
+) -> None:
+    """Run them where images/ and features/ are; without a network, so with random weights where none are named."""
+    examples = examples_in_help(command)
+    assert len(examples) >= 3 and len(set(examples)) == len(examples)
+    folder = tmp_path / "copy"
+    shutil.copytree(finished_run, folder, symlinks=True)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOOKX_WEIGHTS": "none"}
+    for example in examples:
+        assert f"hookx {command} " in f"{example} "
+        assert len(example) <= 90
+        line = ["bash", "-o", "pipefail", "-c", example]
+        done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, timeout=200)
+        assert done.returncode == 0, (example, done.stderr)
 
 
 CONFIGURATIONS = sorted((ROOT / "configs").glob("*.toml"))

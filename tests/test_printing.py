@@ -129,6 +129,13 @@ def test_json_writes_what_it_has_no_number_for_as_text_that_python_and_javascrip
     assert document_of(torch.tensor([1 + 2j]))["values"] == [[1, 2]]
 
 
+def test_numpy_reads_the_text_and_the_blank_lines_do_not_disturb_it() -> None:
+    values = torch.randn(3, 4, 5)
+    read = np.loadtxt(text_of(values).splitlines(), dtype=np.float32)
+    assert read.shape == (12, 5)
+    assert_same(read.reshape(values.shape), values)
+
+
 def test_a_long_vector_is_written_in_pieces_that_fit_together() -> None:
     values = torch.randn(10_000)
     assert_same(np.array(document_of(values)["values"], dtype=np.float32), values)

@@ -180,7 +180,7 @@ Transform = Annotated[
     epilog=_examples(
         "hookx extract --model resnet18 --layers conv1,avgpool images/",
         "hookx extract -m vit_b_16 -l 'encoder.layers.*@cls' -o tokens --dry-run images/",
-        "find images -name '*.jpg' | hookx extract -m resnet18 -l layer4@mean23 -o pooled -",
+        "find images/ -name '*.jpg' | hookx extract -m resnet18 -l layer4@mean23 -o pooled -",
     )
 )
 def extract(
@@ -630,7 +630,7 @@ def export_layer(
 @app.command(
     epilog=_examples(
         "hookx cat features/ --layer avgpool --image animals/chelsea.jpg",
-        "hookx cat features/ -l conv1 -i people/astronaut.jpg | head -112",
+        "hookx cat features/ -l avgpool -i people/astronaut.jpg | sort -g | tail -3",
         "hookx cat features/ -l conv1 -i people/astronaut.jpg --raw > conv1.f32",
     )
 )
