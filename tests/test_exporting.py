@@ -46,7 +46,7 @@ Read = tuple[list[str], Array]
 
 SUFFIXES = [".npy", ".npz", ".parquet", ".h5", ".mat", ".csv", ".zarr"]
 PREPROCESSING = Preprocessing(256, 224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear")
-KEYS = ["a, b.jpg", 'a"b".jpg', "a/b.jpg", "c\nd.jpg", "c\rd.jpg", "d.jpg", "e", "f", "g", "h\\é.jpg", "🦊.jpg"]
+KEYS = ['a"b".jpg', "a, b.jpg", "a/b.jpg", "c\nd.jpg", "c\rd.jpg", "d.jpg", "e", "f", "g", "h\\é.jpg", "🦊.jpg"]
 UNREADABLE = {"d.jpg", "e", "f", "g"}  # In shards of three: one alone, and all of a shard.
 READABLE = [key for key in KEYS if key not in UNREADABLE]
 SHAPES = {"vector": (5,), "pooled": (6, 1, 1), "map": (2, 3, 4), "number": ()}
