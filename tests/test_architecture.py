@@ -22,7 +22,7 @@ ORDER = [
     {"plan"},
     {"hooks", "decoding", "workers"},
     {"choices", "models", "images", "probe", "capture", "store"},
-    {"batches", "activations"},
+    {"batches", "activations", "ready"},
     {"datasets"},
     {"features"},
     {"extraction", "pictures", "exporting", "printing", "completion"},

@@ -6,6 +6,7 @@ A measurement comes out differently on a busy machine, and then the same command
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -84,11 +85,15 @@ def chosen_memory_format(memory_format: str, module: nn.Module, device: torch.de
         'contiguous'
     """
     if memory_format != "auto":
-        if memory_format not in MEMORY_FORMATS:
-            known = ["auto", *MEMORY_FORMATS]
-            raise UsageError(f"'{memory_format}' is not a memory format; closest: {closest(memory_format, known, 3)}")
+        one_of("memory format", memory_format, ["auto", *MEMORY_FORMATS])
         return memory_format
     convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
     overlap = any(math.prod(part.kernel_size) > math.prod(part.stride) for part in convolutions)
     gains = device.type == "cpu" or (device.type == "cuda" and precision != "fp32")
     return "channels_last" if overlap and gains else "contiguous"
+
+
+def one_of(what: str, value: str, known: Sequence[str]) -> None:
+    """Raise `UsageError` for a value that is none of those which are known."""
+    if value not in known:
+        raise UsageError(f"'{value}' is not a {what}; closest: {closest(value, known, len(known))}")

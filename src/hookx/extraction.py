@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import math
@@ -22,13 +21,12 @@ import torch
 from hookx.batches import DECODE_TIMEOUT_SECONDS
 from hookx.batches import batches as decoded_batches
 from hookx.capture import RowCapture, stored_dtype
-from hookx.choices import chosen_batch_size, chosen_device, chosen_memory_format, chosen_workers
+from hookx.choices import chosen_batch_size, chosen_workers, one_of
 from hookx.decoding import model_input
-from hookx.errors import CaptureError, HookxError, ImageError, StoreError, UsageError
-from hookx.hooks import MEMORY_FORMATS, PRECISIONS, module_classes
+from hookx.errors import HookxError, ImageError, StoreError, UsageError
 from hookx.images import ImageList, list_images
-from hookx.layers import Layer, Selection, Selector, Target, closest, matched_paths, parse_selectors, select
-from hookx.models import LoadedModel, ModelOptions, load_model, skeleton
+from hookx.layers import Target, parse_selectors
+from hookx.models import LoadedModel, ModelOptions
 from hookx.plan import (
     DTYPES,
     IMAGES_PER_SHARD_AT_MOST,
@@ -40,7 +38,7 @@ from hookx.plan import (
     images_sha256,
     parse_bytes,
 )
-from hookx.probe import example_images, probe
+from hookx.ready import PreprocessingOptions, out_of_memory, ready_model
 from hookx.store import (
     PLAN,
     RunDirectory,
@@ -199,72 +197,34 @@ def prepare(
         raise UsageError(f"the shard images are {shard_images}; it is 1 or more")
     if shard_images > IMAGES_PER_SHARD_AT_MOST:
         raise UsageError(f"the shard images are {shard_images:,}; {IMAGES_PER_SHARD_AT_MOST:,} is the most")
-    _one_of("precision", precision, list(PRECISIONS))
-    _one_of("exif", exif, ["ignore", "apply"])
-    _one_of("way to decode", decode, ["exact", "fast"])
     stored_as = None if dtype is None else _float_dtype(dtype)
     listed = list_images([images] if isinstance(images, str | os.PathLike) else images)
-    device_of_run = chosen_device(device)
     directory = Path(out)
-    begun = read_plan(directory) if (directory / PLAN).exists() else None
-
-    # What is wrong with the layers is found on the skeleton, before any weights are built, read or downloaded.
-    options = ModelOptions(
-        seed=seed,
-        weights_key=weights_key,
-        allow_missing=tuple(allow_missing),
-        trust_checkpoint=trust_checkpoint,
-        model_args=dict(model_args or {}),
-        transform=transform,
-    )
-    bare = skeleton(model, weights, options)
-    preprocessing = _overridden(
-        bare.preprocessing,
-        resize=resize,
-        crop=crop,
-        mean=mean,
-        std=std,
-        interpolation=interpolation,
-        exif=exif,
-        decode=decode,
-    )
-    paths = matched_paths(selectors, module_classes(bare.module), model)
-    matched_paths(excluded, module_classes(bare.module), model)
-    images_without_memory = example_images(bare.module, preprocessing.crop_px)
-    select(selectors, probe(bare.module, images_without_memory, paths=paths, forward=bare.forward), model, excluded)
-
-    loaded = load_model(model, weights, options)
-    log.info("weights: %s", loaded.weights)
-    for note in loaded.notes:
-        log.info("%s", note)
-    if loaded.cpu_only and device_of_run.type != "cpu":
-        if device != "auto":
-            raise UsageError(f"{model} has integer layers that run on the CPU only", "write --device cpu")
-        device_of_run = torch.device("cpu")
     # What was chosen automatically stays what it was: on another device the choice may be another.
+    begun = read_plan(directory) if (directory / PLAN).exists() else None
     if begun is not None:
         batch_size = begun.batch_size if batch_size == "auto" else batch_size
         memory_format = begun.memory_format if memory_format == "auto" else memory_format
-    batch_size = chosen_batch_size(batch_size, device_of_run, preprocessing.crop_px, len(listed))
-    place = functools.partial(
-        place_and_select,
-        loaded,
+    ready = ready_model(
+        model,
+        weights,
+        ModelOptions(
+            seed=seed,
+            weights_key=weights_key,
+            allow_missing=tuple(allow_missing),
+            trust_checkpoint=trust_checkpoint,
+            model_args=dict(model_args or {}),
+            transform=transform,
+        ),
         selectors,
         excluded,
-        crop_px=preprocessing.crop_px,
+        device=device,
         precision=precision,
-        device=device_of_run,
+        memory_format=memory_format,
+        preprocessing=PreprocessingOptions(resize, crop, mean, std, interpolation, exif, decode),
     )
-    automatic = memory_format == "auto"
-    memory_format = chosen_memory_format(memory_format, loaded.module, device_of_run, precision)
-    try:
-        selection = place(memory_format=memory_format)
-    except CaptureError:
-        if not automatic or memory_format == "contiguous":
-            raise
-        # Code of somebody's own can take a view that only NCHW has.
-        memory_format = "contiguous"
-        selection = place(memory_format=memory_format)
+    loaded, selection = ready.loaded, ready.selection
+    batch_size = chosen_batch_size(batch_size, ready.device, ready.preprocessing.crop_px, len(listed))
     for left_out in selection.left_out.values():
         log.info("left out: %s", left_out)
     specs = []
@@ -280,9 +240,9 @@ def prepare(
         model=loaded.name,
         weights=loaded.weights,
         layers=tuple(specs),
-        preprocessing=preprocessing,
+        preprocessing=ready.preprocessing,
         precision=precision,
-        memory_format=memory_format,
+        memory_format=ready.memory_format,
         image_count=len(listed),
         images_sha256=images_sha256(listed.keys, listed.sizes_bytes),
         images_per_shard=images_per_shard(sum(s.bytes_per_image for s in specs), max_shard_bytes, shard_images),
@@ -299,8 +259,8 @@ def prepare(
         model=loaded,
         images=listed,
         targets=selection.targets,
-        device=device_of_run,
-        workers=min(chosen_workers(workers, device_of_run), batches),
+        device=ready.device,
+        workers=min(chosen_workers(workers, ready.device), batches),
         decode_timeout_seconds=decode_timeout,
         strict=strict,
         pending=pending,
@@ -312,51 +272,6 @@ def prepare(
             "choose another --out, fewer --layers, a reduction such as @mean23, or --dtype fp16",
         )
     return job
-
-
-def place_and_select(
-    loaded: LoadedModel,
-    selectors: Sequence[Selector],
-    excluded: Sequence[Selector] = (),
-    *,
-    crop_px: int,
-    precision: str,
-    memory_format: str,
-    device: torch.device,
-) -> Selection:
-    """Move a model to its device and memory format, and probe it there: what the selectors name in it."""
-    loaded.module.to(device).to(memory_format=MEMORY_FORMATS[memory_format])
-    # Published weights can lack a module that their architecture has: GoogLeNet's auxiliary classifiers.
-    classes = module_classes(loaded.module)
-    paths = matched_paths(selectors, classes, loaded.name)
-    # Those that the weights did not hold are probed too, for their place in the order of execution.
-    paths = list(dict.fromkeys([*paths, *(path for path in classes if _is_within(path, loaded.random_paths))]))
-    examples_NCHW = example_images(loaded.module, crop_px).to(device, memory_format=MEMORY_FORMATS[memory_format])
-    try:
-        probed = probe(loaded.module, examples_NCHW, paths=paths, precision=precision, forward=loaded.forward)
-    except torch.OutOfMemoryError as error:
-        raise _out_of_memory(len(examples_NCHW), error) from None
-    selection = select(selectors, probed, loaded.name, excluded)
-    _warn_of_random_modules(loaded, probed, selection)
-    return selection
-
-
-def _warn_of_random_modules(loaded: LoadedModel, probed: Sequence[Layer], selection: Selection) -> None:
-    """Warn of targets that run after, or inside of, modules which the weights did not hold."""
-    order = [layer.path for layer in probed]
-    random = [path for path in order if _is_within(path, loaded.random_paths)]
-    for target in selection.targets:
-        path = target.address.path
-        before = [other for other in random if order.index(other) <= order.index(path)]
-        inside = [other for other in loaded.random_paths if path == "." or other.startswith(f"{path}.")]
-        if before or inside:
-            log.warning(
-                "'%s' depends on random weights: those of %s were missing", target.address, (before + inside)[0]
-            )
-
-
-def _is_within(path: str, paths: Sequence[str]) -> bool:
-    return any(path == other or path.startswith(f"{other}.") for other in paths)
 
 
 def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) -> Summary:
@@ -489,7 +404,7 @@ class _Filling:
                 start = stop
             except torch.OutOfMemoryError as error:
                 if stop - start == 1:
-                    raise _out_of_memory(1, error) from None
+                    raise out_of_memory(1, error) from None
                 self.images_at_once = (stop - start) // 2
                 log.warning("out of memory with %d images at once: going on with %d", stop - start, self.images_at_once)
 
@@ -499,13 +414,6 @@ def _begin_worker(directory: RunDirectory) -> None:
     keep_freed_memory()
     # Only the thread that hands tensors over reports here, when the parent was killed in the middle of taking one.
     sys.excepthook = lambda *_: None
-
-
-def _out_of_memory(images_at_once: int, error: torch.OutOfMemoryError) -> HookxError:
-    return HookxError(
-        f"the device has too little memory for {images_at_once} images at once: {str(error).splitlines()[0]}",
-        "try --precision bf16, a smaller --crop, or --device cpu",
-    )
 
 
 def _summary(job: Job, clock: _Clock) -> Summary:
@@ -581,55 +489,8 @@ def _device_name(device: torch.device) -> str:
 
 def _float_dtype(name: str) -> str:
     dtype = _SHORT_DTYPES.get(name, name)
-    _one_of("dtype", dtype, list(_SHORT_DTYPES.values()))
+    one_of("dtype", dtype, list(_SHORT_DTYPES.values()))
     return dtype
-
-
-def _one_of(what: str, value: str, known: list[str]) -> None:
-    if value not in known:
-        raise UsageError(f"'{value}' is not a {what}; closest: {closest(value, known, len(known))}")
-
-
-def _overridden(
-    preprocessing: Preprocessing,
-    *,
-    resize: int | None,
-    crop: int | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    interpolation: str | None,
-    exif: str,
-    decode: str,
-) -> Preprocessing:
-    """Return the preprocessing of the weights with what the user asked for instead."""
-    changes = any(value is not None for value in (resize, crop, mean, std, interpolation)) or decode != "exact"
-    if preprocessing.custom and changes:
-        raise UsageError(
-            f"this model brings a preprocessing of its own ({preprocessing}), which no option can change",
-            "leave out --resize, --crop, --mean, --std, --interpolation and --decode",
-        )
-    asked: dict[str, Any] = {
-        "resize_px": resize,
-        "crop_px": crop,
-        "mean": mean and tuple(map(float, mean)),
-        "std": std and tuple(map(float, std)),
-        "interpolation": interpolation,
-        "exif": exif,
-        "decode": decode,
-    }
-    changed = dataclasses.replace(preprocessing, **{k: v for k, v in asked.items() if v is not None})
-    if min(changed.resize_px, changed.crop_px) < 1 or changed.crop_px > changed.resize_px:
-        raise UsageError(
-            f"cannot crop {changed.crop_px} pixels out of {changed.resize_px}", "give both: --resize 256 --crop 224"
-        )
-    if len(changed.mean) != 3 or len(changed.std) != 3 or 0.0 in changed.std:
-        raise UsageError("mean and std are three numbers each, and no std is 0", "as in --mean 0.485,0.456,0.406")
-    _one_of(
-        "interpolation",
-        changed.interpolation,
-        ["nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"],
-    )
-    return changed
 
 
 def _existing_parent(path: Path) -> Path:

@@ -17,12 +17,12 @@ from hookx.capture import RowCapture
 from hookx.choices import chosen_device
 from hookx.decoding import decode, failure_reason, model_input
 from hookx.errors import ShardError, StoreError, UsageError
-from hookx.extraction import place_and_select
 from hookx.hooks import MEMORY_FORMATS, PRECISIONS
 from hookx.images import list_images
 from hookx.layers import Selector
 from hookx.models import LoadedModel, ModelOptions, list_models, load_model
 from hookx.plan import LayerSpec, Plan, Shard, key_bytes
+from hookx.ready import place_and_select
 from hookx.store import ShardRecord, open_shard, present_shards, read_plan, read_record
 from hookx.verification import Problem
 from hookx.workers import single_threaded
