@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from hookx.models import LoadedModel, list_models, load_model
     from hookx.recomputation import recompute
     from hookx.verification import verify
+    from hookx.visualization import Gallery, visualize, visualize_run
 
 _HOMES = {
     "Activations": ("hookx.features", "Activations"),
     "Capture": ("hookx.capture", "Capture"),
     "Features": ("hookx.features", "Features"),
+    "Gallery": ("hookx.visualization", "Gallery"),
     "LoadedModel": ("hookx.models", "LoadedModel"),
     "Summary": ("hookx.extraction", "Summary"),
     "extract": ("hookx.extraction", "extract"),
@@ -33,12 +35,15 @@ _HOMES = {
     "open": ("hookx.features", "open_features"),
     "recompute": ("hookx.recomputation", "recompute"),
     "verify": ("hookx.verification", "verify"),
+    "visualize": ("hookx.visualization", "visualize"),
+    "visualize_run": ("hookx.visualization", "visualize_run"),
 }
 
 __all__ = [
     "Activations",
     "Capture",
     "Features",
+    "Gallery",
     "HookxError",
     "LoadedModel",
     "Summary",
@@ -49,6 +54,8 @@ __all__ = [
     "open",
     "recompute",
     "verify",
+    "visualize",
+    "visualize_run",
 ]
 
 

@@ -141,6 +141,29 @@ Transform = Annotated[
     str | None, typer.Option("--transform", help="python:module:factory of a preprocessing of your own.")
 ]
 
+Device = Annotated[str, typer.Option("-d", "--device", help="auto, cpu, cuda, cuda:1 or mps.", **_variable("DEVICE"))]
+Precision = Annotated[
+    str, typer.Option("--precision", help="Arithmetic: fp32, bf16 or fp16.", **_variable("PRECISION"))
+]
+
+# What several commands take in place of the preprocessing that came with the weights.
+Resize = Annotated[
+    int | None, typer.Option("--resize", help="Shorter side after resizing, in pixels.", **_variable("RESIZE"))
+]
+Crop = Annotated[int | None, typer.Option("--crop", help="Side of the centre crop, in pixels.", **_variable("CROP"))]
+Mean = Annotated[
+    str | None, typer.Option("--mean", help="Channel means, as in 0.485,0.456,0.406.", **_variable("MEAN"))
+]
+Std = Annotated[
+    str | None, typer.Option("--std", help="Channel deviations, as in 0.229,0.224,0.225.", **_variable("STD"))
+]
+Interpolation = Annotated[
+    str | None, typer.Option("--interpolation", help="bilinear, bicubic, nearest, ...", **_variable("INTERPOLATION"))
+]
+Exif = Annotated[
+    str, typer.Option("--exif", help="Rotations recorded by cameras: ignore or apply.", **_variable("EXIF"))
+]
+
 
 @app.command(epilog=EXIT_CODES)
 def extract(
@@ -182,9 +205,7 @@ def extract(
     batch_size: Annotated[
         int, typer.Option("-b", "--batch-size", help="Images a forward pass.", **_variable("BATCH_SIZE"))
     ] = 32,
-    device: Annotated[
-        str, typer.Option("-d", "--device", help="auto, cpu, cuda, cuda:1 or mps.", **_variable("DEVICE"))
-    ] = "auto",
+    device: Device = "auto",
     workers: Annotated[
         int | None,
         typer.Option(
@@ -201,32 +222,17 @@ def extract(
             **_variable("DECODE_TIMEOUT"),
         ),
     ] = 60,
-    precision: Annotated[
-        str, typer.Option("--precision", help="Arithmetic: fp32, bf16 or fp16.", **_variable("PRECISION"))
-    ] = "fp32",
+    precision: Precision = "fp32",
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="Stored type: fp32, fp16, bf16; default: as returned.", **_variable("DTYPE")),
     ] = None,
-    resize: Annotated[
-        int | None, typer.Option("--resize", help="Shorter side after resizing, in pixels.", **_variable("RESIZE"))
-    ] = None,
-    crop: Annotated[
-        int | None, typer.Option("--crop", help="Side of the centre crop, in pixels.", **_variable("CROP"))
-    ] = None,
-    mean: Annotated[
-        str | None, typer.Option("--mean", help="Channel means, as in 0.485,0.456,0.406.", **_variable("MEAN"))
-    ] = None,
-    std: Annotated[
-        str | None, typer.Option("--std", help="Channel deviations, as in 0.229,0.224,0.225.", **_variable("STD"))
-    ] = None,
-    interpolation: Annotated[
-        str | None,
-        typer.Option("--interpolation", help="bilinear, bicubic, nearest, ...", **_variable("INTERPOLATION")),
-    ] = None,
-    exif: Annotated[
-        str, typer.Option("--exif", help="Rotations recorded by cameras: ignore or apply.", **_variable("EXIF"))
-    ] = "ignore",
+    resize: Resize = None,
+    crop: Crop = None,
+    mean: Mean = None,
+    std: Std = None,
+    interpolation: Interpolation = None,
+    exif: Exif = "ignore",
     max_shard_size: Annotated[
         str, typer.Option("--max-shard-size", help="Largest shard.", **_variable("MAX_SHARD_SIZE"))
     ] = "512MiB",
@@ -441,6 +447,130 @@ def inspect_run(
     with report.progress_of_shards() as advance:
         inspection = inspect(path, statistics=stats, progress=advance)
     report.print_json(report.inspection_document(inspection)) if json else report.print_inspection(inspection)
+
+
+@app.command("visualize", epilog=EXIT_CODES)
+def visualize_images(
+    sources: Annotated[
+        list[str] | None, typer.Argument(help="Image files and folders; or the directory of a run.")
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option("-m", "--model", help="A model's name; repeated, a row for each.")
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option("-l", "--layers", help="Layers, as in extract; of several models, once for all or once for each."),
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option("-w", "--weights", help="As in extract; of several models, once for all or once for each."),
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The directory for the pictures.")] = Path("maps"),
+    channels: Annotated[str, typer.Option("--channels", help="Which channels, as in 0-63,128.")] = "",
+    top: Annotated[
+        int | None, typer.Option("--top", metavar="K", help="Only the K strongest channels, the strongest first.")
+    ] = None,
+    reduce: Annotated[
+        str, typer.Option("--reduce", help="One heat map a layer: mean, max or norm of its channels.")
+    ] = "",
+    colormap: Annotated[
+        str, typer.Option("--colormap", help="One of matplotlib's; default: viridis, and inferno for heat maps.")
+    ] = "",
+    attention: Annotated[
+        bool, typer.Option("--attention", help="How the heads of attention look at the image, in place of activations.")
+    ] = False,
+    layout: Annotated[
+        str, typer.Option("--layout", help="nchw, nhwc or tokens, where the model does not tell it.")
+    ] = "",
+    image: Annotated[
+        list[str] | None, typer.Option("--image", metavar="KEY", help="Of a run: which image; can be repeated.")
+    ] = None,
+    images: Annotated[
+        list[str] | None, typer.Option("--images", help="Of a run: its folders and files, to show the inputs.")
+    ] = None,
+    seed: Seed = 0,
+    weights_key: WeightsKey = None,
+    allow_missing: AllowMissing = None,
+    trust_checkpoint: TrustCheckpoint = False,
+    model_arg: ModelArg = None,
+    transform: Transform = None,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    resize: Resize = None,
+    crop: Crop = None,
+    mean: Mean = None,
+    std: Std = None,
+    interpolation: Interpolation = None,
+    exif: Exif = "ignore",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the paths of the pictures only.")] = False,
+) -> None:
+    """Draw feature maps: a picture a layer, and an overview with a row a model and a column a depth.
+
+    hookx visualize --model resnet18 --layers conv1,layer1,layer4 cat.jpg -o maps/
+    """
+    if not sources:
+        raise UsageError("no image is named", "give image files or folders, or the directory of a run")
+    is_run = len(sources) == 1 and (Path(sources[0]) / "plan.json").is_file()
+    if is_run and (model or weights or attention):
+        raise UsageError(f"{sources[0]} is a run, whose model is known and does not run again", "name images instead")
+    if not is_run and (image or images):
+        raise UsageError(
+            "--image and --images choose from a run", "name its directory, as in hookx visualize features/"
+        )
+    from hookx import report
+    from hookx.visualization import visualize, visualize_run
+
+    look: dict[str, Any] = {
+        "out": out,
+        "channels": channels,
+        "top": top,
+        "reduce": reduce,
+        "colormap": colormap,
+        "layout": layout,
+    }
+    with report.talk_on_stderr(quiet), report.progress_of_pictures(quiet) as advance:
+
+        def progress(pictures_done: int) -> None:
+            advance(pictures_done)
+            _stop_if_asked()
+
+        if is_run:
+            gallery = visualize_run(
+                sources[0], image or [], layers or [], images=images or [], progress=progress, **look
+            )
+        else:
+            gallery = visualize(
+                model or [],
+                layers or [],
+                sources,
+                weights=weights or "default",
+                attention=attention,
+                seed=seed,
+                weights_key=weights_key,
+                allow_missing=allow_missing or [],
+                trust_checkpoint=trust_checkpoint,
+                model_args=_model_args(model_arg),
+                transform=transform,
+                device=device,
+                precision=precision,
+                resize=resize,
+                crop=crop,
+                mean=_numbers("--mean", mean),
+                std=_numbers("--std", std),
+                interpolation=interpolation,
+                exif=exif,
+                progress=progress,
+                **look,
+            )
+    if json:
+        report.print_json(report.gallery_document(gallery))
+    elif quiet:
+        report.print_lines([picture.file for picture in gallery.pictures])
+    else:
+        report.print_gallery(gallery)
+    if gallery.failures:
+        raise typer.Exit(3)
 
 
 def _model_args(texts: list[str] | None) -> dict[str, str]:

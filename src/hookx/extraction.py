@@ -172,41 +172,26 @@ def prepare(
             raise UsageError(f"the {name} is {value}; it is 1 or more")
     if shard_images > IMAGES_PER_SHARD_AT_MOST:
         raise UsageError(f"the shard images are {shard_images:,}; {IMAGES_PER_SHARD_AT_MOST:,} is the most")
-    _one_of("precision", precision, list(PRECISIONS))
-    _one_of("exif", exif, ["ignore", "apply"])
     stored_as = None if dtype is None else _float_dtype(dtype)
     listed = list_images([images] if isinstance(images, str | os.PathLike) else images)
-    chosen_device = resolve_device(device)
-
-    # What is wrong with the layers is found on the skeleton, before any weights are built, read or downloaded.
-    options = ModelOptions(
-        seed=seed,
-        weights_key=weights_key,
-        allow_missing=tuple(allow_missing),
-        trust_checkpoint=trust_checkpoint,
-        model_args=dict(model_args or {}),
-        transform=transform,
+    ready = ready_model(
+        model,
+        weights,
+        ModelOptions(
+            seed=seed,
+            weights_key=weights_key,
+            allow_missing=tuple(allow_missing),
+            trust_checkpoint=trust_checkpoint,
+            model_args=dict(model_args or {}),
+            transform=transform,
+        ),
+        selectors,
+        excluded,
+        device=device,
+        precision=precision,
+        preprocessing=PreprocessingOptions(resize, crop, mean, std, interpolation, exif),
     )
-    bare = skeleton(model, weights, options)
-    preprocessing = _overridden(
-        bare.preprocessing, resize=resize, crop=crop, mean=mean, std=std, interpolation=interpolation, exif=exif
-    )
-    paths = matched_paths(selectors, module_classes(bare.module), model)
-    matched_paths(excluded, module_classes(bare.module), model)
-    images_without_memory = example_images(bare.module, preprocessing.crop_px)
-    select(selectors, probe(bare.module, images_without_memory, paths=paths, forward=bare.forward), model, excluded)
-
-    loaded = load_model(model, weights, options)
-    log.info("weights: %s", loaded.weights)
-    for note in loaded.notes:
-        log.info("%s", note)
-    if loaded.cpu_only and chosen_device.type != "cpu":
-        if device != "auto":
-            raise UsageError(f"{model} has integer layers that run on the CPU only", "write --device cpu")
-        chosen_device = torch.device("cpu")
-    selection = place_and_select(
-        loaded, selectors, excluded, crop_px=preprocessing.crop_px, precision=precision, device=chosen_device
-    )
+    loaded, preprocessing, chosen_device, selection = ready.loaded, ready.preprocessing, ready.device, ready.selection
     for left_out in selection.left_out.values():
         log.info("left out: %s", left_out)
     specs = []
@@ -255,6 +240,69 @@ def prepare(
             "choose another --out, fewer --layers, a reduction such as @mean23, or --dtype fp16",
         )
     return job
+
+
+@dataclass(frozen=True)
+class PreprocessingOptions:
+    """What a user asks of the preprocessing in place of what came with the weights; None: as it came."""
+
+    resize: int | None = None
+    crop: int | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    interpolation: str | None = None
+    exif: str = "ignore"
+
+
+@dataclass(frozen=True)
+class ReadyModel:
+    """A model on its device, its skeleton, what prepares its images, and what selectors name in it."""
+
+    loaded: LoadedModel
+    bare: LoadedModel
+    preprocessing: Preprocessing
+    device: torch.device
+    selection: Selection
+
+
+def ready_model(
+    model: str,
+    weights: str,
+    options: ModelOptions,
+    selectors: Sequence[Selector],
+    excluded: Sequence[Selector] = (),
+    *,
+    device: str,
+    precision: str,
+    preprocessing: PreprocessingOptions,
+) -> ReadyModel:
+    """Build a model and find the layers in it; what is wrong with them shows before any weights are loaded."""
+    _one_of("precision", precision, list(PRECISIONS))
+    _one_of("exif", preprocessing.exif, ["ignore", "apply"])
+    chosen_device = resolve_device(device)
+    bare = skeleton(model, weights, options)
+    prepares = _overridden(bare.preprocessing, preprocessing)
+    paths = matched_paths(selectors, module_classes(bare.module), model)
+    matched_paths(excluded, module_classes(bare.module), model)
+    if selectors:
+        images_without_memory = example_images(bare.module, prepares.crop_px)
+        select(selectors, probe(bare.module, images_without_memory, paths=paths, forward=bare.forward), model, excluded)
+
+    loaded = load_model(model, weights, options)
+    log.info("weights: %s", loaded.weights)
+    for note in loaded.notes:
+        log.info("%s", note)
+    if loaded.cpu_only and chosen_device.type != "cpu":
+        if device != "auto":
+            raise UsageError(f"{model} has integer layers that run on the CPU only", "write --device cpu")
+        chosen_device = torch.device("cpu")
+    selection = Selection()
+    if selectors:
+        selection = place_and_select(
+            loaded, selectors, excluded, crop_px=prepares.crop_px, precision=precision, device=chosen_device
+        )
+    loaded.module.to(chosen_device)
+    return ReadyModel(loaded, bare, prepares, chosen_device, selection)
 
 
 def place_and_select(
@@ -498,30 +546,20 @@ def _one_of(what: str, value: str, known: list[str]) -> None:
         raise UsageError(f"'{value}' is not a {what}; closest: {closest(value, known, len(known))}")
 
 
-def _overridden(
-    preprocessing: Preprocessing,
-    *,
-    resize: int | None,
-    crop: int | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    interpolation: str | None,
-    exif: str,
-) -> Preprocessing:
+def _overridden(preprocessing: Preprocessing, options: PreprocessingOptions) -> Preprocessing:
     """Return the preprocessing of the weights with what the user asked for instead."""
-    if preprocessing.custom and any(value is not None for value in (resize, crop, mean, std, interpolation)):
+    wanted = {name: value for name, value in vars(options).items() if name != "exif" and value is not None}
+    if preprocessing.custom and wanted:
         raise UsageError(
             f"this model brings a preprocessing of its own ({preprocessing}), which no option can change",
             "leave out --resize, --crop, --mean, --std and --interpolation",
         )
+    names = {"resize": "resize_px", "crop": "crop_px"}
     asked: dict[str, Any] = {
-        "resize_px": resize,
-        "crop_px": crop,
-        "mean": mean and tuple(map(float, mean)),
-        "std": std and tuple(map(float, std)),
-        "interpolation": interpolation,
+        names.get(name, name): tuple(map(float, value)) if name in ("mean", "std") else value
+        for name, value in wanted.items()
     }
-    changed = dataclasses.replace(preprocessing, exif=exif, **{k: v for k, v in asked.items() if v is not None})
+    changed = dataclasses.replace(preprocessing, exif=options.exif, **asked)
     if min(changed.resize_px, changed.crop_px) < 1 or changed.crop_px > changed.resize_px:
         raise UsageError(
             f"cannot crop {changed.crop_px} pixels out of {changed.resize_px}", "give both: --resize 256 --crop 224"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # At run time it would import torch, for which an error of us
     from hookx.inspection import Inspection, Statistics
     from hookx.recomputation import Recomputation
     from hookx.verification import Verification
+    from hookx.visualization import Gallery
 
 Rows = Sequence[Sequence[str]]
 
@@ -80,6 +81,16 @@ def progress_of_shards(total: int | None = None) -> Iterator[Callable[[int], Non
     from tqdm import tqdm
 
     with tqdm(total=total, unit=" shards", file=sys.stderr, disable=None, dynamic_ncols=True, leave=False) as bar:
+        yield lambda count: bar.update(count) and None
+
+
+@contextlib.contextmanager
+def progress_of_pictures(quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """Count pictures while they are drawn, if standard error is a terminal; yields what advances the count."""
+    from tqdm import tqdm
+
+    hidden = True if quiet else None  # None: only off a terminal
+    with tqdm(unit=" pictures", file=sys.stderr, disable=hidden, dynamic_ncols=True, leave=False) as bar:
         yield lambda count: bar.update(count) and None
 
 
@@ -244,6 +255,19 @@ def inspection_document(inspection: Inspection) -> dict[str, Any]:
     }
     document["shards"] = len(inspection.plan.shards)
     document["is_finished"] = inspection.is_finished
+    return document
+
+
+def print_gallery(gallery: Gallery) -> None:
+    """Print the pictures that were drawn, a line each: the file, and what it shows."""
+    _print_rows([(picture.file, picture.shows) for picture in gallery.pictures], header=("picture", "shows"))
+
+
+def gallery_document(gallery: Gallery) -> dict[str, Any]:
+    """Return the pictures that were drawn as plain JSON values; an overview has no layer."""
+    document = _plain(gallery)
+    for picture in document["pictures"]:
+        picture.update({name: picture[name] or None for name in ("image", "model", "layer")})
     return document
 
 
