@@ -140,15 +140,15 @@ def shown_activation(address: str, activation: Tensor, reading: Reading) -> Show
     if values.ndim < 2:
         return Shown(address, shape, Vector(values.reshape(-1), _all(values.size)), "values", note, unit="value")
     size = f"{values.shape[1]} × {values.shape[2]}"
-    what = f"channels of {size}"
+    what, unit = f"channels of {size}", "channel"
     if "row" in reading.roles:
-        what = f"maps of {size}" if "channel" in reading.roles else f"matrix of {size}"
+        what, unit = f"maps of {size}" if "channel" in reading.roles else f"matrix of {size}", "map"
     elif "channel" not in reading.roles:
-        what = f"map of {size}"
+        what, unit = f"map of {size}", "map"
     if "token" in reading.roles and reading.grid is not None:
         count = shape[reading.roles.index("token")]
         what += " patches" + _without_place(reading.grid, count)
-    return Shown(address, shape, Maps(values, _all(len(values)), reading.on_photo), what, note)
+    return Shown(address, shape, Maps(values, _all(len(values)), reading.on_photo), what, note, unit)
 
 
 def shown_attention(attention: Attention, grid: TokenGrid | None) -> Shown:
@@ -213,7 +213,7 @@ def chosen(shown: Shown, look: Look) -> tuple[Maps | Vector, str]:
                 "mend --channels",
             )
         content = _picked(content, look.numbers)
-        sentence = f"{_ranges(look.numbers)} of {sentence}"
+        sentence = f"{len(look.numbers):,} of {sentence}: {_ranges(look.numbers)}"
     if look.top is not None and look.top < len(content.numbers):
         content = _picked(content, _strongest(content)[: look.top])
         sentence = f"the {look.top:,} strongest of {sentence}"
@@ -372,7 +372,7 @@ class _Style:
 def _caption(one: Seen, shown: Shown, sentence: str, style: _Style) -> Caption:
     returned = ",".join(("N", *map(str, shown.shape)))
     title = f"{shown.address}, attention" if style.attention else shown.address
-    lines = [f"{one.model}, weights {one.weights}", f"{sentence} ({returned})", f"{one.image}, {one.input}", shown.note]
+    lines = [f"{one.model}, weights {one.weights}", f"{returned}: {sentence}", f"{one.image}, {one.input}", shown.note]
     return Caption(title, tuple(filter(None, lines)), shown.unit)
 
 

@@ -119,6 +119,23 @@ class Places:
             return replace(of_whole, roles=roles, grid=of_whole.grid if "token" in roles else None)
         return self._reading(whole if found is not None and found.shape == shape else None, shape)
 
+    def depths(self) -> dict[Address, float]:
+        """Return how deep in a forward pass each activation is had; a module returns after those within it."""
+        entered = {address.path: depth for depth, address in enumerate(self.square)}
+        returned = dict(entered)
+        for path, depth in entered.items():
+            while "." in path:
+                path = path.rpartition(".")[0]
+                if path in returned:
+                    returned[path] = max(returned[path], depth)
+        if "." in returned:
+            returned["."] = len(self.square)
+        # Of those that return together, the innermost does first.
+        return {
+            address: entered[address.path] if address.is_input else returned[address.path] + 1 / (2 + len(address.path))
+            for address in self.square
+        }
+
     def _reading(self, address: Address | None, shape: tuple[int, ...]) -> Reading:
         match len(shape):
             case 0 | 1:

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -193,10 +193,11 @@ def visualize_run(
     features = open_features(path, partial=True)
     plan = features.plan
     keys = _keys_of_run(features, keys)
-    addresses = _addresses_of_run(features, layers)
     row_of = {key: row for row, key in enumerate(features.keys_of_rows)}
     inputs = _inputs_of_run(plan, keys, images)
+    addresses = _addresses_of_run(features, layers)
     reader = _Reader(_places_of_run(plan, layout))
+    addresses = reader.in_order(addresses)
 
     def seen() -> Iterator[Seen]:
         for key in keys:
@@ -263,6 +264,11 @@ class _Reader:
             self._said.add(address)
         return shown_activation(address, activation, reading)
 
+    def in_order(self, addresses: Iterable[str]) -> list[str]:
+        """Return addresses by depth: in the order in which a forward pass has them."""
+        depths = self.places.depths()
+        return sorted(addresses, key=lambda address: depths.get(replace(Address.parse(address), reduction=None), 0))
+
 
 class _Subject:
     """A model that looks at images."""
@@ -294,7 +300,7 @@ class _Subject:
             capture.run(pixels_NCHW, rows)
         if pixels_NCHW.is_cuda:
             torch.cuda.synchronize(device)
-        return [self.reader.shown(address, row[0]) for address, row in rows.items()]
+        return [self.reader.shown(address, rows[address][0]) for address in self.reader.in_order(rows)]
 
     def _attention(self, pixels_NCHW: Tensor) -> list[Shown]:
         loaded = self.ready.loaded

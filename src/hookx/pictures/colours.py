@@ -68,27 +68,35 @@ def scaled(values_CHW: NDArray[np.float64]) -> Scaled:
     return Scaled(units, marked, lows, highs)
 
 
-def resized(maps: Scaled, enlarge: int, shrink: int) -> Scaled:
-    """Repeat every pixel `enlarge` times in both directions, or take the mean over squares of `shrink` pixels.
+def resized(maps: Scaled, enlarge: tuple[int, int], shrink: tuple[int, int]) -> Scaled:
+    """Repeat every pixel `enlarge` times (downwards, across), or take the mean over blocks of `shrink` pixels.
 
-    A square that holds anything not finite is marked; those at the right and lower edge may be narrower.
+    A block that holds anything not finite is marked; those at the right and lower edge may be smaller.
+
+    Example:
+        >>> resized(scaled(np.array([[[0.0, 4.0, 1.0, 1.0]]])), (2, 1), (1, 2)).units_CHW.tolist()
+        [[[0.5, 0.25], [0.5, 0.25]]]
     """
     units, marked = maps.units_CHW, maps.marked_CHW
-    if shrink > 1:
+    if shrink != (1, 1):
         height, width = units.shape[1:]
-        padding = ((0, 0), (0, -height % shrink), (0, -width % shrink))
+        padding = ((0, 0), (0, -height % shrink[0]), (0, -width % shrink[1]))
         sums = _sums(np.pad(np.where(marked, 0, units), padding), shrink)
         counts = _sums(np.pad((~marked).astype(np.float64), padding), shrink)
         marked = _sums(np.pad(marked.astype(np.float64), padding), shrink) > 0
         units = np.divide(sums, counts, where=counts > 0, out=np.full(sums.shape, 0.5))
+    down, across = enlarge
     return Scaled(
-        units.repeat(enlarge, 1).repeat(enlarge, 2), marked.repeat(enlarge, 1).repeat(enlarge, 2), maps.lows, maps.highs
+        units.repeat(down, 1).repeat(across, 2), marked.repeat(down, 1).repeat(across, 2), maps.lows, maps.highs
     )
 
 
-def _sums(values_CHW: NDArray[np.float64], side: int) -> NDArray[np.float64]:
+def _sums(values_CHW: NDArray[np.float64], block: tuple[int, int]) -> NDArray[np.float64]:
     channels, height, width = values_CHW.shape
-    return values_CHW.reshape(channels, height // side, side, width // side, side).sum((2, 4))
+    sums: NDArray[np.float64] = values_CHW.reshape(
+        channels, height // block[0], block[0], width // block[1], block[1]
+    ).sum((2, 4))
+    return sums
 
 
 def coloured(maps: Scaled, colormap: Colormap) -> Pixels:

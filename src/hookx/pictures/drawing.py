@@ -39,11 +39,10 @@ _NUMBER, _RANGE = Style(9.5), Style(9, FAINT_INK)
 _CELLS_PX = (448, 304, 224, 180, 150, 112, 96, 80, 72, 64, 56, 48, 42, 35, 28)
 _GRID_HEIGHT_PX = 1200
 _GAP_PX, _NUMBER_PX = 6, 13
-_RANGES_FROM_PX = 96  # A narrower cell has no room for the range of its channel.
 
 _BAR, _BAR_BELOW, _BAR_GROUND = (52, 101, 164), (196, 78, 60), (243, 245, 248)
 _AXIS_PX, _STRIP_PX, _TICKS_PX = 58, 84, 22
-_LARGEST_NAMED = 5
+_LARGEST_NAMED, _ROUND_ROW = 5, 20
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,10 @@ def bar_strip(vector: Vector, caption: Caption, photo: Pixels | None) -> Pixels:
     y = _header(page, replace(caption, lines=(*caption.lines, *_notes_on_vector(vector))), photo)
     width = _INNER_PX - _AXIS_PX
     pitch = min(48, max(_bar_pitch(len(values), width), 1))
-    for positions in _in_rows(range(len(values)), max(1, width // pitch)):
+    per_row = max(1, width // pitch)
+    if len(values) > per_row > _ROUND_ROW:
+        per_row -= per_row % _ROUND_ROW  # So that rows begin at numbers that are easy to count from.
+    for positions in _in_rows(range(len(values)), per_row):
         x = MARGIN_PX + _AXIS_PX
         some = values[positions[0] : positions[-1] + 1]
         page.paste(x, y, _bars(some, pitch * len(some), _STRIP_PX, low, high, gap_px=1 if pitch > 2 else 0))
@@ -230,8 +232,8 @@ def _notes(maps: Scaled, unit: str) -> Iterator[str]:
 
 def _notes_on_vector(vector: Vector) -> Iterator[str]:
     finite = np.isfinite(vector.values)
-    if len(vector.values) > _LARGEST_NAMED and finite.any():
-        order = np.argsort(np.where(finite, vector.values, -np.inf), stable=True)[::-1][:_LARGEST_NAMED]
+    if len(vector.values) > _LARGEST_NAMED and len(np.unique(vector.values[finite])) > 1:
+        order = np.argsort(np.where(finite, -vector.values, np.inf), stable=True)[:_LARGEST_NAMED]
         largest = ", ".join(f"{vector.numbers[n]} ({_short(vector.values[n])})" for n in order if finite[n])
         yield f"greatest: {largest}"
     if not finite.all():
@@ -243,20 +245,27 @@ def _notes_on_vector(vector: Vector) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _CellSize:
-    enlarge: int
-    shrink: int
+    """How a map becomes a cell: by what its height and width are multiplied, or divided."""
+
+    enlarge: tuple[int, int]
+    shrink: tuple[int, int]
     height_px: int
     width_px: int
+    number_px: int  # what the number above it needs
+
+    @property
+    def pitch_px(self) -> int:
+        return max(self.width_px, self.number_px) + _GAP_PX
 
     @property
     def columns(self) -> int:
-        return max(1, (_INNER_PX + _GAP_PX) // (self.width_px + _GAP_PX))
+        return max(1, (_INNER_PX + _GAP_PX) // self.pitch_px)
 
 
-def _cell_size(count: int, height: int, width: int, greatest_number: int) -> _CellSize:
+def _cell_size(maps: Maps) -> _CellSize:
     """Choose how large the cells of a grid are: as large as they can be while the grid is not much higher than wide."""
-    narrowest_px = max(_CELLS_PX[-1], math.ceil(width_of(str(greatest_number), _NUMBER)) + 2)
-    sizes = [_within(height, width, cell_px) for cell_px in _CELLS_PX if cell_px >= narrowest_px]
+    count = len(maps.numbers)
+    sizes = [_within(maps, cell_px) for cell_px in _CELLS_PX]
     for size in sizes:
         rows = math.ceil(count / size.columns)
         if size.columns >= min(count, 4) and rows * (size.height_px + _NUMBER_PX + _GAP_PX) <= _GRID_HEIGHT_PX:
@@ -264,13 +273,24 @@ def _cell_size(count: int, height: int, width: int, greatest_number: int) -> _Ce
     return sizes[-1]
 
 
-def _within(height: int, width: int, cell_px: int) -> _CellSize:
-    highest = 2 * cell_px  # A map that is higher than wide.
-    if width <= cell_px and height <= highest:
-        enlarge = min(cell_px // width, max(1, highest // height))
-        return _CellSize(enlarge, 1, height * enlarge, width * enlarge)
-    shrink = max(math.ceil(width / cell_px), math.ceil(height / highest))
-    return _CellSize(1, shrink, math.ceil(height / shrink), math.ceil(width / shrink))
+def _within(maps: Maps, cell_px: int, highest_px: int | None = None) -> _CellSize:
+    """Fit maps into a width, by whole factors only. What is no image need not keep its proportions."""
+    _, height, width = maps.values_CHW.shape
+    highest_px = cell_px if highest_px is None else highest_px
+    down, across = (_factors(height, highest_px), _factors(width, cell_px))
+    if maps.on_photo:
+        down = across = min(down, across, key=lambda factors: factors[0] / factors[1])
+    return _CellSize(
+        (down[0], across[0]),
+        (down[1], across[1]),
+        math.ceil(height / down[1]) * down[0],
+        math.ceil(width / across[1]) * across[0],
+        math.ceil(width_of(str(max(maps.numbers)), _NUMBER)),
+    )
+
+
+def _factors(length: int, most_px: int) -> tuple[int, int]:
+    return max(1, most_px // length), math.ceil(length / most_px)
 
 
 def _one_map(
@@ -283,12 +303,12 @@ def _one_map(
     colours: Colormap,
 ) -> int:
     """Draw a single map, beside an input of the same size where its places are the image's."""
-    _, height, width = maps.values_CHW.shape
     beside = photo is not None and maps.on_photo
     scale = f"from {_short(scaled_maps.lows[0])} to {_short(scaled_maps.highs[0])}"
     scale += ", over the grey of the input" if laid_over is not None else ""
     y = _header(page, caption, None if beside else photo, colours, scale)
-    size = _within(height, width, (_INNER_PX - _HEADER_GAP_PX) // 2 if beside else _INNER_PX)
+    half_px = (_INNER_PX - _HEADER_GAP_PX) // 2
+    size = _within(maps, half_px if maps.on_photo else _INNER_PX, half_px)
     cell = coloured(resized(scaled_maps, size.enlarge, size.shrink), colours)
     if laid_over is not None:
         cell = over_photo(cell, laid_over)
@@ -302,21 +322,24 @@ def _one_map(
 
 
 def _grid(page: Page, y: int, maps: Maps, scaled_maps: Scaled, photo: Pixels | None, colours: Colormap) -> int:
-    count, height, width = maps.values_CHW.shape
-    size = _cell_size(count, height, width, max(maps.numbers))
+    size = _cell_size(maps)
     cells = coloured(resized(scaled_maps, size.enlarge, size.shrink), colours)
     if photo is not None and maps.on_photo:
         cells = over_photo(cells, photo)
+    ranges = [_range(low, high) for low, high in zip(scaled_maps.lows, scaled_maps.highs, strict=True)]
+    numbers_px = [width_of(str(number), _NUMBER) + 9 for number in maps.numbers]
+    with_ranges = all(
+        number_px + width_of(text, _RANGE) <= size.width_px for number_px, text in zip(numbers_px, ranges, strict=True)
+    )
     for position, (number, cell) in enumerate(zip(maps.numbers, cells, strict=True)):
         row, column = divmod(position, size.columns)
-        x = MARGIN_PX + column * (size.width_px + _GAP_PX)
+        x = MARGIN_PX + column * size.pitch_px
         top = y + row * (size.height_px + _NUMBER_PX + _GAP_PX)
         page.text(x, top, str(number), _NUMBER)
-        if size.width_px >= _RANGES_FROM_PX:
-            text = _range(scaled_maps.lows[position], scaled_maps.highs[position])
-            page.text(x + width_of(str(number), _NUMBER) + 9, top + 0.5, text, _RANGE)
+        if with_ranges:
+            page.text(x + numbers_px[position], top + 0.5, ranges[position], _RANGE)
         page.paste(x, top + _NUMBER_PX, cell)
-    rows = math.ceil(count / size.columns)
+    rows = math.ceil(len(maps.numbers) / size.columns)
     return y + rows * (size.height_px + _NUMBER_PX + _GAP_PX) - _GAP_PX
 
 
@@ -365,12 +388,12 @@ def _bars(
 
 
 def _value_axis(page: Page, x: int, y: int, low: float, high: float) -> None:
+    """Name the greatest value, the least and zero, as far as they are different and have room."""
     zero = y + round((high / 2) / ((high / 2 - low / 2) or 1.0) * (_STRIP_PX - 1))
+    page.text(x, min(max(zero, y + 4), y + _STRIP_PX - 5) - 7, "0", _RANGE, align="right")
     for value, at in ((high, y + 4), (low, y + _STRIP_PX - 5)):
-        if abs(at - zero) > 10 or value == 0:
+        if value and abs(at - zero) > 10:
             page.text(x, at - 7, _short(value), _RANGE, align="right")
-    if 10 < zero - y < _STRIP_PX - 10:
-        page.text(x, zero - 7, "0", _RANGE, align="right")
 
 
 def _number_axis(page: Page, x: int, y: int, pitch: int, numbers: Sequence[int]) -> None:
@@ -378,7 +401,8 @@ def _number_axis(page: Page, x: int, y: int, pitch: int, numbers: Sequence[int])
     free_from = -math.inf
     widest = max(width_of(str(number), _NUMBER) for number in numbers)
     step = next(step for step in _ROUND_STEPS if step * pitch >= widest + 8)
-    for position in range(0, len(numbers), step):
+    consecutive = numbers[-1] - numbers[0] == len(numbers) - 1
+    for position in range(-numbers[0] % step if consecutive else 0, len(numbers), step):
         centre = x + position * pitch + pitch / 2
         half = width_of(str(numbers[position]), _NUMBER) / 2
         if centre - half > free_from and centre + half <= WIDTH_PX - 4:
@@ -413,7 +437,7 @@ def _cell(cell: Cell, side_px: int, photo: Pixels | None, colours: Colormap) -> 
 def _fitted(maps: Scaled, side_px: int) -> Scaled:
     """Bring maps of any size and shape to one square size."""
     _, height, width = maps.units_CHW.shape
-    maps = resized(maps, 1, max(1, min(height, width) // side_px))
+    maps = resized(maps, (1, 1), (max(1, height // side_px), max(1, width // side_px)))
     _, height, width = maps.units_CHW.shape
     rows, columns = (np.arange(side_px) * length // side_px for length in (height, width))
     places = np.ix_(range(len(maps.lows)), rows, columns)

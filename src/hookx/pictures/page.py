@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import io
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,17 +135,20 @@ def wrapped(text: str, width_px: float, style: Style, most_lines: int) -> list[s
         >>> wrapped("encoder.layers.encoder_layer_0.self_attention", 110, Style(11), most_lines=3)
         ['encoder.layers.', 'encoder_layer_0.', 'self_attention']
         >>> wrapped("encoder.layers.encoder_layer_0.self_attention", 110, Style(11), most_lines=2)
-        ['encoder.layers.e…', 'self_attention']
+        ['encoder.layers.', 'e…0.self_attention']
     """
     lines = _lines(text, width_px, style)
     if len(lines) <= most_lines:
         return lines
+
+    def without_middle(kept: int) -> list[str]:
+        return _lines(f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}", width_px, style)
+
     # The middle is what can be spared: names of layers differ at their ends, sentences begin with what matters.
-    for kept in range(len(text) - 1, 0, -1):
-        lines = _lines(f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}", width_px, style)
-        if len(lines) <= most_lines:
-            return lines
-    return lines[:most_lines]
+    kept = bisect.bisect_right(range(len(text)), most_lines, key=lambda kept: len(without_middle(kept))) - 1
+    while kept > 0 and len(without_middle(kept)) > most_lines:
+        kept -= 1  # Where lines break depends on the words: one letter less can take a line more.
+    return without_middle(max(kept, 0))
 
 
 def png(pixels: Pixels, description: str) -> bytes:
@@ -162,12 +167,16 @@ def _lines(text: str, width_px: float, style: Style) -> list[str]:
         if line and width_of((line + piece).rstrip(), style) > width_px:
             lines.append(line.rstrip())
             line = ""
-        while width_of(piece.rstrip(), style) > width_px and len(piece) > 1:
-            fitting = next(n for n in range(len(piece) - 1, 0, -1) if n == 1 or width_of(piece[:n], style) <= width_px)
+        while len(piece) > 1 and width_of(piece.rstrip(), style) > width_px:
+            fitting = bisect.bisect_right(range(1, len(piece)), width_px, key=_width_up_to(piece, style)) or 1
             lines.append(piece[:fitting])
             piece = piece[fitting:]
         line += piece
     return [*lines, line.rstrip()] if line.strip() or not lines else lines
+
+
+def _width_up_to(piece: str, style: Style) -> Callable[[int], float]:
+    return lambda length: width_of(piece[:length], style)
 
 
 @functools.lru_cache(maxsize=64)
