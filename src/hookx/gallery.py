@@ -391,12 +391,17 @@ def _overview(rows: Sequence[Row], out: Path, style: _Style, page: int) -> Pictu
 
 def _write(file: Path, pixels: Pixels, caption: Caption) -> None:
     try:
-        if file.exists() and _OURS not in file.open("rb").read(_BYTES_WITH_A_MARK):
-            raise StoreError(f"{file} is there, and hookx has not drawn it", "choose another --out, or move it away")
         file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists() and not _is_ours(file):
+            raise StoreError(f"{file} is there, and hookx has not drawn it", "choose another --out, or move it away")
     except OSError as error:
         raise StoreError(f"cannot write {file}: {error.strerror}", "choose another --out") from None
     write_whole(file, [png(pixels, "\n".join((caption.title, *caption.lines)))])
+
+
+def _is_ours(file: Path) -> bool:
+    with file.open("rb") as content:
+        return _OURS in content.read(_BYTES_WITH_A_MARK)
 
 
 # --- names of files ------------------------------------------------------------------------------------------------

@@ -306,10 +306,13 @@ def _experiment(
 
     def look(tensors: Iterable[tuple[Parts, Tensor]]) -> None:
         for _, tensor in tensors:
-            if tensor.ndim != 3 or len(tensor) != 2 * side or not tensor.is_floating_point() or tensor.shape[1] < 2:
+            if tensor.ndim != 3 or not tensor.is_floating_point() or 2 * side not in tensor.shape[:2]:
                 continue
-            saw = tensor.isnan().any(2)  # strips, tokens
-            if tensor.shape[1] == count and saw.any():
+            saw = tensor.isnan().any(2)
+            saw = saw if len(saw) == 2 * side else saw.T  # strips, tokens
+            if saw.shape[1] < 2:
+                continue
+            if saw.shape[1] == count and saw.any():
                 found.extend(filter(None, [_grid_of(saw.cpu(), side)]))
                 raise ForwardIsDone  # What does not tell now is only mixed further.
             if saw.all():

@@ -97,12 +97,14 @@ class Page:
         sheet = np.full((height_px, self.width_px, 3), PAPER, np.uint8)
         for x, y, pixels in self._pastes:
             sheet[y : y + pixels.shape[0], x : x + pixels.shape[1]] = pixels
+        if not self._texts:
+            return sheet
         # Whatever a user has configured for figures of their own does not reach these.
         with matplotlib.style.context("default"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of letters that the font lacks
             figure = Figure(figsize=(self.width_px / _DOTS_PER_INCH, height_px / _DOTS_PER_INCH), dpi=_DOTS_PER_INCH)
+            figure.patch.set_visible(False)
             canvas = FigureCanvasAgg(figure)
-            figure.figimage(sheet, 0, 0, origin="upper")
             for text in self._texts:
                 figure.text(
                     text.x / self.width_px,
@@ -115,7 +117,12 @@ class Page:
                     parse_math=False,
                 )
             canvas.draw()
-            return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+            letters = np.asarray(canvas.buffer_rgba())
+        # matplotlib draws the letters only; what was pasted is not touched by any resampling of its.
+        inked = letters[..., 3] > 0
+        share = letters[inked, 3:] / 255
+        sheet[inked] = np.rint(share * letters[inked, :3] + (1 - share) * sheet[inked])
+        return sheet
 
 
 def legible(text: str) -> str:
