@@ -77,7 +77,7 @@ def test_the_readme_shows_what_its_commands_and_examples_print(tmp_path: Path) -
 def test_the_readme_says_what_the_command_line_says() -> None:
     text = README.read_text()
     assert all(f"| {code} |" in text for code in ("0", "1", "2", "3", "130, 143"))
-    commands = ["extract", "list-layers", "list-models", "verify", "inspect"]
+    commands = ["extract", "list-layers", "list-models", "verify", "inspect", "visualize"]
     helps = [CliRunner().invoke(app, [command, "--help"]).stdout for command in commands]
     for option in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", re.sub(r"```bash.*?```", "", text, flags=re.DOTALL)):
         assert any(option in help_text for help_text in helps), option
