@@ -22,12 +22,12 @@ ORDER = [
     {"plan"},
     {"hooks", "decoding", "workers"},
     {"choices", "models", "images", "probe", "capture", "store"},
-    {"batches", "activations", "ready"},
+    {"batches", "activations", "ready", "places", "attention"},
     {"datasets"},
     {"features"},
     {"extraction", "pictures", "exporting", "printing", "completion"},
-    {"verification", "inspection"},
-    {"recomputation"},
+    {"verification", "inspection", "gallery"},
+    {"recomputation", "visualization"},
     {"report"},
     {"cli"},
     {"__main__"},
@@ -106,6 +106,7 @@ def test_what_only_one_file_may_do_only_that_file_does() -> None:
     assert files_that_import("PIL") <= {"decoding", "batches", "models", "pictures"}  # batches: a type only
     assert "PIL" in {name.split(".")[0] for name, _ in imports_of(SOURCE / "decoding.py")}
     assert files_that_import("typer") == {"cli"}
+    assert files_that_import("matplotlib") == {"pictures"}
     registering = {
         module_of(file)
         for file in FILES

@@ -23,7 +23,9 @@ import hookx
 from hookx import completion
 from hookx.cli import app
 from hookx.extraction import _SHORT_DTYPES
-from hookx.hooks import PRECISIONS
+from hookx.gallery import REDUCTIONS
+from hookx.hooks import MEMORY_FORMATS, PRECISIONS
+from hookx.places import LAYOUTS
 
 LAYERS = "conv1,avgpool,layer1.0.relu,layer4@mean23"
 # As the command that is installed: a shell looks for the variable that has its name.
@@ -140,6 +142,11 @@ def test_the_last_selector_of_a_list_is_completed_one_name_further(home: Path, t
         ("hookx extract --precision b", "bf16"),
         ("hookx extract --dtype f", "fp32 fp16"),
         ("hookx extract --exif a", "apply"),
+        ("hookx extract --memory-format c", "contiguous channels_last"),
+        ("hookx visualize -m vgg11 -m resnet18 -l av", "avgpool"),
+        ("hookx visualize features -l conv1,av", "conv1,avgpool"),
+        ("hookx visualize features --image sky/hubble-2", "sky/hubble-2.png"),
+        ("hookx visualize --reduce m", "mean max"),
         ("hookx ver", "verify"),
         ("hookx extract --batch", "--batch-size"),
     ],
@@ -151,6 +158,9 @@ def test_what_fits_is_offered_and_nothing_else(home: Path, line: str, offered: s
 def test_the_values_that_are_offered_are_accepted() -> None:
     assert set(completion.PRECISIONS) == set(PRECISIONS)
     assert set(completion.DTYPES) <= set(_SHORT_DTYPES)
+    assert set(completion.MEMORY_FORMATS) == {"auto", *MEMORY_FORMATS}
+    assert set(completion.CHANNEL_REDUCTIONS) == set(REDUCTIONS)
+    assert set(completion.LAYOUTS) == set(LAYOUTS)
 
 
 def test_the_model_can_come_from_a_variable_or_a_configuration(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

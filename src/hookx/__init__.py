@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from hookx.models import LoadedModel, list_models, load_model
     from hookx.recomputation import recompute
     from hookx.verification import verify
+    from hookx.visualization import Gallery, visualize, visualize_run
 
 _HOMES = {
     "Activations": ("hookx.activations", "Activations"),
     "Capture": ("hookx.capture", "Capture"),
     "Features": ("hookx.features", "Features"),
     "Join": ("hookx.features", "Join"),
+    "Gallery": ("hookx.visualization", "Gallery"),
     "LoadedModel": ("hookx.models", "LoadedModel"),
     "Summary": ("hookx.extraction", "Summary"),
     "export": ("hookx.exporting", "export"),
@@ -38,12 +40,15 @@ _HOMES = {
     "open": ("hookx.features", "open_features"),
     "recompute": ("hookx.recomputation", "recompute"),
     "verify": ("hookx.verification", "verify"),
+    "visualize": ("hookx.visualization", "visualize"),
+    "visualize_run": ("hookx.visualization", "visualize_run"),
 }
 
 __all__ = [
     "Activations",
     "Capture",
     "Features",
+    "Gallery",
     "HookxError",
     "Join",
     "LoadedModel",
@@ -57,6 +62,8 @@ __all__ = [
     "open",
     "recompute",
     "verify",
+    "visualize",
+    "visualize_run",
 ]
 
 

@@ -148,7 +148,10 @@ def _completes(names: Callable[..., Iterable[str]], *parameters: str) -> dict[st
         said = dict(context.params)
         if context.args:  # Behind an option that still lacks its value, Typer leaves the arguments unread.
             said[next(p.name for p in context.command.params if p.param_type_name == "argument")] = context.args[0]
-        return list(names(*map(said.get, parameters), incomplete))
+        values = [said.get(name) for name in parameters]
+        # What can be said several times was, for this value, said last.
+        values = [value[-1] if isinstance(value, list | tuple) and value else value or None for value in values]
+        return list(names(*values, incomplete))
 
     return {"autocompletion": offered}
 
@@ -173,6 +176,59 @@ ModelArg = Annotated[
 ]
 Transform = Annotated[
     str | None, typer.Option("--transform", help="python:module:factory of a preprocessing of your own.")
+]
+
+Device = Annotated[
+    str,
+    typer.Option(
+        "-d",
+        "--device",
+        help="auto, cpu, cuda, cuda:1 or mps.",
+        **_variable("DEVICE"),
+        **_one_of(completion.DEVICES),
+    ),
+]
+Precision = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        help="Arithmetic: fp32, bf16 or fp16.",
+        **_variable("PRECISION"),
+        **_one_of(completion.PRECISIONS),
+    ),
+]
+
+# What several commands take in place of the preprocessing that came with the weights.
+Decode = Annotated[
+    str,
+    typer.Option(
+        "--decode",
+        help="exact, or fast: large JPEGs at reduced scale.",
+        **_variable("DECODE"),
+        **_one_of(completion.DECODE),
+    ),
+]
+Resize = Annotated[
+    int | None, typer.Option("--resize", help="Shorter side after resizing, in pixels.", **_variable("RESIZE"))
+]
+Crop = Annotated[int | None, typer.Option("--crop", help="Side of the centre crop, in pixels.", **_variable("CROP"))]
+Mean = Annotated[
+    str | None, typer.Option("--mean", help="Channel means, as in 0.485,0.456,0.406.", **_variable("MEAN"))
+]
+Std = Annotated[
+    str | None, typer.Option("--std", help="Channel deviations, as in 0.229,0.224,0.225.", **_variable("STD"))
+]
+Interpolation = Annotated[
+    str | None, typer.Option("--interpolation", help="bilinear, bicubic, nearest, ...", **_variable("INTERPOLATION"))
+]
+Exif = Annotated[
+    str,
+    typer.Option(
+        "--exif",
+        help="Rotations recorded by cameras: ignore or apply.",
+        **_variable("EXIF"),
+        **_one_of(completion.EXIF),
+    ),
 ]
 
 
@@ -240,16 +296,7 @@ def extract(
         str,
         typer.Option("-b", "--batch-size", help="Images a forward pass: a number, or auto.", **_variable("BATCH_SIZE")),
     ] = "auto",
-    device: Annotated[
-        str,
-        typer.Option(
-            "-d",
-            "--device",
-            help="auto, cpu, cuda, cuda:1 or mps.",
-            **_variable("DEVICE"),
-            **_one_of(completion.DEVICES),
-        ),
-    ] = "auto",
+    device: Device = "auto",
     workers: Annotated[
         int | None,
         typer.Option(
@@ -266,18 +313,15 @@ def extract(
             **_variable("DECODE_TIMEOUT"),
         ),
     ] = 60,
-    precision: Annotated[
-        str,
-        typer.Option(
-            "--precision",
-            help="Arithmetic: fp32, bf16 or fp16.",
-            **_variable("PRECISION"),
-            **_one_of(completion.PRECISIONS),
-        ),
-    ] = "fp32",
+    precision: Precision = "fp32",
     memory_format: Annotated[
         str,
-        typer.Option("--memory-format", help="contiguous, channels_last or auto.", **_variable("MEMORY_FORMAT")),
+        typer.Option(
+            "--memory-format",
+            help="contiguous, channels_last or auto.",
+            **_variable("MEMORY_FORMAT"),
+            **_one_of(completion.MEMORY_FORMATS),
+        ),
     ] = "auto",
     dtype: Annotated[
         str | None,
@@ -288,35 +332,13 @@ def extract(
             **_one_of(completion.DTYPES),
         ),
     ] = None,
-    decode: Annotated[
-        str,
-        typer.Option("--decode", help="exact, or fast: large JPEGs at reduced scale.", **_variable("DECODE")),
-    ] = "exact",
-    resize: Annotated[
-        int | None, typer.Option("--resize", help="Shorter side after resizing, in pixels.", **_variable("RESIZE"))
-    ] = None,
-    crop: Annotated[
-        int | None, typer.Option("--crop", help="Side of the centre crop, in pixels.", **_variable("CROP"))
-    ] = None,
-    mean: Annotated[
-        str | None, typer.Option("--mean", help="Channel means, as in 0.485,0.456,0.406.", **_variable("MEAN"))
-    ] = None,
-    std: Annotated[
-        str | None, typer.Option("--std", help="Channel deviations, as in 0.229,0.224,0.225.", **_variable("STD"))
-    ] = None,
-    interpolation: Annotated[
-        str | None,
-        typer.Option("--interpolation", help="bilinear, bicubic, nearest, ...", **_variable("INTERPOLATION")),
-    ] = None,
-    exif: Annotated[
-        str,
-        typer.Option(
-            "--exif",
-            help="Rotations recorded by cameras: ignore or apply.",
-            **_variable("EXIF"),
-            **_one_of(completion.EXIF),
-        ),
-    ] = "ignore",
+    decode: Decode = "exact",
+    resize: Resize = None,
+    crop: Crop = None,
+    mean: Mean = None,
+    std: Std = None,
+    interpolation: Interpolation = None,
+    exif: Exif = "ignore",
     max_shard_size: Annotated[
         str, typer.Option("--max-shard-size", help="Largest shard.", **_variable("MAX_SHARD_SIZE"))
     ] = "512MiB",
@@ -380,7 +402,7 @@ def extract(
         if dry_run:
             report.print_json(report.job_document(job)) if json else report.print_job(job)
             return
-        with report.progress_of(job, quiet) as advance:
+        with report.progress_of_images(job, quiet) as advance:
 
             def progress(images_done: int) -> None:
                 advance(images_done)
@@ -531,7 +553,7 @@ def verify(
     from hookx import report
     from hookx.verification import verify
 
-    with report.talk_on_stderr(), report.progress_of_shards() as advance:
+    with report.talk_on_stderr(), report.progress_of("shards") as advance:
         verification = verify(path, progress=advance)
     recomputation = None
     if recompute and verification.shards_whole:
@@ -574,7 +596,7 @@ def inspect_run(
     from hookx import report
     from hookx.inspection import inspect
 
-    with report.progress_of_shards() as advance:
+    with report.progress_of("shards") as advance:
         inspection = inspect(path, statistics=stats, progress=advance)
     report.print_json(report.inspection_document(inspection)) if json else report.print_inspection(inspection)
 
@@ -612,7 +634,7 @@ def export_layer(
 
     with report.talk_on_stderr(quiet):
         features = open_features(path, partial=partial)
-        with report.progress_of_rows(len(features.keys_of_rows), quiet) as advance:
+        with report.progress_of("rows", len(features.keys_of_rows), quiet) as advance:
 
             def progress(rows_written: int) -> None:
                 advance(rows_written)
@@ -670,6 +692,167 @@ def cat(
         report.print_bytes(printing.as_bytes(activation.values))
     else:
         report.print_bytes(printing.as_json(activation) if json else printing.as_text(activation.values))
+
+
+@app.command(
+    "visualize",
+    epilog=_examples(
+        "hookx visualize --model resnet18 --layers conv1,layer1,layer4 images/animals/chelsea.jpg",
+        "hookx visualize -m vit_b_16 --attention -l '**.*_layer_11' images/animals/chelsea.jpg",
+        "hookx visualize features/ --image animals/chelsea.jpg -l conv1 --top 16 --images images/",
+    ),
+)
+def visualize_images(
+    sources: Annotated[
+        list[str] | None, typer.Argument(help="Image files and folders; or the directory of a run.")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-m",
+            "--model",
+            help="A model's name; repeated, a row for each.",
+            **_completes(completion.models),
+        ),
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-l",
+            "--layers",
+            help="Layers, as in extract; of several models, once for all or once for each.",
+            **_completes(completion.layers_or_addresses, "model", "sources"),
+        ),
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-w",
+            "--weights",
+            help="As in extract; of several models, once for all or once for each.",
+            **_variable("WEIGHTS"),
+            **_completes(completion.weights, "model"),
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The directory for the pictures.")] = Path("maps"),
+    channels: Annotated[str, typer.Option("--channels", help="Which channels, as in 0-63,128.")] = "",
+    top: Annotated[
+        int | None, typer.Option("--top", metavar="K", help="Only the K strongest channels, the strongest first.")
+    ] = None,
+    reduce: Annotated[
+        str,
+        typer.Option(
+            "--reduce",
+            help="One heat map a layer: mean, max or norm of its channels.",
+            **_one_of(completion.CHANNEL_REDUCTIONS),
+        ),
+    ] = "",
+    colormap: Annotated[
+        str, typer.Option("--colormap", help="One of matplotlib's; default: viridis, and inferno for heat maps.")
+    ] = "",
+    attention: Annotated[
+        bool, typer.Option("--attention", help="How the heads of attention look at the image, in place of activations.")
+    ] = False,
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--layout",
+            help="nchw, nhwc or tokens, where the model does not tell it.",
+            **_one_of(completion.LAYOUTS),
+        ),
+    ] = "",
+    image: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--image",
+            metavar="KEY",
+            help="Of a run: which image; can be repeated.",
+            **_completes(completion.keys, "sources"),
+        ),
+    ] = None,
+    images: Annotated[
+        list[str] | None, typer.Option("--images", help="Of a run: its folders and files, to show the inputs.")
+    ] = None,
+    seed: Seed = 0,
+    weights_key: WeightsKey = None,
+    allow_missing: AllowMissing = None,
+    trust_checkpoint: TrustCheckpoint = False,
+    model_arg: ModelArg = None,
+    transform: Transform = None,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    resize: Resize = None,
+    crop: Crop = None,
+    mean: Mean = None,
+    std: Std = None,
+    interpolation: Interpolation = None,
+    exif: Exif = "ignore",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print the paths of the pictures only.")] = False,
+) -> None:
+    """Draw feature maps: a picture a layer, and an overview with a row a model and a column a depth."""
+    if not sources:
+        raise UsageError("no image is named", "give image files or folders, or the directory of a run")
+    is_run = len(sources) == 1 and (Path(sources[0]) / "plan.json").is_file()
+    if is_run and (model or attention):
+        raise UsageError(f"{sources[0]} is a run, whose model is known and does not run again", "name images instead")
+    if not is_run and (image or images):
+        raise UsageError(
+            "--image and --images choose from a run", "name its directory, as in hookx visualize features/"
+        )
+    from hookx import report
+    from hookx.visualization import visualize, visualize_run
+
+    look: dict[str, Any] = {
+        "out": out,
+        "channels": channels,
+        "top": top,
+        "reduce": reduce,
+        "colormap": colormap,
+        "layout": layout,
+    }
+    with report.talk_on_stderr(quiet), report.progress_of("pictures", quiet=quiet) as advance:
+
+        def progress(pictures_done: int) -> None:
+            advance(pictures_done)
+            _stop_if_asked()
+
+        if is_run:
+            gallery = visualize_run(
+                sources[0], image or [], layers or [], images=images or [], progress=progress, **look
+            )
+        else:
+            gallery = visualize(
+                model or [],
+                layers or [],
+                sources,
+                weights=weights or "default",
+                attention=attention,
+                seed=seed,
+                weights_key=weights_key,
+                allow_missing=allow_missing or [],
+                trust_checkpoint=trust_checkpoint,
+                model_args=_model_args(model_arg),
+                transform=transform,
+                device=device,
+                precision=precision,
+                resize=resize,
+                crop=crop,
+                mean=_numbers("--mean", mean),
+                std=_numbers("--std", std),
+                interpolation=interpolation,
+                exif=exif,
+                progress=progress,
+                **look,
+            )
+    if json:
+        report.print_json(report.gallery_document(gallery))
+    elif quiet:
+        report.print_lines([picture.file for picture in gallery.pictures])
+    else:
+        report.print_gallery(gallery)
+    if gallery.failures:
+        raise typer.Exit(3)
 
 
 def _model_args(texts: list[str] | None) -> dict[str, str]:

@@ -28,6 +28,10 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("fp32", "bf16", "fp16")
 DTYPES = ("fp32", "fp16", "bf16")
 EXIF = ("ignore", "apply")
+DECODE = ("exact", "fast")
+MEMORY_FORMATS = ("auto", "contiguous", "channels_last")
+LAYOUTS = ("nchw", "nhwc", "tokens")
+CHANNEL_REDUCTIONS = ("mean", "max", "norm")
 
 _KEYS_AT_MOST = 1000
 _TIMM = "timm:"
@@ -178,6 +182,11 @@ def addresses(run: str | Path | None, incomplete: str) -> Iterable[str]:
     """Name the activations that a run holds."""
     plan = Plan.from_json((Path(run or "features") / "plan.json").read_text())
     return (layer.address for layer in plan.layers)
+
+
+def layers_or_addresses(model: str | None, run: str | Path | None, incomplete: str) -> Iterable[str]:
+    """Name the layers of the model that is named, or, if none is, what a run holds, with commas between."""
+    return layers(model, incomplete) if model else _in_list(incomplete, lambda _: addresses(run, ""))
 
 
 def keys(run: str | Path | None, incomplete: str) -> Iterable[str]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # At run time it would import torch, for which an error of us
     from hookx.inspection import Inspection, Statistics
     from hookx.recomputation import Recomputation
     from hookx.verification import Verification
+    from hookx.visualization import Gallery
 
 Rows = Sequence[Sequence[str]]
 
@@ -59,7 +60,7 @@ class _Talk(logging.Handler):
 
 
 @contextlib.contextmanager
-def progress_of(job: Job, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+def progress_of_images(job: Job, quiet: bool = False) -> Iterator[Callable[[int], None]]:
     """Show a bar of the images of a job, if standard error is a terminal; yields what advances it."""
     from tqdm import tqdm
 
@@ -78,21 +79,12 @@ def progress_of(job: Job, quiet: bool = False) -> Iterator[Callable[[int], None]
 
 
 @contextlib.contextmanager
-def progress_of_shards(total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Count shards while they are read, if standard error is a terminal; yields what advances the count."""
+def progress_of(unit: str, total: int | None = None, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """Show a bar of shards, rows or pictures, if standard error is a terminal; yields what advances it."""
     from tqdm import tqdm
 
-    with tqdm(total=total, unit=" shards", file=sys.stderr, disable=None, dynamic_ncols=True, leave=False) as bar:
-        yield lambda count: bar.update(count) and None
-
-
-@contextlib.contextmanager
-def progress_of_rows(total: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
-    """Show a bar of the rows of a run, if standard error is a terminal; yields what advances it."""
-    from tqdm import tqdm
-
-    disable = True if quiet else None
-    with tqdm(total=total, unit=" rows", file=sys.stderr, disable=disable, dynamic_ncols=True, leave=False) as bar:
+    hidden = True if quiet else None
+    with tqdm(total=total, unit=f" {unit}", file=sys.stderr, disable=hidden, dynamic_ncols=True, leave=False) as bar:
         yield lambda count: bar.update(count) and None
 
 
@@ -282,6 +274,19 @@ def print_export(exported: Export) -> None:
 def export_document(exported: Export) -> dict[str, Any]:
     """Return what was written where as plain JSON values."""
     return _plain(exported)
+
+
+def print_gallery(gallery: Gallery) -> None:
+    """Print the pictures that were drawn, a line each: the file, and what it shows."""
+    _print_rows([(picture.file, picture.shows) for picture in gallery.pictures], header=("picture", "shows"))
+
+
+def gallery_document(gallery: Gallery) -> dict[str, Any]:
+    """Return the pictures that were drawn as plain JSON values; an overview has no layer."""
+    document = _plain(gallery)
+    for picture in document["pictures"]:
+        picture.update({name: picture[name] or None for name in ("image", "model", "layer")})
+    return document
 
 
 def print_model_layers(layers: Sequence[Layer], *, tree: bool = False) -> None:
