@@ -49,7 +49,7 @@ def open_features(path: str | os.PathLike[str], *, partial: bool = False) -> Fea
             f"{path}/ is not finished: {len(shards):,} of {len(plan.shards):,} shards",
             "finish it with the command that began it; as far as its plan tells:",
             f"  {plan.command(os.path.join(path, ''))}",
-            f"or read the shards that there are: hookx.open({str(path)!r}, partial=True)",
+            f"or read the shards that there are: --partial, or in Python hookx.open({str(path)!r}, partial=True)",
         )
     files = [(path / plan.shard_file(shard)).absolute() for shard in shards]
     failures: dict[str, str] = {}
