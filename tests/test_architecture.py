@@ -22,7 +22,7 @@ ORDER = [
     {"plan"},
     {"hooks", "decoding", "workers"},
     {"choices", "models", "images", "probe", "capture", "store"},
-    {"batches", "activations", "ready", "places", "attention"},
+    {"batches", "activations", "ready", "writing", "places", "attention"},
     {"datasets"},
     {"features"},
     {"extraction", "pictures", "exporting", "printing", "completion"},

@@ -39,6 +39,7 @@ from hookx.exporting import export, matlab
 from hookx.exporting import rows as rows_module
 from hookx.plan import DTYPES, LayerSpec, Plan, Preprocessing
 from hookx.store import RunDirectory, ShardRecord
+from shards import publish
 from test_store import forked, random_tensor, wait_for
 
 Array = NDArray[Any]
@@ -72,7 +73,7 @@ def write_run(
             readable = [key for key in listed if key not in UNREADABLE]
             record = ShardRecord(readable, [(key, "OSError: cut") for key in listed if key in UNREADABLE])
             rows = slice(start, start + len(readable))
-            directory.publish(shard, {name: tensor[rows] for name, tensor in layers.items()}, record)
+            publish(directory, shard, {name: tensor[rows] for name, tensor in layers.items()}, record)
             start = rows.stop
     return path
 

@@ -31,6 +31,7 @@ from hookx.errors import NotStoredError, ShardError, StoreError, UsageError
 from hookx.images import Keys
 from hookx.plan import LayerSpec
 from hookx.store import RunDirectory, ShardRecord
+from shards import publish
 from test_store import UNREADABLE, plan_of, random_rows, same_bits, write_run
 
 LAYERS = (
@@ -64,7 +65,7 @@ def write_images(
         for shard in plan.shards:
             tensors = random_rows(plan, len(shard), seed=shard.number)
             tensors[layer.address].flatten(1)[:, 0] = torch.arange(shard.start, shard.stop)
-            directory.publish(shard, tensors, ShardRecord(list(keys[shard.start : shard.stop])))
+            publish(directory, shard, tensors, ShardRecord(list(keys[shard.start : shard.stop])))
     return hookx.open(path)
 
 

@@ -22,6 +22,7 @@ from hookx.extraction import extract
 from hookx.inspection import inspect
 from hookx.plan import DTYPES, LayerSpec, Plan, Preprocessing
 from hookx.store import RunDirectory, ShardRecord
+from shards import publish
 
 PREPROCESSING = Preprocessing(256, 224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear")
 
@@ -37,7 +38,7 @@ def write(path: Path, values: Tensor, rows_per_shard: int, shards: int | None = 
         for shard in plan.shards[:shards]:
             keys = [f"{position:05}" for position in range(shard.start, shard.stop)]
             rows = values[shard.start : shard.stop].contiguous()
-            directory.publish(shard, {"layer": rows}, ShardRecord(keys, made={"device": "cpu"}))
+            publish(directory, shard, {"layer": rows}, ShardRecord(keys, made={"device": "cpu"}))
         if shards is None:
             directory.publish_index()
     return plan

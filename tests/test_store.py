@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
-import json
 import multiprocessing
 import os
 import pickle
-import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,24 +15,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import hookx
 from hookx.errors import StoreError
-from hookx.plan import DTYPES, LayerSpec, Plan, Preprocessing, Shard
+from hookx.plan import DTYPES, LayerSpec, Plan, Preprocessing
 from hookx.store import (
     RunDirectory,
     ShardRecord,
-    ShardWriter,
     finished_shards,
     read_record,
-    shard_chunks,
     write_whole,
 )
+from shards import publish
 
 SHAPES = [(), (3,), (2, 3), (4, 1, 5), (0, 2)]
 ALL_DTYPES = tuple(
@@ -97,7 +90,7 @@ def write_run(path: Path, plan: Plan) -> dict[str, Tensor]:
                 failures=[(key, UNREADABLE[key]) for key in keys if key in UNREADABLE],
             )
             tensors = random_rows(plan, len(record.keys), seed=100 * shard.number)
-            directory.publish(shard, tensors, record)
+            publish(directory, shard, tensors, record)
             for address, tensor in tensors.items():
                 written[address].append(tensor)
         directory.publish_index()
@@ -128,63 +121,11 @@ def wait_for(condition: Callable[[], object], seconds: float = 20) -> None:
 # --- the format ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [5, 1, 0])
-def test_every_dtype_is_read_back_bit_for_bit_by_the_safetensors_library(tmp_path: Path, rows: int) -> None:
-    plan = plan_of(ALL_DTYPES, max(rows, 1))
-    tensors = random_rows(plan, rows)
-    keys = [str(row) for row in range(rows)]
-    with RunDirectory(tmp_path, plan) as directory:
-        file = directory.publish(plan.shards[0], tensors, ShardRecord(keys, [] if rows else [("0", "OSError: cut")]))
-    loaded = load_file(file)
-    assert loaded.keys() == tensors.keys()
-    assert all(same_bits(loaded[address], tensors[address]) for address in tensors)
-    with safe_open(file, framework="pt") as opened:
-        assert json.loads(opened.metadata()["keys"]) == keys
-        assert all(same_bits(opened.get_slice(address)[:], tensors[address]) for address in tensors)
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    st.dictionaries(
-        st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda name: name != "__metadata__"),
-        st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 4), max_size=3).map(tuple)),
-        max_size=5,
-    ),
-    st.dictionaries(
-        st.text(st.characters(exclude_categories=["Cs"])), st.text(st.characters(exclude_categories=["Cs"]))
-    ),
-)
-def test_whatever_is_laid_out_the_safetensors_library_accepts_and_reads_as_it_was(
-    layers: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]
-) -> None:
-    tensors = {name: random_tensor((2, *shape), dtype) for name, (dtype, shape) in layers.items()}
-    file = b"".join(shard_chunks(tensors, metadata))
-    loaded = load(file)
-    assert loaded.keys() == tensors.keys()
-    assert all(same_bits(loaded[name], tensors[name]) for name in tensors)
-
-
-def test_every_tensor_in_a_shard_begins_at_a_multiple_of_its_elements_size() -> None:
-    file = b"".join(shard_chunks(random_rows(plan_of(ALL_DTYPES, 3), 3), {}))
-    header_bytes = int.from_bytes(file[:8], "little")
-    header = json.loads(file[8 : 8 + header_bytes])
-    width = dict(DTYPES.values())
-    for name, entry in header.items():
-        if name != "__metadata__":
-            assert (8 + header_bytes + entry["data_offsets"][0]) % width[entry["dtype"]] == 0
-
-
-def test_a_view_that_is_not_contiguous_is_stored_with_its_own_values(tmp_path: Path) -> None:
-    tensor = torch.arange(24.0).reshape(4, 6)[:, ::2].t()
-    write_whole(tmp_path / "file", shard_chunks({"layer": tensor}, {}))
-    assert torch.equal(load_file(tmp_path / "file")["layer"], tensor)
-
-
 def test_a_file_name_that_is_not_utf_8_keeps_its_bytes_in_the_shard_and_in_the_index(tmp_path: Path) -> None:
     key = os.fsdecode(b"caf\xe9, \xff.png")
     plan = plan_of((LayerSpec("fc", (), "uint8"),), 1)
     with RunDirectory(tmp_path, plan) as directory:
-        directory.publish(plan.shards[0], random_rows(plan, 1), ShardRecord([key]))
+        publish(directory, plan.shards[0], random_rows(plan, 1), ShardRecord([key]))
         directory.publish_index()
     assert hookx.open(tmp_path).keys_of_rows == [key]
     assert b'"caf\xe9, \xff.png",' in (tmp_path / "index.csv").read_bytes()
@@ -202,23 +143,6 @@ def test_a_writer_that_fails_half_way_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="half way"):
         write_whole(tmp_path / "shard", chunks())
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_disk_that_takes_no_more_leaves_no_shard_and_the_error_says_so(tmp_path: Path) -> None:
-    plan = plan_of((LayerSpec("conv1", (64, 1024), "float32"),), 1)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards) as writer:
-        writer.publish(plan.shards[0], [(range(1), 1)], ShardRecord(["0"]))
-        writer.finish()  # The limit below is what stops the second attempt, not something else.
-        (tmp_path / plan.shard_file(plan.shards[0])).unlink()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        try:
-            writer.publish(plan.shards[0], [(range(1), 1)], ShardRecord(["0"]))
-            with pytest.raises(StoreError, match=r"cannot write .*shard-00000-of-00001.safetensors: File too large"):
-                writer.finish()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
 
 
 def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path: Path) -> None:
@@ -414,121 +338,6 @@ def test_no_flipped_bit_in_a_header_changes_an_activation_or_escapes_as_another_
 def test_a_shard_that_does_not_account_for_its_images_is_refused(tmp_path: Path) -> None:
     plan = plan_of(MAPS, 3)
     with RunDirectory(tmp_path, plan) as directory:
-        directory.publish(plan.shards[0], random_rows(plan, 2), ShardRecord(["00", "01"]))
+        publish(directory, plan.shards[0], random_rows(plan, 2), ShardRecord(["00", "01"]))
     with pytest.raises(StoreError, match="does not account for 3 images"):
         finished_shards(tmp_path, plan)
-
-
-# --- two buffers ---------------------------------------------------------------------------------------------------
-
-
-def test_a_run_of_many_shards_fills_no_more_than_two_buffers_and_mixes_none_of_them_up(tmp_path: Path) -> None:
-    plan = plan_of((LayerSpec("conv1", (1000,), "float32"),), 20, 2)
-    addresses_in_memory = set()
-    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards) as writer:
-        for shard in plan.shards:
-            positions = range(shard.start, shard.stop)
-            rows = writer.rows(positions)["conv1"]
-            addresses_in_memory.add(rows.data_ptr())
-            rows[:] = shard.number
-            writer.publish(shard, [(positions, 2)], ShardRecord([f"{position:02}" for position in positions]))
-        writer.finish()
-    assert len(addresses_in_memory) == 2
-    stored = hookx.open(tmp_path)["conv1"]
-    assert torch.equal(stored[:][:, 0], torch.arange(10.0).repeat_interleave(2))
-
-
-def test_a_shard_handed_over_before_an_error_is_still_written(tmp_path: Path) -> None:
-    plan = plan_of(MAPS, 3)
-    with pytest.raises(ZeroDivisionError), RunDirectory(tmp_path, plan) as directory:
-        with ShardWriter(directory, plan.shards) as writer:
-            writer.publish(plan.shards[0], [(range(3), 3)], ShardRecord(["0", "1", "2"]))
-            _ = 1 // 0
-    assert finished_shards(tmp_path, plan) == [Shard(0, 0, 3)]
-
-
-@settings(max_examples=30, deadline=None)
-@given(data=st.data(), image_count=st.integers(1, 20), images_per_shard=st.integers(1, 8), batch=st.integers(1, 5))
-def test_rows_that_unreadable_images_leave_empty_are_closed_up(
-    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory, image_count: int, images_per_shard: int, batch: int
-) -> None:
-    plan = plan_of((LayerSpec("fc", (3,), "int64"), LayerSpec("none", (0,), "float32")), image_count, images_per_shard)
-    readable = [data.draw(st.booleans()) for _ in range(image_count)]
-    path = tmp_path_factory.mktemp("run")
-    with RunDirectory(path, plan) as directory, ShardWriter(directory, plan.shards) as writer:
-        for shard in plan.shards:
-            record, filled = ShardRecord(sizes_bytes=[0] * len(shard)), []
-            for positions in shard.batches(batch):
-                read = [position for position in positions if readable[position]]
-                for place, position in enumerate(read):
-                    writer.rows(positions)["fc"][place] = position
-                filled.append((positions, len(read)))
-                record.keys += [f"{position:02}" for position in read]
-                record.failures += [(f"{position:02}", "cut") for position in positions if not readable[position]]
-            writer.publish(shard, filled, record)
-        writer.finish()
-    assert hookx.open(path)["fc"][:].tolist() == [[n] * 3 for n in range(image_count) if readable[n]]
-
-
-def test_a_forked_process_fills_rows_that_are_stored_and_waits_until_their_buffer_is_free(tmp_path: Path) -> None:
-    plan = plan_of((LayerSpec("fc", (3,), "float32"),), 8, 2)  # four shards for two buffers
-    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards) as writer:
-        filled = multiprocessing.get_context("fork").SimpleQueue()
-
-        def fill() -> None:
-            directory.release()
-            for shard in plan.shards:
-                writer.rows(range(shard.start, shard.stop))["fc"][:] = shard.number
-                filled.put(shard.number)
-
-        worker = multiprocessing.get_context("fork").Process(target=fill)
-        worker.start()
-        assert [filled.get(), filled.get()] == [0, 1]
-        time.sleep(0.2)
-        assert filled.empty()  # The third shard has no buffer before the first one is written.
-        for shard in plan.shards:
-            if shard.number > 1:
-                assert filled.get() == shard.number
-            positions = range(shard.start, shard.stop)
-            writer.publish(shard, [(positions, 2)], ShardRecord([f"{position:02}" for position in positions]))
-        writer.finish()
-        worker.join()
-    assert hookx.open(tmp_path)["fc"][:][:, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-
-
-def test_a_process_that_waits_for_a_buffer_ends_when_the_run_was_killed(tmp_path: Path) -> None:
-    plan = plan_of((LayerSpec("fc", (3,), "float32"),), 3, 1)
-    ready = multiprocessing.get_context("fork").SimpleQueue()
-
-    def run() -> None:
-        with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards) as writer:
-
-            def wait() -> None:
-                ready.put(os.getpid())
-                writer.rows(range(2, 3))
-
-            multiprocessing.get_context("fork").Process(target=wait).start()
-            time.sleep(60)
-
-    run_process = multiprocessing.get_context("fork").Process(target=run)
-    run_process.start()
-    waiting = Path(f"/proc/{ready.get()}/stat")
-    run_process.kill()
-    run_process.join()
-    deadline = time.monotonic() + 10
-    while waiting.exists() and waiting.read_text().split()[2] != "Z":
-        assert time.monotonic() < deadline, "it waits for ever"
-        time.sleep(0.05)
-
-
-# --- the tables -----------------------------------------------------------------------------------------------------
-
-
-def test_the_index_and_the_list_of_failures_are_tables_of_what_the_shards_hold(run_of_ten: Run) -> None:
-    path, _, written = run_of_ten
-    with open(path / "index.csv", newline="") as file:
-        for line, (row, key) in zip(csv.DictReader(file), enumerate(hookx.open(path).keys_of_rows), strict=True):
-            assert line["key"] == key
-            assert same_bits(load_file(path / line["shard"])["layer1"][int(line["row"])], written["layer1"][row])
-    with open(path / "failures.csv", newline="") as file:
-        assert {line["key"]: line["reason"] for line in csv.DictReader(file)} == UNREADABLE

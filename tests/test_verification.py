@@ -26,6 +26,7 @@ from hookx.models import ModelOptions
 from hookx.recomputation import recompute
 from hookx.store import RunDirectory, ShardRecord, read_plan, read_record
 from hookx.verification import Problem, verify
+from shards import publish
 
 SHARDS = [f"shard-0000{number}-of-00003.safetensors" for number in range(3)]
 Options = dict[str, Any]
@@ -68,7 +69,7 @@ def forge(path: Path, number: int, change: Callable[[dict[str, torch.Tensor], Sh
     tensors = {address: tensor.clone() for address, tensor in tensors.items()}
     change(tensors, record)
     with RunDirectory(path, plan) as directory:
-        directory.publish(shard, tensors, record)
+        publish(directory, shard, tensors, record)
 
 
 # --- whole ---------------------------------------------------------------------------------------------------------
@@ -362,7 +363,7 @@ def test_a_plan_alone_cannot_have_a_model_built_that_may_run_code(run: Path, mix
     out = run.parent / "crafted"
     with RunDirectory(out, plan) as directory:
         record = ShardRecord(["a.png"], [("b", ""), ("c", "")])
-        directory.publish(plan.shards[0], {"conv1@mean23": torch.zeros(1, 64), "fc": torch.zeros(1, 1000)}, record)
+        publish(directory, plan.shards[0], {"conv1@mean23": torch.zeros(1, 64), "fc": torch.zeros(1, 1000)}, record)
     with pytest.raises(UsageError, match="building it may run code"):
         recompute(out, 1, mixed_folder)
 

@@ -80,6 +80,7 @@ class RowCapture:
         self._rows: Mapping[str, Tensor] = {}
         self._remaining: set[tuple[str, int, bool]] = set()
         self._tallies_of_pass: list[tuple[str, str, Tensor]] = []
+        self._passes = 0
 
     def __enter__(self) -> RowCapture:
         for path, module in self._modules.items():
@@ -107,13 +108,19 @@ class RowCapture:
             raise CaptureError(f"'{missing}' did not run in this batch, though the probe saw it")
         if self._copies is not None:
             self._copies.end_pass()
+        self._passes += 1
         for address, what, tally in self._tallies_of_pass:  # Only now: a pass that failed is run again in parts.
             self._tallies.setdefault(address, {}).setdefault(what, []).append(tally)
 
-    def wait(self) -> None:
-        """Wait until the rows of all passes are there; on a GPU the copies are only queued."""
+    @property
+    def passes(self) -> int:
+        """How many passes have run so far; on a GPU their copies may still be on their way."""
+        return self._passes
+
+    def wait(self, passes: int | None = None) -> None:
+        """Wait until the rows of the first so many passes are there, or of all."""
         if self._copies is not None:
-            self._copies.wait()
+            self._copies.wait(self._passes if passes is None else passes)
 
     @property
     def gpu_seconds(self) -> float:
@@ -213,10 +220,8 @@ class _GPUCopies:
     """Copies from a GPU to pinned memory, on a stream of their own, beside the passes that follow.
 
     A live activation is first copied on the GPU, in the order of the pass: an in-place operation after it then cannot
-    reach what is still on its way. At most two passes are on their way, so that those copies take bounded memory.
+    reach what is still on its way. Those copies take memory until somebody waits for their pass.
     """
-
-    _PASSES_ON_THEIR_WAY = 2
 
     def __init__(self, device: torch.device) -> None:
         self.model_seconds = self.copying_seconds = 0.0
@@ -225,6 +230,7 @@ class _GPUCopies:
         self._begin = self._now()
         self._copies: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._passes: deque[tuple[torch.cuda.Event, torch.cuda.Event, list[Any]]] = deque()
+        self._finished = 0
 
     def begin_pass(self) -> None:
         self._begin, self._copies = self._now(), []
@@ -240,12 +246,11 @@ class _GPUCopies:
 
     def end_pass(self) -> None:
         self._passes.append((self._begin, self._now(), self._copies))
-        if len(self._passes) > self._PASSES_ON_THEIR_WAY:
-            self._finish_oldest()
 
-    def wait(self) -> None:
-        while self._passes:
+    def wait(self, passes: int) -> None:
+        while self._finished < passes:
             self._finish_oldest()
+            self._finished += 1
 
     def _finish_oldest(self) -> None:
         begin, end, copies = self._passes.popleft()

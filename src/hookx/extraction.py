@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -43,7 +44,6 @@ from hookx.store import (
     PLAN,
     RunDirectory,
     ShardRecord,
-    ShardWriter,
     Totals,
     check_resumable,
     finished_shards,
@@ -51,11 +51,13 @@ from hookx.store import (
     read_record,
 )
 from hookx.workers import keep_freed_memory, single_threaded
+from hookx.writing import ShardWriter
 
 log = logging.getLogger("hookx")
 
 _SHORT_DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _FAILURES_SAID_ALOUD = 10
+_PASSES_IN_FLIGHT = 2  # on a GPU, beside the one that is being asked for
 
 
 @dataclass(frozen=True)
@@ -288,7 +290,13 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
     plan, on_gpu = job.plan, job.device.type == "cuda"
     with (
         single_threaded() if job.device.type == "cpu" else contextlib.nullcontext(),
-        ShardWriter(directory, job.pending, pin_memory=on_gpu) as writer,
+        ShardWriter(
+            directory,
+            job.pending,
+            plan.batch_size,
+            at_once=_PASSES_IN_FLIGHT + 1 if on_gpu else max(1, job.workers),
+            pin_memory=on_gpu,
+        ) as writer,
         RowCapture(
             job.model.module,
             job.targets,
@@ -299,7 +307,7 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
         ) as capture,
     ):
         filling = _Filling(job, writer, capture)
-        # The workers are forked here: after the buffers that they share exist, and before the writer's thread does.
+        # The workers are forked here: after the slots that they share exist, and before the writer's thread does.
         batches = decoded_batches(
             job.images,
             [positions for shard in job.pending for positions in shard.batches(plan.batch_size)],
@@ -314,11 +322,11 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
         failures = _Failures(strict=job.strict)
         with contextlib.closing(batches):
             for shard in job.pending:
+                writer.begin(shard, _expected(job, shard))
                 record = ShardRecord(sizes_bytes=list(job.images.sizes_bytes[shard.start : shard.stop]))
-                rows_of_batches = []
+                in_flight: deque[tuple[range, int, int]] = deque()
                 for positions in shard.batches(plan.batch_size):
                     batch = next(batches)
-                    writer.check()
                     failures.say(batch.failures)
                     filled = batch.outcome
                     if batch.pixels_NCHW is not None:
@@ -328,21 +336,41 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
                             raise filled.problem
                         record.add_counts(filled.counts)
                         clock.model_seconds += filled.seconds
+                    in_flight.append((positions, len(batch.keys), capture.passes))
+                    if len(in_flight) > (_PASSES_IN_FLIGHT if on_gpu else 0):
+                        _hand_over(in_flight, capture, writer)
                     clock.reading_seconds += batch.seconds
-                    rows_of_batches.append((positions, len(batch.keys)))
                     record.keys += batch.keys
                     record.failures += batch.failures
                     record.rotations_ignored += batch.rotations_ignored
                     progress(len(positions))
-                capture.wait()
+                while in_flight:
+                    _hand_over(in_flight, capture, writer)
                 record.add_counts(capture.take_counts())
                 record.made = _made(plan.model, job.device, min(plan.batch_size, filling.images_at_once))
-                writer.publish(shard, rows_of_batches, record)
+                writer.publish(record)
             writer.finish()
         failures.say_how_many_more()
         clock.model_seconds += capture.gpu_seconds
         clock.copying_seconds = capture.gpu_copying_seconds
         clock.writing_seconds = writer.seconds
+
+
+def _expected(job: Job, shard: Shard) -> ShardRecord:
+    """Return what a shard will say of itself if every image can be read."""
+    positions = slice(shard.start, shard.stop)
+    return ShardRecord(
+        keys=list(job.images.keys[positions]),
+        sizes_bytes=list(job.images.sizes_bytes[positions]),
+        made=_made(job.plan.model, job.device, job.plan.batch_size),
+    )
+
+
+def _hand_over(in_flight: deque[tuple[range, int, int]], capture: RowCapture, writer: ShardWriter) -> None:
+    """Have the oldest batch written, once a GPU has copied it."""
+    positions, count, passes = in_flight.popleft()
+    capture.wait(passes)
+    writer.write(positions, count)
 
 
 class _Failures:
@@ -374,7 +402,7 @@ class _Filled:
 
 
 class _Filling:
-    """Pixels of a batch -> its rows of a shard's buffer, in any process that shares the buffers."""
+    """Pixels of a batch -> its rows in the writer's memory, in any process that shares it."""
 
     def __init__(self, job: Job, writer: ShardWriter, capture: RowCapture) -> None:
         self._preprocessing, self._device = job.plan.preprocessing, job.device

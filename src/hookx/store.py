@@ -1,7 +1,4 @@
-"""The output directory: shards that are whole or absent, what they say of themselves, and an index.
-
-The only file that writes shards.
-"""
+"""The output directory: files that are whole or absent, what shards say of themselves, and an index."""
 
 from __future__ import annotations
 
@@ -11,15 +8,10 @@ import fcntl
 import io
 import itertools
 import json
-import math
-import mmap
 import os
 import re
-import time
 import zlib
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,13 +25,10 @@ from hookx.plan import DTYPES, FORMAT, Plan, Shard
 
 PLAN, INDEX, FAILURES = "plan.json", "index.csv", "failures.csv"
 ASIDE = ".aside"  # The suffix of a file that is still being written.
-_BUFFERS = 2  # One fills while the other is written.
-_LARGEST_CHECKSUM = 2**32 - 1
-_POLL_SECONDS = 0.001  # between looks at whether a buffer is free
 # What is read into memory at once is bounded before it is read: somebody else may have made it. JSON takes up to some
 # 25 times its length as Python objects.
 _PLAN_BYTES_AT_MOST = 16 * 2**20
-_HEADER_BYTES_AT_MOST = 32 * 2**20
+HEADER_BYTES_AT_MOST = 32 * 2**20
 
 
 @dataclass
@@ -102,82 +91,53 @@ def _add_counts(totals: dict[str, dict[str, int]], counts: Mapping[str, Mapping[
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
-def write_whole(path: Path, chunks: Iterable[bytes | memoryview], beginning: Callable[[], bytes] = lambda: b"") -> None:
-    """Write a file so that it is whole or absent: aside, flushed to the disk, then renamed into place.
-
-    `beginning` is called when the chunks are written, and what it returns is written over the first of them.
-    """
-    aside = path.with_name(f".{path.name}{ASIDE}")
+def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Write a file so that it is whole or absent: aside, flushed to the disk, then renamed into place."""
+    aside = aside_of(path)
     try:
-        aside.unlink(missing_ok=True)
-        with open(aside, "xb") as file:  # x: never through a link that somebody put there.
-            for chunk in chunks:
-                file.write(chunk)
-            file.seek(0)
-            file.write(beginning())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        with _directory_descriptor(path.parent) as descriptor:
-            os.fsync(descriptor)  # The rename itself is only durable once the directory is.
-    except OSError as error:
-        raise StoreError(
-            f"cannot write {path}: {error.strerror}", "mend that, and run the same command again: it resumes"
-        ) from None
+        with told_as_store_error(path):
+            aside.unlink(missing_ok=True)
+            with open(aside, "xb") as file:  # x: never through a link that somebody put there.
+                for chunk in chunks:
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+            flush_directory(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
 
+def aside_of(path: Path) -> Path:
+    """Return where a file is written before it is whole; what a killed run left there, the next one removes."""
+    return path.with_name(f".{path.name}{ASIDE}")
+
+
+def flush_directory(path: Path) -> None:
+    """Make what was renamed in a directory durable."""
+    with _directory_descriptor(path) as descriptor:
+        os.fsync(descriptor)
+
+
+@contextlib.contextmanager
+def told_as_store_error(path: Path) -> Iterator[None]:
+    """Tell a user, where the system refuses to write a file, which and why."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"cannot write {path}: {error.strerror}", "mend that, and run the same command again: it resumes"
+        ) from None
+
+
 def checksum(tensor: Tensor) -> int:
     """Return the CRC-32 of a contiguous tensor's bytes, as they stand in a shard."""
-    return zlib.crc32(_bytes_of(tensor)) if tensor.numel() else 0
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.flatten().view(torch.uint8).numpy().data)
+    return zlib.crc32(memoryview(tensor.flatten().view(torch.uint8).numpy().data)) if tensor.numel() else 0
 
 
 def _checksum_of_record(metadata: Mapping[str, str]) -> str:
     fields = {name: text for name, text in sorted(metadata.items()) if name != "checksum"}
     return str(zlib.crc32(json.dumps(fields).encode()))
-
-
-def shard_chunks(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], header_bytes: int = 0
-) -> Iterator[bytes | memoryview]:
-    """Lay out a safetensors file without copying a tensor."""
-    yield shard_header(tensors, metadata, header_bytes)
-    for name in _in_file_order(tensors):
-        if tensors[name].numel():
-            yield _bytes_of(tensors[name])
-
-
-def shard_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], header_bytes: int = 0) -> bytes:
-    """Return what a safetensors file begins with: 8 bytes of length and a JSON header, padded to `header_bytes`.
-
-    Source: https://github.com/huggingface/safetensors#format
-    """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name in _in_file_order(tensors):
-        tensor = tensors[name]
-        end = offset + tensor.nbytes
-        code = DTYPES[str(tensor.dtype).removeprefix("torch.")][0]
-        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * max(header_bytes - 8 - len(text), -len(text) % 8)
-    if len(text) > _HEADER_BYTES_AT_MOST:
-        raise StoreError(
-            f"the names of a shard's images and layers take {len(text):,} bytes; {_HEADER_BYTES_AT_MOST:,} is the most",
-            "choose a smaller --shard-images and another --out",
-        )
-    return len(text).to_bytes(8, "little") + text
-
-
-def _in_file_order(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of tensors, wide types first: every tensor begins at a multiple of its element's size."""
-    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
 class RunDirectory:
@@ -235,25 +195,6 @@ class RunDirectory:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
-
-    def publish(self, shard: Shard, tensors: Mapping[str, Tensor], record: ShardRecord) -> Path:
-        """Write one shard's file; its checksums are computed meanwhile, and room for them is left in the header."""
-        path = self.path / self.plan.shard_file(shard)
-
-        def metadata(checksums: dict[str, int]) -> dict[str, str]:
-            record.checksums = checksums
-            return record.to_metadata(self.plan, shard)
-
-        largest = metadata(dict.fromkeys(tensors, _LARGEST_CHECKSUM))
-        header_bytes = len(shard_header(tensors, largest)) + 16  # The record's own checksum can get longer, too.
-        with ThreadPoolExecutor(max_workers=1) as thread:
-            checksums = thread.map(checksum, tensors.values())
-            write_whole(
-                path,
-                shard_chunks(tensors, largest, header_bytes),
-                lambda: shard_header(tensors, metadata(dict(zip(tensors, checksums, strict=True))), header_bytes),
-            )
-        return path
 
     def publish_index(self) -> None:
         """Write index.csv (and failures.csv, if there are any) from the shards; the run is complete with this."""
@@ -427,7 +368,7 @@ def _opened_behind_length(file: Path) -> Iterator[tuple[BinaryIO, int]]:
     _check_is_file(file)
     with open(file, "rb") as opened:
         header_bytes = int.from_bytes(opened.read(8), "little")
-        if header_bytes > _HEADER_BYTES_AT_MOST:
+        if header_bytes > HEADER_BYTES_AT_MOST:
             raise ShardError(file, f"is damaged: its header claims {header_bytes:,} bytes")
         yield opened, header_bytes
 
@@ -453,113 +394,3 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[bytes
         csv.writer(line, lineterminator="\n").writerow(row)
         # A file name that is no UTF-8 keeps its bytes.
         yield line.getvalue().encode("utf-8", "surrogateescape")
-
-
-class ShardWriter:
-    """Publishes shards in a thread of its own, while the next one is filled. Owns the buffers, of which there are two.
-
-    The buffers lie in memory that processes forked later share: any of them may fill the rows of any batch. A batch
-    has its place by its positions, so nobody needs to know what became of the images before it; rows that unreadable
-    images leave empty are closed up when the shard is published.
-
-    Leaving the `with` block waits for the shard that is being written, also after an error: it is finished work.
-
-    Args:
-        directory: where to.
-        shards: what will be published, in this order.
-        pin_memory: buffers that a GPU copies into by itself, which no other process sees.
-    """
-
-    def __init__(self, directory: RunDirectory, shards: Sequence[Shard], *, pin_memory: bool = False) -> None:
-        self.directory, self.shards = directory, shards
-        self._starts = [shard.start for shard in shards]
-        self.seconds = 0.0  # spent on writing, so far
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hookx-writer")
-        self._writing: list[Future[None]] = []
-        self._owner = os.getpid()
-        # For each buffer the number of the shard, among `shards`, that may fill it.
-        self._fills = _shared_empty((_BUFFERS,), torch.int64)
-        self._fills.copy_(torch.arange(_BUFFERS))
-        capacity = max(map(len, shards))
-        allocate = _pinned_empty if pin_memory else _shared_empty
-        self._buffers = [
-            {
-                layer.address: allocate((capacity, *layer.shape), getattr(torch, layer.dtype))
-                for layer in directory.plan.layers
-            }
-            for _ in range(min(_BUFFERS, len(shards)))
-        ]
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def rows(self, positions: range) -> dict[str, Tensor]:
-        """Return the place of a batch: for every address a tensor (images, *shape). Waits until the buffer is free."""
-        number = self._number(positions.start)
-        is_owner = os.getpid() == self._owner
-        while self._fills[number % _BUFFERS] != number:
-            if is_owner:
-                self.check()
-            elif os.getppid() != self._owner:
-                raise SystemExit  # The run was killed; nobody will free the buffer.
-            time.sleep(_POLL_SECONDS)
-        first = positions.start - self.shards[number].start
-        buffer = self._buffers[number % _BUFFERS]
-        return {address: tensor[first : first + len(positions)] for address, tensor in buffer.items()}
-
-    def publish(self, shard: Shard, batches: Sequence[tuple[range, int]], record: ShardRecord) -> None:
-        """Hand a filled shard over: the positions of its batches, and how many rows of each are filled."""
-        self.check()
-        self._writing.append(self._thread.submit(self._write, self._number(shard.start), batches, record))
-
-    def check(self) -> None:
-        """Raise what went wrong in the thread, if anything has."""
-        for future in [future for future in self._writing if future.done()]:
-            future.result()
-            self._writing.remove(future)
-
-    def finish(self) -> None:
-        """Wait until everything that was handed over is on the disk."""
-        for future in self._writing:
-            future.result()
-
-    def _number(self, position: int) -> int:
-        return bisect_right(self._starts, position) - 1
-
-    def _write(self, number: int, batches: Sequence[tuple[range, int]], record: ShardRecord) -> None:
-        start = time.perf_counter()
-        shard, buffer = self.shards[number], self._buffers[number % _BUFFERS]
-        filled = [(positions.start - shard.start, count) for positions, count in batches]
-        try:
-            rows = {address: _closed_up(tensor, filled) for address, tensor in buffer.items()}
-            self.directory.publish(shard, rows, record)
-        finally:
-            # Also when it failed: a process that waits for the buffer must not wait for ever.
-            self._fills[number % _BUFFERS] = number + _BUFFERS
-            self.seconds += time.perf_counter() - start
-
-
-def _closed_up(tensor: Tensor, filled: Sequence[tuple[int, int]]) -> Tensor:
-    """Move runs of rows, each a first row and a count, to the front of a tensor, and return them."""
-    end = 0
-    for first, count in filled:
-        if first != end:
-            tensor[end : end + count] = tensor[first : first + count].clone()
-        end += count
-    return tensor[:end]
-
-
-def _shared_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Allocate a tensor that processes forked later share; no file of a /dev/shm that may be small is behind it."""
-    length = math.prod(shape)
-    memory = mmap.mmap(-1, max(length * dtype.itemsize, 1))
-    if not length:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(memory, dtype=dtype, count=length).view(shape)
-
-
-def _pinned_empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, pin_memory=True)

@@ -1,0 +1,340 @@
+"""What was computed batch by batch is in the shards bit for bit, whoever computed it and whatever was unreadable."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import multiprocessing
+import os
+import resource
+import time
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+import hookx
+from hookx import writing
+from hookx.errors import StoreError
+from hookx.plan import DTYPES, LayerSpec, Plan, Shard
+from hookx.store import RunDirectory, ShardRecord, finished_shards
+from hookx.verification import verify
+from hookx.writing import ShardWriter
+from test_store import ALL_DTYPES, MAPS, forked, plan_of, random_rows, same_bits, wait_for
+
+LARGE = (LayerSpec("conv1", (64, 1000), "float32"), LayerSpec("mask", (3,), "bool"), LayerSpec("fc", (7,), "float64"))
+
+
+def key_of(position: int) -> str:
+    return f"{position:04}"
+
+
+def expected(shard: Shard) -> ShardRecord:
+    return ShardRecord([key_of(position) for position in range(shard.start, shard.stop)], sizes_bytes=[1] * len(shard))
+
+
+def write(
+    path: Path, plan: Plan, batch_size: int, unreadable: Collection[int] = (), reason: str = "cut", at_once: int = 1
+) -> dict[str, Tensor]:
+    """Write a run of random activations by the real writer; return those of the images that could be read."""
+    values = random_rows(plan, plan.image_count)
+    with (
+        RunDirectory(path, plan) as directory,
+        ShardWriter(directory, plan.shards, batch_size, at_once=at_once) as writer,
+    ):
+        for shard in plan.shards:
+            writer.begin(shard, expected(shard))
+            record = ShardRecord(sizes_bytes=[1] * len(shard))
+            for positions in shard.batches(batch_size):
+                read = [position for position in positions if position not in unreadable]
+                if read:  # As in a run: of a batch without pixels nobody asks for the place.
+                    for address, rows in writer.rows(positions).items():
+                        rows[: len(read)] = values[address][read]
+                writer.write(positions, len(read))
+                record.keys += map(key_of, read)
+                record.failures += [(key_of(position), reason) for position in positions if position in unreadable]
+            writer.publish(record)
+        writer.finish()
+        directory.publish_index()
+    readable = [position for position in range(plan.image_count) if position not in unreadable]
+    return {address: tensor[readable] for address, tensor in values.items()}
+
+
+# --- the format ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [5, 1, 0])
+def test_every_dtype_is_read_back_bit_for_bit_by_the_safetensors_library(tmp_path: Path, rows: int) -> None:
+    plan = plan_of(ALL_DTYPES, max(rows, 1))
+    tensors = write(tmp_path, plan, batch_size=2, unreadable=[] if rows else [0])
+    file = tmp_path / plan.shard_file(plan.shards[0])
+    loaded = load_file(file)
+    assert loaded.keys() == tensors.keys()
+    assert all(same_bits(loaded[address], tensors[address]) for address in tensors)
+    with safe_open(file, framework="pt") as opened:
+        assert json.loads(opened.metadata()["keys"]) == [key_of(row) for row in range(rows)]
+        assert all(same_bits(opened.get_slice(address)[:], tensors[address]) for address in tensors)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    layers=st.dictionaries(
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda name: name != "__metadata__"),
+        st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 4), max_size=3).map(tuple)),
+        min_size=1,
+        max_size=4,
+    ),
+    data=st.data(),
+    image_count=st.integers(1, 12),
+    images_per_shard=st.integers(1, 8),
+    batch_size=st.integers(1, 5),
+    at_once=st.integers(1, 3),
+)
+def test_any_layers_in_any_batches_with_any_images_unreadable_are_stored_as_they_were(
+    data: st.DataObject,
+    tmp_path_factory: pytest.TempPathFactory,
+    layers: dict[str, tuple[str, tuple[int, ...]]],
+    image_count: int,
+    images_per_shard: int,
+    batch_size: int,
+    at_once: int,
+) -> None:
+    specs = tuple(LayerSpec(name, shape, dtype) for name, (dtype, shape) in layers.items())
+    plan = plan_of(specs, image_count, images_per_shard)
+    unreadable = data.draw(st.sets(st.integers(0, image_count - 1)))
+    # Longer than the keys, so that headers grow over the room that was left for them.
+    reason = "cut" * data.draw(st.sampled_from([1, 2000]))
+    path = tmp_path_factory.mktemp("run")
+    values = write(path, plan, batch_size, unreadable, reason, at_once)
+    loaded = [load_file(path / plan.shard_file(shard)) for shard in plan.shards]
+    for address, tensor in values.items():
+        assert same_bits(torch.cat([shard[address] for shard in loaded]), tensor)
+    # The checksums are those of the bytes; the plan tells of other images.
+    assert {problem.file for problem in verify(path).problems} <= {"plan.json"}
+
+
+def test_every_tensor_in_a_shard_begins_at_a_multiple_of_its_elements_size(tmp_path: Path) -> None:
+    plan = plan_of(ALL_DTYPES, 3)
+    write(tmp_path, plan, batch_size=2)
+    file = (tmp_path / plan.shard_file(plan.shards[0])).read_bytes()
+    header_bytes = int.from_bytes(file[:8], "little")
+    width = dict(DTYPES.values())
+    for name, entry in json.loads(file[8 : 8 + header_bytes]).items():
+        if name != "__metadata__":
+            assert (8 + header_bytes + entry["data_offsets"][0]) % width[entry["dtype"]] == 0
+
+
+# --- large pieces --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unreadable", [(), (0,), (9, 10), (39,), range(8, 16)])
+def test_pieces_that_go_to_the_disk_past_the_page_cache_are_stored_as_they_were(
+    tmp_path: Path, unreadable: Collection[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(LARGE, 40, 23)
+    values = write(tmp_path / "direct", plan, 8, unreadable)
+    monkeypatch.setattr(writing, "_MOVED_AT_ONCE_BYTES", 100_000)
+    monkeypatch.setattr(writing, "_opened_direct", lambda _: None)  # as of a file system that knows no such writes
+    write(tmp_path / "cached", plan, 8, unreadable)
+    features = hookx.open(tmp_path / "direct")
+    assert all(same_bits(features[address][:], tensor) for address, tensor in values.items())
+    for shard in plan.shards:
+        name = plan.shard_file(shard)
+        assert (tmp_path / "direct" / name).read_bytes() == (tmp_path / "cached" / name).read_bytes()
+
+
+def test_most_of_a_large_batch_is_not_in_the_page_cache_when_it_is_written(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path, plan_of(LARGE, 1)) as directory:
+        shard = writing._ShardFile(directory, directory.plan.shards[0], ShardRecord())
+        knows_direct = shard._direct is not None
+        shard.close()
+    if not knows_direct:
+        pytest.skip("this file system writes everything through the page cache")
+    plan = plan_of((LayerSpec("conv1", (64, 1000), "float32"),), 80)  # 20 MB
+    write(tmp_path / "run", plan, 20)
+    assert share_in_page_cache(tmp_path / "run" / plan.shard_file(plan.shards[0])) < 0.1
+
+
+def share_in_page_cache(file: Path) -> float:
+    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, mmap.MAP_PRIVATE) as mapped:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        pages = ctypes.create_string_buffer(-(-len(mapped) // mmap.PAGESIZE))
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)), pages) == 0
+    return sum(page & 1 for page in pages.raw) / len(pages.raw)
+
+
+# --- slots ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_many_batches_uses_few_slots_and_mixes_none_of_them_up(tmp_path: Path) -> None:
+    plan = plan_of((LayerSpec("conv1", (1000,), "float32"),), 40, 6)
+    slots = set()
+    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 2, at_once=2) as writer:
+        for shard in plan.shards:
+            writer.begin(shard, expected(shard))
+            for positions in shard.batches(2):
+                rows = writer.rows(positions)["conv1"]
+                slots.add(rows.data_ptr() // 20_000)
+                rows[:] = torch.tensor(positions)[:, None]
+                writer.write(positions, 2)
+            writer.publish(expected(shard))
+        writer.finish()
+        assert len(writer.slots) == 4 and len(slots) <= 8
+    assert torch.equal(hookx.open(tmp_path)["conv1"][:][:, 0], torch.arange(40.0))
+
+
+def test_slots_that_only_wait_to_be_written_have_a_limit_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(LARGE, 100)
+    monkeypatch.setattr(writing, "_SPARE_BYTES", 2 * 10 * plan.bytes_per_image)
+    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 10, at_once=5) as writer:
+        assert len(writer.slots) == 5 + 2
+
+
+def test_a_forked_process_fills_rows_that_are_stored_and_waits_until_their_slot_is_free(tmp_path: Path) -> None:
+    plan = plan_of((LayerSpec("fc", (3,), "float32"),), 8, 4)  # four batches for two slots
+    batches = [positions for shard in plan.shards for positions in shard.batches(2)]
+    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 2) as writer:
+        filled = multiprocessing.get_context("fork").SimpleQueue()
+
+        def fill() -> None:
+            directory.release()
+            for number, positions in enumerate(batches):
+                writer.rows(positions)["fc"][:] = number
+                filled.put(number)
+
+        worker = multiprocessing.get_context("fork").Process(target=fill)
+        worker.start()
+        assert [filled.get(), filled.get()] == [0, 1]
+        time.sleep(0.2)
+        assert filled.empty()  # The third batch has no slot before the first one is written.
+        for number, positions in enumerate(batches):
+            if number > 1:
+                assert filled.get() == number
+            shard = plan.shards[number // 2]
+            if number % 2 == 0:
+                writer.begin(shard, expected(shard))
+            writer.write(positions, 2)
+            if number % 2 == 1:
+                writer.publish(expected(shard))
+        writer.finish()
+        worker.join()
+    assert hookx.open(tmp_path)["fc"][:][:, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_process_that_waits_for_a_slot_ends_when_the_run_was_killed(tmp_path: Path) -> None:
+    plan = plan_of((LayerSpec("fc", (3,), "float32"),), 3, 1)
+    ready = multiprocessing.get_context("fork").SimpleQueue()
+
+    def run() -> None:
+        with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 1) as writer:
+
+            def wait() -> None:
+                ready.put(os.getpid())
+                writer.rows(range(2, 3))
+
+            multiprocessing.get_context("fork").Process(target=wait).start()
+            time.sleep(60)
+
+    run_process = multiprocessing.get_context("fork").Process(target=run)
+    run_process.start()
+    waiting = Path(f"/proc/{ready.get()}/stat")
+    run_process.kill()
+    run_process.join()
+    deadline = time.monotonic() + 10
+    while waiting.exists() and waiting.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline, "it waits for ever"
+        time.sleep(0.01)
+
+
+# --- whole or absent -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", [LayerSpec("conv1", (64, 1024), "float32"), LayerSpec("conv1", (512, 1024), "int8")])
+def test_a_disk_that_takes_no_more_leaves_no_shard_and_the_error_says_so(tmp_path: Path, layer: LayerSpec) -> None:
+    plan = plan_of((layer,), 8, 4)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 4) as writer:
+        for shard in plan.shards:
+            writer.begin(shard, expected(shard))
+            writer.write(range(shard.start, shard.stop), 4)
+            if shard.number == 0:  # The limit below is what stops the second, not something else.
+                writer.publish(expected(shard))
+                writer.finish()
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            with pytest.raises(StoreError, match=r"cannot write .*shard-00001-of-00002.safetensors: File too large"):
+                writer.finish()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        writer.rows(range(4, 8))  # A process that waits for the slot would not wait for ever.
+    names = [plan.shard_file(plan.shards[0]), "plan.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(names)
+
+
+def test_a_shard_handed_over_before_an_error_is_still_written_and_one_that_was_not_is_absent(tmp_path: Path) -> None:
+    plan = plan_of(MAPS, 6, 3)
+    first, second = plan.shards
+    with pytest.raises(ZeroDivisionError), RunDirectory(tmp_path, plan) as directory:
+        with ShardWriter(directory, plan.shards, 3) as writer:
+            writer.begin(first, expected(first))
+            writer.write(range(3), 3)
+            writer.publish(expected(first))
+            writer.begin(second, expected(second))
+            writer.write(range(3, 6), 3)
+            _ = 1 // 0
+    assert finished_shards(tmp_path, plan) == [Shard(0, 0, 3)]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["plan.json", plan.shard_file(first)]
+
+
+def test_a_process_killed_between_two_batches_leaves_no_shard_and_the_next_run_begins_it_anew(tmp_path: Path) -> None:
+    plan = plan_of(MAPS, 4)
+    [shard] = plan.shards
+
+    def write_half() -> None:
+        with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 2) as writer:
+            writer.begin(shard, expected(shard))
+            writer.write(range(2), 2)
+            writer.finish()
+            (tmp_path / "half").touch()
+            time.sleep(60)
+
+    with forked(write_half):
+        wait_for((tmp_path / "half").exists)
+    assert list(tmp_path.glob(".shard-*")) and finished_shards(tmp_path, plan) == []
+    values = write(tmp_path, plan, 2)
+    assert not list(tmp_path.glob(".*"))
+    features = hookx.open(tmp_path)
+    assert all(same_bits(features[address][:], tensor) for address, tensor in values.items())
+
+
+@pytest.fixture
+def interrupted_writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Have the system write some 1,000 bytes at a time, as it may."""
+    lengths: list[int] = []
+    write_all: Callable[[int, memoryview, int], int] = os.pwrite
+
+    def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
+        lengths.append(write_all(descriptor, data[:1000], offset))
+        return lengths[-1]
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    yield lengths
+
+
+def test_what_the_system_writes_in_parts_is_written_to_the_end(
+    tmp_path: Path, interrupted_writes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "_opened_direct", lambda _: None)
+    plan = plan_of((LayerSpec("conv1", (999,), "float32"),), 4)
+    values = write(tmp_path, plan, 2)
+    assert len(interrupted_writes) > 16
+    assert same_bits(hookx.open(tmp_path)["conv1"][:], values["conv1"])
