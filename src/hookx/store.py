@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from zlib_ng import zlib_ng  # The same CRC-32 as zlib's, ten times as fast.
 
 from hookx.errors import ShardError, StoreError
 from hookx.plan import DTYPES, FORMAT, Plan, Shard
@@ -130,14 +130,19 @@ def told_as_store_error(path: Path) -> Iterator[None]:
         ) from None
 
 
-def checksum(tensor: Tensor) -> int:
-    """Return the CRC-32 of a contiguous tensor's bytes, as they stand in a shard."""
-    return zlib.crc32(memoryview(tensor.flatten().view(torch.uint8).numpy().data)) if tensor.numel() else 0
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor that is contiguous and not empty."""
+    return memoryview(tensor.flatten().view(torch.uint8).numpy().data)
+
+
+def checksum(tensor: Tensor, of_those_before: int = 0) -> int:
+    """Return the CRC-32 of a contiguous tensor's bytes, as they stand in a shard; it can go on from others."""
+    return zlib_ng.crc32(bytes_of(tensor), of_those_before) if tensor.numel() else of_those_before
 
 
 def _checksum_of_record(metadata: Mapping[str, str]) -> str:
     fields = {name: text for name, text in sorted(metadata.items()) if name != "checksum"}
-    return str(zlib.crc32(json.dumps(fields).encode()))
+    return str(zlib_ng.crc32(json.dumps(fields).encode()))
 
 
 class RunDirectory:

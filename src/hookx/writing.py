@@ -17,7 +17,6 @@ import math
 import mmap
 import os
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -28,7 +27,16 @@ from torch import Tensor
 
 from hookx.errors import StoreError
 from hookx.plan import DTYPES, LayerSpec, Plan, Shard
-from hookx.store import HEADER_BYTES_AT_MOST, RunDirectory, ShardRecord, aside_of, flush_directory, told_as_store_error
+from hookx.store import (
+    HEADER_BYTES_AT_MOST,
+    RunDirectory,
+    ShardRecord,
+    aside_of,
+    bytes_of,
+    checksum,
+    flush_directory,
+    told_as_store_error,
+)
 
 _PAGE_BYTES = mmap.PAGESIZE
 _DIRECT_FROM_BYTES = 2**20  # Smaller pieces are not worth a trip to the disk each.
@@ -119,14 +127,13 @@ class _ShardFile:
             self._file = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._direct = _opened_direct(aside)
 
-    def append(self, rows: Mapping[str, Tensor], count: int, thread: ThreadPoolExecutor) -> None:
+    def append(self, rows: Mapping[str, Tensor], count: int) -> None:
         """Write the first `count` rows of every tensor behind those that are there."""
         pieces = {address: tensor[:count] for address, tensor in rows.items() if tensor[:count].numel()}
-        checksums = thread.submit(self._continued_checksums, pieces)
         with told_as_store_error(self.path):
             for address, piece in pieces.items():
+                self._checksums[address] = checksum(piece, self._checksums[address])
                 self._write(piece, self._header_bytes + self._places[address] + self._rows * piece[0].nbytes)
-        self._checksums.update(checksums.result())
         self._rows += count
 
     def publish(self, record: ShardRecord) -> None:
@@ -149,12 +156,9 @@ class _ShardFile:
                 os.close(descriptor)
         aside_of(self.path).unlink(missing_ok=True)
 
-    def _continued_checksums(self, pieces: Mapping[str, Tensor]) -> dict[str, int]:
-        return {address: zlib.crc32(_bytes_of(piece), self._checksums[address]) for address, piece in pieces.items()}
-
     def _write(self, piece: Tensor, offset: int) -> None:
         """Write a tensor at an offset: its whole pages past the page cache, if they lie in memory as in the file."""
-        data = _bytes_of(piece)
+        data = bytes_of(piece)
         first = -offset % _PAGE_BYTES
         last = first + (len(data) - first) // _PAGE_BYTES * _PAGE_BYTES
         if last - first < _DIRECT_FROM_BYTES or (piece.data_ptr() - offset) % _PAGE_BYTES:
@@ -219,11 +223,6 @@ def _move(descriptor: int, source: int, target: int, length: int) -> None:
         _write_all(descriptor, memoryview(piece), target + start)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor that is contiguous and not empty."""
-    return memoryview(tensor.flatten().view(torch.uint8).numpy().data)
-
-
 # --- all of them ---------------------------------------------------------------------------------------------------
 
 
@@ -262,7 +261,6 @@ class ShardWriter:
         self._first_batches = [0, *itertools.accumulate(batches)]
         self._places = {rows: _places(self._layers, rows) for rows in {len(shard) for shard in shards}}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hookx-writer")
-        self._checksum_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hookx-checksum")
         self._handed_over: list[Future[None]] = []
         self._file: _ShardFile | None = None  # the one that is being written
         self._has_failed = False
@@ -270,7 +268,7 @@ class ShardWriter:
         self._batches_written = _shared_bytes(8).view(torch.int64)
         images = min(batch_size, max(map(len, shards)))
         slot_bytes = max(1, images * directory.plan.bytes_per_image)
-        slots = at_once + max(1, min(at_once, _SPARE_BYTES // slot_bytes))
+        slots = at_once + max(1, min(at_once // 2, _SPARE_BYTES // slot_bytes))
         allocate = _pinned_bytes if pin_memory else _shared_bytes
         # Two pages more, so that a piece can begin where in its page it will begin in the file.
         self.slots = [
@@ -283,7 +281,6 @@ class ShardWriter:
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=True)
-        self._checksum_thread.shutdown(wait=True)
         self._close_file()
 
     def rows(self, positions: range) -> dict[str, Tensor]:
@@ -362,7 +359,7 @@ class ShardWriter:
         try:
             if not self._has_failed:
                 assert self._file is not None and self._file.shard == shard
-                self._file.append(self._rows_in_slot(shard, batch, positions), count, self._checksum_thread)
+                self._file.append(self._rows_in_slot(shard, batch, positions), count)
         finally:
             # Also when it failed: a process that waits for the slot must not wait for ever.
             self._batches_written[0] = batch + 1
