@@ -5,6 +5,7 @@ torch is imported by the commands that need it, so that `hookx --help` answers a
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import signal
@@ -46,6 +47,9 @@ def main() -> NoReturn:
     """Run the command line, with every error in the form of the design: what, which value, what to do next."""
     if "_HOOKX_COMPLETE" in os.environ:
         completion.answer(app)
+    # Importing torch makes objects by the hundred thousand, which stay; looking through them for garbage again and
+    # again takes a seventh of its time.
+    gc.set_threshold(100_000, 50, 50)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     sys.unraisablehook = _report_unraisable
