@@ -12,7 +12,7 @@ from torchvision.models import get_model
 from hookx import workers
 from hookx.choices import chosen_batch_size, chosen_memory_format, chosen_workers
 from hookx.errors import UsageError
-from hookx.workers import keep_freed_memory, single_threaded, usable_cores
+from hookx.workers import single_threaded, usable_cores
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -105,5 +105,4 @@ def faults_of_a_worker(prepare: str) -> int:
 
 
 def test_a_worker_computes_in_memory_that_it_already_has() -> None:
-    keep_freed_memory()  # Harmless to call anywhere.
     assert faults_of_a_worker("keep_freed_memory()") < faults_of_a_worker("") / 3

@@ -142,7 +142,7 @@ def wrapped(text: str, width_px: float, style: Style, most_lines: int) -> list[s
         >>> wrapped("encoder.layers.encoder_layer_0.self_attention", 110, Style(11), most_lines=3)
         ['encoder.layers.', 'encoder_layer_0.', 'self_attention']
         >>> wrapped("encoder.layers.encoder_layer_0.self_attention", 110, Style(11), most_lines=2)
-        ['encoder.layers.', 'e…0.self_attention']
+        ['encoder.layer…elf_', 'attention']
     """
     lines = _lines(text, width_px, style)
     if len(lines) <= most_lines:
