@@ -276,7 +276,7 @@ def test_the_number_of_workers_changes_no_byte(
     assert files_of(tmp_path) == files_of(finished)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_b_16", "densenet121"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("vit_b_16", marks=pytest.mark.slow), "densenet121"])
 def test_the_number_of_workers_changes_no_bit_of_any_layer_at_full_size(
     photos: Path, tmp_path: Path, name: str
 ) -> None:
