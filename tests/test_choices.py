@@ -105,4 +105,6 @@ def faults_of_a_worker(prepare: str) -> int:
 
 
 def test_a_worker_computes_in_memory_that_it_already_has() -> None:
-    assert faults_of_a_worker("keep_freed_memory()") < faults_of_a_worker("") / 3
+    usual = faults_of_a_worker("")
+    # Where a heap meets another mapping, which the system puts at random, glibc begins a new one: so up to three tries.
+    assert any(faults_of_a_worker("keep_freed_memory()") < usual / 3 for _ in range(3))
