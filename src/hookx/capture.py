@@ -80,7 +80,7 @@ class RowCapture:
         self._rows: Mapping[str, Tensor] = {}
         self._remaining: set[tuple[str, int, bool]] = set()
         self._tallies_of_pass: list[tuple[str, str, Tensor]] = []
-        self._passes = 0
+        self.passes = 0  # that have run so far; on a GPU their copies may still be on their way
 
     def __enter__(self) -> RowCapture:
         for path, module in self._modules.items():
@@ -108,19 +108,14 @@ class RowCapture:
             raise CaptureError(f"'{missing}' did not run in this batch, though the probe saw it")
         if self._copies is not None:
             self._copies.end_pass()
-        self._passes += 1
+        self.passes += 1
         for address, what, tally in self._tallies_of_pass:  # Only now: a pass that failed is run again in parts.
             self._tallies.setdefault(address, {}).setdefault(what, []).append(tally)
-
-    @property
-    def passes(self) -> int:
-        """How many passes have run so far; on a GPU their copies may still be on their way."""
-        return self._passes
 
     def wait(self, passes: int | None = None) -> None:
         """Wait until the rows of the first so many passes are there, or of all."""
         if self._copies is not None:
-            self._copies.wait(self._passes if passes is None else passes)
+            self._copies.wait(self.passes if passes is None else passes)
 
     @property
     def gpu_seconds(self) -> float:

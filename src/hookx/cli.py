@@ -22,6 +22,7 @@ import typer
 from hookx import completion
 from hookx.errors import HookxError, Interrupted, UsageError
 from hookx.layers import closest
+from hookx.plan import DECODE, EXIF
 
 EXIT_CODES = """Exit codes: 0 done; 1 error; 2 usage; 3 done, but some images could not be read; 130 interrupted;
 143 terminated."""
@@ -209,7 +210,7 @@ Decode = Annotated[
         "--decode",
         help="exact, or fast: large JPEGs at reduced scale.",
         **_variable("DECODE"),
-        **_one_of(completion.DECODE),
+        **_one_of(DECODE),
     ),
 ]
 Resize = Annotated[
@@ -231,7 +232,7 @@ Exif = Annotated[
         "--exif",
         help="Rotations recorded by cameras: ignore or apply.",
         **_variable("EXIF"),
-        **_one_of(completion.EXIF),
+        **_one_of(EXIF),
     ),
 ]
 

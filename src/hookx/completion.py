@@ -27,8 +27,6 @@ from hookx.plan import Plan
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("fp32", "bf16", "fp16")
 DTYPES = ("fp32", "fp16", "bf16")
-EXIF = ("ignore", "apply")
-DECODE = ("exact", "fast")
 MEMORY_FORMATS = ("auto", "contiguous", "channels_last")
 LAYOUTS = ("nchw", "nhwc", "tokens")
 CHANNEL_REDUCTIONS = ("mean", "max", "norm")

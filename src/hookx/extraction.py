@@ -322,8 +322,9 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
         failures = _Failures(strict=job.strict)
         with contextlib.closing(batches):
             for shard in job.pending:
-                writer.begin(shard, _expected(job, shard))
-                record = ShardRecord(sizes_bytes=list(job.images.sizes_bytes[shard.start : shard.stop]))
+                expected = _expected(job, shard)
+                writer.begin(shard, expected)
+                record = ShardRecord(sizes_bytes=expected.sizes_bytes)
                 in_flight: deque[tuple[range, int, int]] = deque()
                 for positions in shard.batches(plan.batch_size):
                     batch = next(batches)
@@ -347,7 +348,7 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
                 while in_flight:
                     _hand_over(in_flight, capture, writer)
                 record.add_counts(capture.take_counts())
-                record.made = _made(plan.model, job.device, min(plan.batch_size, filling.images_at_once))
+                record.made = {**expected.made, "batch_size": min(plan.batch_size, filling.images_at_once)}
                 writer.publish(record)
             writer.finish()
         failures.say_how_many_more()

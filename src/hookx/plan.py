@@ -33,6 +33,10 @@ DTYPES = {
     "complex64": ("C64", 8),
 }
 
+# What `Preprocessing` can do about the rotations that cameras record, and how it can decode; the usual first.
+EXIF = ("ignore", "apply")
+DECODE = ("exact", "fast")
+
 _FIELDS = {
     "memory_format": "memory formats",
     "model": "models",

@@ -16,7 +16,7 @@ from hookx.errors import CaptureError, HookxError, UsageError
 from hookx.hooks import MEMORY_FORMATS, PRECISIONS, module_classes
 from hookx.layers import Layer, Selection, Selector, matched_paths, select
 from hookx.models import LoadedModel, ModelOptions, load_model, skeleton
-from hookx.plan import Preprocessing
+from hookx.plan import DECODE, EXIF, Preprocessing
 from hookx.probe import example_images, probe
 
 log = logging.getLogger("hookx")
@@ -64,8 +64,8 @@ def ready_model(
     Without selectors nothing is probed, and the selection is empty.
     """
     one_of("precision", precision, list(PRECISIONS))
-    one_of("exif", preprocessing.exif, ["ignore", "apply"])
-    one_of("way to decode", preprocessing.decode, ["exact", "fast"])
+    one_of("exif", preprocessing.exif, EXIF)
+    one_of("way to decode", preprocessing.decode, DECODE)
     on_device = chosen_device(device)
     bare = skeleton(model, weights, options)
     prepares = _overridden(bare.preprocessing, preprocessing)

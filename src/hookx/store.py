@@ -101,9 +101,7 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
                 for chunk in chunks:
                     file.write(chunk)
                 file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-            flush_directory(path.parent)
+                put_in_place(file.fileno(), path)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -113,10 +111,15 @@ def aside_of(path: Path) -> Path:
     return path.with_name(f".{path.name}{ASIDE}")
 
 
-def flush_directory(path: Path) -> None:
-    """Make what was renamed in a directory durable."""
-    with _directory_descriptor(path) as descriptor:
-        os.fsync(descriptor)
+def put_in_place(descriptor: int, path: Path) -> None:
+    """Flush the open file that was written aside to the disk, and give it its name."""
+    os.fsync(descriptor)
+    os.replace(aside_of(path), path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # The rename itself is only durable once the directory is.
+    finally:
+        os.close(directory)
 
 
 @contextlib.contextmanager
@@ -382,15 +385,6 @@ def _check_is_file(path: Path) -> None:
     """Raise `OSError` for a pipe or a device, which would be read for ever."""
     if path.exists() and not path.is_file():
         raise OSError("it is not a file")
-
-
-@contextlib.contextmanager
-def _directory_descriptor(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[bytes]:

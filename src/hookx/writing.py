@@ -34,7 +34,7 @@ from hookx.store import (
     aside_of,
     bytes_of,
     checksum,
-    flush_directory,
+    put_in_place,
     told_as_store_error,
 )
 
@@ -145,9 +145,7 @@ class _ShardFile:
             end = self._close_up(len(header))
             _write_all(self._file, memoryview(header), 0)
             os.ftruncate(self._file, end)
-            os.fsync(self._file)
-            os.replace(aside_of(self.path), self.path)
-            flush_directory(self.path.parent)
+            put_in_place(self._file, self.path)
 
     def close(self) -> None:
         """Let go of the file; if it was not published, nothing remains of it."""
