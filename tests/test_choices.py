@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,9 @@ from torchvision.models import get_model
 from hookx import workers
 from hookx.choices import chosen_batch_size, chosen_memory_format, chosen_workers
 from hookx.errors import UsageError
+from hookx.layers import parse_selectors
+from hookx.models import ModelOptions
+from hookx.ready import ready_model
 from hookx.workers import single_threaded, usable_cores
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -52,16 +57,36 @@ def test_a_batch_size_that_is_no_number_of_images_is_refused(asked: int | str) -
 def test_convolutions_over_overlapping_windows_run_in_channels_last(name: str, memory_format: str) -> None:
     with torch.device("meta"):
         module = get_model(name, weights=None)
-    assert chosen_memory_format("auto", module, CPU, "fp32") == memory_format
-    assert chosen_memory_format("auto", module, CUDA, "bf16") == memory_format
-    assert chosen_memory_format("auto", module, CUDA, "fp32") == "contiguous"
+    convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
+    assert chosen_memory_format("auto", convolutions, CPU, "fp32") == memory_format
+    assert chosen_memory_format("auto", convolutions, CUDA, "bf16") == memory_format
+    assert chosen_memory_format("auto", convolutions, CUDA, "fp32") == "contiguous"
     for asked in ("contiguous", "channels_last"):
-        assert chosen_memory_format(asked, module, CPU, "fp32") == asked
+        assert chosen_memory_format(asked, convolutions, CPU, "fp32") == asked
+
+
+@pytest.mark.parametrize(
+    ("layers", "memory_format"),
+    [
+        ("conv1", "contiguous"),
+        ("relu:0,maxpool", "contiguous"),
+        ("layer1/in", "contiguous"),
+        ("layer1.0.conv1/in", "contiguous"),
+        ("layer1.0.conv1", "channels_last"),
+        ("layer1", "channels_last"),
+        ("conv1,fc", "channels_last"),
+        (".", "channels_last"),
+        ("conv*", "contiguous"),
+    ],
+)
+def test_what_runs_after_the_last_layer_has_no_say_in_the_memory_format(layers: str, memory_format: str) -> None:
+    ready = ready_model("resnet18", "none", ModelOptions(), parse_selectors(layers))
+    assert ready.memory_format == memory_format
 
 
 def test_a_memory_format_that_there_is_not_is_refused() -> None:
     with pytest.raises(UsageError, match="'nhwc' is not a memory format"):
-        chosen_memory_format("nhwc", nn.Conv2d(3, 3, 3), CPU, "fp32")
+        chosen_memory_format("nhwc", [nn.Conv2d(3, 3, 3)], CPU, "fp32")
 
 
 def test_every_core_computes_on_the_cpu_and_one_is_left_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,12 +113,14 @@ def test_computing_on_one_thread_ends_with_its_block_also_after_an_error() -> No
     assert torch.get_num_threads() == threads
 
 
+def told_by_a_process(code: str) -> int:
+    finished = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return int(finished.stdout)
+
+
 def faults_of_a_worker(prepare: str) -> int:
     """Count the pages that a fresh process is given while it makes and drops a tensor of 48 MB, ten times."""
-    import subprocess
-    import sys
-
-    code = (
+    return told_by_a_process(
         "import resource, torch; from hookx.workers import keep_freed_memory\n"
         f"{prepare}\n"
         "torch.set_num_threads(1)\nfor _ in range(5): torch.ones(12_000_000)\n"
@@ -101,10 +128,25 @@ def faults_of_a_worker(prepare: str) -> int:
         "for _ in range(10): torch.ones(12_000_000)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
     )
-    return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
 def test_a_worker_computes_in_memory_that_it_already_has() -> None:
     usual = faults_of_a_worker("")
     # Where a heap meets another mapping, which the system puts at random, glibc begins a new one: so up to three tries.
     assert any(faults_of_a_worker("keep_freed_memory()") < usual / 3 for _ in range(3))
+
+
+def huge_pages_are_for_those_who_ask() -> bool:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.exists() and "[never]" not in setting.read_text()
+
+
+@pytest.mark.skipif(not huge_pages_are_for_those_who_ask(), reason="this system gives no huge pages")
+def test_what_a_worker_computes_lies_in_pages_of_two_megabytes() -> None:
+    code = (
+        "import torch; from hookx.workers import keep_freed_memory\n"
+        "keep_freed_memory(); kept = torch.ones(12_000_000)\n"
+        "lines = open('/proc/self/smaps_rollup').read().splitlines()\n"
+        "print(next(line.split()[1] for line in lines if line.startswith('AnonHugePages')))"
+    )
+    assert any(told_by_a_process(code) > 40_000 for _ in range(3))  # kB

@@ -108,6 +108,7 @@ def batches(
 class _Decoded:
     """What a decoding process hands over. No keys: a message of up to 4,096 bytes is never left half written."""
 
+    number: int  # of the batch
     pixels_NCHW: Tensor | None = None
     outcome: Any = None
     seconds: float = 0.0
@@ -155,7 +156,7 @@ class _Batches(Dataset[_Decoded]):
         return len(self.positions)
 
     def __getitem__(self, number: int) -> _Decoded:
-        batch, pixels, start = _Decoded(), [], time.perf_counter()
+        batch, pixels, start = _Decoded(number), [], time.perf_counter()
         for position in self.positions[number]:
             if position in self.reasons:
                 batch.reasons[position] = self.reasons[position]
@@ -232,14 +233,21 @@ class _Processes:
 
     def __init__(self, dataset: _Batches, *, workers: int, pin_memory: bool, in_worker: Callable[[], None]) -> None:
         self._dataset = dataset
+        self._next = 0  # the number of the batch that is asked for next
+        self._early: dict[int, _Decoded] = {}  # by number, those that came before they were asked for
         others = set(multiprocessing.active_children())
+        # Consumers take their time, and one is held up more than another: each is given a batch when it has none, and
+        # no run ends with one of them alone. What was only decoded comes in order: behind an image that takes long, it
+        # would pile up.
+        as_they_come = dataset.consume is not None and workers > 0
         loader = DataLoader(
             dataset,
             batch_size=None,  # The dataset's items are batches already: they follow the shards.
             num_workers=workers,
             pin_memory=pin_memory,
             worker_init_fn=_WorkerStart(in_worker, dataset.in_hand),
-            prefetch_factor=2 if workers else None,
+            prefetch_factor=(1 if as_they_come else 2) if workers else None,
+            in_order=not as_they_come,
             timeout=_POLL_SECONDS if workers else 0,
             # Forked workers share the list of images and start in milliseconds; they never touch a GPU.
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
@@ -250,6 +258,14 @@ class _Processes:
 
     def next(self) -> _Decoded | None:
         """Return the next batch, or None if a process died."""
+        while self._next not in self._early:
+            if (decoded := self._received()) is None:
+                return None
+            self._early[decoded.number] = decoded
+        self._next += 1
+        return self._early.pop(self._next - 1)
+
+    def _received(self) -> _Decoded | None:
         while True:
             try:
                 return next(self._batches)

@@ -6,7 +6,7 @@ A measurement comes out differently on a busy machine, and then the same command
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from hookx.workers import usable_cores
 # smaller ones, so that there is work for every worker.
 _BATCH_ON_CPU, _BATCH_ON_CPU_PX, _BATCHES_ON_CPU, _SMALL_BATCH_ON_CPU = 16, 16 * 256 * 256, 16, 4
 _BATCH_ON_GPU = 64
+_COLOURS = 3
 
 
 def chosen_device(name: str) -> torch.device:
@@ -71,24 +72,33 @@ def chosen_batch_size(batch_size: int | str, device: torch.device, crop_px: int,
     return images
 
 
-def chosen_memory_format(memory_format: str, module: nn.Module, device: torch.device, precision: str) -> str:
+def chosen_memory_format(
+    memory_format: str, convolutions: Iterable[nn.Conv2d], device: torch.device, precision: str
+) -> str:
     """Return 'contiguous' (NCHW) or 'channels_last' (NHWC): the latter for convolutions over overlapping windows.
 
     Those are what it makes faster: in fp32 on a CPU, in half precision on a GPU. A transformer that cuts an image into
-    patches has none.
+    patches has none. A first convolution, of red, green and blue, gains less than it costs to store what it returns.
+
+    Args:
+        convolutions: those that run, up to the last layer asked for.
 
     Example:
         >>> cpu = torch.device("cpu")
-        >>> chosen_memory_format("auto", nn.Conv2d(3, 64, kernel_size=7, stride=2), cpu, "fp32")
+        >>> first, second = nn.Conv2d(3, 64, kernel_size=7, stride=2), nn.Conv2d(64, 64, kernel_size=3)
+        >>> chosen_memory_format("auto", [first, second], cpu, "fp32")
         'channels_last'
-        >>> chosen_memory_format("auto", nn.Conv2d(3, 768, kernel_size=16, stride=16), cpu, "fp32")
+        >>> chosen_memory_format("auto", [first], cpu, "fp32")
         'contiguous'
     """
     if memory_format != "auto":
         one_of("memory format", memory_format, ["auto", *MEMORY_FORMATS])
         return memory_format
-    convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
-    overlap = any(math.prod(part.kernel_size) > math.prod(part.stride) for part in convolutions)
+    overlap = any(
+        math.prod(convolution.kernel_size) > math.prod(convolution.stride)
+        for convolution in convolutions
+        if convolution.in_channels > _COLOURS
+    )
     gains = device.type == "cpu" or (device.type == "cuda" and precision != "fp32")
     return "channels_last" if overlap and gains else "contiguous"
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from hookx.choices import chosen_device, chosen_memory_format, one_of
 from hookx.errors import CaptureError, HookxError, UsageError
-from hookx.hooks import MEMORY_FORMATS, PRECISIONS, module_classes
+from hookx.hooks import MEMORY_FORMATS, PRECISIONS, module_classes, modules_of
 from hookx.layers import Layer, Selection, Selector, matched_paths, select
 from hookx.models import LoadedModel, ModelOptions, load_model, skeleton
 from hookx.plan import DECODE, EXIF, Preprocessing
@@ -71,9 +72,12 @@ def ready_model(
     prepares = _overridden(bare.preprocessing, preprocessing)
     paths = matched_paths(selectors, module_classes(bare.module), model)
     matched_paths(excluded, module_classes(bare.module), model)
+    convolutions: list[nn.Conv2d] = []
     if selectors:
         images_without_memory = example_images(bare.module, prepares.crop_px)
-        select(selectors, probe(bare.module, images_without_memory, paths=paths, forward=bare.forward), model, excluded)
+        paths = list(dict.fromkeys([*paths, *_convolutions(bare.module)]))
+        probed = probe(bare.module, images_without_memory, paths=paths, forward=bare.forward)
+        convolutions = _convolutions_up_to(select(selectors, probed, model, excluded), probed, bare.module)
 
     loaded = load_model(model, weights, options)
     log.info("weights: %s", loaded.weights)
@@ -92,7 +96,7 @@ def ready_model(
         precision=precision,
         device=on_device,
     )
-    chosen = chosen_memory_format(memory_format, loaded.module, on_device, precision)
+    chosen = chosen_memory_format(memory_format, convolutions, on_device, precision)
     try:
         selection = place(memory_format=chosen)
     except CaptureError:
@@ -133,6 +137,23 @@ def place_and_select(
     return selection
 
 
+def _convolutions(module: nn.Module) -> dict[str, nn.Conv2d]:
+    return {path: part for path, part in modules_of(module).items() if isinstance(part, nn.Conv2d)}
+
+
+def _convolutions_up_to(selection: Selection, probed: Sequence[Layer], module: nn.Module) -> list[nn.Conv2d]:
+    """Return the convolutions that run up to the last target, as the probe saw them."""
+    order = {layer.path: place for place, layer in enumerate(probed) if layer.calls}
+    addresses = [target.address for target in selection.targets]
+    last = max(order[address.path] for address in addresses)
+    finished = [address.path for address in addresses if not address.is_input]
+    return [
+        convolution
+        for path, convolution in _convolutions(module).items()
+        if path in order and (order[path] < last or _is_within(path, finished))
+    ]
+
+
 def _warn_of_random_modules(loaded: LoadedModel, probed: Sequence[Layer], selection: Selection) -> None:
     """Warn of targets that run after, or inside of, modules which the weights did not hold."""
     order = [layer.path for layer in probed]
@@ -147,8 +168,8 @@ def _warn_of_random_modules(loaded: LoadedModel, probed: Sequence[Layer], select
             )
 
 
-def _is_within(path: str, paths: Sequence[str]) -> bool:
-    return any(path == other or path.startswith(f"{other}.") for other in paths)
+def _is_within(path: str, paths: Iterable[str]) -> bool:
+    return any(other in (path, ".") or path.startswith(f"{other}.") for other in paths)
 
 
 def _overridden(preprocessing: Preprocessing, options: PreprocessingOptions) -> Preprocessing:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 # Of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+_HEAP_BYTES = 512 * 2**20
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -43,11 +45,20 @@ def keep_freed_memory() -> None:
     """Have this process reuse the memory of freed tensors, where glibc would give each of more than 32 MiB back.
 
     A forward pass allocates the same tensors again and again. Fresh pages from the system are zeroed, one fault each:
-    for an addition over 25 MB that is most of the time.
+    for an addition over 25 MB that is most of the time. The heap that will hold them grows at once, by addresses and
+    not by memory, and the system is asked for pages of 2 MiB there: 512 times fewer faults, and fewer misses of the
+    tables that find a page.
     """
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
-        return  # Not glibc.
+    if not hasattr(libc, "mallopt") or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return  # Not glibc, or not Linux.
     libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
     libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     libc.mallopt(_M_TOP_PAD, 64 * 2**20)
+    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    if heap := libc.malloc(_HEAP_BYTES):
+        # Freed, it stays on the heap, which gives nothing back any more. A system without such pages refuses.
+        libc.madvise(-(-heap // mmap.PAGESIZE) * mmap.PAGESIZE, _HEAP_BYTES - mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
+        libc.free(heap)
