@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from torchvision.models import get_model, get_model_weights
 
 import hookx
 from hookx.capture import RowCapture
-from hookx.decoding import decode, model_input
+from hookx.decoding import decode, decode_jpegs, model_input
 from hookx.extraction import extract
+from hookx.recomputation import recompute
 from nets import targets_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -93,3 +96,33 @@ def test_a_summary_says_how_busy_the_gpu_was_and_what_the_run_waited_for(photos:
     assert summary.device.startswith("cuda") and summary.workers >= 1
     assert summary.bound_by in summary.busy and all(0 <= share <= 1 for share in summary.busy.values())
     assert summary.seconds_model > 0 and summary.seconds_copying > 0
+
+
+def test_nvjpeg_moves_a_pixel_by_a_few_levels(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exact = hookx.load_model("resnet18", "none").preprocessing
+    for file in sorted(map(str, photos.rglob("*.jpg"))):
+        content, _ = decode(file, replace(exact, decode="nvjpeg"))
+        (pixels_CHW,) = decode_jpegs([content], exact, GPU)
+        assert isinstance(pixels_CHW, torch.Tensor) and pixels_CHW.device.type == "cuda"
+        deviation = (pixels_CHW.cpu().int() - decode(file, exact)[0].int()).abs()
+        with capsys.disabled():  # The figures of the README.
+            print(f"{Path(file).name}: {deviation.float().mean():.2f} on average, {deviation.max()} at most")
+        assert deviation.max() <= 48 and deviation.float().mean() < 2, file
+
+
+def test_a_run_decoded_by_nvjpeg_is_close_to_the_exact_one_and_can_be_computed_again(
+    photos: Path, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(photos, images)
+    (images / "broken.jpg").write_bytes(b"\xff\xd8\xff" + bytes(1000) + b"\xff\xd9")
+    Image.open(photos / "animals" / "chelsea.jpg").save(images / "cat.png")
+    rows = {}
+    for way in ("exact", "nvjpeg"):
+        out = tmp_path / way
+        summary = extract("resnet18", "avgpool", images, weights="none", device="cuda", decode=way, out=out)
+        assert (summary.images, summary.failures) == (9, 1)
+        rows[way] = hookx.open(out)["avgpool"][:]
+    assert (rows["exact"] - rows["nvjpeg"]).abs().max() < 0.05 * rows["exact"].abs().max()
+    again = recompute(tmp_path / "nvjpeg", 9, images, device="cuda")
+    assert not again.problems and len(again.rows) == 9

@@ -264,6 +264,7 @@ def test_the_command_of_a_plan_names_the_weights_as_far_as_the_plan_tells(model:
         ({"layers": PLAN.layers[1:], "images_per_shard": 4096}, "--dtype float16"),
         ({"preprocessing": dataclasses.replace(PLAN.preprocessing, exif="apply")}, "--exif apply"),
         ({"preprocessing": dataclasses.replace(PLAN.preprocessing, decode="fast")}, "--decode fast"),
+        ({"preprocessing": dataclasses.replace(PLAN.preprocessing, decode="nvjpeg")}, "--decode nvjpeg"),
         ({"preprocessing": dataclasses.replace(PLAN.preprocessing, custom="its own")}, ""),
     ],
 )

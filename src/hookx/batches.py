@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from hookx.decoding import decode, failure_reason
+from hookx.decoding import decode, decode_jpegs, failure_reason
 from hookx.errors import ImageError
 from hookx.images import ImageList
 from hookx.plan import Preprocessing
@@ -35,6 +35,7 @@ DECODE_TIMEOUT_SECONDS = 60.0
 
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 _NOTHING = -1  # in hand
+_CPU = torch.device("cpu")
 _POLL_SECONDS = 0.2
 
 
@@ -66,13 +67,15 @@ def batches(
     in_worker: Callable[[], None] = lambda: None,
     transform: Callable[[Image], Tensor] | None = None,
     consume: Callable[[range, Tensor], Any] | None = None,
+    device: torch.device = _CPU,
 ) -> Generator[Batch]:
     """Decode the given ranges of positions, one batch a range, in order, `workers` processes ahead of the consumer.
 
     An image that takes longer than `decode_timeout_seconds` (0: any time), or that crashes its process, is a failure
     like any other. Without workers there is no such protection: this process decodes. `in_worker` runs once in each
     worker. `transform` is a model's own preprocessing, in place of what `preprocessing` says. `consume` is called with
-    the positions and the pixels of each batch, in the process that decoded them, before it decodes the next.
+    the positions and the pixels of each batch, in the process that decoded them, before it decodes the next. `device`
+    is where nvjpeg decodes, if the preprocessing says so; the pixels are there then.
 
     Raises:
         ImageError: (while iterating) a decoding process died, and no image is to blame.
@@ -97,6 +100,8 @@ def batches(
                     reasons.update(processes.fatal_images())
                     processes.end()
                     processes = start(number)
+                if decoded.encoded is not None:
+                    decoded = _decoded_on(device, decoded, of_batch, preprocessing)
                 yield _batch(images, of_batch, decoded)
         finally:
             processes.end()
@@ -110,6 +115,9 @@ class _Decoded:
 
     number: int  # of the batch
     pixels_NCHW: Tensor | None = None
+    encoded: tuple[Tensor, Tensor] | None = (
+        None  # left to nvjpeg: the bytes of all its files; (position, bytes) of each
+    )
     outcome: Any = None
     seconds: float = 0.0
     reasons: dict[int, str] = field(default_factory=dict)  # of the positions that could not be read
@@ -129,6 +137,29 @@ def _batch(images: ImageList, positions: range, decoded: _Decoded) -> Batch:
         failures=[(images.keys[position], reason) for position, reason in decoded.reasons.items()],
         rotations_ignored=decoded.rotations_ignored,
         seconds=decoded.seconds,
+    )
+
+
+def _decoded_on(device: torch.device, decoded: _Decoded, positions: range, preprocessing: Preprocessing) -> _Decoded:
+    """Decode what was left to nvjpeg, and put it between the pixels of the others."""
+    assert decoded.encoded is not None
+    start = time.perf_counter()
+    content, files = decoded.encoded
+    left, sizes_bytes = files.unbind(1)
+    found = dict(
+        zip(left.tolist(), decode_jpegs(content.split(sizes_bytes.tolist()), preprocessing, device), strict=True)
+    )
+    reasons = decoded.reasons | {at: str(what) for at, what in found.items() if not isinstance(what, Tensor)}
+    others: Iterator[Tensor] = iter(() if decoded.pixels_NCHW is None else decoded.pixels_NCHW.to(device))
+    pixels = [
+        found[position] if position in found else next(others) for position in positions if position not in reasons
+    ]
+    return replace(
+        decoded,
+        pixels_NCHW=_stacked(pixels) if pixels else None,
+        encoded=None,
+        seconds=decoded.seconds + time.perf_counter() - start,
+        reasons=dict(sorted(reasons.items())),
     )
 
 
@@ -156,7 +187,7 @@ class _Batches(Dataset[_Decoded]):
         return len(self.positions)
 
     def __getitem__(self, number: int) -> _Decoded:
-        batch, pixels, start = _Decoded(number), [], time.perf_counter()
+        batch, pixels, encoded, start = _Decoded(number), [], {}, time.perf_counter()
         for position in self.positions[number]:
             if position in self.reasons:
                 batch.reasons[position] = self.reasons[position]
@@ -168,10 +199,20 @@ class _Batches(Dataset[_Decoded]):
             except Exception as error:  # Whatever a decoder raises on foreign bytes is that image's failure.
                 batch.reasons[position] = failure_reason(error)
             else:
-                pixels.append(pixels_CHW)
+                if pixels_CHW.ndim == 1:
+                    encoded[position] = pixels_CHW
+                else:
+                    pixels.append(pixels_CHW)
                 batch.rotations_ignored += rotation_ignored
             self._take_in_hand(_NOTHING)
         pixels_NCHW = _stacked(pixels) if pixels else None
+        if encoded:
+            assert self.consume is None, "what a GPU decodes is not consumed beside it"
+            files = torch.tensor([(position, len(content)) for position, content in encoded.items()])
+            batch.encoded = torch.cat(list(encoded.values())), files
+            if get_worker_info() is not None:
+                for tensor in batch.encoded:
+                    _shared(tensor)
         batch.seconds = time.perf_counter() - start
         if self.consume is None or pixels_NCHW is None:
             batch.pixels_NCHW = pixels_NCHW if get_worker_info() is None else _shared(pixels_NCHW)

@@ -208,7 +208,7 @@ Decode = Annotated[
     str,
     typer.Option(
         "--decode",
-        help="exact, or fast: large JPEGs at reduced scale.",
+        help="exact; fast: large JPEGs at reduced scale; nvjpeg: JPEGs on a GPU.",
         **_variable("DECODE"),
         **_one_of(DECODE),
     ),

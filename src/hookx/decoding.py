@@ -1,6 +1,6 @@
 """One image file -> the pixels that a model takes, or the reason why there are none.
 
-The only file that decodes images.
+The only file that decodes images: with Pillow, and if asked to, JPEGs on an NVIDIA GPU.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import BinaryIO
@@ -18,10 +18,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F  # noqa: N812 - its own documentation's name
 
+from hookx.errors import UsageError
 from hookx.plan import Preprocessing
 
 _EXIF_ORIENTATION = 0x0112
@@ -38,6 +41,9 @@ _TURN_UPRIGHT = {
 # when its shorter side is resized to 256.
 _MOST_PIXELS = 178_956_970
 _LONGEST_REASON = 300  # characters
+# What a GPU resizes with, of Pillow's ways.
+_RESIZES_TENSORS = ("nearest", "nearest-exact", "bilinear", "bicubic")
+_END_OF_JPEG = b"\xff\xd9"
 
 
 class UnreadableError(Exception):
@@ -60,7 +66,8 @@ def decode(
 
     Returns:
         The pixels, (3, crop_px, crop_px), and whether a rotation recorded by the camera was ignored. They are uint8,
-        for `model_input` to scale; a model's own transform returns its input itself.
+        for `model_input` to scale; a model's own transform returns its input itself. Of a plain JPEG that is to be
+        decoded by nvjpeg, the bytes of the file, for `decode_jpegs`: uint8 of one dimension.
 
     Raises:
         Exception: whatever a decoder raises on foreign bytes; `failure_reason` puts it into words.
@@ -80,6 +87,8 @@ def decode(
     with _opened(file, listed_bytes) as content, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(content, formats=_formats()) as image:
+            if preprocessing.decode == "nvjpeg" and (encoded := _plain_jpeg(image, content, preprocessing)):
+                return torch.frombuffer(encoded, dtype=torch.uint8), _orientation(image) is not None
             if preprocessing.decode == "fast":
                 _reduce_while_decoding(image, preprocessing.resize_px)
             image.load()  # Pillow turns a TIFF upright while it loads it, and then forgets the rotation.
@@ -93,6 +102,45 @@ def decode(
         side = preprocessing.crop_px
         raise UnreadableError(f"preprocessing gave {tuple(pixels_CHW.shape)} instead of (3, {side}, {side})")
     return pixels_CHW, orientation is not None
+
+
+def decode_jpegs(
+    encoded: Sequence[Tensor], preprocessing: Preprocessing, device: torch.device
+) -> list[Tensor | UnreadableError]:
+    """Decode, resize and crop JPEGs on a device: what `decode` leaves to nvjpeg.
+
+    nvjpeg and the GPU's resizing round otherwise than libjpeg and Pillow, so the pixels differ by a few levels.
+
+    Args:
+        encoded: the bytes of each file, as `decode` returns them.
+        preprocessing: how a picture becomes a model's input.
+        device: where; on a CPU it is done by libjpeg, with the GPU's way to resize.
+
+    Returns:
+        For each file its pixels on the device, uint8 (3, crop_px, crop_px), or why there are none.
+    """
+    try:
+        with warnings.catch_warnings():  # torchvision tells everyone to move to TorchCodec.
+            warnings.simplefilter("ignore")
+            pictures = decode_jpeg(list(encoded), ImageReadMode.RGB, device)
+    except RuntimeError as error:
+        if len(encoded) > 1:  # It does not say which of them it was.
+            return [found for one in encoded for found in decode_jpegs([one], preprocessing, device)]
+        return [UnreadableError(f"nvjpeg: {str(error).splitlines()[0][:_LONGEST_REASON]}")]
+    return [_resized_and_cropped(picture_CHW, preprocessing) for picture_CHW in pictures]
+
+
+def check_decoding(preprocessing: Preprocessing, device: torch.device) -> None:
+    """Raise `UsageError` if a device cannot decode as asked."""
+    if preprocessing.decode != "nvjpeg":
+        return
+    if device.type != "cuda":
+        raise UsageError(f"nvjpeg decodes on an NVIDIA GPU, and the device is {device}", "leave out --decode nvjpeg")
+    if preprocessing.interpolation not in _RESIZES_TENSORS:
+        raise UsageError(
+            f"what nvjpeg decodes is resized on the GPU, and not by '{preprocessing.interpolation}'",
+            f"--interpolation {_RESIZES_TENSORS[2]}, or leave out --decode nvjpeg",
+        )
 
 
 def failure_reason(error: Exception) -> str:
@@ -216,6 +264,34 @@ def model_input(pixels_NCHW: Tensor, preprocessing: Preprocessing) -> Tensor:
     )
     lines.div_(white).sub_(mean).div_(std)
     return lines.view(batch, height_px, width_px, 3).permute(0, 3, 1, 2)
+
+
+def _resized_and_cropped(picture_CHW: Tensor, preprocessing: Preprocessing) -> Tensor:
+    interpolation = InterpolationMode(preprocessing.interpolation)
+    resized = F.resize(picture_CHW, [preprocessing.resize_px], interpolation, antialias=preprocessing.antialias)
+    return F.center_crop(resized, [preprocessing.crop_px, preprocessing.crop_px])
+
+
+def _plain_jpeg(image: Image.Image, content: BinaryIO, preprocessing: Preprocessing) -> bytearray | None:
+    """Return the bytes of a JPEG that nvjpeg decodes to the same picture as libjpeg, but for rounding.
+
+    All others (CMYK, RGB stored as it is, odd subsampling, files cut short) take the exact way, and so does one that is
+    to be turned upright.
+    """
+    if not isinstance(image, JpegImageFile) or image.format != "JPEG" or image.mode not in ("RGB", "L"):
+        return None
+    components = [(letter, (across, down)) for letter, across, down, _ in image.layer]
+    stored_as_rgb = image.info.get("adobe_transform") == 0 or [letter for letter, _ in components] == list(b"RGB")
+    subsampling = [factors for _, factors in components]
+    usual = subsampling[0] in ((1, 1), (2, 1), (2, 2), (1, 2)) and all(rest == (1, 1) for rest in subsampling[1:])
+    if (image.mode == "RGB" and stored_as_rgb) or not usual:
+        return None
+    if preprocessing.exif == "apply" and _orientation(image) is not None:
+        return None
+    _check_resized_size(image.size, preprocessing.resize_px)
+    content.seek(0)
+    encoded = bytearray(content.read())
+    return encoded if encoded.rstrip(b"\0").endswith(_END_OF_JPEG) else None
 
 
 def _reduce_while_decoding(image: Image.Image, resize_px: int) -> None:

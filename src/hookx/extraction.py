@@ -318,6 +318,7 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
             in_worker=functools.partial(_begin_worker, directory),
             transform=job.model.transform,
             consume=filling if job.workers_compute else None,
+            device=job.device,
         )
         failures = _Failures(strict=job.strict)
         with contextlib.closing(batches):

@@ -35,7 +35,7 @@ DTYPES = {
 
 # What `Preprocessing` can do about the rotations that cameras record, and how it can decode; the usual first.
 EXIF = ("ignore", "apply")
-DECODE = ("exact", "fast")
+DECODE = ("exact", "fast", "nvjpeg")
 
 _FIELDS = {
     "memory_format": "memory formats",
@@ -76,7 +76,8 @@ class Preprocessing:
         exif: 'ignore' (as the published preprocessing does) or 'apply' the rotation that a camera recorded.
         custom: what a model's own transform does, where the fields above cannot say it; of those only `crop_px` (the
             side of its output) and `exif` then mean something.
-        decode: 'exact', or 'fast': a JPEG at 1/2, 1/4 or 1/8 of its size where that is still large enough.
+        decode: 'exact'; 'fast': a JPEG at 1/2, 1/4 or 1/8 of its size where that is still large enough; 'nvjpeg': a
+            JPEG on an NVIDIA GPU, which resizes it, too.
     """
 
     resize_px: int
@@ -97,7 +98,7 @@ class Preprocessing:
             f"resize {self.resize_px} ({self.interpolation}), crop {self.crop_px}, "
             f"mean {_numbers(self.mean)}, std {_numbers(self.std)}"
             + (", EXIF applied" * (self.exif == "apply"))
-            + (", decoded fast" * (self.decode == "fast"))
+            + {"exact": "", "fast": ", decoded fast"}.get(self.decode, f", decoded by {self.decode}")
         )
 
     def options(self) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hookx.choices import chosen_device, chosen_memory_format, one_of
+from hookx.decoding import check_decoding
 from hookx.errors import CaptureError, HookxError, UsageError
 from hookx.hooks import MEMORY_FORMATS, PRECISIONS, module_classes, modules_of
 from hookx.layers import Layer, Selection, Selector, matched_paths, select
@@ -96,6 +97,7 @@ def ready_model(
         precision=precision,
         device=on_device,
     )
+    check_decoding(prepares, on_device)
     chosen = chosen_memory_format(memory_format, convolutions, on_device, precision)
     try:
         selection = place(memory_format=chosen)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hookx.capture import RowCapture
 from hookx.choices import chosen_device
-from hookx.decoding import decode, failure_reason, model_input
+from hookx.decoding import check_decoding, decode, decode_jpegs, failure_reason, model_input
 from hookx.errors import ShardError, StoreError, UsageError
 from hookx.hooks import MEMORY_FORMATS, PRECISIONS
 from hookx.images import list_images
@@ -112,6 +112,7 @@ def recompute(
     on_device = chosen_device(device)
     if loaded.cpu_only and on_device.type != "cpu":
         raise UsageError(f"{plan.model} has integer layers that run on the CPU only", "write --device cpu")
+    check_decoding(plan.preprocessing, on_device)
     selection = place_and_select(
         loaded,
         [Selector.parse(layer.address) for layer in plan.layers],
@@ -142,11 +143,13 @@ def recompute(
             file, record = plan.shard_file(shard), read_record(path, plan, shard)
             for batch in _batches(plan, shard, record, numbers):
                 try:
-                    pixels_NCHW = torch.stack([_pixels_CHW(key, files, record, plan, loaded) for key in batch.keys])
+                    pixels_NCHW = torch.stack(
+                        [_pixels_CHW(key, files, record, plan, loaded, on_device) for key in batch.keys]
+                    )
                 except StoreError as error:
                     problems += [Problem(file, f"row {row:,}: {error}") for row in batch.rows]
                     continue
-                computed = _computed(capture, pixels_NCHW.to(on_device), plan)
+                computed = _computed(capture, pixels_NCHW, plan)
                 for row in batch.rows:
                     key = record.keys[row]
                     place = batch.keys.index(key)
@@ -237,13 +240,21 @@ def _keys_in_order(record: ShardRecord) -> list[str]:
     return sorted([*record.keys, *(key for key, _ in record.failures)], key=key_bytes)
 
 
-def _pixels_CHW(key: str, files: dict[str, str], record: ShardRecord, plan: Plan, loaded: LoadedModel) -> Tensor:
+def _pixels_CHW(
+    key: str, files: dict[str, str], record: ShardRecord, plan: Plan, loaded: LoadedModel, device: torch.device
+) -> Tensor:
     # Keys are looked up among the images that the user named, and never opened as paths.
     if key not in files:
         raise StoreError(f"its batch needs the image '{key}', which is not among those named")
     sizes_bytes = dict(zip(_keys_in_order(record), record.sizes_bytes, strict=False))
     try:
-        return decode(files[key], plan.preprocessing, sizes_bytes.get(key), loaded.transform)[0]
+        pixels_CHW, _ = decode(files[key], plan.preprocessing, sizes_bytes.get(key), loaded.transform)
+        if pixels_CHW.ndim == 1:
+            (decoded,) = decode_jpegs([pixels_CHW], plan.preprocessing, device)
+            if not isinstance(decoded, Tensor):
+                raise decoded
+            return decoded
+        return pixels_CHW.to(device)
     except Exception as error:  # As in a run: whatever a decoder raises.
         raise StoreError(f"its batch needs the image '{key}': {failure_reason(error)}") from None
 

@@ -411,12 +411,13 @@ def _inputs_of_run(plan: Plan, keys: Sequence[str], images: Images) -> dict[str,
         return {}
     listed = list_images(sources)
     files = dict(zip(listed.keys, listed.files, strict=True))
+    exactly = replace(plan.preprocessing, decode="exact")  # The eye sees no difference, and needs no GPU.
     inputs = {}
     for key in keys:
         if key not in files:
             raise ImageError(f"'{key}' is not among the images named; closest: {closest(key, files)}")
         try:
-            inputs[key] = decode(files[key], plan.preprocessing)[0]
+            inputs[key] = decode(files[key], exactly)[0]
         except Exception as error:  # Whatever a decoder raises.
             raise ImageError(f"cannot read '{key}': {failure_reason(error)}") from None
     return inputs

@@ -1,0 +1,138 @@
+"""What is left to nvjpeg is what it decodes as libjpeg does; all else is exact. Without a GPU, libjpeg takes its place.
+
+What nvjpeg itself makes of a file is tested in test_gpu.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hookx.batches import Batch, batches
+from hookx.decoding import check_decoding, decode, decode_jpegs, failure_reason
+from hookx.errors import UsageError
+from hookx.extraction import prepare
+from hookx.images import list_images
+from hookx.plan import Preprocessing
+
+CPU = torch.device("cpu")
+EXACT = Preprocessing(72, 64, (0.5,) * 3, (0.5,) * 3, "bilinear")
+NVJPEG = replace(EXACT, decode="nvjpeg")
+ROTATED = 0x0112, 6
+
+
+@pytest.fixture
+def photograph(photos: Path) -> Image.Image:
+    with Image.open(photos / "animals" / "chelsea.jpg") as image:
+        return image.convert("RGB").resize((150, 100))
+
+
+def saved(image: Image.Image, file: Path, *, turned: bool = False, **options: object) -> Path:
+    exif = Image.Exif()
+    if turned:
+        exif[ROTATED[0]] = ROTATED[1]
+    image.save(file, exif=exif, **options)  # type: ignore[arg-type]
+    return file
+
+
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"quality": 5}])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_plain_jpeg_is_left_to_nvjpeg_byte_by_byte(
+    photograph: Image.Image, tmp_path: Path, mode: str, options: dict[str, object]
+) -> None:
+    file = saved(photograph.convert(mode), tmp_path / "plain.jpg", turned=True, **options)
+    content, rotation_ignored = decode(str(file), NVJPEG)
+    assert content.numpy().tobytes() == file.read_bytes()
+    assert rotation_ignored
+
+
+MAKE: dict[str, Callable[[Image.Image, Path], Path]] = {
+    "another format": lambda image, folder: saved(image, folder / "a.png"),
+    "cyan, magenta, yellow, black": lambda image, folder: saved(image.convert("CMYK"), folder / "a.jpg"),
+    "red, green, blue as they are": lambda image, folder: saved(image, folder / "a.jpg", keep_rgb=True),
+}
+
+
+@pytest.mark.parametrize("what", MAKE)
+def test_what_nvjpeg_does_not_decode_alike_is_decoded_exactly(
+    photograph: Image.Image, tmp_path: Path, what: str
+) -> None:
+    file = str(MAKE[what](photograph, tmp_path))
+    assert torch.equal(decode(file, NVJPEG)[0], decode(file, EXACT)[0])
+
+
+def test_a_jpeg_to_be_turned_upright_is_decoded_exactly(photograph: Image.Image, tmp_path: Path) -> None:
+    file = str(saved(photograph, tmp_path / "turned.jpg", turned=True))
+    pixels_CHW, rotation_ignored = decode(file, replace(NVJPEG, exif="apply"))
+    assert torch.equal(pixels_CHW, decode(file, replace(EXACT, exif="apply"))[0]) and not rotation_ignored
+
+
+def test_a_jpeg_cut_short_fails_for_the_same_reason(photograph: Image.Image, tmp_path: Path) -> None:
+    file = saved(photograph, tmp_path / "short.jpg")
+    file.write_bytes(file.read_bytes()[:-500])
+    reasons = []
+    for preprocessing in (EXACT, NVJPEG):
+        with pytest.raises(OSError) as error:
+            decode(str(file), preprocessing)
+        reasons.append(failure_reason(error.value))
+    assert reasons[0] == reasons[1] and "truncated" in reasons[0]
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_resizing_as_a_gpu_does_moves_a_pixel_by_a_few_levels(photos: Path, interpolation: str) -> None:
+    exact = replace(EXACT, resize_px=256, crop_px=224, interpolation=interpolation)
+    for file in sorted(map(str, photos.rglob("*.jpg"))):
+        content, _ = decode(file, replace(exact, decode="nvjpeg"))
+        (pixels_CHW,) = decode_jpegs([content], exact, CPU)
+        assert isinstance(pixels_CHW, Tensor) and pixels_CHW.dtype == torch.uint8
+        deviation = (pixels_CHW.int() - decode(file, exact)[0].int()).abs()
+        assert deviation.max() <= 6 and deviation.float().mean() < 0.6, file
+
+
+def test_one_file_that_nvjpeg_refuses_costs_no_other(photograph: Image.Image, tmp_path: Path) -> None:
+    whole = decode(str(saved(photograph, tmp_path / "whole.jpg")), NVJPEG)[0]
+    broken = whole.clone()
+    broken[2:-2] = 0
+    alone, refused, again = decode_jpegs([whole, broken, whole], EXACT, CPU)
+    assert isinstance(alone, Tensor) and isinstance(again, Tensor) and torch.equal(alone, again)
+    assert isinstance(refused, Exception) and failure_reason(refused).startswith("nvjpeg: ")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_image_is_in_its_place_whoever_decodes_it(photograph: Image.Image, tmp_path: Path, workers: int) -> None:
+    for number in range(12):
+        turned = photograph.rotate(30 * number)
+        saved(turned, tmp_path / f"{number:02}.{'png' if number % 3 == 0 else 'jpg'}")
+    (tmp_path / "04.jpg").write_bytes(b"not an image")
+    broken = bytearray((tmp_path / "07.jpg").read_bytes())
+    start = broken.index(b"\xff\xc0") + 2  # The frame's header is whole; what is left of the tables is not.
+    broken[start + 17 : -2] = bytes(len(broken) - 2 - start - 17)
+    (tmp_path / "07.jpg").write_bytes(broken)
+    listed = list_images([tmp_path])
+
+    def decoded(preprocessing: Preprocessing) -> list[Batch]:
+        return list(batches(listed, [range(5), range(5, 10), range(10, 12)], preprocessing, workers=workers))
+
+    exact, nvjpeg = decoded(EXACT), decoded(NVJPEG)
+    for a, b in zip(exact, nvjpeg, strict=True):
+        assert a.keys == b.keys and [key for key, _ in a.failures] == [key for key, _ in b.failures]
+        assert a.pixels_NCHW is not None and b.pixels_NCHW is not None
+        assert (a.pixels_NCHW.int() - b.pixels_NCHW.int()).abs().max() <= 4
+    assert [key for batch in nvjpeg for key, _ in batch.failures] == ["04.jpg", "07.jpg"]
+
+
+def test_nvjpeg_is_refused_where_there_is_no_nvidia_gpu(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nvjpeg decodes on an NVIDIA GPU, and the device is cpu"):
+        prepare("resnet18", "avgpool", photos, weights="none", device="cpu", decode="nvjpeg", out=tmp_path)
+
+
+def test_nvjpeg_is_refused_where_a_gpu_cannot_resize_as_asked() -> None:
+    check_decoding(NVJPEG, torch.device("cuda"))
+    with pytest.raises(UsageError, match="not by 'lanczos'"):
+        check_decoding(replace(NVJPEG, interpolation="lanczos"), torch.device("cuda"))
