@@ -11,6 +11,7 @@ import resource
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -154,8 +155,8 @@ def test_pieces_that_go_to_the_disk_past_the_page_cache_are_stored_as_they_were(
 
 
 def test_most_of_a_large_batch_is_not_in_the_page_cache_when_it_is_written(tmp_path: Path) -> None:
-    with RunDirectory(tmp_path, plan_of(LARGE, 1)) as directory:
-        shard = writing._ShardFile(directory, directory.plan.shards[0], ShardRecord())
+    with RunDirectory(tmp_path, plan_of(LARGE, 1)) as directory, ThreadPoolExecutor() as checking:
+        shard = writing._ShardFile(directory, directory.plan.shards[0], ShardRecord(), checking)
         knows_direct = shard._direct is not None
         shard.close()
     if not knows_direct:

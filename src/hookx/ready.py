@@ -71,6 +71,7 @@ def ready_model(
     on_device = chosen_device(device)
     bare = skeleton(model, weights, options)
     prepares = _overridden(bare.preprocessing, preprocessing)
+    check_decoding(prepares, on_device)
     paths = matched_paths(selectors, module_classes(bare.module), model)
     matched_paths(excluded, module_classes(bare.module), model)
     convolutions: list[nn.Conv2d] = []
@@ -88,6 +89,7 @@ def ready_model(
         if device != "auto":
             raise UsageError(f"{model} has integer layers that run on the CPU only", "write --device cpu")
         on_device = torch.device("cpu")
+        check_decoding(prepares, on_device)
     place = functools.partial(
         place_and_select,
         loaded,
@@ -97,7 +99,6 @@ def ready_model(
         precision=precision,
         device=on_device,
     )
-    check_decoding(prepares, on_device)
     chosen = chosen_memory_format(memory_format, convolutions, on_device, precision)
     try:
         selection = place(memory_format=chosen)

@@ -113,8 +113,10 @@ def _room_for_header(plan: Plan, shard: Shard, expected: ShardRecord) -> int:
 class _ShardFile:
     """The file of one shard, aside until it is whole."""
 
-    def __init__(self, directory: RunDirectory, shard: Shard, expected: ShardRecord) -> None:
-        self.plan, self.shard = directory.plan, shard
+    def __init__(
+        self, directory: RunDirectory, shard: Shard, expected: ShardRecord, checking: ThreadPoolExecutor
+    ) -> None:
+        self.plan, self.shard, self._checking = directory.plan, shard, checking
         self.path = directory.path / self.plan.shard_file(shard)
         self._rows = 0  # appended so far
         self._places = _places(self.plan.layers, len(shard))
@@ -130,11 +132,18 @@ class _ShardFile:
     def append(self, rows: Mapping[str, Tensor], count: int) -> None:
         """Write the first `count` rows of every tensor behind those that are there."""
         pieces = {address: tensor[:count] for address, tensor in rows.items() if tensor[:count].numel()}
-        with told_as_store_error(self.path):
-            for address, piece in pieces.items():
-                self._checksums[address] = checksum(piece, self._checksums[address])
-                self._write(piece, self._header_bytes + self._places[address] + self._rows * piece[0].nbytes)
+        checked = self._checking.submit(self._check, pieces)  # while the disk is at work
+        try:
+            with told_as_store_error(self.path):
+                for address, piece in pieces.items():
+                    self._write(piece, self._header_bytes + self._places[address] + self._rows * piece[0].nbytes)
+        finally:
+            checked.result()  # The rows are the caller's again.
         self._rows += count
+
+    def _check(self, pieces: Mapping[str, Tensor]) -> None:
+        for address, piece in pieces.items():
+            self._checksums[address] = checksum(piece, self._checksums[address])
 
     def publish(self, record: ShardRecord) -> None:
         """Close up what unreadable images left empty, write the header, flush all to the disk, and show the file."""
@@ -225,7 +234,7 @@ def _move(descriptor: int, source: int, target: int, length: int) -> None:
 
 
 class ShardWriter:
-    """Writes shards in a thread of its own, while later batches are computed. Owns the slots.
+    """Writes shards while later batches are computed: one thread writes, another checks. Owns the slots.
 
     Slots lie in memory that processes forked later share: any of them may fill the rows of any batch. A batch has its
     slot by its place among all batches, so nobody needs to know what became of those before it. What is written is
@@ -259,6 +268,7 @@ class ShardWriter:
         self._first_batches = [0, *itertools.accumulate(batches)]
         self._places = {rows: _places(self._layers, rows) for rows in {len(shard) for shard in shards}}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hookx-writer")
+        self._checking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hookx-checksums")
         self._handed_over: list[Future[None]] = []
         self._file: _ShardFile | None = None  # the one that is being written
         self._has_failed = False
@@ -279,18 +289,19 @@ class ShardWriter:
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=True)
+        self._checking.shutdown(wait=True)
         self._close_file()
 
     def rows(self, positions: range) -> dict[str, Tensor]:
         """Return the place of a batch: for every address a tensor (images, *shape). Waits until its slot is free."""
         shard, batch = self._shard_and_batch(positions)
-        is_owner = os.getpid() == self._owner
         while self._batches_written[0] <= batch - len(self.slots):
-            if is_owner:
-                self.check()
-            elif os.getppid() != self._owner:
+            if os.getpid() == self._owner:
+                self._handed_over.pop(0).result()
+            elif os.getppid() == self._owner:
+                time.sleep(_POLL_SECONDS)
+            else:
                 raise SystemExit  # The run was killed; nobody will free the slot.
-            time.sleep(_POLL_SECONDS)
         return self._rows_in_slot(shard, batch, positions)
 
     def begin(self, shard: Shard, expected: ShardRecord) -> None:
@@ -350,7 +361,7 @@ class ShardWriter:
     def _begin(self, shard: Shard, expected: ShardRecord) -> None:
         if not self._has_failed:
             self._close_file()
-            self._file = _ShardFile(self.directory, shard, expected)
+            self._file = _ShardFile(self.directory, shard, expected, self._checking)
 
     def _append(self, positions: range, count: int) -> None:
         shard, batch = self._shard_and_batch(positions)
