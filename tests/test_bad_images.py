@@ -32,7 +32,7 @@ from PIL import Image, ImageCms, ImageFile
 from torch import Tensor
 from typer.testing import CliRunner
 
-from hookx.batches import Batch, batches
+from hookx.batches import Batch, _WorkerStart, batches
 from hookx.cli import app
 from hookx.decoding import decode
 from hookx.errors import ImageError
@@ -570,6 +570,22 @@ def test_a_process_that_hangs_does_not_outlive_a_parent_that_was_killed(tmp_path
     with no_longer_than(60):
         while is_running(hanging):
             time.sleep(0.1)
+
+
+def test_a_process_whose_parent_was_killed_before_it_began_ends_at_once() -> None:
+    fork = multiprocessing.get_context("fork")
+    start = _WorkerStart(lambda: None, torch.zeros((1, 2), dtype=torch.long))
+
+    def begin_as_the_child_of_another() -> None:
+        process = fork.Process(target=start, args=(0,))
+        process.start()
+        process.join()
+        sys.exit(10 + (process.exitcode or 0))
+
+    other = fork.Process(target=begin_as_the_child_of_another)
+    other.start()
+    other.join()
+    assert other.exitcode == 11
 
 
 def is_running(process_id: int) -> bool:

@@ -570,7 +570,8 @@ for suffix in sys.argv[1:]:
     )
     grown_megabytes = dict(line.split() for line in done.stdout.splitlines())
     assert list(grown_megabytes) == suffixes
-    assert all(int(megabytes) < 40 for megabytes in grown_megabytes.values()), grown_megabytes
+    # Less than the smaller run; pools of memory that libraries keep take up to 40, now and then.
+    assert max(map(int, grown_megabytes.values())) < 60, done.stdout
 
 
 # --- errors and the command ----------------------------------------------------------------------------------------

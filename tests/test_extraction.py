@@ -437,7 +437,7 @@ def bad_arguments() -> Iterator[Any]:
     yield case(UsageError, "the batch size is 0", batch_size=0)
     yield case(UsageError, "the batch size is 'many'; it is a number, or auto", batch_size="many")
     yield case(UsageError, "'nhwc' is not a memory format; closest: ", memory_format="nhwc")
-    yield case(UsageError, "'nvjpeg' is not a way to decode; closest: ", decode="nvjpeg")
+    yield case(UsageError, "'fastest' is not a way to decode; closest: fast", decode="fastest")
     yield case(UsageError, "the shard images are 0", shard_images=0)
     yield case(UsageError, "'fp8' is not a precision; closest: fp", precision="fp8")
     yield case(UsageError, "'int8' is not a dtype", dtype="int8")

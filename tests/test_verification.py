@@ -113,6 +113,12 @@ def test_leavings_and_foreign_files_are_mentioned_and_are_no_error(run: Path) ->
 # --- damaged -------------------------------------------------------------------------------------------------------
 
 
+def test_a_name_that_no_plan_has_is_found(run: Path) -> None:
+    plan = run / "plan.json"
+    plan.write_text(plan.read_text().replace('"notes"', '"ootes"'))
+    assert "altered, or is of a later hookx: it holds 'ootes'" in problems_of(run)["plan.json"]
+
+
 @given(st.data())
 def test_one_flipped_bit_anywhere_is_found_and_its_file_is_named(
     whole: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

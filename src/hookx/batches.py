@@ -378,9 +378,12 @@ class _WorkerStart:
     """What a decoding process does first."""
 
     def __init__(self, in_worker: Callable[[], None], in_hand: Tensor) -> None:
-        self.in_worker, self.in_hand = in_worker, in_hand
+        self.in_worker, self.in_hand, self.parent = in_worker, in_hand, os.getpid()
 
     def __call__(self, worker_number: int) -> None:
+        # The loader's own watch begins after this, and takes whoever is the parent by then for the one to watch.
+        if os.getppid() != self.parent:
+            os._exit(1)  # Killed already; nobody will ever ask for a batch.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
         # The terminal sends Ctrl-C to every process; the parent alone decides, and then ends its workers.
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -304,6 +304,8 @@ class Plan:
             raise StoreError(f"plan.json cannot be read: {type(error).__name__}: {error}") from None
         if not whole:
             raise StoreError("plan.json was altered: its fingerprint does not belong to its contents")
+        if unknown := document.keys() - {"fingerprint", "chosen", "notes", *plan.identity}:
+            raise StoreError(f"plan.json was altered, or is of a later hookx: it holds {min(unknown)!r}")
         plan._check_possible()
         return plan
 
