@@ -24,24 +24,29 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.mark.parametrize(("crop_px", "images"), [(32, 16), (256, 16), (299, 11), (384, 7), (518, 3), (5000, 1)])
 def test_a_batch_on_the_cpu_is_16_images_or_as_many_as_have_their_pixels(crop_px: int, images: int) -> None:
-    assert chosen_batch_size("auto", CPU, crop_px, 10**6) == images
+    assert chosen_batch_size("auto", CPU, crop_px, 10**6, 2048) == images
     assert images == 1 or images * crop_px**2 <= 16 * 256**2
 
 
 @pytest.mark.parametrize(("image_count", "images"), [(1, 4), (64, 4), (100, 6), (256, 16), (300, 16)])
 def test_a_short_list_makes_small_batches_so_that_every_worker_has_one(image_count: int, images: int) -> None:
-    assert chosen_batch_size("auto", CPU, 224, image_count) == images
+    assert chosen_batch_size("auto", CPU, 224, image_count, 2048) == images
+
+
+@pytest.mark.parametrize(("megabytes", "images"), [(2, 16), (2.2, 8), (4, 8), (4.2, 4), (100, 4)])
+def test_large_activations_make_small_batches_that_divide_a_shard(megabytes: float, images: int) -> None:
+    assert chosen_batch_size("auto", CPU, 224, 10**6, int(megabytes * 2**20)) == images
 
 
 @pytest.mark.parametrize("asked", [24, "24"])
 def test_a_batch_size_that_is_asked_for_is_taken_on_any_device(asked: int | str) -> None:
-    assert chosen_batch_size(asked, CPU, 518, 1) == chosen_batch_size(asked, CUDA, 518, 1) == 24
+    assert chosen_batch_size(asked, CPU, 518, 1, 10**8) == chosen_batch_size(asked, CUDA, 518, 1, 10**8) == 24
 
 
 @pytest.mark.parametrize("asked", [0, "-3", "eight", "1.5", ""])
 def test_a_batch_size_that_is_no_number_of_images_is_refused(asked: int | str) -> None:
     with pytest.raises(UsageError, match=f"the batch size is '?{asked}'?; it is"):
-        chosen_batch_size(asked, CPU, 224, 1000)
+        chosen_batch_size(asked, CPU, 224, 1000, 2048)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,10 @@ from hookx.workers import usable_cores
 
 # On the CPU, a batch of 16 images of up to 256 x 256 pixels, and of as many pixels if they are larger: every worker has
 # one in memory. Below 16, convolutions spend a noticeable time on the layout of their weights. A short list makes
-# smaller ones, so that there is work for every worker.
+# smaller ones, so that there is work for every worker, and so do large activations, whose memory takes its time when
+# it is touched first: 4 or 8 then, which divide a shard.
 _BATCH_ON_CPU, _BATCH_ON_CPU_PX, _BATCHES_ON_CPU, _SMALL_BATCH_ON_CPU = 16, 16 * 256 * 256, 16, 4
+_BATCH_ON_CPU_BYTES = 32 * 2**20
 _BATCH_ON_GPU = 64
 _COLOURS = 3
 
@@ -50,19 +52,25 @@ def chosen_workers(workers: int | None, device: torch.device) -> int:
     return usable_cores() if device.type == "cpu" else max(1, usable_cores() - 1)
 
 
-def chosen_batch_size(batch_size: int | str, device: torch.device, crop_px: int, image_count: int) -> int:
+def chosen_batch_size(
+    batch_size: int | str, device: torch.device, crop_px: int, image_count: int, bytes_per_image: int
+) -> int:
     """Return how many images a forward pass takes; `UsageError` for what is neither 'auto' nor 1 or more.
 
     Example:
-        >>> cpu = torch.device("cpu")
-        >>> [chosen_batch_size("auto", cpu, *run) for run in ((224, 10_000), (518, 10_000), (224, 100), (224, 8))]
-        [16, 3, 6, 4]
+        >>> cpu, avgpool_bytes, conv1_bytes = torch.device("cpu"), 4 * 512, 4 * 64 * 112 * 112
+        >>> runs = (224, 10_000, avgpool_bytes), (518, 10_000, avgpool_bytes), (224, 100, avgpool_bytes)
+        >>> [chosen_batch_size("auto", cpu, *run) for run in runs]
+        [16, 3, 6]
+        >>> chosen_batch_size("auto", cpu, 224, 10_000, conv1_bytes)
+        8
     """
     if batch_size == "auto":
         if device.type != "cpu":
             return _BATCH_ON_GPU
         by_count = max(_SMALL_BATCH_ON_CPU, image_count // _BATCHES_ON_CPU)
-        return max(1, min(_BATCH_ON_CPU, _BATCH_ON_CPU_PX // crop_px**2, by_count))
+        by_bytes = max(_SMALL_BATCH_ON_CPU, _power_of_two(_BATCH_ON_CPU_BYTES // max(bytes_per_image, 1)))
+        return max(1, min(_BATCH_ON_CPU, _BATCH_ON_CPU_PX // crop_px**2, by_count, by_bytes))
     try:
         images = int(batch_size)
     except ValueError:
@@ -70,6 +78,10 @@ def chosen_batch_size(batch_size: int | str, device: torch.device, crop_px: int,
     if images < 1:
         raise UsageError(f"the batch size is {images}; it is 1 or more")
     return images
+
+
+def _power_of_two(at_most: int) -> int:
+    return 1 << (at_most.bit_length() - 1) if at_most else 0
 
 
 def chosen_memory_format(

@@ -226,7 +226,6 @@ def prepare(
         preprocessing=PreprocessingOptions(resize, crop, mean, std, interpolation, exif, decode),
     )
     loaded, selection = ready.loaded, ready.selection
-    batch_size = chosen_batch_size(batch_size, ready.device, ready.preprocessing.crop_px, len(listed))
     for left_out in selection.left_out.values():
         log.info("left out: %s", left_out)
     specs = []
@@ -237,6 +236,8 @@ def prepare(
             raise UsageError(f"'{target.address}' is {returned}, which a safetensors file cannot hold", "give --dtype")
         specs.append(LayerSpec(str(target.address), target.shape, stored))
 
+    bytes_per_image = sum(spec.bytes_per_image for spec in specs)
+    batch_size = chosen_batch_size(batch_size, ready.device, ready.preprocessing.crop_px, len(listed), bytes_per_image)
     max_shard_bytes = parse_bytes(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
     plan = Plan(
         model=loaded.name,
@@ -247,7 +248,7 @@ def prepare(
         memory_format=ready.memory_format,
         image_count=len(listed),
         images_sha256=images_sha256(listed.keys, listed.sizes_bytes),
-        images_per_shard=images_per_shard(sum(s.bytes_per_image for s in specs), max_shard_bytes, shard_images),
+        images_per_shard=images_per_shard(bytes_per_image, max_shard_bytes, shard_images),
         batch_size=batch_size,
         notes=loaded.notes,
     )
