@@ -115,9 +115,8 @@ class _Decoded:
 
     number: int  # of the batch
     pixels_NCHW: Tensor | None = None
-    encoded: tuple[Tensor, Tensor] | None = (
-        None  # left to nvjpeg: the bytes of all its files; (position, bytes) of each
-    )
+    # Left to nvjpeg: the bytes of all its files, one after the other; and of each its position and how many they are.
+    encoded: tuple[Tensor, Tensor] | None = None
     outcome: Any = None
     seconds: float = 0.0
     reasons: dict[int, str] = field(default_factory=dict)  # of the positions that could not be read
