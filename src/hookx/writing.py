@@ -114,9 +114,9 @@ class _ShardFile:
     """The file of one shard, aside until it is whole."""
 
     def __init__(
-        self, directory: RunDirectory, shard: Shard, expected: ShardRecord, checking: ThreadPoolExecutor
+        self, directory: RunDirectory, shard: Shard, expected: ShardRecord, checksum_thread: ThreadPoolExecutor
     ) -> None:
-        self.plan, self.shard, self._checking = directory.plan, shard, checking
+        self.plan, self.shard, self._checksum_thread = directory.plan, shard, checksum_thread
         self.path = directory.path / self.plan.shard_file(shard)
         self._rows = 0  # appended so far
         self._places = _places(self.plan.layers, len(shard))
@@ -132,16 +132,16 @@ class _ShardFile:
     def append(self, rows: Mapping[str, Tensor], count: int) -> None:
         """Write the first `count` rows of every tensor behind those that are there."""
         pieces = {address: tensor[:count] for address, tensor in rows.items() if tensor[:count].numel()}
-        checked = self._checking.submit(self._check, pieces)  # while the disk is at work
+        added = self._checksum_thread.submit(self._add_to_checksums, pieces)  # while the disk is at work
         try:
             with told_as_store_error(self.path):
                 for address, piece in pieces.items():
                     self._write(piece, self._header_bytes + self._places[address] + self._rows * piece[0].nbytes)
         finally:
-            checked.result()  # The rows are the caller's again.
+            added.result()  # The rows are the caller's again.
         self._rows += count
 
-    def _check(self, pieces: Mapping[str, Tensor]) -> None:
+    def _add_to_checksums(self, pieces: Mapping[str, Tensor]) -> None:
         for address, piece in pieces.items():
             self._checksums[address] = checksum(piece, self._checksums[address])
 
@@ -234,7 +234,7 @@ def _move(descriptor: int, source: int, target: int, length: int) -> None:
 
 
 class ShardWriter:
-    """Writes shards while later batches are computed: one thread writes, another checks. Owns the slots.
+    """Writes shards while later batches are computed: one thread writes, one computes checksums. Owns the slots.
 
     Slots lie in memory that processes forked later share: any of them may fill the rows of any batch. A batch has its
     slot by its place among all batches, so nobody needs to know what became of those before it. What is written is
@@ -268,7 +268,7 @@ class ShardWriter:
         self._first_batches = [0, *itertools.accumulate(batches)]
         self._places = {rows: _places(self._layers, rows) for rows in {len(shard) for shard in shards}}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hookx-writer")
-        self._checking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hookx-checksums")
+        self._checksum_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hookx-checksums")
         self._handed_over: list[Future[None]] = []
         self._file: _ShardFile | None = None  # the one that is being written
         self._has_failed = False
@@ -289,7 +289,7 @@ class ShardWriter:
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=True)
-        self._checking.shutdown(wait=True)
+        self._checksum_thread.shutdown(wait=True)
         self._close_file()
 
     def rows(self, positions: range) -> dict[str, Tensor]:
@@ -361,7 +361,7 @@ class ShardWriter:
     def _begin(self, shard: Shard, expected: ShardRecord) -> None:
         if not self._has_failed:
             self._close_file()
-            self._file = _ShardFile(self.directory, shard, expected, self._checking)
+            self._file = _ShardFile(self.directory, shard, expected, self._checksum_thread)
 
     def _append(self, positions: range, count: int) -> None:
         shard, batch = self._shard_and_batch(positions)
