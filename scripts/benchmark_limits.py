@@ -12,7 +12,7 @@ shards. Prints one JSON line:
   that `--pass` names.
 - write: images/s of the run's shards, the same bytes in as many files, by write() and fsync(), through the page cache
   or past it, whichever is faster; and the CPU seconds that an image's bytes take.
-- hookx_write: the same by hookx's own writer, checksums, records and directories included.
+- hookx_write: the same by hookx's own writer, in as many processes as cores, checksums and records included.
 """
 
 from __future__ import annotations
@@ -216,23 +216,42 @@ def hookx_write(plan: Plan, buffer: dict[str, Tensor], folder: Path) -> dict[str
     def record(shard: Shard) -> ShardRecord:
         return ShardRecord([f"{n:06}.jpg" for n in range(shard.start, shard.stop)], sizes_bytes=[1] * len(shard))
 
-    stopwatch = Stopwatch()
+    context = multiprocessing.get_context("fork")
+    stopwatch, everyone_is_ready = Stopwatch(), context.Barrier(CORES + 1)
+    queues = [context.SimpleQueue() for _ in range(CORES)]
+    batches = [positions for shard in plan.shards for positions in shard.batches(plan.batch_size)]
+
+    def work(number: int) -> None:
+        torch.set_num_threads(1)
+        keep_freed_memory()
+        mine, writes = batches[number::CORES], writer.batches
+        for positions in mine[:2]:  # As many as a worker has places for: that memory is touched, and not all zeros.
+            for address, rows in writes.rows(positions, len(positions)).items():
+                rows[:] = buffer[address][: len(rows)]
+        everyone_is_ready.wait()
+        for positions in mine:
+            if positions not in mine[:2]:
+                writes.rows(positions, len(positions))
+            writes.write(positions).add_done_callback(lambda written: queues[number].put(written.result()))
+        writes.close()
+
     with (
         RunDirectory(folder / "run", plan) as directory,
-        ShardWriter(directory, plan.shards, plan.batch_size, at_once=CORES) as writer,
+        ShardWriter(directory, plan.shards, plan.batch_size, record, processes=CORES) as writer,
     ):
-        batches = [positions for shard in plan.shards for positions in shard.batches(plan.batch_size)]
-        for positions in batches[: len(writer.slots)]:
-            for address, rows in writer.rows(positions).items():
-                rows[:] = buffer[address][: len(rows)]
+        processes = [context.Process(target=work, args=(number,)) for number in range(CORES)]
+        for process in processes:
+            process.start()
+        everyone_is_ready.wait()
         with stopwatch.running():
+            next_queue = itertools.cycle(queues)
             for shard in plan.shards:
-                writer.begin(shard, record(shard))
-                for positions in shard.batches(plan.batch_size):
-                    writer.rows(positions)
-                    writer.write(positions, len(positions))
+                for _ in shard.batches(plan.batch_size):
+                    writer.add(next(next_queue).get())
                 writer.publish(record(shard))
             writer.finish()
+        for process in processes:
+            process.join()
     return stopwatch.per_image(plan.image_count)
 
 
@@ -257,6 +276,7 @@ def main() -> int:
         # Beside the run, so on the disk that it went to; what is removed before the next begins need not be flushed.
         with tempfile.TemporaryDirectory(dir=arguments.run) as folder, suppress(OSError):  # It may know no O_DIRECT.
             of_writing[writer.__name__] = writer(plan, buffer, Path(folder))
+        os.sync()  # What was removed keeps a disk busy, too.
     limits["hookx_write"] = of_writing.pop("hookx_write")
     limits["write"] = min(of_writing.values(), key=lambda of: float(of["seconds_per_image"]))
     print(json.dumps(limits))

@@ -69,9 +69,10 @@ def put_metadata(path: Path, **changes: str | None) -> None:
 
 def write(directory: RunDirectory, record: ShardRecord) -> None:
     """Write the first shard as a run does."""
-    with ShardWriter(directory, directory.plan.shards, len(record.keys)) as writer:
-        writer.begin(directory.plan.shards[0], record)
-        writer.write(range(len(record.keys)), len(record.keys))
+    positions = range(len(record.keys))
+    with ShardWriter(directory, directory.plan.shards, len(positions), lambda _: record) as writer:
+        writer.batches.rows(positions, len(positions))
+        writer.add(writer.batches.write(positions))
         writer.publish(record)
         writer.finish()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import json
 import mmap
 import multiprocessing
@@ -11,7 +13,7 @@ import resource
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,7 @@ from hookx.errors import StoreError
 from hookx.plan import DTYPES, LayerSpec, Plan, Shard
 from hookx.store import RunDirectory, ShardRecord, finished_shards
 from hookx.verification import verify
-from hookx.writing import ShardWriter
+from hookx.writing import BatchWriter, ShardWriter, Written
 from test_store import ALL_DTYPES, MAPS, bits, forked, plan_of, random_rows, same_bits, wait_for
 
 LARGE = (LayerSpec("conv1", (64, 1000), "float32"), LayerSpec("mask", (3,), "bool"), LayerSpec("fc", (7,), "float64"))
@@ -43,30 +45,64 @@ def expected(shard: Shard) -> ShardRecord:
 
 
 def write(
-    path: Path, plan: Plan, batch_size: int, unreadable: Collection[int] = (), reason: str = "cut", at_once: int = 1
+    path: Path, plan: Plan, batch_size: int, unreadable: Collection[int] = (), reason: str = "cut", workers: int = 0
 ) -> dict[str, Tensor]:
     """Write a run of random activations by the real writer; return those of the images that could be read."""
     values = random_rows(plan, plan.image_count)
+    batches = [positions for shard in plan.shards for positions in shard.batches(batch_size)]
+
+    def readable(positions: range) -> list[int]:
+        return [position for position in positions if position not in unreadable]
+
+    def fill(writer: BatchWriter, positions: range) -> Future[Written]:
+        read = readable(positions)
+        for address, rows in writer.rows(positions, len(read)).items():
+            rows[:] = values[address][read]
+        return writer.write(positions)
+
     with (
         RunDirectory(path, plan) as directory,
-        ShardWriter(directory, plan.shards, batch_size, at_once=at_once) as writer,
+        ShardWriter(directory, plan.shards, batch_size, expected, processes=max(1, workers)) as writer,
+        filled_by(workers, directory, batches, functools.partial(fill, writer.batches)) as filled,
     ):
         for shard in plan.shards:
-            writer.begin(shard, expected(shard))
             record = ShardRecord(sizes_bytes=[1] * len(shard))
             for positions in shard.batches(batch_size):
-                read = [position for position in positions if position not in unreadable]
-                if read:  # As in a run: of a batch without pixels nobody asks for the place.
-                    for address, rows in writer.rows(positions).items():
-                        rows[: len(read)] = values[address][read]
-                writer.write(positions, len(read))
-                record.keys += map(key_of, read)
+                writer.add(next(filled))
+                record.keys += map(key_of, readable(positions))
                 record.failures += [(key_of(position), reason) for position in positions if position in unreadable]
             writer.publish(record)
         writer.finish()
         directory.publish_index()
-    readable = [position for position in range(plan.image_count) if position not in unreadable]
-    return {address: tensor[readable] for address, tensor in values.items()}
+    return {address: tensor[readable(range(plan.image_count))] for address, tensor in values.items()}
+
+
+@contextlib.contextmanager
+def filled_by(
+    workers: int, directory: RunDirectory, batches: list[range], fill: Callable[[range], Future[Written]]
+) -> Iterator[Iterator[Written | Future[Written]]]:
+    """Fill batches in this process, or in forked ones, the last of the batches first as far as that can be."""
+    if not workers:
+        yield map(fill, batches)
+        return
+    fork = multiprocessing.get_context("fork")
+    queues = [fork.SimpleQueue() for _ in batches]
+
+    def work(number: int) -> None:
+        torch.set_num_threads(1)
+        directory.release()
+        for mine in range(number, len(batches), workers):
+            time.sleep(0.002 * (workers - number))  # so that each of them has to wait for those before it
+            queues[mine].put(fill(batches[mine]).result())
+
+    processes = [fork.Process(target=work, args=(number,)) for number in range(workers)]
+    for process in processes:
+        process.start()
+    try:
+        yield (queue.get() for queue in queues)
+    finally:
+        for process in processes:
+            process.join()
 
 
 # --- the format ----------------------------------------------------------------------------------------------------
@@ -99,7 +135,7 @@ def test_every_dtype_is_read_back_bit_for_bit_by_the_safetensors_library(tmp_pat
     image_count=st.integers(1, 12),
     images_per_shard=st.integers(1, 8),
     batch_size=st.integers(1, 5),
-    at_once=st.integers(1, 3),
+    workers=st.sampled_from([0, 0, 0, 2]),
 )
 def test_any_layers_in_any_batches_with_any_images_unreadable_are_stored_as_they_were(
     data: st.DataObject,
@@ -108,7 +144,7 @@ def test_any_layers_in_any_batches_with_any_images_unreadable_are_stored_as_they
     image_count: int,
     images_per_shard: int,
     batch_size: int,
-    at_once: int,
+    workers: int,
 ) -> None:
     specs = tuple(LayerSpec(name, shape, dtype) for name, (dtype, shape) in layers.items())
     plan = plan_of(specs, image_count, images_per_shard)
@@ -116,7 +152,7 @@ def test_any_layers_in_any_batches_with_any_images_unreadable_are_stored_as_they
     # Longer than the keys, so that headers grow over the room that was left for them.
     reason = "cut" * data.draw(st.sampled_from([1, 2000]))
     path = tmp_path_factory.mktemp("run")
-    values = write(path, plan, batch_size, unreadable, reason, at_once)
+    values = write(path, plan, batch_size, unreadable, reason, workers)
     loaded = [load_file(path / plan.shard_file(shard)) for shard in plan.shards]
     for address, tensor in values.items():
         assert same_bits(torch.cat([shard[address] for shard in loaded]), tensor)
@@ -143,7 +179,7 @@ def test_pieces_that_go_to_the_disk_past_the_page_cache_are_stored_as_they_were(
     tmp_path: Path, unreadable: Collection[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_of(LARGE, 40, 23)
-    values = write(tmp_path / "direct", plan, 8, unreadable)
+    values = write(tmp_path / "direct", plan, 8, unreadable, workers=3)
     monkeypatch.setattr(writing, "_MOVED_AT_ONCE_BYTES", 100_000)
     monkeypatch.setattr(writing, "_opened_direct", lambda _: None)  # as of a file system that knows no such writes
     write(tmp_path / "cached", plan, 8, unreadable)
@@ -155,11 +191,8 @@ def test_pieces_that_go_to_the_disk_past_the_page_cache_are_stored_as_they_were(
 
 
 def test_most_of_a_large_batch_is_not_in_the_page_cache_when_it_is_written(tmp_path: Path) -> None:
-    with RunDirectory(tmp_path, plan_of(LARGE, 1)) as directory, ThreadPoolExecutor() as checking:
-        shard = writing._ShardFile(directory, directory.plan.shards[0], ShardRecord(), checking)
-        knows_direct = shard._direct is not None
-        shard.close()
-    if not knows_direct:
+    (tmp_path / "empty").touch()
+    if writing._opened_direct(tmp_path / "empty") is None:
         pytest.skip("this file system writes everything through the page cache")
     plan = plan_of((LayerSpec("conv1", (64, 1000), "float32"),), 80)  # 20 MB
     write(tmp_path / "run", plan, 20)
@@ -174,76 +207,86 @@ def share_in_page_cache(file: Path) -> float:
     return sum(page & 1 for page in pages.raw) / len(pages.raw)
 
 
-# --- slots ---------------------------------------------------------------------------------------------------------
+# --- memory --------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_of_many_batches_uses_few_slots_and_mixes_none_of_them_up(tmp_path: Path) -> None:
+def test_a_run_of_many_batches_takes_the_memory_of_two_and_mixes_none_of_them_up(tmp_path: Path) -> None:
     plan = plan_of((LayerSpec("conv1", (1000,), "float32"),), 40, 6)
-    slots = set()
-    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 2, at_once=2) as writer:
+    places = set()
+    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 2, expected) as writer:
         for shard in plan.shards:
-            writer.begin(shard, expected(shard))
             for positions in shard.batches(2):
-                rows = writer.rows(positions)["conv1"]
-                slots.add(rows.data_ptr() // 20_000)
+                rows = writer.batches.rows(positions, 2)["conv1"]
+                places.add(rows.data_ptr() // 20_000)
                 rows[:] = torch.tensor(positions)[:, None]
-                writer.write(positions, 2)
+                writer.add(writer.batches.write(positions))
             writer.publish(expected(shard))
         writer.finish()
-        assert len(writer.slots) == 3 and len(slots) <= 6
+    assert len(places) <= 4  # Rows may begin in either of two such ranges.
     assert torch.equal(hookx.open(tmp_path)["conv1"][:][:, 0], torch.arange(40.0))
 
 
-def test_slots_that_only_wait_to_be_written_have_a_limit_of_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("processes", "at_once", "places"), [(1, 1, 2), (1, 3, 4), (3, 1, 2), (4, 1, 1)])
+def test_activations_that_only_wait_for_the_disk_have_a_limit_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, at_once: int, places: int
 ) -> None:
     plan = plan_of(LARGE, 100)
-    monkeypatch.setattr(writing, "_SPARE_BYTES", 2 * 10 * plan.bytes_per_image)
-    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 10, at_once=7) as writer:
-        assert len(writer.slots) == 7 + 2
+    monkeypatch.setattr(writing, "_SPARE_BYTES", 3 * 10 * plan.bytes_per_image)
+    with (
+        RunDirectory(tmp_path, plan) as directory,
+        ShardWriter(directory, plan.shards, 10, expected, processes=processes, at_once=at_once) as writer,
+    ):
+        assert writer.batches._free.qsize() == places
 
 
-def test_a_forked_process_fills_rows_that_are_stored_and_waits_until_their_slot_is_free(tmp_path: Path) -> None:
-    plan = plan_of((LayerSpec("fc", (3,), "float32"),), 8, 4)  # four batches for two slots
-    batches = [positions for shard in plan.shards for positions in shard.batches(2)]
-    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 2) as writer:
-        filled = multiprocessing.get_context("fork").SimpleQueue()
-
-        def fill() -> None:
-            directory.release()
-            for number, positions in enumerate(batches):
-                writer.rows(positions)["fc"][:] = number
-                filled.put(number)
-
-        worker = multiprocessing.get_context("fork").Process(target=fill)
-        worker.start()
-        assert [filled.get(), filled.get()] == [0, 1]
-        time.sleep(0.2)
-        assert filled.empty()  # The third batch has no slot before the first one is written.
-        for number, positions in enumerate(batches):
-            if number > 1:
-                assert filled.get() == number
-            shard = plan.shards[number // 2]
-            if number % 2 == 0:
-                writer.begin(shard, expected(shard))
-            writer.write(positions, 2)
-            if number % 2 == 1:
-                writer.publish(expected(shard))
-        writer.finish()
-        worker.join()
-    assert hookx.open(tmp_path)["fc"][:][:, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+# --- processes -----------------------------------------------------------------------------------------------------
 
 
-def test_a_process_that_waits_for_a_slot_ends_when_the_run_was_killed(tmp_path: Path) -> None:
-    plan = plan_of((LayerSpec("fc", (3,), "float32"),), 3, 1)
+def test_a_batch_waits_until_it_is_known_how_many_rows_are_before_it(tmp_path: Path) -> None:
+    plan = plan_of((LayerSpec("fc", (3,), "float32"),), 6)
+    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 2, expected) as writer:
+        batches = writer.batches
+        written = {}
+        for start in (4, 2, 0):
+            positions = range(start, start + 2)
+            batches.rows(positions, 1 if start == 2 else 2)["fc"][:] = start
+            written[start] = batches.write(positions)
+            time.sleep(0.05)
+            assert written[start].done() == (start == 0)
+        assert [written[start].result().first_row for start in (0, 2, 4)] == [0, 2, 3]
+
+
+def test_what_was_known_of_a_batch_that_is_read_again_is_forgotten_with_all_behind_it(tmp_path: Path) -> None:
+    plan = plan_of((LayerSpec("fc", (3,), "float32"),), 8, 6)
+    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 2, expected) as writer:
+        batches = writer.batches
+
+        def written(positions: range, rows: int) -> Future[Written]:
+            batches.rows(positions, rows)["fc"][:] = 0.0
+            return batches.write(positions)
+
+        assert [written(range(start, start + 2), 2).result().first_row for start in (0, 2, 4)] == [0, 2, 4]
+        batches.forget(range(2, 4))  # As when the process died that had read it.
+        last = written(range(4, 6), 2)
+        time.sleep(0.05)
+        assert not last.done()
+        assert written(range(2, 4), 1).result().first_row == 2
+        assert last.result().first_row == 3
+
+
+@pytest.mark.parametrize("what", ["the batch before", "the file of its shard"])
+def test_a_process_that_waits_for_another_ends_when_the_run_was_killed(tmp_path: Path, what: str) -> None:
+    plan = plan_of((LayerSpec("fc", (3,), "float32"),), 8, 2)
+    waits_for = range(1, 2) if what == "the batch before" else range(6, 7)
     ready = multiprocessing.get_context("fork").SimpleQueue()
 
     def run() -> None:
-        with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 1) as writer:
+        with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 1, expected) as writer:
 
             def wait() -> None:
                 ready.put(os.getpid())
-                writer.rows(range(2, 3))
+                writer.batches.rows(waits_for, 1)
+                writer.batches.write(waits_for).result()
 
             multiprocessing.get_context("fork").Process(target=wait).start()
             time.sleep(60)
@@ -251,6 +294,8 @@ def test_a_process_that_waits_for_a_slot_ends_when_the_run_was_killed(tmp_path: 
     run_process = multiprocessing.get_context("fork").Process(target=run)
     run_process.start()
     waiting = Path(f"/proc/{ready.get()}/stat")
+    time.sleep(0.1)
+    assert waiting.read_text().split()[2] != "Z"
     run_process.kill()
     run_process.join()
     deadline = time.monotonic() + 10
@@ -259,27 +304,61 @@ def test_a_process_that_waits_for_a_slot_ends_when_the_run_was_killed(tmp_path: 
         time.sleep(0.01)
 
 
+def test_a_process_of_a_killed_run_writes_nothing_into_the_file_of_the_run_after_it(tmp_path: Path) -> None:
+    plan = plan_of((LayerSpec("fc", (3,), "float32"),), 4, 1)
+    go_on, ready = multiprocessing.get_context("fork").Event(), multiprocessing.get_context("fork").SimpleQueue()
+
+    def run() -> None:
+        with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 1, expected) as writer:
+
+            def write_late() -> None:
+                directory.release()
+                ready.put(os.getpid())
+                writer.batches.rows(range(1), 1)["fc"][:] = 13
+                go_on.wait()
+                writer.batches.write(range(1)).result()
+
+            multiprocessing.get_context("fork").Process(target=write_late).start()
+            time.sleep(60)
+
+    with forked(run):
+        late = Path(f"/proc/{ready.get()}/stat")
+    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 1, expected):
+        go_on.set()
+        wait_for(lambda: not late.exists() or late.read_text().split()[2] == "Z")
+        assert [file.stat().st_size for file in tmp_path.glob(".shard-*")] == [0, 0]
+
+
 # --- whole or absent -----------------------------------------------------------------------------------------------
+
+
+def fill(writer: ShardWriter, shard: Shard) -> None:
+    """Add a shard of whatever memory holds, in one batch."""
+    positions = range(shard.start, shard.stop)
+    writer.batches.rows(positions, len(shard))
+    writer.add(writer.batches.write(positions))
 
 
 @pytest.mark.parametrize("layer", [LayerSpec("conv1", (64, 1024), "float32"), LayerSpec("conv1", (512, 1024), "int8")])
 def test_a_disk_that_takes_no_more_leaves_no_shard_and_the_error_says_so(tmp_path: Path, layer: LayerSpec) -> None:
     plan = plan_of((layer,), 8, 4)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 4) as writer:
-        for shard in plan.shards:
-            writer.begin(shard, expected(shard))
-            writer.write(range(shard.start, shard.stop), 4)
-            if shard.number == 0:  # The limit below is what stops the second, not something else.
-                writer.publish(expected(shard))
-                writer.finish()
-                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 4, expected) as writer:
+        fill(writer, plan.shards[0])
+        writer.publish(expected(plan.shards[0]))
+        writer.finish()
+        # The limit is what stops the second, not something else.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         try:
+            fill(writer, plan.shards[1])
+            writer.publish(expected(plan.shards[1]))
             with pytest.raises(StoreError, match=r"cannot write .*shard-00001-of-00002.safetensors: File too large"):
                 writer.finish()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        writer.rows(range(4, 8))  # A process that waits for the slot would not wait for ever.
+        # Whoever would go on is told, and does not wait for ever.
+        with pytest.raises(StoreError, match="File too large"):
+            writer.batches.rows(range(4, 8), 4)
     names = [plan.shard_file(plan.shards[0]), "plan.json"]
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(names)
 
@@ -288,12 +367,10 @@ def test_a_shard_handed_over_before_an_error_is_still_written_and_one_that_was_n
     plan = plan_of(MAPS, 6, 3)
     first, second = plan.shards
     with pytest.raises(ZeroDivisionError), RunDirectory(tmp_path, plan) as directory:
-        with ShardWriter(directory, plan.shards, 3) as writer:
-            writer.begin(first, expected(first))
-            writer.write(range(3), 3)
+        with ShardWriter(directory, plan.shards, 3, expected) as writer:
+            fill(writer, first)
             writer.publish(expected(first))
-            writer.begin(second, expected(second))
-            writer.write(range(3, 6), 3)
+            fill(writer, second)
             _ = 1 // 0
     assert finished_shards(tmp_path, plan) == [Shard(0, 0, 3)]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["plan.json", plan.shard_file(first)]
@@ -301,13 +378,11 @@ def test_a_shard_handed_over_before_an_error_is_still_written_and_one_that_was_n
 
 def test_a_process_killed_between_two_batches_leaves_no_shard_and_the_next_run_begins_it_anew(tmp_path: Path) -> None:
     plan = plan_of(MAPS, 4)
-    [shard] = plan.shards
 
     def write_half() -> None:
-        with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 2) as writer:
-            writer.begin(shard, expected(shard))
-            writer.write(range(2), 2)
-            writer.finish()
+        with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 2, expected) as writer:
+            writer.batches.rows(range(2), 2)
+            writer.batches.write(range(2)).result()
             (tmp_path / "half").touch()
             time.sleep(60)
 

@@ -16,12 +16,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hookx.decoding import decode, decode_jpegs, failure_reason
 from hookx.errors import ImageError
@@ -34,9 +35,10 @@ if TYPE_CHECKING:
 DECODE_TIMEOUT_SECONDS = 60.0
 
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
-_NOTHING = -1  # in hand
+_NOTHING, _NO_MORE = -1, -2  # in hand, in place of a position
 _CPU = torch.device("cpu")
 _POLL_SECONDS = 0.2
+_WAITING_FOR_A_DISK_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,16 @@ class Batch:
     seconds: float  # of decoding
 
 
+class Consumer(Protocol):
+    """Takes the pixels of batches where they were decoded, in any process."""
+
+    def __call__(self, positions: range, pixels_NCHW: Tensor | None) -> Future[Any]:
+        """Take a batch (None: no image of it could be read); what takes long may go on while the next is decoded."""
+
+    def forget(self, positions: range) -> None:
+        """Have nobody rely on this batch and those behind it, which other processes took: they are decoded again."""
+
+
 def batches(
     images: ImageList,
     positions: Sequence[range],
@@ -66,16 +78,16 @@ def batches(
     pin_memory: bool = False,
     in_worker: Callable[[], None] = lambda: None,
     transform: Callable[[Image], Tensor] | None = None,
-    consume: Callable[[range, Tensor], Any] | None = None,
+    consume: Consumer | None = None,
     device: torch.device = _CPU,
 ) -> Generator[Batch]:
     """Decode the given ranges of positions, one batch a range, in order, `workers` processes ahead of the consumer.
 
     An image that takes longer than `decode_timeout_seconds` (0: any time), or that crashes its process, is a failure
     like any other. Without workers there is no such protection: this process decodes. `in_worker` runs once in each
-    worker. `transform` is a model's own preprocessing, in place of what `preprocessing` says. `consume` is called with
-    the positions and the pixels of each batch, in the process that decoded them, before it decodes the next. `device`
-    is where nvjpeg decodes, if the preprocessing says so; the pixels are there then.
+    worker. `transform` is a model's own preprocessing, in place of what `preprocessing` says. `consume` takes each
+    batch, in the process that decoded it. `device` is where nvjpeg decodes, if the preprocessing says so; the pixels
+    are there then.
 
     Raises:
         ImageError: (while iterating) a decoding process died, and no image is to blame.
@@ -98,7 +110,11 @@ def batches(
             for number, of_batch in enumerate(positions):
                 while (decoded := processes.next()) is None:
                     reasons.update(processes.fatal_images())
-                    processes.end()
+                    all_ended = processes.end(wait_seconds=_WAITING_FOR_A_DISK_SECONDS if consume else 1)
+                    if consume is not None:
+                        if not all_ended:  # What it still writes could replace what is written again.
+                            raise ImageError("a worker that was killed does not end", "does the disk still answer?")
+                        consume.forget(of_batch)
                     processes = start(number)
                 if decoded.encoded is not None:
                     decoded = _decoded_on(device, decoded, of_batch, preprocessing)
@@ -162,8 +178,8 @@ def _decoded_on(device: torch.device, decoded: _Decoded, positions: range, prepr
     )
 
 
-class _Batches(Dataset[_Decoded]):
-    """The batches, each decoded when it is asked for; in a process of its own, or in this one."""
+class _Batches(IterableDataset[_Decoded]):
+    """The batches that a process decodes, each when it is asked for."""
 
     def __init__(
         self,
@@ -171,7 +187,7 @@ class _Batches(Dataset[_Decoded]):
         positions: Sequence[range],
         preprocessing: Preprocessing,
         transform: Callable[[Image], Tensor] | None,
-        consume: Callable[[range, Tensor], Any] | None,
+        consume: Consumer | None,
         reasons: Mapping[int, str],
         timeout_seconds: float,
         workers: int,
@@ -181,11 +197,48 @@ class _Batches(Dataset[_Decoded]):
         self.reasons, self.timeout_seconds = reasons, timeout_seconds
         # In shared memory, a row a process: its id, and the position that it has in hand.
         self.in_hand = torch.full((workers, 2), _NOTHING).share_memory_()
+        self._next = multiprocessing.Value("q", 0)  # the batch that nobody has taken
 
-    def __len__(self) -> int:
-        return len(self.positions)
+    def __iter__(self) -> Iterator[_Decoded]:
+        consumed: _Decoded | None = None  # the batch before, with which the consumer may still be busy
+        for number in self._numbers():
+            batch, pixels_NCHW = self._decoded(number)
+            if self.consume is None:
+                yield batch
+                continue
+            if consumed is not None and consumed.outcome.done():
+                yield _with_outcome(consumed)
+                consumed = None
+            with _interruptible():
+                batch.outcome = self.consume(self.positions[number], pixels_NCHW)
+            if consumed is not None:
+                yield _with_outcome(consumed)
+            consumed = batch
+        if consumed is not None:
+            yield _with_outcome(consumed)
+        self._take_in_hand(_NO_MORE)
 
-    def __getitem__(self, number: int) -> _Decoded:
+    def _numbers(self) -> Iterator[int]:
+        """Yield which batches this process decodes.
+
+        Consumers take their time, and one is held up more than another: each takes a batch when it has none, and no run
+        ends with one of them alone. What is only decoded comes in turn, as the loader asks for it: behind an image that
+        takes long, it would pile up.
+        """
+        worker = get_worker_info()
+        if worker is None or self.consume is None:
+            first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+            yield from range(first, len(self.positions), step)
+            return
+        while True:
+            with self._next.get_lock():
+                number = self._next.value
+                self._next.value += 1
+            if number >= len(self.positions):
+                return
+            yield number
+
+    def _decoded(self, number: int) -> tuple[_Decoded, Tensor | None]:
         batch, pixels, encoded, start = _Decoded(number), [], {}, time.perf_counter()
         for position in self.positions[number]:
             if position in self.reasons:
@@ -213,12 +266,9 @@ class _Batches(Dataset[_Decoded]):
                 for tensor in batch.encoded:
                     _shared(tensor)
         batch.seconds = time.perf_counter() - start
-        if self.consume is None or pixels_NCHW is None:
+        if self.consume is None:
             batch.pixels_NCHW = pixels_NCHW if get_worker_info() is None else _shared(pixels_NCHW)
-        else:
-            with _interruptible():
-                batch.outcome = self.consume(self.positions[number], pixels_NCHW)
-        return batch
+        return batch, pixels_NCHW
 
     def _take_in_hand(self, position: int) -> None:
         """Note which image this process decodes, and have the system end the process if that takes too long.
@@ -228,14 +278,19 @@ class _Batches(Dataset[_Decoded]):
         """
         if (worker := get_worker_info()) is None:
             return
-        if position == _NOTHING:
+        if position < 0:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
-            self.in_hand[worker.id, 1] = _NOTHING
+            self.in_hand[worker.id, 1] = position
         else:
             self.in_hand[worker.id, 1] = position
             signal.setitimer(signal.ITIMER_REAL, self.timeout_seconds)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+
+
+def _with_outcome(consumed: _Decoded) -> _Decoded:
+    with _interruptible():
+        return replace(consumed, outcome=consumed.outcome.result())
 
 
 @contextlib.contextmanager
@@ -276,18 +331,13 @@ class _Processes:
         self._next = 0  # the number of the batch that is asked for next
         self._early: dict[int, _Decoded] = {}  # by number, those that came before they were asked for
         others = set(multiprocessing.active_children())
-        # Consumers take their time, and one is held up more than another: each is given a batch when it has none, and
-        # no run ends with one of them alone. What was only decoded comes in order: behind an image that takes long, it
-        # would pile up.
-        as_they_come = dataset.consume is not None and workers > 0
         loader = DataLoader(
             dataset,
             batch_size=None,  # The dataset's items are batches already: they follow the shards.
             num_workers=workers,
             pin_memory=pin_memory,
             worker_init_fn=_WorkerStart(in_worker, dataset.in_hand),
-            prefetch_factor=(1 if as_they_come else 2) if workers else None,
-            in_order=not as_they_come,
+            in_order=dataset.consume is None,
             timeout=_POLL_SECONDS if workers else 0,
             # Forked workers share the list of images and start in milliseconds; they never touch a GPU.
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
@@ -313,8 +363,12 @@ class _Processes:
                 if str(error).startswith("DataLoader timed out"):
                     continue  # Nothing is ready and nobody died: the loader looks every _POLL_SECONDS.
                 # A process that dies leaves unreadable messages behind, sometimes a moment before it is gone.
-                if multiprocessing.connection.wait([process.sentinel for process in self._processes], timeout=1):
-                    return None
+                deadline = time.monotonic() + 1
+                while (seconds_left := deadline - time.monotonic()) > 0:
+                    if any(self._died()):
+                        return None
+                    alive = [process.sentinel for process in self._processes if process.exitcode is None]
+                    multiprocessing.connection.wait(alive, timeout=seconds_left)
                 if isinstance(error, MemoryError):
                     raise _out_of_memory("a decoding process has no memory for its batch") from None
                 raise
@@ -325,12 +379,8 @@ class _Processes:
         Raises:
             ImageError: a process was killed from outside, or had no image in hand.
         """
-        in_hand = dict(self._dataset.in_hand.tolist())
         fatal = {}
-        for process in self._processes:
-            if (exit_code := process.exitcode) is None:
-                continue
-            position = in_hand.get(process.pid, _NOTHING)
+        for exit_code, position in self._died():
             how = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
             if position == _NOTHING or not (exit_code >= 0 or -exit_code in (signal.SIGALRM, *_CRASHES)):
                 raise _out_of_memory(f"a worker died: {how}")
@@ -340,8 +390,16 @@ class _Processes:
                 fatal[position] = f"the decoder crashed ({how})"
         return fatal
 
-    def end(self) -> None:
-        """End what still runs, and wait for it; an image that takes its time is not waited for."""
+    def _died(self) -> Iterator[tuple[int, int]]:
+        """Yield, of every process that ended before its work did, its exit code and the position it had in hand."""
+        in_hand = dict(self._dataset.in_hand.tolist())
+        for process in self._processes:
+            position = in_hand.get(process.pid, _NOTHING)
+            if process.exitcode is not None and position != _NO_MORE:
+                yield process.exitcode, position
+
+    def end(self, wait_seconds: float = 1) -> bool:
+        """End what still runs; return whether it ended in time. An image that takes its time is not waited for."""
         for process in self._processes:
             if process.is_alive() and process.pid:
                 os.kill(process.pid, signal.SIGALRM)
@@ -349,8 +407,9 @@ class _Processes:
             # What the loader does when it is deleted. Here it may be kept alive, by the traceback of an exception.
             self._batches._shutdown_workers()  # type: ignore[attr-defined]
         for process in self._processes:
-            process.kill()  # What is left of it must not write where others do; stuck in the kernel, it no longer can.
-            process.join(timeout=1)
+            process.kill()
+            process.join(timeout=wait_seconds)  # What is stuck in the kernel cannot be killed.
+        return not any(process.is_alive() for process in self._processes)
 
 
 def _out_of_memory(problem: str) -> ImageError:

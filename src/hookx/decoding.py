@@ -86,7 +86,7 @@ def decode(
     # kills the process. Pillow warns of odd metadata and of large images; what fails is a failure.
     with _opened(file, listed_bytes) as content, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(content, formats=_formats()) as image:
+        with Image.open(content, formats=known_formats()) as image:
             if preprocessing.decode == "nvjpeg" and (encoded := _plain_jpeg(image, content, preprocessing)):
                 return torch.frombuffer(encoded, dtype=torch.uint8), _orientation(image) is not None
             if preprocessing.decode == "fast":
@@ -168,10 +168,12 @@ def _opened(file: str, listed_bytes: int | None) -> Iterator[BinaryIO]:
         yield content
 
 
-def _formats() -> list[str]:
+@cache
+def known_formats() -> list[str]:
     """Name Pillow's formats in an order that does not depend on what was opened before; those without a magic last.
 
-    EPS is left out: Pillow runs Ghostscript, a whole programming language, on anything that begins like it.
+    EPS is left out: Pillow runs Ghostscript, a whole programming language, on anything that begins like it. The first
+    call imports all that can decode, which processes forked later need not do again.
     """
     Image.init()
     return sorted((name for name in Image.ID if name != "EPS"), key=lambda name: (Image.OPEN[name][1] is None, name))

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +24,7 @@ from hookx.batches import DECODE_TIMEOUT_SECONDS
 from hookx.batches import batches as decoded_batches
 from hookx.capture import RowCapture, stored_dtype
 from hookx.choices import chosen_batch_size, chosen_workers, one_of
-from hookx.decoding import model_input
+from hookx.decoding import known_formats, model_input
 from hookx.errors import HookxError, ImageError, StoreError, UsageError
 from hookx.images import ImageList, list_images
 from hookx.layers import Target, parse_selectors
@@ -51,7 +52,7 @@ from hookx.store import (
     read_record,
 )
 from hookx.workers import keep_freed_memory, single_threaded
-from hookx.writing import ShardWriter
+from hookx.writing import BatchWriter, ShardWriter, Written
 
 log = logging.getLogger("hookx")
 
@@ -200,6 +201,7 @@ def prepare(
     if shard_images > IMAGES_PER_SHARD_AT_MOST:
         raise UsageError(f"the shard images are {shard_images:,}; {IMAGES_PER_SHARD_AT_MOST:,} is the most")
     stored_as = None if dtype is None else _float_dtype(dtype)
+    known_formats()  # Imports what decodes: here, and not in every worker.
     listed = list_images([images] if isinstance(images, str | os.PathLike) else images)
     directory = Path(out)
     # What was chosen automatically stays what it was: on another device the choice may be another.
@@ -289,13 +291,16 @@ def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) ->
 
 def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callable[[int], None]) -> None:
     plan, on_gpu = job.plan, job.device.type == "cuda"
+    made = _made(plan.model, job.device, plan.batch_size)
     with (
         single_threaded() if job.device.type == "cpu" else contextlib.nullcontext(),
         ShardWriter(
             directory,
             job.pending,
             plan.batch_size,
-            at_once=_PASSES_IN_FLIGHT + 1 if on_gpu else max(1, job.workers),
+            functools.partial(_expected, job, made),
+            processes=max(1, job.workers) if job.workers_compute else 1,
+            at_once=_PASSES_IN_FLIGHT + 1 if on_gpu else 1,
             pin_memory=on_gpu,
         ) as writer,
         RowCapture(
@@ -307,8 +312,8 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
             forward=job.model.forward,
         ) as capture,
     ):
-        filling = _Filling(job, writer, capture)
-        # The workers are forked here: after the slots that they share exist, and before the writer's thread does.
+        filling = _Filling(job, writer.batches, capture)
+        # The workers are forked here, before there are threads.
         batches = decoded_batches(
             job.images,
             [positions for shard in job.pending for positions in shard.batches(plan.batch_size)],
@@ -318,30 +323,30 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
             pin_memory=on_gpu,
             in_worker=functools.partial(_begin_worker, directory),
             transform=job.model.transform,
-            consume=filling if job.workers_compute else None,
+            consume=_Consumer(filling, writer.batches, capture) if job.workers_compute else None,
             device=job.device,
         )
         failures = _Failures(strict=job.strict)
         with contextlib.closing(batches):
             for shard in job.pending:
-                expected = _expected(job, shard)
-                writer.begin(shard, expected)
+                expected = _expected(job, made, shard)
                 record = ShardRecord(sizes_bytes=expected.sizes_bytes)
-                in_flight: deque[tuple[range, int, int]] = deque()
+                in_flight: deque[tuple[range, int]] = deque()
                 for positions in shard.batches(plan.batch_size):
                     batch = next(batches)
                     failures.say(batch.failures)
-                    filled = batch.outcome
-                    if batch.pixels_NCHW is not None:
-                        filled = filling(positions, batch.pixels_NCHW)
-                    if filled is not None:
-                        if filled.problem:
-                            raise filled.problem
+                    if job.workers_compute:
+                        filled = batch.outcome
+                        if isinstance(filled, HookxError):
+                            raise filled
                         record.add_counts(filled.counts)
                         clock.model_seconds += filled.seconds
-                    in_flight.append((positions, len(batch.keys), capture.passes))
-                    if len(in_flight) > (_PASSES_IN_FLIGHT if on_gpu else 0):
-                        _hand_over(in_flight, capture, writer)
+                        writer.add(filled.written)
+                    else:
+                        clock.model_seconds += filling(positions, batch.pixels_NCHW)
+                        in_flight.append((positions, capture.passes))
+                        if len(in_flight) > (_PASSES_IN_FLIGHT if on_gpu else 0):
+                            _hand_over(in_flight, capture, writer)
                     clock.reading_seconds += batch.seconds
                     record.keys += batch.keys
                     record.failures += batch.failures
@@ -350,7 +355,7 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
                 while in_flight:
                     _hand_over(in_flight, capture, writer)
                 record.add_counts(capture.take_counts())
-                record.made = {**expected.made, "batch_size": min(plan.batch_size, filling.images_at_once)}
+                record.made = {**made, "batch_size": min(plan.batch_size, filling.images_at_once)}
                 writer.publish(record)
             writer.finish()
         failures.say_how_many_more()
@@ -359,21 +364,21 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
         clock.writing_seconds = writer.seconds
 
 
-def _expected(job: Job, shard: Shard) -> ShardRecord:
+def _expected(job: Job, made: Mapping[str, Any], shard: Shard) -> ShardRecord:
     """Return what a shard will say of itself if every image can be read."""
     positions = slice(shard.start, shard.stop)
     return ShardRecord(
         keys=list(job.images.keys[positions]),
         sizes_bytes=list(job.images.sizes_bytes[positions]),
-        made=_made(job.plan.model, job.device, job.plan.batch_size),
+        made=dict(made),
     )
 
 
-def _hand_over(in_flight: deque[tuple[range, int, int]], capture: RowCapture, writer: ShardWriter) -> None:
+def _hand_over(in_flight: deque[tuple[range, int]], capture: RowCapture, writer: ShardWriter) -> None:
     """Have the oldest batch written, once a GPU has copied it."""
-    positions, count, passes = in_flight.popleft()
+    positions, passes = in_flight.popleft()
     capture.wait(passes)
-    writer.write(positions, count)
+    writer.add(writer.batches.write(positions))
 
 
 class _Failures:
@@ -395,34 +400,23 @@ class _Failures:
             log.warning("and %d more that cannot be read; see failures.csv", self._count - _FAILURES_SAID_ALOUD)
 
 
-@dataclass(frozen=True)
-class _Filled:
-    """What became of a batch that went through the model."""
-
-    counts: Mapping[str, Mapping[str, int]]  # as RowCapture takes them
-    seconds: float
-    problem: HookxError | None = None
-
-
 class _Filling:
-    """Pixels of a batch -> its rows in the writer's memory, in any process that shares it."""
+    """Pixels of a batch -> its rows in the writer's memory, in any process."""
 
-    def __init__(self, job: Job, writer: ShardWriter, capture: RowCapture) -> None:
+    def __init__(self, job: Job, writer: BatchWriter, capture: RowCapture) -> None:
         self._preprocessing, self._device = job.plan.preprocessing, job.device
         self._writer, self._capture = writer, capture
         self.images_at_once = job.plan.batch_size
 
-    def __call__(self, positions: range, pixels_NCHW: torch.Tensor) -> _Filled:
-        rows = self._writer.rows(positions)
+    def __call__(self, positions: range, pixels_NCHW: torch.Tensor | None) -> float:
+        """Return the seconds that it took; a GPU has only begun by then."""
+        rows = self._writer.rows(positions, 0 if pixels_NCHW is None else len(pixels_NCHW))
+        if pixels_NCHW is None:
+            return 0.0
         start = time.perf_counter()
-        try:
-            on_device = pixels_NCHW.to(self._device, non_blocking=self._device.type == "cuda")
-            self._run_in_parts(model_input(on_device, self._preprocessing), rows)
-        except HookxError as error:  # Returned: on its way out of a worker, an exception is wrapped in other words.
-            return _Filled({}, 0.0, error)
-        if self._device.type == "cuda":  # What it was asked for is still being computed.
-            return _Filled({}, 0.0)
-        return _Filled(self._capture.take_counts(), time.perf_counter() - start)
+        on_device = pixels_NCHW.to(self._device, non_blocking=self._device.type == "cuda")
+        self._run_in_parts(model_input(on_device, self._preprocessing), rows)
+        return 0.0 if self._device.type == "cuda" else time.perf_counter() - start
 
     def _run_in_parts(self, pixels_NCHW: torch.Tensor, rows: Mapping[str, torch.Tensor]) -> None:
         """Run a batch, in halves of halves if the device's memory is too small."""
@@ -438,6 +432,46 @@ class _Filling:
                     raise out_of_memory(1, error) from None
                 self.images_at_once = (stop - start) // 2
                 log.warning("out of memory with %d images at once: going on with %d", stop - start, self.images_at_once)
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """What became of a batch that went through the model and to the disk, in a worker."""
+
+    counts: Mapping[str, Mapping[str, int]]  # as RowCapture takes them
+    seconds: float
+    written: Written
+
+
+class _Consumer:
+    """Has a worker run and write what it decoded."""
+
+    def __init__(self, filling: _Filling, writer: BatchWriter, capture: RowCapture) -> None:
+        self._filling, self._writer, self._capture = filling, writer, capture
+
+    def __call__(self, positions: range, pixels_NCHW: torch.Tensor | None) -> Future[_Filled | HookxError]:
+        outcome: Future[_Filled | HookxError] = Future()
+        try:
+            seconds = self._filling(positions, pixels_NCHW)
+        except HookxError as error:  # Returned: on its way out of a worker, an exception is wrapped in other words.
+            outcome.set_result(error)
+            return outcome
+        counts = self._capture.take_counts()
+
+        def is_written(written: Future[Written]) -> None:
+            problem = written.exception()
+            if problem is None:
+                outcome.set_result(_Filled(counts, seconds, written.result()))
+            elif isinstance(problem, HookxError):
+                outcome.set_result(problem)
+            else:
+                outcome.set_exception(problem)
+
+        self._writer.write(positions).add_done_callback(is_written)
+        return outcome
+
+    def forget(self, positions: range) -> None:
+        self._writer.forget(positions)
 
 
 def _begin_worker(directory: RunDirectory) -> None:

@@ -138,9 +138,14 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.flatten().view(torch.uint8).numpy().data)
 
 
-def checksum(tensor: Tensor, of_those_before: int = 0) -> int:
-    """Return the CRC-32 of a contiguous tensor's bytes, as they stand in a shard; it can go on from others."""
-    return zlib_ng.crc32(bytes_of(tensor), of_those_before) if tensor.numel() else of_those_before
+def checksum(tensor: Tensor) -> int:
+    """Return the CRC-32 of a contiguous tensor's bytes, as they stand in a shard."""
+    return zlib_ng.crc32(bytes_of(tensor)) if tensor.numel() else 0
+
+
+def checksum_of_both(first: int, second: int, second_bytes: int) -> int:
+    """Return the CRC-32 of bytes and those behind them, from the CRC-32 of each and how many bytes the latter are."""
+    return zlib_ng.crc32_combine(first, second, second_bytes)
 
 
 def _checksum_of_record(metadata: Mapping[str, str]) -> str:

@@ -59,6 +59,8 @@ def keep_freed_memory() -> None:
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     if heap := libc.malloc(_HEAP_BYTES):
-        # Freed, it stays on the heap, which gives nothing back any more. A system without such pages refuses.
-        libc.madvise(-(-heap // mmap.PAGESIZE) * mmap.PAGESIZE, _HEAP_BYTES - mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
-        libc.free(heap)
+        pages = -(-heap // mmap.PAGESIZE) * mmap.PAGESIZE, _HEAP_BYTES - mmap.PAGESIZE
+        # It begins in what the parent had freed: pages that would be copied, small as they are.
+        libc.madvise(*pages, mmap.MADV_DONTNEED)
+        libc.madvise(*pages, mmap.MADV_HUGEPAGE)  # A system without such pages refuses.
+        libc.free(heap)  # It stays on the heap, which gives nothing back any more.

@@ -1,9 +1,12 @@
 """Activations of batches -> shards on the disk, batch by batch. The only file that writes shards.
 
-A batch is computed into a slot: memory that workers share with the process which writes. It goes to its place in the
-shard's file at once, and the slot to a later batch; nothing ever holds a whole shard. Memory that was never touched is
-what costs: on a virtual machine more than computing an early layer, in a process as in the system's page cache. So
-slots are few, and large pieces go from them to the disk past the page cache.
+Whoever computes a batch writes it, to its place in the file of its shard: many processes write into one file, none
+hands activations to another, and none ever holds a whole shard. One of them, the owner, makes the files, and shows a
+shard when all its batches are there.
+
+Memory that was never touched is what costs: on a virtual machine more than computing an early layer, in a process as
+in the system's page cache. So a process has one place for the batch that it fills and one for a batch on its way to
+the disk, and large pieces go there past the page cache.
 """
 
 from __future__ import annotations
@@ -16,9 +19,12 @@ import json
 import math
 import mmap
 import os
+import queue
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +40,17 @@ from hookx.store import (
     aside_of,
     bytes_of,
     checksum,
+    checksum_of_both,
     put_in_place,
     told_as_store_error,
 )
 
 _PAGE_BYTES = mmap.PAGESIZE
 _DIRECT_FROM_BYTES = 2**20  # Smaller pieces are not worth a trip to the disk each.
-_SPARE_BYTES = 512 * 2**20  # of slots that only wait to be written
+_SPARE_BYTES = 512 * 2**20  # of activations that only wait for the disk, in all processes together
 _MOVED_AT_ONCE_BYTES = 16 * 2**20
-_POLL_SECONDS = 0.001  # between looks at whether a slot is free
+_POLL_SECONDS = 0.001  # between looks at what another process does
+_MADE_AHEAD = 2  # files for every process: it may have one batch on its way to the disk, and another in hand
 _LARGEST_CHECKSUM, _LARGEST_COUNT = 2**32 - 1, 2**63
 
 
@@ -110,58 +118,53 @@ def _room_for_header(plan: Plan, shard: Shard, expected: ShardRecord) -> int:
 # --- one file ------------------------------------------------------------------------------------------------------
 
 
-class _ShardFile:
-    """The file of one shard, aside until it is whole."""
+@dataclass(frozen=True)
+class Written:
+    """What one process tells the owner of a batch that it has written."""
 
-    def __init__(
-        self, directory: RunDirectory, shard: Shard, expected: ShardRecord, checksum_thread: ThreadPoolExecutor
-    ) -> None:
-        self.plan, self.shard, self._checksum_thread = directory.plan, shard, checksum_thread
+    first_row: int  # in the shard
+    rows: int
+    checksums: Mapping[str, int]  # address -> CRC-32 of the batch's bytes
+    seconds: float
+
+
+class _ShardFile:
+    """The file of one shard, aside until it is whole, as one process has it open."""
+
+    def __init__(self, directory: RunDirectory, shard: Shard, expected: ShardRecord) -> None:
+        self.plan, self.shard = directory.plan, shard
         self.path = directory.path / self.plan.shard_file(shard)
-        self._rows = 0  # appended so far
         self._places = _places(self.plan.layers, len(shard))
         self._header_bytes = _room_for_header(self.plan, shard, expected)
-        self._checksums = dict.fromkeys(self._places, 0)
         aside = aside_of(self.path)
         with told_as_store_error(self.path):
-            aside.unlink(missing_ok=True)
-            # Exclusive: never through a link that somebody put there.
-            self._file = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self._file = os.open(aside, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         self._direct = _opened_direct(aside)
 
-    def append(self, rows: Mapping[str, Tensor], count: int) -> None:
-        """Write the first `count` rows of every tensor behind those that are there."""
-        pieces = {address: tensor[:count] for address, tensor in rows.items() if tensor[:count].numel()}
-        added = self._checksum_thread.submit(self._add_to_checksums, pieces)  # while the disk is at work
-        try:
-            with told_as_store_error(self.path):
-                for address, piece in pieces.items():
-                    self._write(piece, self._header_bytes + self._places[address] + self._rows * piece[0].nbytes)
-        finally:
-            added.result()  # The rows are the caller's again.
-        self._rows += count
-
-    def _add_to_checksums(self, pieces: Mapping[str, Tensor]) -> None:
-        for address, piece in pieces.items():
-            self._checksums[address] = checksum(piece, self._checksums[address])
-
-    def publish(self, record: ShardRecord) -> None:
-        """Close up what unreadable images left empty, write the header, flush all to the disk, and show the file."""
-        record.checksums = self._checksums
-        metadata = record.to_metadata(self.plan, self.shard)
-        header = shard_header(self.plan.layers, self._rows, metadata, self._header_bytes)
+    def write(self, rows: Mapping[str, Tensor], first_row: int) -> dict[str, int]:
+        """Write rows of every layer, from the given one on; return their checksums."""
+        checksums = {}
         with told_as_store_error(self.path):
-            end = self._close_up(len(header))
+            for address, piece in rows.items():
+                checksums[address] = checksum(piece)
+                if piece.numel():
+                    self._write(piece, self._header_bytes + self._places[address] + first_row * piece[0].nbytes)
+        return checksums
+
+    def publish(self, rows: int, record: ShardRecord) -> None:
+        """Close up what unreadable images left empty, write the header, flush all to the disk, and show the file."""
+        header = shard_header(self.plan.layers, rows, record.to_metadata(self.plan, self.shard), self._header_bytes)
+        with told_as_store_error(self.path):
+            end = self._close_up(rows, len(header))
             _write_all(self._file, memoryview(header), 0)
             os.ftruncate(self._file, end)
             put_in_place(self._file, self.path)
 
     def close(self) -> None:
-        """Let go of the file; if it was not published, nothing remains of it."""
+        """Let go of the file."""
         for descriptor in (self._file, self._direct):
             if descriptor is not None:
                 os.close(descriptor)
-        aside_of(self.path).unlink(missing_ok=True)
 
     def _write(self, piece: Tensor, offset: int) -> None:
         """Write a tensor at an offset: its whole pages past the page cache, if they lie in memory as in the file."""
@@ -186,12 +189,12 @@ class _ShardFile:
         _write_all(self._file, data[:first], offset)
         _write_all(self._file, data[last:], offset + last)
 
-    def _close_up(self, header_bytes: int) -> int:
+    def _close_up(self, rows: int, header_bytes: int) -> int:
         """Move the tensors to where they belong with so many rows, behind such a header; return where the last ends."""
-        places, end = _places(self.plan.layers, self._rows), self._header_bytes
+        places, end = _places(self.plan.layers, rows), self._header_bytes
         for layer in _in_file_order(self.plan.layers):
             source, target = self._places[layer.address], places[layer.address]
-            length = self._rows * layer.bytes_per_image
+            length = rows * layer.bytes_per_image
             _move(self._file, self._header_bytes + source, self._header_bytes + target, length)
             end = self._header_bytes + target + length
         # Reasons why images could not be read may be longer than their keys.
@@ -230,25 +233,23 @@ def _move(descriptor: int, source: int, target: int, length: int) -> None:
         _write_all(descriptor, memoryview(piece), target + start)
 
 
-# --- all of them ---------------------------------------------------------------------------------------------------
+# --- the batches, by any process -----------------------------------------------------------------------------------
 
 
-class ShardWriter:
-    """Writes shards while later batches are computed: one thread writes, one computes checksums. Owns the slots.
+class BatchWriter:
+    """Writes batches while later ones are computed, in a thread: in the owner, or in processes forked from it.
 
-    Slots lie in memory that processes forked later share: any of them may fill the rows of any batch. A batch has its
-    slot by its place among all batches, so nobody needs to know what became of those before it. What is written is
-    handed over in order: `begin` a shard, `write` each of its batches, `publish` it.
-
-    Leaving the `with` block waits for what was handed over, also after an error: a shard that was published is
-    finished work.
+    The rows of a batch lie behind those of the batches before it, of which some images may be unreadable. So every
+    process tells all others how many images of a batch it could read, as soon as it knows.
 
     Args:
         directory: where to.
-        shards: what will be published, in this order.
+        shards: those that are written, in order.
         batch_size: of images; each shard is cut into such batches.
-        at_once: how many batches are filled at the same time.
-        pin_memory: slots that a GPU copies into by itself, which no other process sees.
+        expected: tells what a shard will hold if every image can be read.
+        processes: how many of them will write.
+        at_once: how many batches one process fills at the same time.
+        pin_memory: rows that a GPU copies into by itself.
     """
 
     def __init__(
@@ -256,128 +257,120 @@ class ShardWriter:
         directory: RunDirectory,
         shards: Sequence[Shard],
         batch_size: int,
+        expected: Callable[[Shard], ShardRecord],
         *,
-        at_once: int = 1,
-        pin_memory: bool = False,
+        processes: int,
+        at_once: int,
+        pin_memory: bool,
     ) -> None:
-        self.directory, self.shards, self.batch_size = directory, shards, batch_size
-        self.seconds = 0.0  # spent on writing, so far
-        self._layers = directory.plan.layers
+        self._directory, self._shards, self._batch_size, self._expected = directory, shards, batch_size, expected
+        self._layers, self._pin_memory = directory.plan.layers, pin_memory
         self._starts = [shard.start for shard in shards]
         batches = [math.ceil(len(shard) / batch_size) for shard in shards]
         self._first_batches = [0, *itertools.accumulate(batches)]
         self._places = {rows: _places(self._layers, rows) for rows in {len(shard) for shard in shards}}
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hookx-writer")
-        self._checksum_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hookx-checksums")
-        self._handed_over: list[Future[None]] = []
-        self._file: _ShardFile | None = None  # the one that is being written
-        self._has_failed = False
+        # One more than how many images of a batch could be read; 0 while nobody knows.
+        self._read = _shared_bytes(4 * sum(batches)).view(torch.int32)
         self._owner = os.getpid()
-        self._batches_written = _shared_bytes(8).view(torch.int64)
-        images = min(batch_size, max(map(len, shards)))
-        slot_bytes = max(1, images * directory.plan.bytes_per_image)
-        slots = at_once + max(1, min(at_once // 2, _SPARE_BYTES // slot_bytes))
-        allocate = _pinned_bytes if pin_memory else _shared_bytes
-        # Two pages more, so that a piece can begin where in its page it will begin in the file.
-        self.slots = [
-            {layer.address: allocate(images * layer.bytes_per_image + 2 * _PAGE_BYTES) for layer in self._layers}
-            for _ in range(min(slots, sum(batches)))
-        ]
+        self._images = min(batch_size, max(map(len, shards)))
+        spare = processes * self._images * directory.plan.bytes_per_image <= _SPARE_BYTES
+        # The last that became free is the next: none is touched before it is needed.
+        self._free: queue.LifoQueue[dict[str, Tensor] | None] = queue.LifoQueue()
+        for _ in range(at_once + spare):
+            self._free.put(None)  # Allocated where and when it is needed.
+        self._filled: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+        # It has no thread before its first work, so each process gets one of its own.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hookx-writer")
+        self._file: _ShardFile | None = None  # the one that was written last
+        self._problem: BaseException | None = None
 
-    def __enter__(self) -> ShardWriter:
-        return self
+    def rows(self, positions: range, count: int) -> dict[str, Tensor]:
+        """Return where to put a batch of which `count` images could be read: a tensor (count, *shape) an address.
 
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(wait=True)
-        self._checksum_thread.shutdown(wait=True)
-        self._close_file()
-
-    def rows(self, positions: range) -> dict[str, Tensor]:
-        """Return the place of a batch: for every address a tensor (images, *shape). Waits until its slot is free."""
+        Waits until there is memory for it; raises what went wrong with those before it.
+        """
+        if self._problem is not None:
+            raise self._problem
         shard, batch = self._shard_and_batch(positions)
-        while self._batches_written[0] <= batch - len(self.slots):
-            if os.getpid() == self._owner:
-                self._handed_over.pop(0).result()
-            elif os.getppid() == self._owner:
-                time.sleep(_POLL_SECONDS)
-            else:
-                raise SystemExit  # The run was killed; nobody will free the slot.
-        return self._rows_in_slot(shard, batch, positions)
+        self._read[batch] = count + 1
+        memory = self._free.get()
+        if memory is None:
+            # Two pages more, so that a piece can begin where in its page it will begin in the file.
+            sizes = {layer.address: self._images * layer.bytes_per_image + 2 * _PAGE_BYTES for layer in self._layers}
+            memory = {
+                address: torch.empty(size, dtype=torch.uint8, pin_memory=self._pin_memory)
+                for address, size in sizes.items()
+            }
+        rows = {}
+        for layer in self._layers:
+            # Headers are whole pages, so what counts is the place behind them; if all before it could be read.
+            place = self._places[len(shard)][layer.address] + (positions.start - shard.start) * layer.bytes_per_image
+            first = (place - memory[layer.address].data_ptr()) % _PAGE_BYTES
+            piece = memory[layer.address][first : first + count * layer.bytes_per_image]
+            rows[layer.address] = piece.view(getattr(torch, layer.dtype)).view(count, *layer.shape)
+        self._filled[positions.start] = memory, rows
+        return rows
 
-    def begin(self, shard: Shard, expected: ShardRecord) -> None:
-        """Begin a shard; the record tells what it will hold if every image can be read."""
-        self._hand_over(self._begin, shard, expected)
+    def write(self, positions: range) -> Future[Written]:
+        """Have a batch written of which the rows are filled; they are no longer the caller's."""
+        memory, rows = self._filled.pop(positions.start)
+        return self._thread.submit(self._write, positions, memory, rows)
 
-    def write(self, positions: range, count: int) -> None:
-        """Hand a batch over of which the first `count` rows are filled; the slot is no longer the caller's."""
-        self._hand_over(self._append, positions, count)
+    def forget(self, positions: range) -> None:
+        """Have nobody rely on what was known of this batch and those behind it: they are read again."""
+        self._read[self._shard_and_batch(positions)[1] :] = 0
 
-    def publish(self, record: ShardRecord) -> None:
-        """Have the shard appear of which all batches were handed over."""
-        self._hand_over(self._publish, record)
-
-    def check(self) -> None:
-        """Raise what went wrong in the thread, if anything has."""
-        while self._handed_over and self._handed_over[0].done():
-            self._handed_over.pop(0).result()
-
-    def finish(self) -> None:
-        """Wait until everything that was handed over is on the disk."""
-        for future in self._handed_over:
-            future.result()
+    def close(self) -> None:
+        """Wait for what this process writes, and let go of its file."""
+        self._thread.shutdown(wait=True)
+        self._close_file()
 
     def _shard_and_batch(self, positions: range) -> tuple[Shard, int]:
         number = bisect.bisect_right(self._starts, positions.start) - 1
-        shard = self.shards[number]
-        return shard, self._first_batches[number] + (positions.start - shard.start) // self.batch_size
-
-    def _rows_in_slot(self, shard: Shard, batch: int, positions: range) -> dict[str, Tensor]:
-        slot, places, rows = self.slots[batch % len(self.slots)], self._places[len(shard)], {}
-        for layer in self._layers:
-            memory = slot[layer.address]
-            # Headers are whole pages, so what counts is the place behind them.
-            place = places[layer.address] + (positions.start - shard.start) * layer.bytes_per_image
-            first = (place - memory.data_ptr()) % _PAGE_BYTES
-            piece = memory[first : first + len(positions) * layer.bytes_per_image]
-            rows[layer.address] = piece.view(getattr(torch, layer.dtype)).view(len(positions), *layer.shape)
-        return rows
-
-    def _hand_over(self, work: Callable[..., None], *arguments: Any) -> None:
-        self.check()
-        self._handed_over.append(self._thread.submit(self._timed, work, *arguments))
+        shard = self._shards[number]
+        return shard, self._first_batches[number] + (positions.start - shard.start) // self._batch_size
 
     # --- in the thread ---------------------------------------------------------------------------------------------
 
-    def _timed(self, work: Callable[..., None], *arguments: Any) -> None:
-        start = time.perf_counter()
+    def _write(self, positions: range, memory: dict[str, Tensor], rows: dict[str, Tensor]) -> Written:
         try:
-            work(*arguments)
-        except BaseException:
-            self._has_failed = True
+            file = self._file_of(positions)
+            first_row = self._first_row(positions)
+            start = time.perf_counter()
+            checksums = file.write(rows, first_row)
+            count = len(next(iter(rows.values())))
+            return Written(first_row, count, checksums, time.perf_counter() - start)
+        except BaseException as error:
+            self._problem = error
             raise
         finally:
-            self.seconds += time.perf_counter() - start
+            self._free.put(memory)
 
-    def _begin(self, shard: Shard, expected: ShardRecord) -> None:
-        if not self._has_failed:
+    def _file_of(self, positions: range) -> _ShardFile:
+        shard, _ = self._shard_and_batch(positions)
+        if self._file is None or self._file.shard != shard:
             self._close_file()
-            self._file = _ShardFile(self.directory, shard, expected, self._checksum_thread)
+            aside = aside_of(self._directory.path / self._directory.plan.shard_file(shard))
+            self._wait_until(aside.exists)
+            self._file = _ShardFile(self._directory, shard, self._expected(shard))
+            # Where the owner still lives, it held the directory when this was opened: no other run has made the file.
+            self._check_owner()
+        return self._file
 
-    def _append(self, positions: range, count: int) -> None:
+    def _first_row(self, positions: range) -> int:
         shard, batch = self._shard_and_batch(positions)
-        try:
-            if not self._has_failed:
-                assert self._file is not None and self._file.shard == shard
-                self._file.append(self._rows_in_slot(shard, batch, positions), count)
-        finally:
-            # Also when it failed: a process that waits for the slot must not wait for ever.
-            self._batches_written[0] = batch + 1
+        before = self._read[batch - (positions.start - shard.start) // self._batch_size : batch]
+        self._wait_until(lambda: bool((before > 0).all()))
+        return int(before.sum()) - len(before)
 
-    def _publish(self, record: ShardRecord) -> None:
-        if not self._has_failed:
-            assert self._file is not None
-            self._file.publish(record)
-            self._close_file()
+    def _wait_until(self, true: Callable[[], bool]) -> None:
+        while not true():
+            self._check_owner()
+            time.sleep(_POLL_SECONDS)
+
+    def _check_owner(self) -> None:
+        if self._owner not in (os.getpid(), os.getppid()):
+            raise SystemExit  # The run was killed; nobody will do what is waited for.
 
     def _close_file(self) -> None:
         file, self._file = self._file, None
@@ -387,9 +380,102 @@ class ShardWriter:
 
 
 def _shared_bytes(count: int) -> Tensor:
-    """Allocate memory that processes forked later share; no file of a /dev/shm that may be small is behind it."""
+    """Allocate zeroed memory that processes forked later share, with no file of a /dev/shm that may be small."""
     return torch.frombuffer(mmap.mmap(-1, count), dtype=torch.uint8)
 
 
-def _pinned_bytes(count: int) -> Tensor:
-    return torch.empty(count, dtype=torch.uint8, pin_memory=True)
+# --- the shards, by their owner ------------------------------------------------------------------------------------
+
+
+class ShardWriter:
+    """Makes the files that `batches` are written to, and publishes each when all of it is there, in a thread.
+
+    Leaving the `with` block waits for what is to be published, also after an error: a shard that was published is
+    finished work. Of all others nothing remains; by then, no other process may write any more.
+
+    Args: those of `BatchWriter`.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        shards: Sequence[Shard],
+        batch_size: int,
+        expected: Callable[[Shard], ShardRecord],
+        *,
+        processes: int = 1,
+        at_once: int = 1,
+        pin_memory: bool = False,
+    ) -> None:
+        self.batches = BatchWriter(
+            directory, shards, batch_size, expected, processes=processes, at_once=at_once, pin_memory=pin_memory
+        )
+        self.seconds = 0.0  # for which each process has written, on average, and the owner published
+        self._directory, self._shards, self._expected = directory, shards, expected
+        self._processes = processes
+        self._made = self._handed_over = 0  # shards, in order: of those with a file, and of those to be published
+        self._added: list[Written | Future[Written]] = []  # batches of the next shard to be published
+        self._publishing: deque[Future[None]] = deque()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hookx-publisher")
+
+    def __enter__(self) -> ShardWriter:
+        self._make_files()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=True)
+        self.batches.close()
+        for shard in self._shards[: self._made]:
+            aside_of(self._path(shard)).unlink(missing_ok=True)
+
+    def add(self, written: Written | Future[Written]) -> None:
+        """Add the next batch of the shard; it may still be on its way to the disk."""
+        self._added.append(written)
+
+    def publish(self, record: ShardRecord) -> None:
+        """Have the next shard appear, of which all batches were added. Raises what went wrong with those before it."""
+        while self._publishing and self._publishing[0].done():
+            self._publishing.popleft().result()
+        shard, added = self._shards[self._handed_over], self._added
+        self._handed_over, self._added = self._handed_over + 1, []
+        self._publishing.append(self._thread.submit(self._publish, shard, added, record))
+        self._make_files()
+
+    def finish(self) -> None:
+        """Wait until everything is on the disk."""
+        while self._publishing:
+            self._publishing.popleft().result()
+
+    def _path(self, shard: Shard) -> Path:
+        return self._directory.path / self._directory.plan.shard_file(shard)
+
+    def _make_files(self) -> None:
+        while self._made < min(self._handed_over + _MADE_AHEAD * self._processes, len(self._shards)):
+            path = self._path(self._shards[self._made])
+            with told_as_store_error(path):
+                aside_of(path).unlink(missing_ok=True)
+                # Exclusive: never through a link that somebody put there.
+                os.close(os.open(aside_of(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+            self._made += 1
+
+    # --- in the thread ---------------------------------------------------------------------------------------------
+
+    def _publish(self, shard: Shard, added: Sequence[Written | Future[Written]], record: ShardRecord) -> None:
+        layers, rows = self._directory.plan.layers, 0
+        record.checksums = {layer.address: 0 for layer in layers}
+        for batch in added:
+            written = batch.result() if isinstance(batch, Future) else batch
+            assert written.first_row == rows, "a batch was written to another place than its own"
+            for layer in layers:
+                before, of_batch = record.checksums[layer.address], written.checksums[layer.address]
+                length = written.rows * layer.bytes_per_image
+                record.checksums[layer.address] = checksum_of_both(before, of_batch, length)
+            rows += written.rows
+            self.seconds += written.seconds / self._processes
+        start = time.perf_counter()
+        file = _ShardFile(self._directory, shard, self._expected(shard))
+        try:
+            file.publish(rows, record)
+        finally:
+            file.close()
+            self.seconds += time.perf_counter() - start
