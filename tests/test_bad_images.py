@@ -32,11 +32,14 @@ from PIL import Image, ImageCms, ImageFile
 from torch import Tensor
 from typer.testing import CliRunner
 
+import hookx
 from hookx.batches import Batch, _WorkerStart, batches
 from hookx.cli import app
 from hookx.decoding import decode
 from hookx.errors import ImageError
+from hookx.extraction import extract
 from hookx.images import ImageList, list_images
+from hookx.verification import verify
 from test_images import CHELSEA, PLAIN, SMALL, four_by_four, no_longer_than, process_ids
 
 Outcome = Tensor | str  # the pixels of an image, or the reason why there are none
@@ -612,6 +615,25 @@ def test_the_command_counts_a_hang_and_a_crash_as_failures(tmp_path: Path, monke
     ]
     with open(tmp_path / "out" / "index.csv", newline="") as file:
         assert [row[0] for row in csv.reader(file)][1:] == ["00.png", "02.png", "03.png", "05.png"]
+
+
+def test_a_crash_in_the_middle_of_a_run_moves_no_row_whoever_had_written_behind_it(tmp_path: Path) -> None:
+    # In the second folder the same images cannot be read, but crash nobody.
+    outputs = []
+    for what, workers in ((f"signal {signal.SIGSEGV:d}", 3), ("nothing 0", 0)):
+        pictures = tmp_path / what.split()[0]
+        pictures.mkdir()
+        folder_of(pictures, 40, dict.fromkeys((2, 9, 26, 39), what))
+        # Large enough to go past the page cache, and shards that end within a batch.
+        options = {"weights": "none", "device": "cpu", "batch_size": 8, "shard_images": 22}
+        options |= {"resize": 64, "crop": 64}
+        extract("resnet18", "conv1,fc", pictures, out=tmp_path / f"out{workers}", workers=workers, **options)
+        outputs.append(hookx.open(tmp_path / f"out{workers}"))
+    crashed, read = outputs
+    assert list(crashed.keys) == list(read.keys) and len(read.keys) == 36
+    for address in ("conv1", "fc"):
+        assert torch.equal(crashed[address][:], read[address][:])
+    assert not verify(tmp_path / "out3").problems
 
 
 # --- any bytes -----------------------------------------------------------------------------------------------------

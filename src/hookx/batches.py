@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from hookx.decoding import decode, decode_jpegs, failure_reason
+from hookx.decoding import decode, decode_jpegs, failure_reason, known_formats
 from hookx.errors import ImageError
 from hookx.images import ImageList
 from hookx.plan import Preprocessing
@@ -100,6 +100,7 @@ def batches(
         )
         return _Processes(dataset, workers=workers, pin_memory=pin_memory, in_worker=in_worker)
 
+    known_formats()  # Imports what decodes: not in every process, and not in the time of its first image.
     # The processes are forked here, not at the first batch, so that a caller can do it before there are threads. Those
     # that follow a crash are forked among threads, which Linux allows: they wait for no lock that one of them holds.
     processes = start(0)

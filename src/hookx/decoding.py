@@ -168,7 +168,6 @@ def _opened(file: str, listed_bytes: int | None) -> Iterator[BinaryIO]:
         yield content
 
 
-@cache
 def known_formats() -> list[str]:
     """Name Pillow's formats in an order that does not depend on what was opened before; those without a magic last.
 

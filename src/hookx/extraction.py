@@ -24,7 +24,7 @@ from hookx.batches import DECODE_TIMEOUT_SECONDS
 from hookx.batches import batches as decoded_batches
 from hookx.capture import RowCapture, stored_dtype
 from hookx.choices import chosen_batch_size, chosen_workers, one_of
-from hookx.decoding import known_formats, model_input
+from hookx.decoding import model_input
 from hookx.errors import HookxError, ImageError, StoreError, UsageError
 from hookx.images import ImageList, list_images
 from hookx.layers import Target, parse_selectors
@@ -201,7 +201,6 @@ def prepare(
     if shard_images > IMAGES_PER_SHARD_AT_MOST:
         raise UsageError(f"the shard images are {shard_images:,}; {IMAGES_PER_SHARD_AT_MOST:,} is the most")
     stored_as = None if dtype is None else _float_dtype(dtype)
-    known_formats()  # Imports what decodes: here, and not in every worker.
     listed = list_images([images] if isinstance(images, str | os.PathLike) else images)
     directory = Path(out)
     # What was chosen automatically stays what it was: on another device the choice may be another.
