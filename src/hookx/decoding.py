@@ -175,7 +175,12 @@ def known_formats() -> list[str]:
     call imports all that can decode, which processes forked later need not do again.
     """
     Image.init()
-    return sorted((name for name in Image.ID if name != "EPS"), key=lambda name: (Image.OPEN[name][1] is None, name))
+    return _in_order(tuple(Image.ID))
+
+
+@cache
+def _in_order(formats: tuple[str, ...]) -> list[str]:
+    return sorted((name for name in formats if name != "EPS"), key=lambda name: (Image.OPEN[name][1] is None, name))
 
 
 def _check_resized_size(size: tuple[int, int], resize_px: int) -> None:
