@@ -33,7 +33,7 @@ def test_a_short_list_makes_small_batches_so_that_every_worker_has_one(image_cou
     assert chosen_batch_size("auto", CPU, 224, image_count, 2048) == images
 
 
-@pytest.mark.parametrize(("megabytes", "images"), [(1, 16), (1.2, 8), (2, 8), (2.2, 4), (100, 4)])
+@pytest.mark.parametrize(("megabytes", "images"), [(2, 16), (2.2, 8), (4, 8), (4.2, 4), (100, 4)])
 def test_large_activations_make_small_batches_that_divide_a_shard(megabytes: float, images: int) -> None:
     assert chosen_batch_size("auto", CPU, 224, 10**6, int(megabytes * 2**20)) == images
 

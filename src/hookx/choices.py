@@ -18,10 +18,10 @@ from hookx.workers import usable_cores
 
 # On the CPU, a batch of 16 images of up to 256 x 256 pixels, and of as many pixels if they are larger: every worker has
 # one in memory. Below 16, convolutions spend a noticeable time on the layout of their weights. A short list makes
-# smaller ones, so that there is work for every worker, and so do large activations, which leave the cache, and whose
-# memory takes its time when it is touched first: 8 of more than 1 MiB an image, 4 of more than 2.
+# smaller ones, so that there is work for every worker, and so do large activations, whose memory takes its time when
+# it is touched first: 4 or 8 then, which divide a shard.
 _BATCH_ON_CPU, _BATCH_ON_CPU_PX, _BATCHES_ON_CPU, _SMALL_BATCH_ON_CPU = 16, 16 * 256 * 256, 16, 4
-_BATCH_ON_CPU_BYTES = 16 * 2**20
+_BATCH_ON_CPU_BYTES = 32 * 2**20
 _BATCH_ON_GPU = 64
 _COLOURS = 3
 
@@ -63,7 +63,7 @@ def chosen_batch_size(
         >>> [chosen_batch_size("auto", cpu, *run) for run in runs]
         [16, 3, 6]
         >>> chosen_batch_size("auto", cpu, 224, 10_000, conv1_bytes)
-        4
+        8
     """
     if batch_size == "auto":
         if device.type != "cpu":

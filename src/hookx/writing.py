@@ -297,8 +297,10 @@ class BatchWriter:
         if memory is None:
             # Two pages more, so that a piece can begin where in its page it will begin in the file.
             sizes = {layer.address: self._images * layer.bytes_per_image + 2 * _PAGE_BYTES for layer in self._layers}
-            allocate = _pinned_bytes if self._pin_memory else _own_bytes
-            memory = {address: allocate(size) for address, size in sizes.items()}
+            memory = {
+                address: torch.empty(size, dtype=torch.uint8, pin_memory=self._pin_memory)
+                for address, size in sizes.items()
+            }
         rows = {}
         for layer in self._layers:
             # Headers are whole pages, so what counts is the place behind them; if all before it could be read.
@@ -380,19 +382,6 @@ class BatchWriter:
 def _shared_bytes(count: int) -> Tensor:
     """Allocate zeroed memory that processes forked later share, with no file of a /dev/shm that may be small."""
     return torch.frombuffer(mmap.mmap(-1, count), dtype=torch.uint8)
-
-
-def _own_bytes(count: int) -> Tensor:
-    """Allocate memory in pages of 2 MiB, where the system has them: a disk takes few of those faster than many small."""
-    memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # A system may be built without them.
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
-
-
-def _pinned_bytes(count: int) -> Tensor:
-    return torch.empty(count, dtype=torch.uint8, pin_memory=True)
 
 
 # --- the shards, by their owner ------------------------------------------------------------------------------------
