@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -625,7 +625,7 @@ def test_a_crash_in_the_middle_of_a_run_moves_no_row_whoever_had_written_behind_
         pictures.mkdir()
         folder_of(pictures, 40, dict.fromkeys((2, 9, 26, 39), what))
         # Large enough to go past the page cache, and shards that end within a batch.
-        options = {"weights": "none", "device": "cpu", "batch_size": 8, "shard_images": 22}
+        options: dict[str, Any] = {"weights": "none", "device": "cpu", "batch_size": 8, "shard_images": 22}
         options |= {"resize": 64, "crop": 64}
         extract("resnet18", "conv1,fc", pictures, out=tmp_path / f"out{workers}", workers=workers, **options)
         outputs.append(hookx.open(tmp_path / f"out{workers}"))

@@ -226,15 +226,15 @@ def test_a_run_of_many_batches_takes_the_memory_of_two_and_mixes_none_of_them_up
     assert torch.equal(hookx.open(tmp_path)["conv1"][:][:, 0], torch.arange(40.0))
 
 
-@pytest.mark.parametrize(("processes", "at_once", "places"), [(1, 1, 2), (1, 3, 4), (3, 1, 2), (4, 1, 1)])
+@pytest.mark.parametrize(("at_once", "batch_size", "places"), [(1, 10, 2), (3, 10, 4), (1, 11, 1), (3, 11, 3)])
 def test_activations_that_only_wait_for_the_disk_have_a_limit_of_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, at_once: int, places: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int, batch_size: int, places: int
 ) -> None:
     plan = plan_of(LARGE, 100)
-    monkeypatch.setattr(writing, "_SPARE_BYTES", 3 * 10 * plan.bytes_per_image)
+    monkeypatch.setattr(writing, "_SPARE_BYTES", 10 * plan.bytes_per_image)
     with (
         RunDirectory(tmp_path, plan) as directory,
-        ShardWriter(directory, plan.shards, 10, expected, processes=processes, at_once=at_once) as writer,
+        ShardWriter(directory, plan.shards, batch_size, expected, at_once=at_once) as writer,
     ):
         assert writer.batches._free.qsize() == places
 

@@ -47,7 +47,7 @@ from hookx.store import (
 
 _PAGE_BYTES = mmap.PAGESIZE
 _DIRECT_FROM_BYTES = 2**20  # Smaller pieces are not worth a trip to the disk each.
-_SPARE_BYTES = 512 * 2**20  # of activations that only wait for the disk, in all processes together
+_SPARE_BYTES = 128 * 2**20  # of activations that only wait for the disk, in each process
 _MOVED_AT_ONCE_BYTES = 16 * 2**20
 _POLL_SECONDS = 0.001  # between looks at what another process does
 _MADE_AHEAD = 2  # files for every process: it may have one batch on its way to the disk, and another in hand
@@ -247,7 +247,6 @@ class BatchWriter:
         shards: those that are written, in order.
         batch_size: of images; each shard is cut into such batches.
         expected: tells what a shard will hold if every image can be read.
-        processes: how many of them will write.
         at_once: how many batches one process fills at the same time.
         pin_memory: rows that a GPU copies into by itself.
     """
@@ -259,7 +258,6 @@ class BatchWriter:
         batch_size: int,
         expected: Callable[[Shard], ShardRecord],
         *,
-        processes: int,
         at_once: int,
         pin_memory: bool,
     ) -> None:
@@ -273,7 +271,7 @@ class BatchWriter:
         self._read = _shared_bytes(4 * sum(batches)).view(torch.int32)
         self._owner = os.getpid()
         self._images = min(batch_size, max(map(len, shards)))
-        spare = processes * self._images * directory.plan.bytes_per_image <= _SPARE_BYTES
+        spare = self._images * directory.plan.bytes_per_image <= _SPARE_BYTES
         # The last that became free is the next: none is touched before it is needed.
         self._free: queue.LifoQueue[dict[str, Tensor] | None] = queue.LifoQueue()
         for _ in range(at_once + spare):
@@ -393,7 +391,8 @@ class ShardWriter:
     Leaving the `with` block waits for what is to be published, also after an error: a shard that was published is
     finished work. Of all others nothing remains; by then, no other process may write any more.
 
-    Args: those of `BatchWriter`.
+    Args: those of `BatchWriter`, and
+        processes: how many of them write.
     """
 
     def __init__(
@@ -407,9 +406,7 @@ class ShardWriter:
         at_once: int = 1,
         pin_memory: bool = False,
     ) -> None:
-        self.batches = BatchWriter(
-            directory, shards, batch_size, expected, processes=processes, at_once=at_once, pin_memory=pin_memory
-        )
+        self.batches = BatchWriter(directory, shards, batch_size, expected, at_once=at_once, pin_memory=pin_memory)
         self.seconds = 0.0  # for which each process has written, on average, and the owner published
         self._directory, self._shards, self._expected = directory, shards, expected
         self._processes = processes
