@@ -7,6 +7,7 @@ image it has in hand, and where it dies, the image is a failure and all processe
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -39,6 +40,7 @@ _NOTHING, _NO_MORE = -1, -2  # in hand, in place of a position
 _CPU = torch.device("cpu")
 _POLL_SECONDS = 0.2
 _WAITING_FOR_A_DISK_SECONDS = 60
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when the thread that forked it ends
 
 
 @dataclass(frozen=True)
@@ -440,7 +442,9 @@ class _WorkerStart:
         self.in_worker, self.in_hand, self.parent = in_worker, in_hand, os.getpid()
 
     def __call__(self, worker_number: int) -> None:
-        # The loader's own watch begins after this, and takes whoever is the parent by then for the one to watch.
+        # The loader's own watch over the parent begins later, and takes whoever is the parent by then for the one.
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != self.parent:
             os._exit(1)  # Killed already; nobody will ever ask for a batch.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])

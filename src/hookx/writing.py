@@ -361,8 +361,8 @@ class BatchWriter:
         self._wait_until(lambda: bool((before > 0).all()))
         return int(before.sum()) - len(before)
 
-    def _wait_until(self, true: Callable[[], bool]) -> None:
-        while not true():
+    def _wait_until(self, is_so: Callable[[], bool]) -> None:
+        while not is_so():
             self._check_owner()
             time.sleep(_POLL_SECONDS)
 
