@@ -40,7 +40,7 @@ from torchvision.models import get_model_weights
 from hookx.plan import Plan, Shard
 from hookx.store import RunDirectory, ShardRecord, read_plan
 from hookx.workers import keep_freed_memory
-from hookx.writing import ShardWriter
+from hookx.writing import BatchWriter, ShardWriter
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 PASSES = [f"{layout},{batch}" for layout in LAYOUTS for batch in (4, 16)]
@@ -237,7 +237,7 @@ def hookx_write(plan: Plan, buffer: dict[str, Tensor], folder: Path) -> dict[str
 
     with (
         RunDirectory(folder / "run", plan) as directory,
-        ShardWriter(directory, plan.shards, plan.batch_size, record, processes=CORES) as writer,
+        ShardWriter(BatchWriter(directory, plan.shards, plan.batch_size, record), processes=CORES) as writer,
     ):
         processes = [context.Process(target=work, args=(number,)) for number in range(CORES)]
         for process in processes:

@@ -28,7 +28,7 @@ from hookx.inspection import inspect
 from hookx.plan import LayerSpec, Plan, Preprocessing
 from hookx.store import RunDirectory, ShardRecord, read_plan, write_whole
 from hookx.verification import verify
-from hookx.writing import ShardWriter
+from hookx.writing import BatchWriter, ShardWriter
 from shards import publish
 
 PLAN = Plan(
@@ -70,7 +70,7 @@ def put_metadata(path: Path, **changes: str | None) -> None:
 def write(directory: RunDirectory, record: ShardRecord) -> None:
     """Write the first shard as a run does."""
     positions = range(len(record.keys))
-    with ShardWriter(directory, directory.plan.shards, len(positions), lambda _: record) as writer:
+    with ShardWriter(BatchWriter(directory, directory.plan.shards, len(positions), lambda _: record)) as writer:
         writer.batches.rows(positions, len(positions))
         writer.add(writer.batches.write(positions))
         writer.publish(record)

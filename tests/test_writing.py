@@ -62,7 +62,7 @@ def write(
 
     with (
         RunDirectory(path, plan) as directory,
-        ShardWriter(directory, plan.shards, batch_size, expected, processes=max(1, workers)) as writer,
+        ShardWriter(BatchWriter(directory, plan.shards, batch_size, expected), processes=max(1, workers)) as writer,
         filled_by(workers, directory, batches, functools.partial(fill, writer.batches)) as filled,
     ):
         for shard in plan.shards:
@@ -213,7 +213,10 @@ def share_in_page_cache(file: Path) -> float:
 def test_a_run_of_many_batches_takes_the_memory_of_two_and_mixes_none_of_them_up(tmp_path: Path) -> None:
     plan = plan_of((LayerSpec("conv1", (1000,), "float32"),), 40, 6)
     places = set()
-    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 2, expected) as writer:
+    with (
+        RunDirectory(tmp_path, plan) as directory,
+        ShardWriter(BatchWriter(directory, plan.shards, 2, expected)) as writer,
+    ):
         for shard in plan.shards:
             for positions in shard.batches(2):
                 rows = writer.batches.rows(positions, 2)["conv1"]
@@ -234,7 +237,7 @@ def test_activations_that_only_wait_for_the_disk_have_a_limit_of_memory(
     monkeypatch.setattr(writing, "_SPARE_BYTES", 10 * plan.bytes_per_image)
     with (
         RunDirectory(tmp_path, plan) as directory,
-        ShardWriter(directory, plan.shards, batch_size, expected, at_once=at_once) as writer,
+        ShardWriter(BatchWriter(directory, plan.shards, batch_size, expected, at_once=at_once)) as writer,
     ):
         assert writer.batches._free.qsize() == places
 
@@ -244,7 +247,10 @@ def test_activations_that_only_wait_for_the_disk_have_a_limit_of_memory(
 
 def test_a_batch_waits_until_it_is_known_how_many_rows_are_before_it(tmp_path: Path) -> None:
     plan = plan_of((LayerSpec("fc", (3,), "float32"),), 6)
-    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 2, expected) as writer:
+    with (
+        RunDirectory(tmp_path, plan) as directory,
+        ShardWriter(BatchWriter(directory, plan.shards, 2, expected)) as writer,
+    ):
         batches = writer.batches
         written = {}
         for start in (4, 2, 0):
@@ -258,7 +264,10 @@ def test_a_batch_waits_until_it_is_known_how_many_rows_are_before_it(tmp_path: P
 
 def test_what_was_known_of_a_batch_that_is_read_again_is_forgotten_with_all_behind_it(tmp_path: Path) -> None:
     plan = plan_of((LayerSpec("fc", (3,), "float32"),), 8, 6)
-    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 2, expected) as writer:
+    with (
+        RunDirectory(tmp_path, plan) as directory,
+        ShardWriter(BatchWriter(directory, plan.shards, 2, expected)) as writer,
+    ):
         batches = writer.batches
 
         def written(positions: range, rows: int) -> Future[Written]:
@@ -281,7 +290,10 @@ def test_a_process_that_waits_for_another_ends_when_the_run_was_killed(tmp_path:
     ready = multiprocessing.get_context("fork").SimpleQueue()
 
     def run() -> None:
-        with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 1, expected) as writer:
+        with (
+            RunDirectory(tmp_path, plan) as directory,
+            ShardWriter(BatchWriter(directory, plan.shards, 1, expected)) as writer,
+        ):
 
             def wait() -> None:
                 ready.put(os.getpid())
@@ -309,7 +321,10 @@ def test_a_process_of_a_killed_run_writes_nothing_into_the_file_of_the_run_after
     go_on, ready = multiprocessing.get_context("fork").Event(), multiprocessing.get_context("fork").SimpleQueue()
 
     def run() -> None:
-        with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 1, expected) as writer:
+        with (
+            RunDirectory(tmp_path, plan) as directory,
+            ShardWriter(BatchWriter(directory, plan.shards, 1, expected)) as writer,
+        ):
 
             def write_late() -> None:
                 directory.release()
@@ -323,7 +338,7 @@ def test_a_process_of_a_killed_run_writes_nothing_into_the_file_of_the_run_after
 
     with forked(run):
         late = Path(f"/proc/{ready.get()}/stat")
-    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 1, expected):
+    with RunDirectory(tmp_path, plan) as directory, ShardWriter(BatchWriter(directory, plan.shards, 1, expected)):
         go_on.set()
         wait_for(lambda: not late.exists() or late.read_text().split()[2] == "Z")
         assert [file.stat().st_size for file in tmp_path.glob(".shard-*")] == [0, 0]
@@ -343,7 +358,10 @@ def fill(writer: ShardWriter, shard: Shard) -> None:
 def test_a_disk_that_takes_no_more_leaves_no_shard_and_the_error_says_so(tmp_path: Path, layer: LayerSpec) -> None:
     plan = plan_of((layer,), 8, 4)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 4, expected) as writer:
+    with (
+        RunDirectory(tmp_path, plan) as directory,
+        ShardWriter(BatchWriter(directory, plan.shards, 4, expected)) as writer,
+    ):
         fill(writer, plan.shards[0])
         writer.publish(expected(plan.shards[0]))
         writer.finish()
@@ -367,7 +385,7 @@ def test_a_shard_handed_over_before_an_error_is_still_written_and_one_that_was_n
     plan = plan_of(MAPS, 6, 3)
     first, second = plan.shards
     with pytest.raises(ZeroDivisionError), RunDirectory(tmp_path, plan) as directory:
-        with ShardWriter(directory, plan.shards, 3, expected) as writer:
+        with ShardWriter(BatchWriter(directory, plan.shards, 3, expected)) as writer:
             fill(writer, first)
             writer.publish(expected(first))
             fill(writer, second)
@@ -380,7 +398,10 @@ def test_a_process_killed_between_two_batches_leaves_no_shard_and_the_next_run_b
     plan = plan_of(MAPS, 4)
 
     def write_half() -> None:
-        with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 2, expected) as writer:
+        with (
+            RunDirectory(tmp_path, plan) as directory,
+            ShardWriter(BatchWriter(directory, plan.shards, 2, expected)) as writer,
+        ):
             writer.batches.rows(range(2), 2)
             writer.batches.write(range(2)).result()
             (tmp_path / "half").touch()

@@ -294,13 +294,15 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
     with (
         single_threaded() if job.device.type == "cpu" else contextlib.nullcontext(),
         ShardWriter(
-            directory,
-            job.pending,
-            plan.batch_size,
-            functools.partial(_expected, job, made),
+            BatchWriter(
+                directory,
+                job.pending,
+                plan.batch_size,
+                functools.partial(_expected, job, made),
+                at_once=_PASSES_IN_FLIGHT + 1 if on_gpu else 1,
+                pin_memory=on_gpu,
+            ),
             processes=max(1, job.workers) if job.workers_compute else 1,
-            at_once=_PASSES_IN_FLIGHT + 1 if on_gpu else 1,
-            pin_memory=on_gpu,
         ) as writer,
         RowCapture(
             job.model.module,

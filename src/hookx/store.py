@@ -203,6 +203,10 @@ class RunDirectory:
                 "wait for it, or choose another --out",
             ) from None
 
+    def file_of(self, shard: Shard) -> Path:
+        """Return where a shard is, or will be."""
+        return self.path / self.plan.shard_file(shard)
+
     def release(self) -> None:
         """Let go of the directory; forked workers do so, or they would keep the lock of a killed run."""
         descriptor, self._descriptor = self._descriptor, -1

@@ -133,7 +133,7 @@ class _ShardFile:
 
     def __init__(self, directory: RunDirectory, shard: Shard, expected: ShardRecord) -> None:
         self.plan, self.shard = directory.plan, shard
-        self.path = directory.path / self.plan.shard_file(shard)
+        self.path = directory.file_of(shard)
         self._places = _places(self.plan.layers, len(shard))
         self._header_bytes = _room_for_header(self.plan, shard, expected)
         aside = aside_of(self.path)
@@ -258,10 +258,10 @@ class BatchWriter:
         batch_size: int,
         expected: Callable[[Shard], ShardRecord],
         *,
-        at_once: int,
-        pin_memory: bool,
+        at_once: int = 1,
+        pin_memory: bool = False,
     ) -> None:
-        self._directory, self._shards, self._batch_size, self._expected = directory, shards, batch_size, expected
+        self.directory, self.shards, self.expected, self._batch_size = directory, shards, expected, batch_size
         self._layers, self._pin_memory = directory.plan.layers, pin_memory
         self._starts = [shard.start for shard in shards]
         batches = [math.ceil(len(shard) / batch_size) for shard in shards]
@@ -325,7 +325,7 @@ class BatchWriter:
 
     def _shard_and_batch(self, positions: range) -> tuple[Shard, int]:
         number = bisect.bisect_right(self._starts, positions.start) - 1
-        shard = self._shards[number]
+        shard = self.shards[number]
         return shard, self._first_batches[number] + (positions.start - shard.start) // self._batch_size
 
     # --- in the thread ---------------------------------------------------------------------------------------------
@@ -348,9 +348,9 @@ class BatchWriter:
         shard, _ = self._shard_and_batch(positions)
         if self._file is None or self._file.shard != shard:
             self._close_file()
-            aside = aside_of(self._directory.path / self._directory.plan.shard_file(shard))
+            aside = aside_of(self.directory.file_of(shard))
             self._wait_until(aside.exists)
-            self._file = _ShardFile(self._directory, shard, self._expected(shard))
+            self._file = _ShardFile(self.directory, shard, self.expected(shard))
             # Where the owner still lives, it held the directory when this was opened: no other run has made the file.
             self._check_owner()
         return self._file
@@ -391,24 +391,15 @@ class ShardWriter:
     Leaving the `with` block waits for what is to be published, also after an error: a shard that was published is
     finished work. Of all others nothing remains; by then, no other process may write any more.
 
-    Args: those of `BatchWriter`, and
+    Args:
+        batches: what writes them, in this process and in those that are forked from it.
         processes: how many of them write.
     """
 
-    def __init__(
-        self,
-        directory: RunDirectory,
-        shards: Sequence[Shard],
-        batch_size: int,
-        expected: Callable[[Shard], ShardRecord],
-        *,
-        processes: int = 1,
-        at_once: int = 1,
-        pin_memory: bool = False,
-    ) -> None:
-        self.batches = BatchWriter(directory, shards, batch_size, expected, at_once=at_once, pin_memory=pin_memory)
+    def __init__(self, batches: BatchWriter, *, processes: int = 1) -> None:
+        self.batches = batches
         self.seconds = 0.0  # for which each process has written, on average, and the owner published
-        self._directory, self._shards, self._expected = directory, shards, expected
+        self._directory, self._shards, self._expected = batches.directory, batches.shards, batches.expected
         self._processes = processes
         self._made = self._handed_over = 0  # shards, in order: of those with a file, and of those to be published
         self._added: list[Written | Future[Written]] = []  # batches of the next shard to be published
@@ -423,7 +414,7 @@ class ShardWriter:
         self._thread.shutdown(wait=True)
         self.batches.close()
         for shard in self._shards[: self._made]:
-            aside_of(self._path(shard)).unlink(missing_ok=True)
+            aside_of(self._directory.file_of(shard)).unlink(missing_ok=True)
 
     def add(self, written: Written | Future[Written]) -> None:
         """Add the next batch of the shard; it may still be on its way to the disk."""
@@ -443,12 +434,9 @@ class ShardWriter:
         while self._publishing:
             self._publishing.popleft().result()
 
-    def _path(self, shard: Shard) -> Path:
-        return self._directory.path / self._directory.plan.shard_file(shard)
-
     def _make_files(self) -> None:
         while self._made < min(self._handed_over + _MADE_AHEAD * self._processes, len(self._shards)):
-            path = self._path(self._shards[self._made])
+            path = self._directory.file_of(self._shards[self._made])
             with told_as_store_error(path):
                 aside_of(path).unlink(missing_ok=True)
                 # Exclusive: never through a link that somebody put there.
