@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from array import array
@@ -21,6 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
 from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +33,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.datasets.folder import pil_loader
 
+import hookx.images as images_module
 from hookx.batches import Batch, batches
 from hookx.decoding import decode
 from hookx.errors import ImageError
@@ -109,6 +112,93 @@ def test_the_sizes_are_those_of_the_files(tmp_path: Path) -> None:
     (tmp_path / "b.jpg").write_bytes(b"")
     (tmp_path / "c.jpg").symlink_to("nowhere")
     assert list(list_images([tmp_path]).sizes_bytes) == [5, 0, -1]
+
+
+def files_of_many_sizes(folder: Path, count: int) -> list[int]:
+    """Fill a folder, in the order of keys, and return how many bytes each file has; some cannot be measured."""
+    sizes_bytes = [number * 7 % 50 if number % 10 else -1 for number in range(count)]
+    for number, size_bytes in enumerate(sizes_bytes):
+        if size_bytes < 0:
+            (folder / f"{number:03}.jpg").symlink_to("nowhere")
+        else:
+            (folder / f"{number:03}.jpg").write_bytes(bytes(size_bytes))
+    return sizes_bytes
+
+
+@pytest.fixture
+def every_list_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hookx.images._MEASURED_ALONE", 0)
+
+
+@pytest.mark.usefixtures("every_list_is_long")
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 100])
+def test_processes_measure_a_long_list_together(count: int, tmp_path: Path) -> None:
+    before, expected = process_ids(), files_of_many_sizes(tmp_path, count)
+    assert list(list_images([tmp_path]).sizes_bytes) == expected
+    assert process_ids() == before
+
+
+@pytest.mark.usefixtures("every_list_is_long")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no process is forked")
+def test_what_a_killed_process_did_not_measure_is_measured_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure_and_die(*part: Any) -> None:
+        if not part[1].start:
+            os.kill(os.getpid(), signal.SIGKILL)
+        measure(*part)
+
+    measure = images_module._measure_beside
+    monkeypatch.setattr(images_module, "_measure_beside", measure_and_die)
+    expected = files_of_many_sizes(tmp_path, 100)
+    assert list(list_images([tmp_path]).sizes_bytes) == expected
+
+
+@pytest.mark.usefixtures("every_list_is_long")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no process is forked")
+def test_a_ctrl_c_while_files_are_measured_leaves_no_process_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images_module, "_measure_beside", lambda *_: time.sleep(100))
+    before = process_ids()
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with no_longer_than(20), pytest.raises(KeyboardInterrupt):
+        files_of_many_sizes(tmp_path, 20)
+        list_images([tmp_path])
+    assert process_ids() == before
+
+
+@pytest.mark.usefixtures("every_list_is_long")
+def test_a_process_that_may_have_no_processes_measures_by_itself(tmp_path: Path) -> None:
+    expected = files_of_many_sizes(tmp_path, 20)
+    receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
+
+    def measure() -> None:
+        sender.send(list(list_images([tmp_path]).sizes_bytes))
+
+    process = multiprocessing.get_context("fork").Process(target=measure, daemon=True)
+    process.start()
+    process.join()
+    assert receiver.poll() and receiver.recv() == expected
+
+
+@pytest.mark.parametrize("keys_at_once", [1, 2, 3])
+def test_a_list_is_the_same_in_whatever_pieces_it_is_packed(
+    keys_at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, *(f"one/{name}.jpg" for name in "aceg"), *(f"two/{name}.jpg" for name in "bdfhi"))
+    whole = list_images([tmp_path / "one", tmp_path / "two"])
+    monkeypatch.setattr("hookx.images._KEYS_AT_ONCE", keys_at_once)
+    pieces = list_images([tmp_path / "one", tmp_path / "two"])
+    assert list(pieces.keys) == list(whole.keys) == [f"{name}.jpg" for name in "abcdefghi"]
+    assert list(pieces.files) == list(whole.files) and all(Path(file).exists() for file in pieces.files)
+    for name in "abcdefghi":
+        both = [tmp_path / root / f"{name}.jpg" for root in ("one", "two")]
+        for file in both:
+            file.touch()
+        message = error_of(tmp_path / "one", tmp_path / "two")
+        assert message.startswith(f"two images have the key '{name}.jpg': {both[0]} and {both[1]}")
+        both["bdfhi".find(name) < 0].unlink()
 
 
 def test_two_images_with_one_key_are_an_error_that_names_both(tmp_path: Path) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import mmap
+import multiprocessing
 import operator
 import os
+import signal
 import sys
 from array import array
 from bisect import bisect_left
@@ -23,8 +28,9 @@ _SUFFIXES = frozenset(map(os.fsencode, SUFFIXES))
 
 _BLOCK_BYTES = 2**20  # of standard input, read at once
 _MARK_BYTES = 5
-
-
+_KEYS_AT_ONCE = 100_000  # that are packed
+_MEASURED_ALONE = 20_000  # files at most; more are measured by several processes
+_MEASURING_PROCESSES = 8  # also on fewer cores: a disk that is far away answers several at a time
 _KEYS_SHOWN = 3  # where a list of them is printed
 
 
@@ -97,14 +103,18 @@ class Keys(LazySequence[str]):
 class Files(LazySequence[str]):
     """The file of every key: a root, and the key."""
 
-    def __init__(self, keys: Keys, roots: list[str], root_of: array[int]) -> None:
+    def __init__(self, keys: Keys, roots: Sequence[bytes], root_of: array[int]) -> None:
         self._keys, self._roots, self._root_of = keys, roots, root_of
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def item(self, position: int) -> str:
-        return self._roots[self._root_of[position]] + self._keys[position]
+        return os.fsdecode(self.encoded(position))
+
+    def encoded(self, position: int) -> bytes:
+        """Return the bytes of a file's name."""
+        return self._roots[self._root_of[position]] + self._keys.encoded(position)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -150,25 +160,27 @@ def list_images(sources: Iterable[str | os.PathLike[str]]) -> ImageList:
     marked_keys.sort(reverse=True)
 
     roots, numbers = list(marks), {mark: number for number, mark in enumerate(marks.values())}
-    block, ends, root_of, sizes_bytes = bytearray(), array("q"), array("i"), array("q")
-    before = None
+    block, ends, root_of = bytearray(), array("q"), array("i")
+    last: list[bytes] = []
     while marked_keys:
-        marked = marked_keys.pop()  # Its memory is free again as soon as it is packed.
-        key, number = marked[:-_MARK_BYTES], numbers[marked[-_MARK_BYTES:]]
-        file = roots[number] + key
-        if key == before:
-            one, other = os.fsdecode(roots[root_of[-1]] + key), os.fsdecode(file)
+        marked = [*last, *marked_keys[: -_KEYS_AT_ONCE - 1 : -1]]
+        del marked_keys[-_KEYS_AT_ONCE:]  # Their memory is free again as soon as they are packed.
+        keys = [key[:-_MARK_BYTES] for key in marked]
+        key_numbers = [numbers[key[-_MARK_BYTES:]] for key in marked]
+        for twice in itertools.compress(range(len(keys)), map(operator.eq, keys, keys[1:])):
+            one, other = (os.fsdecode(roots[number] + keys[twice]) for number in key_numbers[twice : twice + 2])
             raise ImageError(
-                f"two images have the key '{os.fsdecode(key)}': {one} and {other}",
+                f"two images have the key '{os.fsdecode(keys[twice])}': {one} and {other}",
                 "give the folder that holds both, or run twice",
             )
-        before = key
-        block += key
-        ends.append(len(block))
-        root_of.append(number)
-        sizes_bytes.append(_size_bytes(file))
+        new = slice(len(last), None)
+        ends.extend(itertools.islice(itertools.accumulate(map(len, keys[new]), initial=len(block)), 1, None))
+        root_of.extend(key_numbers[new])
+        block += b"".join(keys[new])
+        last = marked[-1:]
     packed = Keys(bytes(block), ends)
-    return ImageList(packed, Files(packed, list(map(os.fsdecode, roots)), root_of), sizes_bytes)
+    files = Files(packed, roots, root_of)
+    return ImageList(packed, files, _sizes_bytes(files))
 
 
 def _in_source(source: str) -> Iterator[tuple[bytes, list[bytes]]]:
@@ -252,8 +264,49 @@ def _shortest(path: bytes) -> bytes:
     return os.path.abspath(path)
 
 
-def _size_bytes(file: bytes) -> int:
+def _sizes_bytes(files: Files) -> array[int]:
+    """Measure every file; processes share a long list, of which most of the time goes there."""
+    shared = memoryview(mmap.mmap(-1, len(files) * 8)).cast("q")
+    # A daemonic process, such as one of a pool, must not have any of its own.
+    if len(files) > _MEASURED_ALONE and sys.platform == "linux" and not multiprocessing.current_process().daemon:
+        _measure_side_by_side(files, shared)
+    else:
+        _measure(files, range(len(files)), shared)
+    sizes_bytes = array("q")
+    sizes_bytes.frombytes(shared.cast("B"))
+    return sizes_bytes
+
+
+def _measure_side_by_side(files: Files, sizes_bytes: memoryview[int]) -> None:
+    share, fork = -(-len(files) // _MEASURING_PROCESSES), multiprocessing.get_context("fork")
+    parts = [range(len(files))[first : first + share] for first in range(0, len(files), share)]
+    processes = [fork.Process(target=_measure_beside, args=(files, part, sizes_bytes)) for part in parts]
     try:
-        return os.stat(file).st_size
-    except OSError:
-        return -1  # It will fail when it is read, with the reason.
+        with contextlib.suppress(OSError):  # There may be no room for so many processes.
+            for process in processes:
+                process.start()
+        for process, part in zip(processes, parts, strict=True):
+            if process.pid is not None:
+                process.join()
+            if process.exitcode != 0:  # It could not be started, or was killed.
+                _measure(files, part, sizes_bytes)
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.kill()
+                process.join()
+
+
+def _measure_beside(files: Files, part: range, sizes_bytes: memoryview[int]) -> None:
+    # The terminal sends Ctrl-C to every process; the parent ends its own.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _measure(files, part, sizes_bytes)
+
+
+def _measure(files: Files, part: range, sizes_bytes: memoryview[int]) -> None:
+    for position in part:
+        try:
+            sizes_bytes[position] = os.stat(files.encoded(position)).st_size
+        except OSError:
+            sizes_bytes[position] = -1  # It will fail when it is read, with the reason.

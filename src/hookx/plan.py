@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -54,6 +55,7 @@ _VALUES_AT_MOST = 2**40  # of an activation of one image
 _DIMENSIONS_AT_MOST = 32
 _SIDE_PX_AT_MOST = 2**16
 _SHOWN_OF_CUSTOM = 160  # characters
+_IMAGES_AT_ONCE = 10_000  # of a list, in its digest
 
 # What `hookx extract` does unless it is told otherwise.
 MAX_SHARD_BYTES, MAX_SHARD_IMAGES = 512 * 2**20, 4096
@@ -354,15 +356,15 @@ def images_per_shard(bytes_per_image: int, max_shard_bytes: int, max_images: int
 
 def images_sha256(keys: Iterable[str], sizes_bytes: Iterable[int]) -> str:
     """Return the digest of an image list: every key and every file size, in order."""
-    digest = hashlib.sha256()
-    for key, size in zip(keys, sizes_bytes, strict=True):
-        digest.update(image_line(key, size))
+    digest, images = hashlib.sha256(), zip(keys, sizes_bytes, strict=True)
+    while some := list(itertools.islice(images, _IMAGES_AT_ONCE)):
+        digest.update(image_lines(some))
     return digest.hexdigest()
 
 
-def image_line(key: str, size_bytes: int) -> bytes:
-    """Return what stands for one image in the digest of a list."""
-    return key_bytes(f"{key}\0{size_bytes}\n")
+def image_lines(images: Iterable[tuple[str, int]]) -> bytes:
+    """Return what stands for some images, each a key and a size in bytes, in the digest of a list."""
+    return key_bytes("".join([f"{key}\0{size_bytes}\n" for key, size_bytes in images]))
 
 
 def key_bytes(key: str) -> bytes:

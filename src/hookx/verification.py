@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from hookx.errors import ShardError, StoreError
-from hookx.plan import Plan, Shard, image_line, key_bytes
+from hookx.plan import Plan, Shard, image_lines, key_bytes
 from hookx.store import (
     ASIDE,
     FAILURES,
@@ -169,8 +169,7 @@ class _ImageList:
         if len(record.sizes_bytes) != len(shard):
             yield f"tells the sizes of {len(record.sizes_bytes)} images, and holds {len(shard)}"
             return
-        for key, size_bytes in zip(keys, record.sizes_bytes, strict=True):
-            self._digest.update(image_line(key, size_bytes))
+        self._digest.update(image_lines(zip(keys, record.sizes_bytes, strict=True)))
 
 
 def _changed_tensors(file: Path, plan: Plan, record: ShardRecord) -> Iterator[str]:
