@@ -7,6 +7,7 @@ import gc
 import io
 import itertools
 import multiprocessing
+import multiprocessing.util
 import os
 import re
 import resource
@@ -391,6 +392,12 @@ def spring(fp: IO[bytes], _filename: str | bytes) -> ImageFile.ImageFile:
         os._exit(int(argument))
     elif what == "raise":
         raise SystemExit(int(argument))
+    elif what == "linger":  # What the process shares with others is gone before it is.
+        multiprocessing.util.Finalize(None, time.sleep, args=[float(argument)], exitpriority=-1000)
+        raise SystemExit(3)
+    elif what == "later":
+        time.sleep(1)
+        os.kill(os.getpid(), int(argument))
     elif what == "sleep":
         time.sleep(float(argument))
     elif what == "compute":
@@ -444,6 +451,22 @@ def test_a_decoder_that_crashes_costs_its_own_image_and_no_other(workers: int, t
     assert reasons_of(outcomes) == CRASH_REASONS
     assert same_outcomes(outcomes, {**expected, **CRASH_REASONS})
     assert process_ids() == before
+
+
+def test_a_process_that_takes_its_time_to_die_costs_the_image_that_it_died_of(tmp_path: Path) -> None:
+    images = folder_of(tmp_path, 4, {2: "linger 2"})
+    some = batches(images, cut(4, 1), SMALL, workers=1)
+    first = next(some)
+    time.sleep(1)  # The second has been handed over by now, in memory that goes with the process.
+    outcomes = outcomes_of(itertools.chain([first], some))
+    assert reasons_of(outcomes) == {"02.png": "the decoder crashed (exit code 3)"}
+    assert sorted(outcomes) == list(images.keys)
+
+
+def test_a_process_that_had_nothing_left_to_do_did_not_crash_when_another_does(tmp_path: Path) -> None:
+    images = folder_of(tmp_path, 3, {0: f"later {signal.SIGSEGV:d}"})
+    outcomes = decoded(images, workers=2, batch_size=2)
+    assert reasons_of(outcomes) == {"00.png": "the decoder crashed (SIGSEGV)"}
 
 
 @pytest.mark.parametrize("workers", [1, 2])

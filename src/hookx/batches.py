@@ -39,7 +39,7 @@ _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal
 _NOTHING, _NO_MORE = -1, -2  # in hand, in place of a position
 _CPU = torch.device("cpu")
 _POLL_SECONDS = 0.2
-_WAITING_FOR_A_DISK_SECONDS = 60
+_WAITING_FOR_A_DEATH_SECONDS, _WAITING_FOR_A_DISK_SECONDS = 20, 60
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when the thread that forked it ends
 
 
@@ -362,18 +362,18 @@ class _Processes:
         while True:
             try:
                 return next(self._batches)
+            except MemoryError:
+                raise _out_of_memory("a decoding process has no memory for its batch") from None
             except Exception as error:
                 if str(error).startswith("DataLoader timed out"):
                     continue  # Nothing is ready and nobody died: the loader looks every _POLL_SECONDS.
-                # A process that dies leaves unreadable messages behind, sometimes a moment before it is gone.
-                deadline = time.monotonic() + 1
-                while (seconds_left := deadline - time.monotonic()) > 0:
+                # A process that dies leaves unreadable messages behind, sometimes a while before it is gone.
+                deadline = time.monotonic() + _WAITING_FOR_A_DEATH_SECONDS
+                while self._processes and (seconds_left := deadline - time.monotonic()) > 0:
                     if any(self._died()):
                         return None
                     alive = [process.sentinel for process in self._processes if process.exitcode is None]
                     multiprocessing.connection.wait(alive, timeout=seconds_left)
-                if isinstance(error, MemoryError):
-                    raise _out_of_memory("a decoding process has no memory for its batch") from None
                 raise
 
     def fatal_images(self) -> dict[int, str]:
