@@ -10,6 +10,7 @@ import mmap
 import multiprocessing
 import os
 import resource
+import signal
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator
@@ -28,7 +29,7 @@ import hookx
 from hookx import writing
 from hookx.errors import StoreError
 from hookx.plan import DTYPES, LayerSpec, Plan, Shard
-from hookx.store import RunDirectory, ShardRecord, finished_shards
+from hookx.store import RunDirectory, ShardRecord, aside_of, finished_shards
 from hookx.verification import verify
 from hookx.writing import BatchWriter, ShardWriter, Written
 from test_store import ALL_DTYPES, MAPS, bits, forked, plan_of, random_rows, same_bits, wait_for
@@ -392,6 +393,44 @@ def test_a_shard_handed_over_before_an_error_is_still_written_and_one_that_was_n
             _ = 1 // 0
     assert finished_shards(tmp_path, plan) == [Shard(0, 0, 3)]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["plan.json", plan.shard_file(first)]
+
+
+def test_an_interruption_at_any_moment_leaves_nothing_half_written(tmp_path: Path) -> None:
+    class Interruption(BaseException):
+        pass
+
+    def interrupt(*_: object) -> None:
+        raise Interruption
+
+    plan = plan_of(MAPS, 60, images_per_shard=1)
+    before, interrupted = signal.signal(signal.SIGALRM, interrupt), 0
+    try:
+        for moment in range(300):
+            with RunDirectory(tmp_path, plan) as directory, contextlib.suppress(Interruption):
+                batches = BatchWriter(directory, plan.shards, 1, expected)
+                interrupted += 1
+                signal.setitimer(signal.ITIMER_REAL, 1e-6 + moment * 1e-5)
+                with ShardWriter(batches, processes=30):
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                interrupted -= 1
+            assert sorted(file.name for file in tmp_path.iterdir()) == ["plan.json"]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 30
+
+
+def test_a_file_that_cannot_be_made_leaves_no_other(tmp_path: Path) -> None:
+    plan = plan_of(MAPS, 8, images_per_shard=4)
+    with RunDirectory(tmp_path, plan) as directory:
+        aside = aside_of(directory.file_of(plan.shards[1]))
+        aside.mkdir()
+        with (
+            pytest.raises(StoreError, match="cannot write"),
+            ShardWriter(BatchWriter(directory, plan.shards, 2, expected)),
+        ):
+            pass
+    assert {file.name for file in tmp_path.iterdir()} == {"plan.json", aside.name}
 
 
 def test_a_process_killed_between_two_batches_leaves_no_shard_and_the_next_run_begins_it_anew(tmp_path: Path) -> None:

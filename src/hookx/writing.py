@@ -407,7 +407,11 @@ class ShardWriter:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hookx-publisher")
 
     def __enter__(self) -> ShardWriter:
-        self._make_files()
+        try:
+            self._make_files()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -439,9 +443,9 @@ class ShardWriter:
             path = self._directory.file_of(self._shards[self._made])
             with told_as_store_error(path):
                 aside_of(path).unlink(missing_ok=True)
+                self._made += 1  # Before it is: what a signal interrupts is removed, too.
                 # Exclusive: never through a link that somebody put there.
                 os.close(os.open(aside_of(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
-            self._made += 1
 
     # --- in the thread ---------------------------------------------------------------------------------------------
 
