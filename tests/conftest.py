@@ -10,11 +10,22 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
+import warm
+
 # Idle threads of a forward pass spin by default, and take the cores from the other processes of a test.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 settings.register_profile("any machine", deadline=None)  # A busy one is slow, and not wrong.
 settings.load_profile("any machine")
+
+
+def pytest_configure() -> None:
+    warm.begin()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # Not in a process that this one has started to share the tests.
+        warm.end()
 
 
 @pytest.fixture(scope="session")

@@ -25,10 +25,12 @@ import torchvision
 from typer.testing import CliRunner, Result
 
 import hookx
+import warm
 from hookx.cli import app
 from hookx.errors import HookxError, LayerError, ModelError, StoreError, UsageError
 
-HOOKX = [sys.executable, "-m", "hookx"]
+HOOKX = [*warm.python("torch"), "-m", "hookx"]
+COLD_HOOKX = [sys.executable, "-m", "hookx"]  # with signals
 SMALL = shlex.split("--model resnet18 --weights none --resize 32 --crop 32")
 LAYERS = ["--layers", "conv1,layer1,avgpool"]
 
@@ -474,7 +476,7 @@ def shards_in(out: Path) -> list[Path]:
 def start_and_wait_for_shards(command: list[str], out: Path, count: int) -> subprocess.Popen[str]:
     """Start a command as the leader of a new process group; return when `count` shards are there."""
     process = subprocess.Popen(
-        [*HOOKX, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*COLD_HOOKX, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     deadline = time.monotonic() + 100
     while len(shards_in(out)) < count:

@@ -10,7 +10,6 @@ import re
 import select
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torchvision
 from typer.main import get_command
 
 import hookx
+import warm
 from hookx import completion
 from hookx.cli import app
 from hookx.extraction import _SHORT_DTYPES
@@ -44,7 +44,7 @@ def home(thumbnails: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def answer(home: Path, code: str = HOOKX, **variables: str) -> subprocess.CompletedProcess[str]:
     process = subprocess.run(
-        [sys.executable, "-c", code],
+        [*warm.python("command"), "-c", code],
         cwd=home,
         env={**os.environ, "XDG_CACHE_HOME": str(home / "cache"), **variables},
         capture_output=True,
@@ -278,7 +278,7 @@ class Bash:
         if self._process == 0:
             os.chdir(home)
             os.environ |= {
-                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                "PATH": warm.path("command"),
                 "XDG_CACHE_HOME": f"{home}/cache",
                 "TERM": "dumb",
                 "PS1": "",

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import warm
 from hookx import capture
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "conformance.py"
@@ -74,9 +75,9 @@ def test_a_capture_that_does_not_copy_would_be_found_wrong(conformance: Any, mon
 
 
 def test_the_script_prints_a_table_with_totals() -> None:
-    done = subprocess.run([sys.executable, SCRIPT, "alexnet"], capture_output=True, text=True, check=True)
+    done = subprocess.run([*warm.python("torch"), SCRIPT, "alexnet"], capture_output=True, text=True, check=True)
     header, row, total, verdict = done.stdout.splitlines()
     assert header.split()[:3] == ["model", "modules", "calls"] and row.split()[0] == "alexnet"
     assert total.startswith("1 models") and verdict.startswith("hookx: 0 wrong and 0 missed of ")
-    refused = subprocess.run([sys.executable, SCRIPT, "alexnut"], capture_output=True, text=True)
+    refused = subprocess.run([*warm.python("torch"), SCRIPT, "alexnut"], capture_output=True, text=True)
     assert refused.returncode == 2 and "no classification model matches alexnut" in refused.stderr

@@ -34,6 +34,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import hookx
+import warm
 from hookx.cli import app
 from hookx.errors import LayerError, StoreError, UsageError
 from hookx.exporting import export, matlab
@@ -639,7 +640,7 @@ def test_without_a_package_the_error_names_the_extra_and_the_basic_formats_need_
         f"sys.argv = ['hookx', 'export', 'features', '--layer', 'fc', '--to', 'a{suffix}']\n"
         "from hookx.cli import main; main()"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([*warm.python("torch"), "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         f"error: {suffix} files need {package}, which is not installed\n"

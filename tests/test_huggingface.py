@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import warm
 from a_hub import COMMIT, hub
 from hookx.errors import ModelError, UsageError
 from hookx.extraction import extract
@@ -352,7 +352,7 @@ def test_without_transformers_the_error_names_the_extra() -> None:
         "import sys; sys.modules['transformers'] = None; sys.argv = ['hookx', 'list-layers', 'hf:owner/name']\n"
         "from hookx.cli import main; main()"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run([*warm.python("torch"), "-c", program], capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == (
         "error: models of Hugging Face need transformers, which is not installed\n"

@@ -578,7 +578,7 @@ KINDS = list(spoil(Path()))
 def failure_of(file: Path) -> tuple[str, str]:
     keys = Keys.pack([os.fsencode(file.name)])
     size_bytes = file.stat().st_size if file.is_file() else -1
-    images = ImageList(keys, Files(keys, [f"{file.parent}/"], array("i", [0])), array("q", [size_bytes]))
+    images = ImageList(keys, Files(keys, [os.fsencode(f"{file.parent}/")], array("i", [0])), array("q", [size_bytes]))
     [batch] = batches(images, [range(1)], SMALL, workers=0)
     assert batch.pixels_NCHW is None and batch.keys == []
     [failure] = batch.failures

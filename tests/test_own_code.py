@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+import warm
 from hookx.decoding import decode
 from hookx.errors import ModelError
 from hookx.models import LoadedModel, ModelOptions, load_model, own_code, skeleton
@@ -231,7 +232,7 @@ def test_what_code_prints_goes_to_standard_error(tmp_path: Path) -> None:
         loaded.forward(torch.zeros(1, 3, 8, 8))
         print("data")
     """
-    done = subprocess.run([sys.executable, "-c", dedent(program)], capture_output=True, text=True)
+    done = subprocess.run([*warm.python("torch"), "-c", dedent(program)], capture_output=True, text=True)
     assert done.stdout == "data\n", done.stderr
     for what in ("it is imported", "it is made", "from another process", "it prepares", "it runs"):
         assert what in done.stderr
@@ -495,7 +496,7 @@ def test_what_a_transform_does_wrong_is_an_error(name: str, message: str, tmp_pa
 
 def test_the_command_lists_the_layers_of_ones_own_model(tmp_path: Path) -> None:
     write(tmp_path, "")
-    command = [sys.executable, "-m", "hookx", "list-layers", "net.py:Net", "--model-arg", "width=6"]
+    command = [*warm.python("torch"), "-m", "hookx", "list-layers", "net.py:Net", "--model-arg", "width=6"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
     assert "conv" in done.stdout and "N,6,222,222" in done.stdout

@@ -7,7 +7,6 @@ import math
 import os
 import shlex
 import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 import hookx
+import warm
 from hookx.cli import app
 from hookx.errors import HookxError, UsageError
 from hookx.plan import DTYPES
@@ -226,7 +226,7 @@ BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHON
 
 
 def command(run: Path, layer: str, *options: str) -> list[str]:
-    return [sys.executable, "-m", "hookx", "cat", str(run), "-l", layer, "-i", "a.png", *options]
+    return [*warm.python("torch"), "-m", "hookx", "cat", str(run), "-l", layer, "-i", "a.png", *options]
 
 
 def test_bytes_are_not_sent_to_a_terminal(run: Path) -> None:

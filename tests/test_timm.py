@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+import warm
 from a_hub import hub
 from hookx.errors import ModelError
 from hookx.models import ModelOptions, list_models, load_model, skeleton, weights_of
@@ -90,7 +90,7 @@ def test_every_activation_of_a_family_is_what_its_layer_returned(name: str, size
 
 def test_the_conformance_script_covers_families_of_timm() -> None:
     script = Path(__file__).parents[1] / "scripts" / "conformance.py"
-    command = [sys.executable, str(script), "--kind", "timm", "lcnet_035", "mobilevit_xxs"]
+    command = [*warm.python("torch"), str(script), "--kind", "timm", "lcnet_035", "mobilevit_xxs"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "2 models" in done.stdout and "hookx: 0 wrong and 0 missed of " in done.stdout
@@ -261,7 +261,7 @@ def test_without_timm_the_error_names_the_extra() -> None:
         "import sys; sys.modules['timm'] = None; sys.argv = ['hookx', 'list-layers', 'timm:resnet18']\n"
         "from hookx.cli import main; main()"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run([*warm.python("torch"), "-c", program], capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == (
         "error: models of timm need timm, which is not installed\n"

@@ -20,6 +20,7 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 import hookx
+import warm
 from hookx import gallery
 from hookx.attention import Attention
 from hookx.cli import app
@@ -348,7 +349,18 @@ def test_attention_is_drawn_a_picture_a_module_and_layers_narrow_them_down(pictu
 
 
 def test_the_command_in_a_pipe_prints_the_pictures_and_what_they_show(picture: Path) -> None:
-    command = [sys.executable, "-m", "hookx", "visualize", "-m", "own.py:net", "-l", "0.0,2", *OPTIONS, str(picture)]
+    command = [
+        *warm.python("torch"),
+        "-m",
+        "hookx",
+        "visualize",
+        "-m",
+        "own.py:net",
+        "-l",
+        "0.0,2",
+        *OPTIONS,
+        str(picture),
+    ]
     process = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines() == [
