@@ -280,13 +280,8 @@ def test_the_report_can_be_had_again_from_the_figures(quick: tuple[str, dict[str
         assert picture.mode == "RGBA" and picture.width > 1000 and isinstance(corner, tuple) and corner[3] == 0
 
 
-OTHERS = [
-    "naive",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("torchhook", "torchextractor", "torchlens")),
-]
-
-
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["naive", "torchhook", "torchextractor", "torchlens"])
 def test_a_contestant_stores_what_hookx_stores(benchmark: Any, name: str, tmp_path: Path) -> None:
     if name != "naive":
         pytest.importorskip(name)

@@ -15,9 +15,12 @@ import subprocess
 import tempfile
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -53,22 +56,45 @@ def workplace(folder: Path) -> Path:
     return folder
 
 
-def test_the_readme_shows_what_its_commands_and_examples_print(tmp_path: Path) -> None:
-    folder, text = workplace(tmp_path), README.read_text()
-    first, *others = _BLOCK.findall(text)  # The first makes features/, which the others read.
-    assert without_measurements(outputs(first, folder)) == without_measurements(first)
+@dataclass(frozen=True)
+class Tried:
+    """Where the commands of the README were run, and each block of them, with what it shows and what it printed."""
+
+    folder: Path
+    blocks: list[tuple[str, str]]
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory: pytest.TempPathFactory) -> Tried:
+    folder = workplace(tmp_path_factory.mktemp("readme"))
+    first, *others = _BLOCK.findall(README.read_text())
+    printed = [outputs(first, folder)]  # It makes features/, which the others read.
     with ThreadPoolExecutor(2) as two_at_a_time:
-        for block, now in zip(others, two_at_a_time.map(lambda block: outputs(block, folder), others), strict=True):
-            assert without_measurements(now) == without_measurements(block)
-    examples = "".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
-    flags = doctest.NORMALIZE_WHITESPACE
+        printed += two_at_a_time.map(lambda block: outputs(block, folder), others)
+    return Tried(folder, list(zip([first, *others], printed, strict=True)))
+
+
+def test_the_readme_shows_what_its_commands_print(tried: Tried) -> None:
+    for shown, printed in tried.blocks:
+        assert without_measurements(printed) == without_measurements(shown)
+
+
+def test_the_figure_in_the_readme_is_what_its_command_draws(tried: Tried) -> None:
+    [out] = re.findall(r"^\$ hookx visualize .*vgg11.* -o (\S+)", README.read_text(), re.MULTILINE)
+    figure, drawn = (
+        np.asarray(Image.open(file).convert("RGB")).astype(int)
+        for file in (ROOT / "figures" / "feature-maps.png", tried.folder / out / "overview.png")
+    )
+    assert figure.shape == drawn.shape
+    # Another order of the same sums, another version of the letters.
+    assert (np.abs(figure - drawn).max(-1) > 8).mean() < 0.01
+
+
+def test_the_examples_of_the_readme_print_what_it_shows(tried: Tried, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tried.folder)
+    examples = "".join(re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL))
     test = doctest.DocTestParser().get_doctest(examples, {}, "README", str(README), 0)
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        result = doctest.DocTestRunner(optionflags=flags).run(test)
-    finally:
-        os.chdir(before)
+    result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test)
     assert result.attempted > 10 and result.failed == 0
 
 

@@ -160,7 +160,7 @@ def test_a_vector_is_a_number_a_line_and_maps_are_rows_with_blank_lines_between(
     assert text_of(torch.arange(math.prod(shape)).reshape(shape)) == text
 
 
-@pytest.mark.parametrize("shape", [(64, 128, 128), (1024 * 1024,), (1024, 1024)])
+@pytest.mark.parametrize("shape", [(16, 128, 128), (256 * 1024,), (1024, 256)])
 def test_printing_a_large_map_takes_the_memory_of_a_few_rows(shape: tuple[int, ...]) -> None:
     activation = Activation("a.jpg", "conv1", torch.randn(shape))
     for pieces in (as_text(activation.values), as_json(activation)):
@@ -168,7 +168,7 @@ def test_printing_a_large_map_takes_the_memory_of_a_few_rows(shape: tuple[int, .
         written = sum(map(len, pieces))
         _, peak_bytes = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert written > 8 * 2**20 and peak_bytes < 2**20
+        assert written > 2 * 2**20 and peak_bytes < 2**20
 
 
 # --- the command ---------------------------------------------------------------------------------------------------

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torchvision.models import get_model
+from torchvision.models import get_model, get_model_builder, get_model_weights
 
 import nets
 from hookx.errors import CaptureError, LayerError
@@ -84,7 +85,22 @@ def test_the_transformer_fast_path_hides_nothing() -> None:
     assert torch.backends.mha.get_fastpath_enabled() is before
 
 
-@pytest.mark.parametrize("name", [name for name, kind in list_models().items() if kind == "classification"])
+def classification_models() -> Iterator[Any]:
+    """Name all of them; those that are not the smallest of their family are slow."""
+    names = sorted((name for name, kind in list_models().items() if kind == "classification"), key=parameters_of)
+    families = set()
+    for name in names:
+        family = get_model_builder(name).__module__
+        yield pytest.param(name, marks=[pytest.mark.slow] if family in families else [])
+        families.add(family)
+
+
+def parameters_of(name: str) -> int:
+    weights: Any = get_model_weights(name)
+    return int(weights.DEFAULT.meta["num_params"])
+
+
+@pytest.mark.parametrize("name", list(classification_models()))
 def test_every_classification_model_is_probed_without_memory(name: str) -> None:
     bare = skeleton(name)
     assert all(parameter.is_meta for parameter in bare.module.parameters())
