@@ -364,6 +364,8 @@ class _Processes:
                 return next(self._batches)
             except MemoryError:
                 raise _out_of_memory("a decoding process has no memory for its batch") from None
+            except TimeoutError:
+                raise  # By an alarm of the caller's: no message of a process that dies ends so.
             except Exception as error:
                 if str(error).startswith("DataLoader timed out"):
                     continue  # Nothing is ready and nobody died: the loader looks every _POLL_SECONDS.
