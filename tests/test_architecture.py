@@ -23,7 +23,7 @@ ORDER = [
     {"hooks", "decoding", "workers"},
     {"choices", "models", "images", "probe", "capture", "store"},
     {"batches", "activations", "ready", "writing", "places", "attention"},
-    {"datasets"},
+    {"datasets", "filling"},
     {"features"},
     {"extraction", "pictures", "exporting", "printing", "completion"},
     {"verification", "inspection", "gallery"},

@@ -12,7 +12,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,8 +23,8 @@ from hookx.batches import DECODE_TIMEOUT_SECONDS
 from hookx.batches import batches as decoded_batches
 from hookx.capture import RowCapture, stored_dtype
 from hookx.choices import chosen_batch_size, chosen_workers, one_of
-from hookx.decoding import model_input
 from hookx.errors import HookxError, ImageError, StoreError, UsageError
+from hookx.filling import Filling, FillingAndWriting
 from hookx.images import ImageList, list_images
 from hookx.layers import Target, parse_selectors
 from hookx.models import LoadedModel, ModelOptions
@@ -40,7 +39,7 @@ from hookx.plan import (
     images_sha256,
     parse_bytes,
 )
-from hookx.ready import PreprocessingOptions, out_of_memory, ready_model
+from hookx.ready import PreprocessingOptions, ready_model
 from hookx.store import (
     PLAN,
     RunDirectory,
@@ -52,7 +51,7 @@ from hookx.store import (
     read_record,
 )
 from hookx.workers import keep_freed_memory, single_threaded
-from hookx.writing import BatchWriter, ShardWriter, Written
+from hookx.writing import BatchWriter, ShardWriter
 
 log = logging.getLogger("hookx")
 
@@ -313,7 +312,7 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
             forward=job.model.forward,
         ) as capture,
     ):
-        filling = _Filling(job, writer.batches, capture)
+        filling = Filling(writer.batches, capture, plan.preprocessing, plan.batch_size)
         # The workers are forked here, before there are threads.
         batches = decoded_batches(
             job.images,
@@ -324,7 +323,7 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
             pin_memory=on_gpu,
             in_worker=functools.partial(_begin_worker, directory),
             transform=job.model.transform,
-            consume=_Consumer(filling, writer.batches, capture) if job.workers_compute else None,
+            consume=FillingAndWriting(filling) if job.workers_compute else None,
             device=job.device,
         )
         failures = _Failures(strict=job.strict)
@@ -399,80 +398,6 @@ class _Failures:
     def say_how_many_more(self) -> None:
         if self._count > _FAILURES_SAID_ALOUD:
             log.warning("and %d more that cannot be read; see failures.csv", self._count - _FAILURES_SAID_ALOUD)
-
-
-class _Filling:
-    """Pixels of a batch -> its rows in the writer's memory, in any process."""
-
-    def __init__(self, job: Job, writer: BatchWriter, capture: RowCapture) -> None:
-        self._preprocessing, self._device = job.plan.preprocessing, job.device
-        self._writer, self._capture = writer, capture
-        self.images_at_once = job.plan.batch_size
-
-    def __call__(self, positions: range, pixels_NCHW: torch.Tensor | None) -> float:
-        """Return the seconds that it took; a GPU has only begun by then."""
-        rows = self._writer.rows(positions, 0 if pixels_NCHW is None else len(pixels_NCHW))
-        if pixels_NCHW is None:
-            return 0.0
-        start = time.perf_counter()
-        on_device = pixels_NCHW.to(self._device, non_blocking=self._device.type == "cuda")
-        self._run_in_parts(model_input(on_device, self._preprocessing), rows)
-        return 0.0 if self._device.type == "cuda" else time.perf_counter() - start
-
-    def _run_in_parts(self, pixels_NCHW: torch.Tensor, rows: Mapping[str, torch.Tensor]) -> None:
-        """Run a batch, in halves of halves if the device's memory is too small."""
-        start = 0
-        while start < len(pixels_NCHW):
-            stop = min(start + self.images_at_once, len(pixels_NCHW))
-            try:
-                places = {address: tensor[start:stop] for address, tensor in rows.items()}
-                self._capture.run(pixels_NCHW[start:stop], places)
-                start = stop
-            except torch.OutOfMemoryError as error:
-                if stop - start == 1:
-                    raise out_of_memory(1, error) from None
-                self.images_at_once = (stop - start) // 2
-                log.warning("out of memory with %d images at once: going on with %d", stop - start, self.images_at_once)
-
-
-@dataclass(frozen=True)
-class _Filled:
-    """What became of a batch that went through the model and to the disk, in a worker."""
-
-    counts: Mapping[str, Mapping[str, int]]  # as RowCapture takes them
-    seconds: float
-    written: Written
-
-
-class _Consumer:
-    """Has a worker run and write what it decoded."""
-
-    def __init__(self, filling: _Filling, writer: BatchWriter, capture: RowCapture) -> None:
-        self._filling, self._writer, self._capture = filling, writer, capture
-
-    def __call__(self, positions: range, pixels_NCHW: torch.Tensor | None) -> Future[_Filled | HookxError]:
-        outcome: Future[_Filled | HookxError] = Future()
-        try:
-            seconds = self._filling(positions, pixels_NCHW)
-        except HookxError as error:  # Returned: on its way out of a worker, an exception is wrapped in other words.
-            outcome.set_result(error)
-            return outcome
-        counts = self._capture.take_counts()
-
-        def is_written(written: Future[Written]) -> None:
-            problem = written.exception()
-            if problem is None:
-                outcome.set_result(_Filled(counts, seconds, written.result()))
-            elif isinstance(problem, HookxError):
-                outcome.set_result(problem)
-            else:
-                outcome.set_exception(problem)
-
-        self._writer.write(positions).add_done_callback(is_written)
-        return outcome
-
-    def forget(self, positions: range) -> None:
-        self._writer.forget(positions)
 
 
 def _begin_worker(directory: RunDirectory) -> None:
