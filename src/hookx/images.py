@@ -104,17 +104,17 @@ class Files(LazySequence[str]):
     """The file of every key: a root, and the key."""
 
     def __init__(self, keys: Keys, roots: Sequence[bytes], root_of: array[int]) -> None:
-        self._keys, self._roots, self._root_of = keys, roots, root_of
+        self.keys, self._roots, self._root_of = keys, roots, root_of
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self.keys)
 
     def item(self, position: int) -> str:
         return os.fsdecode(self.encoded(position))
 
     def encoded(self, position: int) -> bytes:
         """Return the bytes of a file's name."""
-        return self._roots[self._root_of[position]] + self._keys.encoded(position)
+        return self._roots[self._root_of[position]] + self.keys.encoded(position)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -158,29 +158,31 @@ def list_images(sources: Iterable[str | os.PathLike[str]]) -> ImageList:
     if not marked_keys:
         raise ImageError(f"there is no image in {', '.join(names) or 'the empty list'}")
     marked_keys.sort(reverse=True)
+    files = _packed(marked_keys, list(marks))
+    return ImageList(files.keys, files, _sizes_bytes(files))
 
-    roots, numbers = list(marks), {mark: number for number, mark in enumerate(marks.values())}
+
+def _packed(marked_keys: list[bytes], roots: list[bytes]) -> Files:
+    """Pack keys, each with the mark of its root behind it, from the last to the first; the list is empty then."""
     block, ends, root_of = bytearray(), array("q"), array("i")
     last: list[bytes] = []
     while marked_keys:
         marked = [*last, *marked_keys[: -_KEYS_AT_ONCE - 1 : -1]]
         del marked_keys[-_KEYS_AT_ONCE:]  # Their memory is free again as soon as they are packed.
         keys = [key[:-_MARK_BYTES] for key in marked]
-        key_numbers = [numbers[key[-_MARK_BYTES:]] for key in marked]
+        numbers = [int.from_bytes(key[-_MARK_BYTES:], "big") for key in marked]
         for twice in itertools.compress(range(len(keys)), map(operator.eq, keys, keys[1:])):
-            one, other = (os.fsdecode(roots[number] + keys[twice]) for number in key_numbers[twice : twice + 2])
+            one, other = (os.fsdecode(roots[number] + keys[twice]) for number in numbers[twice : twice + 2])
             raise ImageError(
                 f"two images have the key '{os.fsdecode(keys[twice])}': {one} and {other}",
                 "give the folder that holds both, or run twice",
             )
         new = slice(len(last), None)
         ends.extend(itertools.islice(itertools.accumulate(map(len, keys[new]), initial=len(block)), 1, None))
-        root_of.extend(key_numbers[new])
+        root_of.extend(numbers[new])
         block += b"".join(keys[new])
         last = marked[-1:]
-    packed = Keys(bytes(block), ends)
-    files = Files(packed, roots, root_of)
-    return ImageList(packed, files, _sizes_bytes(files))
+    return Files(Keys(bytes(block), ends), roots, root_of)
 
 
 def _in_source(source: str) -> Iterator[tuple[bytes, list[bytes]]]:
