@@ -372,9 +372,10 @@ class _Processes:
                 # A process that dies leaves unreadable messages behind, sometimes a while before it is gone.
                 deadline = time.monotonic() + _WAITING_FOR_A_DEATH_SECONDS
                 while self._processes and (seconds_left := deadline - time.monotonic()) > 0:
+                    # Listed before anybody looks who died: whoever dies in between is not waited for in vain.
+                    alive = [process.sentinel for process in self._processes if process.exitcode is None]
                     if any(self._died()):
                         return None
-                    alive = [process.sentinel for process in self._processes if process.exitcode is None]
                     multiprocessing.connection.wait(alive, timeout=seconds_left)
                 raise
 
