@@ -17,7 +17,7 @@ SOURCE = ROOT / "src" / "hookx"
 
 # A module may import those of the lines above it. Peers do not know each other.
 ORDER = [
-    {"errors", "versions"},
+    {"errors", "versions", "signals"},
     {"layers"},
     {"plan"},
     {"hooks", "decoding", "workers"},

@@ -570,6 +570,35 @@ def test_a_consumer_that_raises_leaves_no_process_behind(tmp_path: Path) -> None
     assert process_ids() == before
 
 
+@pytest.mark.parametrize("whose", ["its own", "the caller's"])
+def test_a_ctrl_c_while_processes_start_leaves_none_behind_and_no_traceback(
+    whose: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    parent = os.getpid()
+
+    class AfterFork:
+        """As a terminal does, in the moment in which a process has been forked and has not begun."""
+
+        def interrupt(self) -> None:
+            os.kill(os.getpid() if whose == "its own" else parent, signal.SIGINT)
+            time.sleep(0.2)
+
+    images, before, after_fork = folder_of(tmp_path, 4, {}), process_ids(), AfterFork()
+    multiprocessing.util.register_after_fork(after_fork, AfterFork.interrupt)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        if whose == "its own":
+            assert len(decoded(images, workers=2)) == 4
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                batches(images, cut(4, 1), SMALL, workers=2)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        del after_fork
+    gc.collect()
+    assert process_ids() == before and capfd.readouterr().err == ""
+
+
 def test_an_exception_while_waiting_ends_the_processes_even_if_it_is_kept(tmp_path: Path) -> None:
     images = folder_of(tmp_path, 4, {1: "sleep 600"})
     before = process_ids()

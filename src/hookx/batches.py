@@ -29,6 +29,7 @@ from hookx.decoding import decode, decode_jpegs, failure_reason, known_formats
 from hookx.errors import ImageError
 from hookx.images import ImageList
 from hookx.plan import Preprocessing
+from hookx.signals import held_back
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -345,9 +346,14 @@ class _Processes:
             # Forked workers share the list of images and start in milliseconds; they never touch a GPU.
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         )
-        with _child_signals_kept():
-            self._batches: Iterator[_Decoded] = iter(loader)
-        self._processes = [process for process in multiprocessing.active_children() if process not in others]
+        self._processes: list[multiprocessing.process.BaseProcess] = []
+        try:
+            with held_back(), _child_signals_kept():
+                self._batches: Iterator[_Decoded] = iter(loader)
+                self._processes = [process for process in multiprocessing.active_children() if process not in others]
+        except BaseException:
+            self.end()
+            raise
 
     def next(self) -> _Decoded | None:
         """Return the next batch, or None if a process died."""

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from hookx.errors import ImageError
 from hookx.plan import LazySequence
+from hookx.signals import held_back
 
 # What a folder is searched for. A file that is named outright may be called anything.
 SUFFIXES = frozenset(
@@ -284,7 +285,7 @@ def _measure_side_by_side(files: Files, sizes_bytes: memoryview[int]) -> None:
     parts = [range(len(files))[first : first + share] for first in range(0, len(files), share)]
     processes = [fork.Process(target=_measure_beside, args=(files, part, sizes_bytes)) for part in parts]
     try:
-        with contextlib.suppress(OSError):  # There may be no room for so many processes.
+        with held_back(), contextlib.suppress(OSError):  # There may be no room for so many processes.
             for process in processes:
                 process.start()
         for process, part in zip(processes, parts, strict=True):
