@@ -16,15 +16,13 @@ def held_back() -> Iterator[None]:
     to every process: one that was just forked would tell of it in a traceback, if it still did what its parent does.
 
     Example:
-        >>> import os
-        >>> try:
-        ...     with held_back():
-        ...         os.kill(os.getpid(), signal.SIGINT)
-        ...         print("whole")
-        ... except KeyboardInterrupt:
-        ...     print("interrupted")
+        >>> before = signal.signal(signal.SIGINT, lambda *_: print("interrupted"))
+        >>> with held_back():
+        ...     signal.raise_signal(signal.SIGINT)
+        ...     print("whole")
         whole
         interrupted
+        >>> _ = signal.signal(signal.SIGINT, before)
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # No other thread runs a handler.
