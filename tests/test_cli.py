@@ -445,8 +445,8 @@ def test_a_terminal_shows_a_bar_on_stderr_and_a_table_on_stdout(thumbnails: Path
 
 # --- signals -------------------------------------------------------------------------------------------------------
 
-# One image a shard, so that there are many moments between and within shards.
-FINE_CUTS = ["--shard-images", "1", "--batch-size", "1"]
+# One image a shard, so that there are many moments between and within shards; and each of them takes a while.
+FINE_CUTS = ["--shard-images", "1", "--batch-size", "1", "--resize", "160", "--crop", "160"]
 
 
 @dataclass(frozen=True)
@@ -498,7 +498,7 @@ def test_ctrl_c_and_sigterm_end_a_run_with_130_and_143_and_the_command_that_resu
 ) -> None:
     out = tmp_path / "features"
     command = uninterrupted.command(out)
-    for number, count in ((signal.SIGINT, 4), (signal.SIGTERM, 10)):
+    for number, count in ((signal.SIGINT, 2), (signal.SIGTERM, 8)):
         process = start_and_wait_for_shards(command, out, count)
         if number == signal.SIGINT:
             os.killpg(process.pid, number)  # A terminal sends Ctrl-C to the decoding processes, too.
