@@ -159,7 +159,11 @@ def test_what_a_killed_process_did_not_measure_is_measured_all_the_same(
 def test_a_ctrl_c_while_files_are_measured_leaves_no_process_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(images_module, "_measure_beside", lambda *_: time.sleep(20))
+    def linger(*_: object) -> None:
+        time.sleep(3)
+        (tmp_path / "lived on").touch()
+
+    monkeypatch.setattr(images_module, "_measure_beside", linger)
     files_of_many_sizes(tmp_path, 20)
     before = process_ids()
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -169,7 +173,7 @@ def test_a_ctrl_c_while_files_are_measured_leaves_no_process_behind(
             list_images([tmp_path])
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert process_ids() == before
+    assert process_ids() == before and not (tmp_path / "lived on").exists()
 
 
 @pytest.mark.usefixtures("every_list_is_long")

@@ -347,19 +347,8 @@ def test_attention_is_drawn_a_picture_a_module_and_layers_narrow_them_down(pictu
 
 
 def test_the_command_in_a_pipe_prints_the_pictures_and_what_they_show(picture: Path) -> None:
-    command = [
-        *warm.python("torch"),
-        "-m",
-        "hookx",
-        "visualize",
-        "-m",
-        "own.py:net",
-        "-l",
-        "0.0,2",
-        *OPTIONS,
-        str(picture),
-    ]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    command = ["-m", "hookx", "visualize", "-m", "own.py:net", "-l", "0.0,2", *OPTIONS, str(picture)]
+    process = subprocess.run([*warm.python("torch"), *command], capture_output=True, text=True, timeout=100)
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines() == [
         "maps/0.0.png       6 channels of 16 × 16",

@@ -355,7 +355,7 @@ def _compute(job: Job, directory: RunDirectory, clock: _Clock, progress: Callabl
                 while in_flight:
                     _hand_over(in_flight, capture, writer)
                 record.add_counts(capture.take_counts())
-                record.made = {**made, "batch_size": min(plan.batch_size, filling.images_at_once)}
+                record.made = {**made, "batch_size": filling.images_at_once}
                 writer.publish(record)
             writer.finish()
         failures.say_how_many_more()
