@@ -38,9 +38,10 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
 from hookx.plan import Plan, Shard
-from hookx.store import RunDirectory, ShardRecord, read_plan
-from hookx.workers import keep_freed_memory
-from hookx.writing import BatchWriter, ShardWriter
+from hookx.run.cores import keep_freed_memory
+from hookx.store.directory import RunDirectory, read_plan
+from hookx.store.record import ShardRecord
+from hookx.store.writer import BatchWriter, ShardWriter
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 PASSES = [f"{layout},{batch}" for layout in LAYOUTS for batch in (4, 16)]

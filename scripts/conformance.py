@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from hookx.capture import RowCapture, stored_dtype
-from hookx.layers import parse_selectors, select
+from hookx.capture.probe import probe
+from hookx.capture.rows import RowCapture, stored_dtype
+from hookx.layers.select import parse_selectors, select
 from hookx.models import forward_of, list_models
-from hookx.probe import probe
 
 BATCH = 2
 FX_NODES = 2

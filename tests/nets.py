@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hookx.capture import RowCapture, stored_dtype
-from hookx.layers import Target, parse_selectors, select
-from hookx.probe import probe
+from hookx.capture.probe import probe
+from hookx.capture.rows import RowCapture, stored_dtype
+from hookx.layers.select import parse_selectors, select
+from hookx.layers.tree import Target
 
 
 def images(count: int = 3, side: int = 8) -> Tensor:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookx.capture import RowCapture, stored_dtype
-from hookx.decoding import decode, model_input
-from hookx.hooks import inference
-from hookx.layers import Target, parse_selectors, select
+from hookx.capture.probe import example_images, probe
+from hookx.capture.rows import RowCapture, stored_dtype
+from hookx.capture.runner import inference
+from hookx.images.decoding import decode, model_input
+from hookx.layers.select import parse_selectors, select
+from hookx.layers.tree import Target
 from hookx.models import LoadedModel
 from hookx.plan import Preprocessing
-from hookx.probe import example_images, probe
 
 
 def input_of(file: Path, preprocessing: Preprocessing) -> Tensor:

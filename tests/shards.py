@@ -9,7 +9,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hookx.plan import Shard
-from hookx.store import RunDirectory, ShardRecord, checksum, write_whole
+from hookx.store.directory import RunDirectory
+from hookx.store.files import write_whole
+from hookx.store.format import checksum
+from hookx.store.record import ShardRecord
 
 
 def publish(directory: RunDirectory, shard: Shard, tensors: Mapping[str, Tensor], record: ShardRecord) -> Path:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from hookx.attention import _weights, attention_of
-from hookx.capture import Capture
+from hookx.capture.session import Capture
 from hookx.models import load_model
+from hookx.pictures.attention import _weights, attention_of
 
 
 def pixels(side_px: int = 224) -> Tensor:

@@ -34,13 +34,13 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import hookx
-from hookx.batches import Batch, _WorkerStart, batches
-from hookx.cli import app
-from hookx.decoding import decode
+from hookx.check.verify import verify
+from hookx.cli.app import app
 from hookx.errors import ImageError
-from hookx.extraction import extract
-from hookx.images import ImageList, list_images
-from hookx.verification import verify
+from hookx.images.decoding import decode
+from hookx.images.listing import ImageList, list_images
+from hookx.run.run import extract
+from hookx.run.workers import Batch, _WorkerStart, batches
 from test_images import CHELSEA, PLAIN, SMALL, four_by_four, no_longer_than, process_ids
 
 Outcome = Tensor | str  # the pixels of an image, or the reason why there are none

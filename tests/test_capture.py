@@ -10,10 +10,10 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import nets
 from hookx import Capture
-from hookx.capture import RowCapture, stored_dtype
+from hookx.capture.probe import probe
+from hookx.capture.rows import RowCapture, stored_dtype
 from hookx.errors import CaptureError, LayerError, NotCapturedError, UsageError
-from hookx.layers import parse_selectors, select
-from hookx.probe import probe
+from hookx.layers.select import parse_selectors, select
 from nets import captured_rows, images, targets_of
 
 CPU = torch.device("cpu")

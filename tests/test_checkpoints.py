@@ -26,14 +26,16 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 
 from hookx import Capture
-from hookx.capture import RowCapture
+from hookx.capture.modules import module_classes
+from hookx.capture.probe import example_images, probe
+from hookx.capture.rows import RowCapture
 from hookx.errors import HookxError, ModelError
-from hookx.hooks import module_classes
-from hookx.layers import Layer, parse_selectors, select
-from hookx.models import LoadedModel, ModelOptions, load_model, skeleton, torchvision_zoo
+from hookx.layers.select import parse_selectors, select
+from hookx.layers.tree import Layer
+from hookx.models import LoadedModel, ModelOptions, load_model, skeleton
+from hookx.models import torchvision as torchvision_zoo
 from hookx.models.checkpoints import Weights, kind_of, read_weights
 from hookx.models.fitting import without_prefix
-from hookx.probe import example_images, probe
 
 NET = "shufflenet_v2_x0_5"  # small, with batch norm, its classifier called fc
 State = dict[str, Tensor]

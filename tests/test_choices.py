@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torchvision.models import get_model
 
-from hookx import workers
-from hookx.choices import chosen_batch_size, chosen_memory_format, chosen_workers
 from hookx.errors import UsageError
-from hookx.layers import parse_selectors
+from hookx.layers.select import parse_selectors
 from hookx.models import ModelOptions
-from hookx.ready import ready_model
-from hookx.workers import single_threaded, usable_cores
+from hookx.run import cores as workers
+from hookx.run.cores import single_threaded, usable_cores
+from hookx.run.defaults import chosen_batch_size, chosen_memory_format, chosen_workers
+from hookx.run.ready import ready_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -95,7 +95,7 @@ def test_a_memory_format_that_there_is_not_is_refused() -> None:
 
 
 def test_every_core_computes_on_the_cpu_and_one_is_left_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hookx.choices.usable_cores", lambda: 16)
+    monkeypatch.setattr("hookx.run.defaults.usable_cores", lambda: 16)
     assert (chosen_workers(None, CPU), chosen_workers(None, CUDA), chosen_workers(3, CPU)) == (16, 15, 3)
 
 
@@ -126,7 +126,7 @@ def told_by_a_process(code: str) -> int:
 def faults_of_a_worker(prepare: str) -> int:
     """Count the pages that a fresh process is given while it makes and drops a tensor of 48 MB, ten times."""
     return told_by_a_process(
-        "import resource, torch; from hookx.workers import keep_freed_memory\n"
+        "import resource, torch; from hookx.run.cores import keep_freed_memory\n"
         f"{prepare}\n"
         "torch.set_num_threads(1)\nfor _ in range(5): torch.ones(12_000_000)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
@@ -149,7 +149,7 @@ def huge_pages_are_for_those_who_ask() -> bool:
 @pytest.mark.skipif(not huge_pages_are_for_those_who_ask(), reason="this system gives no huge pages")
 def test_what_a_worker_computes_lies_in_pages_of_two_megabytes() -> None:
     code = (
-        "import torch; from hookx.workers import keep_freed_memory\n"
+        "import torch; from hookx.run.cores import keep_freed_memory\n"
         "keep_freed_memory(); kept = torch.ones(12_000_000)\n"
         "lines = open('/proc/self/smaps_rollup').read().splitlines()\n"
         "print(next(line.split()[1] for line in lines if line.startswith('AnonHugePages')))"

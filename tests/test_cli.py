@@ -26,7 +26,7 @@ from typer.testing import CliRunner, Result
 
 import hookx
 import warm
-from hookx.cli import app
+from hookx.cli.app import app
 from hookx.errors import HookxError, LayerError, ModelError, StoreError, UsageError
 
 HOOKX = [*warm.python("torch"), "-m", "hookx"]
@@ -525,7 +525,7 @@ import os, signal, sys
 
 class Interrupts:
     def find_spec(self, name, *_):
-        if name == "hookx.report":
+        if name == "hookx.cli.report":
             try:
                 os.kill(os.getpid(), signal.SIGINT)
             except BaseException:

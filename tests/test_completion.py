@@ -20,12 +20,12 @@ from typer.main import get_command
 
 import hookx
 import warm
-from hookx import completion
-from hookx.cli import app
-from hookx.extraction import _SHORT_DTYPES
-from hookx.gallery import REDUCTIONS
-from hookx.hooks import MEMORY_FORMATS, PRECISIONS
-from hookx.places import LAYOUTS
+from hookx.capture.runner import MEMORY_FORMATS, PRECISIONS
+from hookx.cli import completion
+from hookx.cli.app import app
+from hookx.pictures.gallery import REDUCTIONS
+from hookx.pictures.places import LAYOUTS
+from hookx.run.prepare import _SHORT_DTYPES
 
 LAYERS = "conv1,avgpool,layer1.0.relu,layer4@mean23"
 # As the command that is installed: a shell looks for the variable that has its name.

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import warm
-from hookx import capture
+from hookx.capture import rows as capture
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "conformance.py"
 

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 import hookx
 import warm
-from hookx.cli import app
+from hookx.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

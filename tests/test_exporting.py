@@ -35,12 +35,13 @@ from typer.testing import CliRunner
 
 import hookx
 import warm
-from hookx.cli import app
+from hookx.cli.app import app
 from hookx.errors import LayerError, StoreError, UsageError
 from hookx.exporting import export, matlab
 from hookx.exporting import rows as rows_module
 from hookx.plan import DTYPES, LayerSpec, Plan, Preprocessing
-from hookx.store import RunDirectory, ShardRecord
+from hookx.store.directory import RunDirectory
+from hookx.store.record import ShardRecord
 from shards import publish
 from test_store import forked, random_tensor, wait_for
 

@@ -25,12 +25,13 @@ from torch.utils.data import DataLoader, StackDataset
 from typer.testing import CliRunner
 
 import hookx
-from hookx.cli import app
-from hookx.datasets import ShardSampler
+from hookx.cli.app import app
 from hookx.errors import NotStoredError, ShardError, StoreError, UsageError
-from hookx.images import Keys
+from hookx.keys import Keys
 from hookx.plan import LayerSpec
-from hookx.store import RunDirectory, ShardRecord
+from hookx.read.datasets import ShardSampler
+from hookx.store.directory import RunDirectory
+from hookx.store.record import ShardRecord
 from shards import publish
 from test_store import UNREADABLE, plan_of, random_rows, same_bits, write_run
 

@@ -14,10 +14,10 @@ from torch import nn
 from torchvision.models import get_model, get_model_weights
 
 import hookx
-from hookx.capture import RowCapture
-from hookx.decoding import decode, decode_jpegs, model_input
-from hookx.extraction import extract
-from hookx.recomputation import recompute
+from hookx.capture.rows import RowCapture
+from hookx.check.recompute import recompute
+from hookx.images.decoding import decode, decode_jpegs, model_input
+from hookx.run.run import extract
 from nets import targets_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -22,13 +22,15 @@ from safetensors.torch import save
 from typer.testing import CliRunner, Result
 
 import hookx
-from hookx.cli import app
+from hookx.check.inspect import inspect
+from hookx.check.verify import verify
+from hookx.cli.app import app
 from hookx.errors import HookxError, StoreError
-from hookx.inspection import inspect
 from hookx.plan import LayerSpec, Plan, Preprocessing
-from hookx.store import RunDirectory, ShardRecord, read_plan, write_whole
-from hookx.verification import verify
-from hookx.writing import BatchWriter, ShardWriter
+from hookx.store.directory import RunDirectory, read_plan
+from hookx.store.files import write_whole
+from hookx.store.record import ShardRecord
+from hookx.store.writer import BatchWriter, ShardWriter
 from shards import publish
 
 PLAN = Plan(
@@ -401,7 +403,7 @@ def test_no_name_acts_on_a_terminal_or_begins_a_line_of_its_own(tmp_path: Path, 
 
 
 def test_an_error_that_quotes_a_name_cannot_act_on_a_terminal_either(path: Path) -> None:
-    from hookx.report import printable
+    from hookx.cli.report import printable
 
     (path / SHARD).write_text("")
     path = path.rename(path.parent / "\x1b[2J\nerror: gone")

@@ -19,11 +19,11 @@ from torch import Tensor
 
 import warm
 from a_hub import COMMIT, hub
+from hookx.capture.runner import inference
 from hookx.errors import ModelError, UsageError
-from hookx.extraction import extract
-from hookx.features import open_features
-from hookx.hooks import inference
 from hookx.models import ModelOptions, list_models, load_model, skeleton
+from hookx.read.features import open_features
+from hookx.run.run import extract
 from second_route import captured_of
 
 transformers = pytest.importorskip("transformers", reason="the extra transformers is not installed")

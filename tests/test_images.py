@@ -33,12 +33,13 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.datasets.folder import pil_loader
 
-import hookx.images as images_module
-from hookx.batches import Batch, batches
-from hookx.decoding import decode
 from hookx.errors import ImageError
-from hookx.images import SUFFIXES, Files, ImageList, Keys, list_images
-from hookx.plan import Preprocessing, Shard, images_sha256
+from hookx.images import listing as images_module
+from hookx.images.decoding import decode
+from hookx.images.listing import SUFFIXES, Files, ImageList, list_images
+from hookx.keys import Keys, images_sha256
+from hookx.plan import Preprocessing, Shard
+from hookx.run.workers import Batch, batches
 from second_route import input_of
 
 PHOTOGRAPHS = Path(__file__).parents[1] / "images"
@@ -127,7 +128,7 @@ def files_of_many_sizes(folder: Path, count: int) -> list[int]:
 
 @pytest.fixture
 def every_list_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hookx.images._MEASURED_ALONE", 0)
+    monkeypatch.setattr("hookx.images.listing._MEASURED_ALONE", 0)
 
 
 @pytest.mark.usefixtures("every_list_is_long")
@@ -196,7 +197,7 @@ def test_a_list_is_the_same_in_whatever_pieces_it_is_packed(
 ) -> None:
     touch(tmp_path, *(f"one/{name}.jpg" for name in "aceg"), *(f"two/{name}.jpg" for name in "bdfhi"))
     whole = list_images([tmp_path / "one", tmp_path / "two"])
-    monkeypatch.setattr("hookx.images._KEYS_AT_ONCE", keys_at_once)
+    monkeypatch.setattr("hookx.images.listing._KEYS_AT_ONCE", keys_at_once)
     pieces = list_images([tmp_path / "one", tmp_path / "two"])
     assert list(pieces.keys) == list(whole.keys) == [f"{name}.jpg" for name in "abcdefghi"]
     assert list(pieces.files) == list(whole.files) and all(Path(file).exists() for file in pieces.files)

@@ -15,13 +15,14 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import hookx
-from hookx import inspection
-from hookx.cli import app
+from hookx.check import inspect as inspection
+from hookx.check.inspect import inspect
+from hookx.cli.app import app
 from hookx.errors import ShardError, StoreError
-from hookx.extraction import extract
-from hookx.inspection import inspect
 from hookx.plan import DTYPES, LayerSpec, Plan, Preprocessing
-from hookx.store import RunDirectory, ShardRecord
+from hookx.run.run import extract
+from hookx.store.directory import RunDirectory
+from hookx.store.record import ShardRecord
 from shards import publish
 
 PREPROCESSING = Preprocessing(256, 224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear")

@@ -11,20 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hookx.errors import AddressError, LayerError
-from hookx.layers import (
-    Address,
-    Call,
-    Layer,
-    Reduction,
-    Selection,
-    Selector,
-    TensorInfo,
-    matched_paths,
-    parse_selectors,
-    quote,
-    select,
-    unquote,
-)
+from hookx.layers.address import Address, Reduction, quote, unquote
+from hookx.layers.select import Selection, Selector, matched_paths, parse_selectors, select
+from hookx.layers.tree import Call, Layer, TensorInfo
 
 # Any characters, surrogates and control characters too; torch allows no '.' in the name of a module.
 module_names = st.text(st.characters(exclude_characters="."), min_size=1) | st.sampled_from(

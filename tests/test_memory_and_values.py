@@ -16,7 +16,7 @@ from torchvision.models.resnet import ResNet
 
 import hookx
 import nets
-from hookx.capture import RowCapture
+from hookx.capture.rows import RowCapture
 from hookx.errors import HookxError
 from nets import images, targets_of
 

@@ -21,7 +21,8 @@ from torchvision.models import get_model, get_model_weights
 
 from hookx import Capture
 from hookx.errors import ModelError
-from hookx.models import ModelOptions, list_models, load_model, skeleton, torchvision_zoo
+from hookx.models import ModelOptions, list_models, load_model, skeleton
+from hookx.models import torchvision as torchvision_zoo
 from second_route import input_of
 
 PHOTOGRAPHS = [Path(__file__).parents[1] / "images" / name for name in ("animals/chelsea.jpg", "people/camera.jpg")]

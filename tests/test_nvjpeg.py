@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hookx.batches import Batch, batches
-from hookx.decoding import check_decoding, decode, decode_jpegs, failure_reason
 from hookx.errors import UsageError
-from hookx.extraction import prepare
-from hookx.images import list_images
+from hookx.images.decoding import check_decoding, decode, decode_jpegs, failure_reason
+from hookx.images.listing import list_images
 from hookx.plan import Preprocessing
+from hookx.run.prepare import prepare
+from hookx.run.workers import Batch, batches
 
 CPU = torch.device("cpu")
 EXACT = Preprocessing(72, 64, (0.5,) * 3, (0.5,) * 3, "bilinear")

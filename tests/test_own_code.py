@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import warm
-from hookx.decoding import decode
 from hookx.errors import ModelError
+from hookx.images.decoding import decode
 from hookx.models import LoadedModel, ModelOptions, load_model, own_code, skeleton
 from hookx.models.arguments import arguments_for
 from second_route import captured_of

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from hookx.capture import Capture
+from hookx.capture.session import Capture
 from hookx.errors import LayerError
-from hookx.layers import Address
+from hookx.layers.address import Address
 from hookx.models import load_model, skeleton
-from hookx.places import LAYOUTS, Places, TokenGrid, find_token_grid, places_of
+from hookx.pictures.places import LAYOUTS, Places, TokenGrid, find_token_grid, places_of
 
 SIDE_PX = 16
 

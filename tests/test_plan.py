@@ -14,16 +14,9 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from hookx.errors import StoreError, UsageError
-from hookx.plan import (
-    DTYPES,
-    LayerSpec,
-    Plan,
-    Preprocessing,
-    Shard,
-    images_per_shard,
-    images_sha256,
-    parse_bytes,
-)
+from hookx.keys import images_sha256
+from hookx.options import parse_bytes
+from hookx.plan import DTYPES, LayerSpec, Plan, Preprocessing, Shard, images_per_shard
 
 PLAN = Plan(
     model="resnet18",

@@ -21,10 +21,10 @@ from typer.testing import CliRunner, Result
 
 import hookx
 import warm
-from hookx.cli import app
+from hookx.cli.app import app
 from hookx.errors import HookxError, UsageError
+from hookx.exporting.text import Activation, as_bytes, as_json, as_text
 from hookx.plan import DTYPES
-from hookx.printing import Activation, as_bytes, as_json, as_text
 
 LAYERS = "conv1,avgpool,layer1.0.relu,layer4@mean23"
 

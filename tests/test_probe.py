@@ -11,11 +11,12 @@ from torch import nn
 from torchvision.models import get_model, get_model_builder, get_model_weights
 
 import nets
+from hookx.capture.modules import module_classes
+from hookx.capture.probe import example_images, probe
 from hookx.errors import CaptureError, LayerError
-from hookx.hooks import module_classes
-from hookx.layers import Layer, parse_selectors, select
+from hookx.layers.select import parse_selectors, select
+from hookx.layers.tree import Layer
 from hookx.models import list_models, skeleton
-from hookx.probe import example_images, probe
 from nets import captured_rows, images, targets_of
 
 

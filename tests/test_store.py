@@ -21,13 +21,9 @@ from torch import Tensor
 import hookx
 from hookx.errors import StoreError
 from hookx.plan import DTYPES, LayerSpec, Plan, Preprocessing
-from hookx.store import (
-    RunDirectory,
-    ShardRecord,
-    finished_shards,
-    read_record,
-    write_whole,
-)
+from hookx.store.directory import RunDirectory, finished_shards
+from hookx.store.files import write_whole
+from hookx.store.record import ShardRecord, read_record
 from shards import publish
 
 SHAPES = [(), (3,), (2, 3), (4, 1, 5), (0, 2)]

@@ -19,13 +19,14 @@ from safetensors.torch import load_file, save_file
 from torchvision.models import resnet18
 from typer.testing import CliRunner
 
-from hookx.cli import app
+from hookx.check.recompute import recompute
+from hookx.check.verify import Problem, verify
+from hookx.cli.app import app
 from hookx.errors import HookxError, StoreError, UsageError
-from hookx.extraction import extract
 from hookx.models import ModelOptions
-from hookx.recomputation import recompute
-from hookx.store import RunDirectory, ShardRecord, read_plan, read_record
-from hookx.verification import Problem, verify
+from hookx.run.run import extract
+from hookx.store.directory import RunDirectory, read_plan
+from hookx.store.record import ShardRecord, read_record
 from shards import publish
 
 SHARDS = [f"shard-0000{number}-of-00003.safetensors" for number in range(3)]

@@ -19,15 +19,14 @@ from typer.testing import CliRunner, Result
 
 import hookx
 import warm
-from hookx import gallery
-from hookx.attention import Attention
-from hookx.cli import app
+from hookx.cli.app import app
 from hookx.errors import HookxError, ImageError, LayerError, NotStoredError, StoreError, UsageError
-from hookx.extraction import extract
-from hookx.gallery import Look, Shown, chosen, shown_activation, shown_attention
-from hookx.pictures import Maps, Vector
-from hookx.places import LAYOUTS, Reading, TokenGrid
-from hookx.visualization import paired, visualize, visualize_run
+from hookx.pictures import Maps, Vector, gallery
+from hookx.pictures.attention import Attention
+from hookx.pictures.gallery import Look, Shown, chosen, shown_activation, shown_attention
+from hookx.pictures.places import LAYOUTS, Reading, TokenGrid
+from hookx.pictures.visualize import paired, visualize, visualize_run
+from hookx.run.run import extract
 
 ROOT = Path(__file__).parent.parent
 SMALL: dict[str, Any] = {"weights": "none", "resize": 32, "crop": 32}

@@ -26,12 +26,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import hookx
-from hookx import writing
+from hookx.check.verify import verify
 from hookx.errors import StoreError
 from hookx.plan import DTYPES, LayerSpec, Plan, Shard
-from hookx.store import RunDirectory, ShardRecord, aside_of, finished_shards
-from hookx.verification import verify
-from hookx.writing import BatchWriter, ShardWriter, Written
+from hookx.store import shard_file as writing
+from hookx.store.directory import RunDirectory, finished_shards
+from hookx.store.files import aside_of
+from hookx.store.record import ShardRecord
+from hookx.store.shard_file import Written
+from hookx.store.writer import BatchWriter, ShardWriter
 from test_store import ALL_DTYPES, MAPS, bits, forked, plan_of, random_rows, same_bits, wait_for
 
 LARGE = (LayerSpec("conv1", (64, 1000), "float32"), LayerSpec("mask", (3,), "bool"), LayerSpec("fc", (7,), "float64"))
@@ -235,7 +238,7 @@ def test_activations_that_only_wait_for_the_disk_have_a_limit_of_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int, batch_size: int, places: int
 ) -> None:
     plan = plan_of(LARGE, 100)
-    monkeypatch.setattr(writing, "_SPARE_BYTES", 10 * plan.bytes_per_image)
+    monkeypatch.setattr("hookx.store.writer._SPARE_BYTES", 10 * plan.bytes_per_image)
     with (
         RunDirectory(tmp_path, plan) as directory,
         ShardWriter(BatchWriter(directory, plan.shards, batch_size, expected, at_once=at_once)) as writer,

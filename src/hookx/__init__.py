@@ -11,37 +11,39 @@ from typing import TYPE_CHECKING, Any
 from hookx.errors import HookxError
 
 if TYPE_CHECKING:
-    from hookx.activations import Activations
-    from hookx.capture import Capture
+    from hookx.capture.session import Capture
+    from hookx.check.inspect import inspect
+    from hookx.check.recompute import recompute
+    from hookx.check.verify import verify
     from hookx.exporting import export
-    from hookx.extraction import Summary, extract
-    from hookx.features import Features, Join, join
-    from hookx.features import open_features as open
-    from hookx.inspection import inspect
     from hookx.models import LoadedModel, list_models, load_model
-    from hookx.recomputation import recompute
-    from hookx.verification import verify
-    from hookx.visualization import Gallery, visualize, visualize_run
+    from hookx.pictures.visualize import Gallery, visualize, visualize_run
+    from hookx.read.activations import Activations
+    from hookx.read.features import Features
+    from hookx.read.features import open_features as open
+    from hookx.read.join import Join, join
+    from hookx.run.run import extract
+    from hookx.run.summary import Summary
 
 _HOMES = {
-    "Activations": ("hookx.activations", "Activations"),
-    "Capture": ("hookx.capture", "Capture"),
-    "Features": ("hookx.features", "Features"),
-    "Join": ("hookx.features", "Join"),
-    "Gallery": ("hookx.visualization", "Gallery"),
+    "Activations": ("hookx.read.activations", "Activations"),
+    "Capture": ("hookx.capture.session", "Capture"),
+    "Features": ("hookx.read.features", "Features"),
+    "Join": ("hookx.read.join", "Join"),
+    "Gallery": ("hookx.pictures.visualize", "Gallery"),
     "LoadedModel": ("hookx.models", "LoadedModel"),
-    "Summary": ("hookx.extraction", "Summary"),
+    "Summary": ("hookx.run.summary", "Summary"),
     "export": ("hookx.exporting", "export"),
-    "extract": ("hookx.extraction", "extract"),
-    "inspect": ("hookx.inspection", "inspect"),
-    "join": ("hookx.features", "join"),
+    "extract": ("hookx.run.run", "extract"),
+    "inspect": ("hookx.check.inspect", "inspect"),
+    "join": ("hookx.read.join", "join"),
     "list_models": ("hookx.models", "list_models"),
     "load_model": ("hookx.models", "load_model"),
-    "open": ("hookx.features", "open_features"),
-    "recompute": ("hookx.recomputation", "recompute"),
-    "verify": ("hookx.verification", "verify"),
-    "visualize": ("hookx.visualization", "visualize"),
-    "visualize_run": ("hookx.visualization", "visualize_run"),
+    "open": ("hookx.read.features", "open_features"),
+    "recompute": ("hookx.check.recompute", "recompute"),
+    "verify": ("hookx.check.verify", "verify"),
+    "visualize": ("hookx.pictures.visualize", "visualize"),
+    "visualize_run": ("hookx.pictures.visualize", "visualize_run"),
 }
 
 __all__ = [

@@ -1,3 +1,3 @@
-from hookx.cli import main
+from hookx.cli.app import main
 
 main()

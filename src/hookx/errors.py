@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import os.path
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -77,3 +80,28 @@ class NotCapturedError(HookxError, KeyError):
     """A capture is asked for an activation that it does not hold."""
 
     __str__ = Exception.__str__
+
+
+def closest(name: str, names: Iterable[str], count: int = 3) -> str:
+    """Name the most similar names, best first, for an error message.
+
+    Example:
+        >>> closest("layer1.1.con1", ["conv1", "layer1.0.conv1", "layer1.1.conv1", "layer4.1.conv1"], 2)
+        'layer1.1.conv1, layer1.0.conv1'
+    """
+    names = list(names)
+    matches = difflib.get_close_matches(name, names, n=8 * count, cutoff=0.5)
+
+    def likeness(match: str) -> tuple[float, int]:
+        # Among equals the one that begins alike: for layer1.1.con1, layer1.0.conv1 before layer4.1.conv1.
+        alike = len(os.path.commonprefix([name, match]))  # noqa: RUF071
+        return difflib.SequenceMatcher(None, name, match).ratio(), alike
+
+    matches.sort(key=likeness, reverse=True)
+    return ", ".join((matches or names)[:count])
+
+
+def one_of(what: str, value: str, known: Sequence[str]) -> None:
+    """Raise `UsageError` for a value that is none of those which are known."""
+    if value not in known:
+        raise UsageError(f"'{value}' is not a {what}; closest: {closest(value, known, len(known))}")

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import re
 import shlex
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
 from functools import cached_property
-from typing import Any, TypeVar, overload
+from typing import Any
 
-from hookx.errors import StoreError, UsageError
+from hookx.errors import StoreError
+from hookx.keys import LazySequence
+from hookx.options import MAX_SHARD_BYTES, MAX_SHARD_IMAGES
 
 FORMAT = "hookx 1"
 
@@ -33,11 +32,6 @@ DTYPES = {
     "bool": ("BOOL", 1),
     "complex64": ("C64", 8),
 }
-
-# What `Preprocessing` can do about the rotations that cameras record, and how it can decode; the usual first.
-EXIF = ("ignore", "apply")
-DECODE = ("exact", "fast", "nvjpeg")
-
 _FIELDS = {
     "memory_format": "memory formats",
     "model": "models",
@@ -49,22 +43,16 @@ _FIELDS = {
 
 # A shard's header names its images, is read into memory as a whole, and so cannot grow without end.
 IMAGES_PER_SHARD_AT_MOST = 65_536
+
 # No honest plan comes near these; a crafted one is stopped by them.
 _IMAGES_AT_MOST = 2**40
 _VALUES_AT_MOST = 2**40  # of an activation of one image
 _DIMENSIONS_AT_MOST = 32
 _SIDE_PX_AT_MOST = 2**16
 _SHOWN_OF_CUSTOM = 160  # characters
-_IMAGES_AT_ONCE = 10_000  # of a list, in its digest
-
-# What `hookx extract` does unless it is told otherwise.
-MAX_SHARD_BYTES, MAX_SHARD_IMAGES = 512 * 2**20, 4096
 
 # Shards are cut at multiples of this many images, so that the last batch of a shard is seldom a small one.
 _CUT = 32
-
-
-_Item = TypeVar("_Item", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -152,26 +140,6 @@ class Shard:
         """
         for start in range(self.start, self.stop, batch_size):
             yield range(start, min(start + batch_size, self.stop))
-
-
-class LazySequence(Sequence[_Item]):
-    """A sequence whose items are made when they are looked at, and not kept; a slice is a list of them."""
-
-    @abstractmethod
-    def item(self, position: int) -> _Item:
-        """Make the item at a position, which counts from 0 and exists."""
-
-    @overload
-    def __getitem__(self, index: int) -> _Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[_Item]: ...
-    def __getitem__(self, index: int | slice) -> _Item | list[_Item]:
-        if isinstance(index, slice):
-            return [self.item(position) for position in range(len(self))[index]]
-        return self.item(range(len(self))[index])
-
-    def __iter__(self) -> Iterator[_Item]:
-        return map(self.item, range(len(self)))
 
 
 class _Shards(LazySequence[Shard]):
@@ -352,41 +320,6 @@ def images_per_shard(bytes_per_image: int, max_shard_bytes: int, max_images: int
     if _CUT < count < max_images:
         count -= count % _CUT
     return max(count, 1)
-
-
-def images_sha256(keys: Iterable[str], sizes_bytes: Iterable[int]) -> str:
-    """Return the digest of an image list: every key and every file size, in order."""
-    digest, images = hashlib.sha256(), zip(keys, sizes_bytes, strict=True)
-    while some := list(itertools.islice(images, _IMAGES_AT_ONCE)):
-        digest.update(image_lines(some))
-    return digest.hexdigest()
-
-
-def image_lines(images: Iterable[tuple[str, int]]) -> bytes:
-    """Return what stands for some images, each a key and a size in bytes, in the digest of a list."""
-    return key_bytes("".join([f"{key}\0{size_bytes}\n" for key, size_bytes in images]))
-
-
-def key_bytes(key: str) -> bytes:
-    """Return a key as the bytes by which keys are ordered; a file name that is no UTF-8 has its own again."""
-    return key.encode("utf-8", "surrogateescape")
-
-
-def parse_bytes(text: str) -> int:
-    """Read a size: '512MiB', '2GB', '1.5 GiB', '4096'.
-
-    Example:
-        >>> parse_bytes("512MiB"), parse_bytes("2GB"), parse_bytes("4096")
-        (536870912, 2000000000, 4096)
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?\s*", text)
-    size = 0
-    if match and (match[2] or not match[3]):
-        power = " KMGT".index(match[2].upper() or " ")
-        size = int(Fraction(match[1]) * (1024 if match[3] else 1000) ** power)
-    if size == 0:
-        raise UsageError(f"'{text}' is not a size; write it as in 512MiB, 2GB or 4096")
-    return size
 
 
 def _preprocessing(document: Mapping[str, Any]) -> Preprocessing:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hookx.errors import LayerError, StoreError, UsageError
+from hookx.errors import LayerError, StoreError, UsageError, closest
 from hookx.exporting.formats import (
     check_csv,
     check_table,
@@ -30,9 +30,9 @@ from hookx.exporting.formats import (
 )
 from hookx.exporting.matlab import check_mat, write_mat
 from hookx.exporting.rows import Rows
-from hookx.features import Features, open_features
-from hookx.layers import Address, closest
-from hookx.store import ASIDE
+from hookx.layers.address import Address
+from hookx.read.features import Features, open_features
+from hookx.store.files import ASIDE
 
 log = logging.getLogger("hookx")
 

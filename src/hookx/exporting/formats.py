@@ -13,8 +13,8 @@ from numpy.lib.format import dtype_to_descr, write_array_header_1_0
 
 from hookx.errors import UsageError
 from hookx.exporting.rows import Rows
-from hookx.layers import Address, Reduction
-from hookx.plan import key_bytes
+from hookx.keys import key_bytes
+from hookx.layers.address import Address, Reduction
 
 _HDF5_LAYOUT_BYTES = 2**16  # More than it takes.
 

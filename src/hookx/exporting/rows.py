@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hookx.activations import Activations
-from hookx.plan import key_bytes
+from hookx.keys import key_bytes
+from hookx.read.activations import Activations
 
 log = logging.getLogger("hookx")
 

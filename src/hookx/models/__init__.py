@@ -6,9 +6,12 @@ The only package that knows model zoos.
 from types import ModuleType
 
 from hookx.errors import ModelError
-from hookx.models import huggingface, model_files, own_code, timm_zoo, torchvision_zoo
+from hookx.models import files as model_files
+from hookx.models import huggingface, own_code
+from hookx.models import timm as timm_zoo
+from hookx.models import torchvision as torchvision_zoo
 from hookx.models.loaded import LoadedModel, ModelOptions
-from hookx.models.torchvision_zoo import forward_of
+from hookx.models.torchvision import forward_of
 
 __all__ = ["LoadedModel", "ModelOptions", "forward_of", "list_models", "load_model", "skeleton", "weights_of"]
 

@@ -12,8 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from hookx.errors import ModelError
-from hookx.layers import closest
+from hookx.errors import ModelError, closest
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 

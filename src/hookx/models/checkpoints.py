@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hookx.errors import ModelError
-from hookx.layers import closest
+from hookx.errors import ModelError, closest
 from hookx.models.loaded import ModelOptions, one_line
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".pt2", ".ckpt", ".tar", ".bin", ".index.json")

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hookx.errors import ModelError
-from hookx.layers import Selector, closest
+from hookx.errors import ModelError, closest
+from hookx.layers.select import Selector
 from hookx.models.checkpoints import Weights
 
 _COMPILED = "_orig_mod"  # what torch.compile calls the module inside

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hookx.errors import ModelError
-from hookx.layers import Selector
+from hookx.layers.select import Selector
 from hookx.models import hub, preprocessing
 from hookx.models.checkpoints import is_weights_file, read_weights, sha256_of
 from hookx.models.fitting import load_weights, notes_on_types, without_prefix

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from hookx.errors import HookxError, ModelError
-from hookx.layers import closest
+from hookx.errors import HookxError, ModelError, closest
 from hookx.models import preprocessing
 from hookx.models.arguments import arguments_for
 from hookx.models.checkpoints import is_weights_file, read_weights

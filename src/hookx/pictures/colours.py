@@ -10,8 +10,7 @@ from matplotlib.colors import Colormap
 from numpy.typing import NDArray
 from PIL import Image
 
-from hookx.errors import UsageError
-from hookx.layers import closest
+from hookx.errors import UsageError, closest
 from hookx.pictures.page import Pixels
 
 MARK = (255, 0, 255)  # NaN and infinity. Magenta is in none of the maps that are made for the eye to compare.

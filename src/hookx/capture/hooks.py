@@ -1,0 +1,80 @@
+"""What passes through a module: hooks, the tensors in what they see, and what may be done to those.
+
+The only file that registers a hook.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+
+class Taps:
+    """Hooks on some modules of a model.
+
+    `on_enter(path, call, args, kwargs)` runs when a module is called, `on_return(..., output)` when it returns.
+    """
+
+    def __init__(
+        self,
+        on_enter: Callable[[str, int, tuple[Any, ...], dict[str, Any]], None],
+        on_return: Callable[[str, int, tuple[Any, ...], dict[str, Any], Any], None],
+    ) -> None:
+        self.on_enter, self.on_return = on_enter, on_return
+        self.calls: dict[str, int] = {}
+        self._open_calls: dict[str, list[int]] = {}
+        self._hooks: dict[str, list[Any]] = {}
+
+    def attach(self, path: str, module: nn.Module) -> None:
+        """Put the hooks on a module, unless they are on it."""
+        if path not in self._hooks:
+            self.calls[path], self._open_calls[path] = 0, []
+            self._hooks[path] = [
+                module.register_forward_pre_hook(self._enter(path), with_kwargs=True),
+                module.register_forward_hook(self._return(path), with_kwargs=True),
+            ]
+
+    def detach(self, path: str) -> None:
+        """Take the hooks off a module."""
+        for hook in self._hooks.pop(path, ()):
+            hook.remove()
+
+    def detach_all(self) -> None:
+        for path in list(self._hooks):
+            self.detach(path)
+
+    def begin_pass(self) -> None:
+        """Number the calls of every module from 0 again."""
+        self.calls = dict.fromkeys(self.calls, 0)
+        self._open_calls = {path: [] for path in self._open_calls}
+
+    # What a hook returns replaces the layer's input or output, so these return None, whatever the callbacks do.
+
+    def _enter(self, path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            call = self.calls[path]
+            self.calls[path] += 1
+            self._open_calls[path].append(call)
+            self.on_enter(path, call, args, kwargs)
+
+        return hook
+
+    def _return(self, path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self._open_calls[path]:  # Empty only if the hooks came on while the module was running.
+                self.on_return(path, self._open_calls[path].pop(), args, kwargs, output)
+
+        return hook
+
+
+@contextlib.contextmanager
+def tapped_while(modules: Mapping[str, nn.Module], taps: Taps) -> Iterator[None]:
+    try:
+        for path, module in modules.items():
+            taps.attach(path, module)
+        yield
+    finally:
+        taps.detach_all()

@@ -1,0 +1,24 @@
+"""The modules of a model, by path."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def module_classes(model: nn.Module) -> dict[str, str]:
+    """Return path -> class name of every module, in the order they are registered; the model itself is '.'.
+
+    Example:
+        >>> module_classes(nn.Sequential(nn.ReLU()))
+        {'.': 'Sequential', '0': 'ReLU'}
+    """
+    return {path: type(module).__name__ for path, module in modules_of(model).items()}
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    # A module that is registered twice keeps both names.
+    return {path or ".": module for path, module in model.named_modules(remove_duplicate=False)}
+
+
+def parameter_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,238 @@
+"""The probe: what a forward pass does to each layer, learnt from two tiny batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hookx.capture.hooks import Taps, tapped_while
+from hookx.capture.modules import modules_of, parameter_count
+from hookx.capture.runner import inference
+from hookx.capture.tensors import Parts, dtype_name, tensors_given, tensors_in
+from hookx.errors import CaptureError
+from hookx.layers.tree import Call, Layer, TensorInfo
+
+_Key = tuple[str, int, bool, Parts]
+
+
+def probe(
+    model: nn.Module,
+    images_NCHW: Tensor,
+    *,
+    paths: Sequence[str] | None = None,
+    precision: str = "fp32",
+    forward: Callable[[Tensor], Any] | None = None,
+) -> list[Layer]:
+    """Learn what a forward pass does to each layer: calls, structure, shapes, and which dimension is the batch.
+
+    Two passes are made, with 2 and with 3 images. The dimension that grows is the batch. In the second pass all images
+    but one are NaN: a row that becomes NaN depends on another image, and does not belong to the one it stands for.
+    On the meta device there are only the shapes.
+
+    Args:
+        images_NCHW: three images of ordinary values, on the model's device.
+        paths: the modules to describe; all of them if None.
+        precision: 'fp32', or 'bf16' or 'fp16' (autocast).
+        forward: what takes a batch through the model, if not a call of the model itself.
+
+    Returns:
+        The layers in the order in which they are first called; one that is never called stands after its neighbour.
+
+    Example:
+        >>> relu = nn.ReLU(inplace=True)
+        >>> for layer in probe(nn.Sequential(nn.Conv2d(3, 4, 1), relu, relu), torch.rand(3, 3, 8, 8)):
+        ...     print(layer.path, len(layer.calls), layer.calls[0].outputs[0].shape_text)
+        . 1 N,4,8,8
+        0 1 N,4,8,8
+        1 2 N,4,8,8
+        2 2 N,4,8,8
+    """
+    modules = modules_of(model)
+    tapped = modules if paths is None else {path: modules[path] for path in paths}
+    device = images_NCHW.device
+    poisoned = images_NCHW.clone()
+    if device.type != "meta":
+        poisoned[0], poisoned[2] = float("nan"), float("nan")
+    run = model if forward is None else forward
+    first = _record(run, tapped, images_NCHW[:2], precision, lambda tensor, _: (tensor.shape, _has_nan(tensor)))
+    shapes = {key: shape for key, (shape, _) in first.seen.items()}
+    spoilt = {key for key, (_, has_nan) in first.seen.items() if has_nan}
+    second = _record(
+        run,
+        tapped,
+        poisoned,
+        precision,
+        lambda tensor, key: _describe(key, shapes.get(key), tensor, provable=key not in spoilt),
+    )
+    for path in tapped:
+        if first.calls[path] != second.calls[path]:
+            raise CaptureError(
+                f"'{path}' is called {first.calls[path]} times for 2 images and {second.calls[path]} times for 3, "
+                "so its activations cannot be given to single images"
+            )
+    infos = {
+        key: TensorInfo(key[3], tuple(shape), "", None, problem="it is there for 2 images and not for 3")
+        for key, shape in shapes.items()
+    }
+    infos.update(second.seen)
+    return _layers(model, tapped, first, infos)
+
+
+def example_images(model: nn.Module, side_px: int) -> Tensor:
+    """Return three square images of ordinary values to probe a model with, on the model's device."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    shape = (3, 3, side_px, side_px)
+    if device.type == "meta":
+        return torch.empty(shape, device=device)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+class _Recording:
+    """What one pass showed: per tensor what `look` returned, and the order of it all."""
+
+    def __init__(self) -> None:
+        self.seen: dict[_Key, Any] = {}
+        self.entered: dict[str, int] = {}  # path -> when it was first called
+        self.calls: dict[str, int] = {}
+
+
+def _record(
+    forward: Callable[[Tensor], Any],
+    modules: Mapping[str, nn.Module],
+    pixels_NCHW: Tensor,
+    precision: str,
+    look: Callable[[Tensor, _Key], Any],
+) -> _Recording:
+    recording = _Recording()
+
+    def note(path: str, call: int, is_input: bool, tensors: Iterable[tuple[Parts, Tensor]]) -> None:
+        for parts, tensor in tensors:
+            key = (path, call, is_input, parts)
+            recording.seen[key] = look(tensor, key)
+
+    def on_enter(path: str, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recording.entered.setdefault(path, len(recording.entered))
+        note(path, call, True, tensors_given(args, kwargs))
+
+    def on_return(path: str, call: int, _args: Any, _kwargs: Any, output: Any) -> None:
+        note(path, call, False, tensors_in(output))
+
+    taps = Taps(on_enter, on_return)
+    random_state = torch.get_rng_state()
+    with tapped_while(modules, taps), inference(pixels_NCHW.device, precision):
+        try:
+            forward(pixels_NCHW)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            shape = ", ".join(map(str, pixels_NCHW.shape))
+            raise CaptureError(
+                f"the model fails on a batch of images ({shape}): {type(error).__name__}: {error}"
+            ) from error
+        recording.calls = taps.calls
+    if not torch.equal(random_state, torch.get_rng_state()):
+        raise CaptureError(
+            "the forward pass draws random numbers, so its activations could not be computed again: a dropout that is "
+            "left on, or a model that masks at random"
+        )
+    return recording
+
+
+def _has_nan(tensor: Tensor) -> bool:
+    is_float = tensor.is_floating_point() or tensor.is_complex()
+    return tensor.device.type != "meta" and is_float and bool(torch.isnan(tensor).any())
+
+
+def _describe(key: _Key, of_2: torch.Size | None, of_3: Tensor, provable: bool) -> TensorInfo:
+    """Compare a tensor's shape for 2 images with the tensor for 3, of which the first and last are NaN."""
+    if of_2 is None:
+        problem = "it is there for 3 images and not for 2"
+        return TensorInfo(key[3], tuple(of_3.shape), dtype_name(of_3.dtype), None, problem=problem)
+    grown = [d for d, (two, three) in enumerate(zip(of_2, of_3.shape, strict=False)) if two != three]
+    rest = [length for d, length in enumerate(of_3.shape) if d not in grown]
+    real = of_3.device.type != "meta"
+    provable = provable and real and (of_3.is_floating_point() or of_3.is_complex())
+    tainted = provable and _has_nan(of_3)
+
+    def info(shape: Sequence[int], batch_dim: int | None = None, rows: int = 1, problem: str = "") -> TensorInfo:
+        return TensorInfo(key[3], tuple(shape), dtype_name(of_3.dtype), batch_dim, rows, problem)
+
+    if len(of_2) != of_3.ndim or len(grown) > 1:
+        return info(of_2, problem="more than one dimension changes with the number of images")
+    if not grown:
+        return info(of_2, problem="it depends on the images and has no batch dimension" if tainted else "")
+    dim = grown[0]
+    rows = of_2[dim] // 2
+    if of_2[dim] != 2 * rows or of_3.shape[dim] != 3 * rows or (rows > 1 and dim > 0):
+        return info(of_2, problem=f"dimension {dim} is {of_2[dim]} for 2 images and {of_3.shape[dim]} for 3")
+    mixed = provable and _has_nan(of_3.narrow(dim, rows, rows))
+    if rows > 1:
+        outer_are_tainted = _has_nan(of_3[:rows]) and _has_nan(of_3[2 * rows :])
+        problem = ""
+        if mixed:
+            problem = f"the {rows} rows of an image do not lie together, or depend on other images"
+        elif real and not (provable and outer_are_tainted):
+            problem = f"nothing proves that the {rows} rows of an image lie together"
+        return info((rows, *rest), 0, rows, problem)
+    return info(rest, dim, 1, "an image's values depend on the other images of its batch" if mixed else "")
+
+
+def _layers(
+    model: nn.Module, tapped: Mapping[str, nn.Module], recording: _Recording, infos: Mapping[_Key, TensorInfo]
+) -> list[Layer]:
+    by_call: dict[tuple[str, int, bool], list[TensorInfo]] = {}
+    for (path, call, is_input, _), info in infos.items():
+        by_call.setdefault((path, call, is_input), []).append(info)
+    modules = modules_of(model)
+    first_paths: dict[int, str] = {}
+    for path, module in modules.items():
+        first_paths.setdefault(id(module), path)
+    layers, places = [], []
+    place = -1  # A module that is never called stands after the one it is registered after.
+    for number, (path, module) in enumerate(tapped.items()):
+        place = recording.entered.get(path, place)
+        places.append((place, number))
+        calls = tuple(
+            Call(tuple(by_call.get((path, call, True), ())), tuple(by_call.get((path, call, False), ())))
+            for call in range(recording.calls[path])
+        )
+        first_path = first_paths[id(module)]
+        layers.append(
+            Layer(
+                path=path,
+                class_name=type(module).__name__,
+                parameters=parameter_count(module),
+                calls=calls,
+                never_called_because="" if calls else _why_never_called(path, modules),
+                same_as="" if first_path == path else first_path,
+            )
+        )
+    return [layer for _, layer in sorted(zip(places, layers, strict=True), key=lambda pair: pair[0])]
+
+
+def _why_never_called(path: str, modules: Mapping[str, nn.Module]) -> str:
+    """Say why a forward pass leaves a module out, where the reason is known."""
+    module = modules[path]
+    parent_path, _, name = path.rpartition(".")
+    parent = modules[parent_path or "."]
+    parent_class = type(parent).__name__
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return f"an nn.{type(module).__name__} only holds other modules"
+    if isinstance(parent, nn.MultiheadAttention):
+        return "nn.MultiheadAttention uses its weights directly"
+    if parent_class.startswith("ShiftedWindowAttention") and name in ("qkv", "proj"):
+        return f"{parent_class} uses its weights directly"
+    if parent_class in ("GoogLeNet", "Inception3") and name.lower().startswith("aux"):
+        return "auxiliary classifiers run in training only"
+    if type(modules["."]).__module__.startswith("torchvision.models.detection") and not path.startswith("backbone"):
+        return "its rows are boxes and proposals, not images"
+    if type(module).__name__ in ("QFunctional", "FloatFunctional"):
+        return "it is used through its methods, such as add"
+    if type(module).__name__ == "StochasticDepth":
+        return "its block has no residual connection"
+    if parent is not modules["."] and (above := _why_never_called(parent_path, modules)):
+        return above if parent_class not in ("ModuleList", "ModuleDict") else ""
+    return ""

@@ -1,0 +1,291 @@
+"""Activations, as the layers return them: for a run, and out of your own forward passes.
+
+A copy is made inside the hook, at the moment the layer returns: nothing that runs later (an in-place ReLU, a second
+call of the same module) can reach it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hookx.capture.hooks import Taps
+from hookx.capture.modules import modules_of, parameter_count
+from hookx.capture.tensors import Parts, dtype_name, reduce, tensors_given, tensors_in
+from hookx.errors import CaptureError, LayerError, NotCapturedError, UsageError, closest
+from hookx.layers.address import Address
+from hookx.layers.select import Selector, matched_paths, parse_selectors
+
+Transform = Callable[[Tensor], Tensor]
+Hook = Callable[[nn.Module, tuple[Any, ...], Any], Tensor | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wish:
+    """What to keep of one module: `address` holds the name in place of the path, and what follows it."""
+
+    module: nn.Module
+    address: Address
+    transform: Transform | None
+    hook: Hook | None
+
+
+class Capture(Mapping[str, Tensor]):
+    """Take activations out of your own forward passes, of any module, on any device, in any mode.
+
+    Hooks are on the model from construction until `remove()`, or until the `with` block ends; the model is otherwise
+    untouched. A pass begins when the model itself is called. As a mapping, a capture shows the last pass: address ->
+    tensor, a copy made when the layer returned. A module that ran twice is there as `relu:0` and `relu:1`, a tuple as
+    `attention/0`.
+
+    Args:
+        model: the module whose `forward` you call.
+        layers: addresses, globs, 'type:Conv2d' (one string with commas, or a sequence), modules of the model, or a
+            mapping from names of your own to any of these. More can be added later.
+        keep: how many passes to hold, the last ones; None for all of them (see `history`).
+        detach: False keeps the activations in the autograd graph.
+        transform: applied to each tensor before it is kept.
+        hook: `hook(module, inputs, output)` runs instead; the tensor it returns is kept, None keeps nothing. What it
+            returns never reaches the model.
+
+    Raises:
+        LayerError: a layer does not exist (with the closest names).
+        NotCapturedError: (on reading; a KeyError) the layer has not run, or has run more than once.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)).eval()
+        >>> with Capture(model, ["0", "1@mean23"]) as capture:
+        ...     _ = model(torch.rand(2, 3, 8, 8))
+        >>> capture["0"].shape, capture["1@mean23"].shape
+        (torch.Size([2, 4, 6, 6]), torch.Size([2, 4]))
+        >>> with Capture(model, "1") as capture:
+        ...     _ = model(torch.randn(2, 3, 8, 8))
+        >>> bool((capture["1"] < 0).any())  # the in-place ReLU has not reached it
+        True
+
+        Names of your own, a transform, and the last three passes:
+
+        >>> with Capture(model, {"maps": model[0]}, keep=3, transform=lambda maps: maps.amax((2, 3))) as capture:
+        ...     for _ in range(5):
+        ...         _ = model(torch.rand(2, 3, 8, 8))
+        >>> [tuple(maps.shape) for maps in capture.history("maps")]
+        [(2, 4), (2, 4), (2, 4)]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: str | nn.Module | Iterable[str | nn.Module] | Mapping[str, str | nn.Module] = (),
+        *,
+        keep: int | None = 1,
+        detach: bool = True,
+        transform: Transform | None = None,
+        hook: Hook | None = None,
+    ) -> None:
+        if keep is not None and keep < 1:
+            raise UsageError(f"keep is {keep}; it is the number of passes to hold, 1 or more, or None for all")
+        self.model = model
+        self._detach = detach
+        self._wishes: dict[str, list[_Wish]] = {}
+        self._passes: deque[dict[Address, Tensor]] = deque(maxlen=keep)
+        self._taps = Taps(self._on_enter, self._on_return)
+        self._fastpath = True
+        self._model_hooks = [
+            model.register_forward_pre_hook(self._begin_pass, prepend=True),
+            model.register_forward_hook(self._end_pass, always_call=True),
+        ]
+        try:
+            self.add(layers, transform=transform, hook=hook)
+        except BaseException:
+            self.remove()
+            raise
+
+    def add(
+        self,
+        layers: str | nn.Module | Iterable[str | nn.Module] | Mapping[str, str | nn.Module],
+        *,
+        transform: Transform | None = None,
+        hook: Hook | None = None,
+    ) -> Capture:
+        """Capture more layers, with a transform or a hook of their own; returns the capture itself.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+            >>> capture = Capture(model).add("0").add("1", transform=torch.sigmoid)
+            >>> _ = model(torch.rand(5, 3))
+            >>> list(capture)
+            ['0', '1']
+        """
+        modules = modules_of(self.model)
+        class_names = {path: type(module).__name__ for path, module in modules.items()}
+        paths = {id(module): path for path, module in reversed(modules.items())}
+        named: Iterable[tuple[str | None, str | nn.Module]]
+        if isinstance(layers, Mapping):
+            named = layers.items()
+        else:
+            named = [(None, layer) for layer in ([layers] if isinstance(layers, str | nn.Module) else layers)]
+        for name, layer in named:
+            if isinstance(layer, nn.Module):
+                if id(layer) not in paths:
+                    raise LayerError(f"the {type(layer).__name__} to capture is not a module of this model")
+                selectors = [Selector("path", Address(paths[id(layer)]), "")]
+            else:
+                selectors = parse_selectors(layer)
+            for selector in selectors:
+                for path in matched_paths([selector], class_names, "this model"):
+                    if name is not None and (len(selectors) > 1 or selector.kind != "path"):
+                        raise LayerError(f"'{name}' is one name, and '{layer}' can be several layers")
+                    address = dataclasses.replace(selector.address, path=name or path)
+                    wish = _Wish(modules[path], address, transform, hook)
+                    if wish not in self._wishes.setdefault(path, []):
+                        self._wishes[path].append(wish)
+                    self._taps.attach(path, modules[path])
+        return self
+
+    def remove(self, name: str | None = None) -> None:
+        """Take all hooks off the model, or those of one path or name; what was captured stays."""
+        if name is None:
+            self._taps.detach_all()
+            for hook in self._model_hooks:
+                hook.remove()
+            self._wishes.clear()
+            return
+        path_or_name = Address.parse(name).path
+        known = {wish.address.path for wishes in self._wishes.values() for wish in wishes}
+        if path_or_name not in known:
+            raise LayerError(f"'{name}' is not being captured; there is: {', '.join(known) or 'nothing'}")
+        for path, wishes in list(self._wishes.items()):
+            self._wishes[path] = [wish for wish in wishes if wish.address.path != path_or_name]
+            if not self._wishes[path]:
+                del self._wishes[path]
+                self._taps.detach(path)
+
+    def clear(self) -> None:
+        """Forget what was captured; the hooks stay."""
+        self._passes.clear()
+        self._taps.begin_pass()
+
+    def __enter__(self) -> Capture:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    # --- reading
+
+    def __getitem__(self, address: str) -> Tensor:
+        return _find(self._passes[-1] if self._passes else {}, address)
+
+    def __iter__(self) -> Iterator[str]:
+        return map(str, _canonical(self._passes[-1]) if self._passes else ())
+
+    def __len__(self) -> int:
+        return len(self._passes[-1]) if self._passes else 0
+
+    def history(self, address: str) -> list[Tensor]:
+        """Return one activation of every pass that is held, the oldest first."""
+        return [_find(one_pass, address) for one_pass in self._passes]
+
+    def summary(self) -> str:
+        """Describe the model and, for each layer: class, parameters, calls, and what the last pass kept.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+            >>> capture = Capture(model, "0,1")
+            >>> print(capture.summary())
+            Sequential: 16 parameters, 0 passes held
+            0  Linear  16  has not run
+            1  ReLU     0  has not run
+        """
+        last = _canonical(self._passes[-1]) if self._passes else {}
+        rows = []
+        for path, wishes in self._wishes.items():
+            calls = self._taps.calls[path]
+            for wish in wishes:
+                kept = [
+                    f"{key} {list(tensor.shape)} {dtype_name(tensor.dtype)} {tensor.device}"
+                    for key, tensor in last.items()
+                    if key.path == wish.address.path and key.reduction == wish.address.reduction
+                ]
+                times = f"{calls} call{'s' * (calls != 1)}: {', '.join(kept) or 'nothing kept'}"
+                state = times if calls else "has not run"
+                rows.append((str(wish.address), type(wish.module).__name__, f"{parameter_count(wish.module):,}", state))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            f"{name:{widths[0]}}  {kind:{widths[1]}}  {count:>{widths[2]}}  {state}"
+            for name, kind, count, state in rows
+        ]
+        total = (
+            f"{type(self.model).__name__}: {parameter_count(self.model):,} parameters, {len(self._passes)} passes held"
+        )
+        return "\n".join([total, *lines])
+
+    def __repr__(self) -> str:
+        return f"Capture({type(self.model).__name__}: {', '.join(self) or 'nothing yet'})"
+
+    # --- during a pass
+
+    def _begin_pass(self, _module: nn.Module, _args: Any) -> None:
+        self._taps.begin_pass()
+        self._passes.append({})
+        self._fastpath = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+
+    def _end_pass(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        torch.backends.mha.set_fastpath_enabled(self._fastpath)
+
+    def _on_enter(self, path: str, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for wish in self._wishes.get(path, ()):
+            if wish.address.is_input and wish.hook is None:
+                self._keep(wish, call, tensors_given(args, kwargs))
+
+    def _on_return(self, path: str, call: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        for wish in self._wishes.get(path, ()):
+            if wish.hook is not None:
+                result = wish.hook(wish.module, args, output)
+                self._keep(wish, call, tensors_in(result))
+            elif not wish.address.is_input:
+                self._keep(wish, call, tensors_in(output))
+
+    def _keep(self, wish: _Wish, call: int, tensors: Iterable[tuple[Parts, Tensor]]) -> None:
+        wanted = wish.address
+        if wanted.call not in (None, call):
+            return
+        if not self._passes:
+            self._passes.append({})  # A layer was called by itself, outside of any call of the model.
+        for parts, tensor in tensors:
+            if parts[: len(wanted.parts)] != wanted.parts:
+                continue
+            value = reduce(tensor.detach() if self._detach else tensor, wanted.reduction)
+            if wish.transform is not None:
+                value = wish.transform(value)
+                if not isinstance(value, Tensor):
+                    raise CaptureError(f"the transform of '{wanted}' returned a {type(value).__name__}, not a tensor")
+            self._passes[-1][dataclasses.replace(wanted, call=call, parts=parts)] = value.clone()
+
+
+def _canonical(one_pass: Mapping[Address, Tensor]) -> dict[Address, Tensor]:
+    """Drop the number of a call that was its module's only one."""
+    called_again = {(key.path, key.is_input) for key in one_pass if key.call}
+    return {
+        key if (key.path, key.is_input) in called_again else dataclasses.replace(key, call=None): tensor
+        for key, tensor in one_pass.items()
+    }
+
+
+def _find(one_pass: Mapping[Address, Tensor], address: str) -> Tensor:
+    wanted, stored = Address.parse(address), _canonical(one_pass)
+    if wanted in stored:
+        return stored[wanted]
+    if wanted in one_pass:
+        return one_pass[wanted]  # relu:0 of a relu that ran once
+    if not stored:
+        raise NotCapturedError(f"'{address}': nothing has been captured yet; call the model")
+    beneath = [str(key) for key in stored if key.path == wanted.path]
+    there = ", ".join(beneath) or closest(address, map(str, stored))
+    raise NotCapturedError(f"'{address}' was not captured; there is {there}")

@@ -1,0 +1,1 @@
+"""Is a run whole, is it true, and what does it hold?"""

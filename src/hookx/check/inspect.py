@@ -1,0 +1,191 @@
+"""What a run holds, finished or not: its plan, how far it has come, and what its activations are like."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hookx.plan import LayerSpec, Plan
+from hookx.store.directory import INDEX, finished_shards, read_plan
+from hookx.store.format import open_shard
+from hookx.store.record import Totals, read_record
+
+_BYTES_AT_ONCE = 16 * 2**20
+_VALUES_AT_ONCE = 2**15  # They stay in the cache of a core, and torch does not wake its other threads for them.
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of one layer's values over all rows; mean to maximum of the finite ones, and None where there are none.
+
+    A complex value counts as two. `deviation` is the root of the mean squared distance from the mean.
+    """
+
+    values: int
+    mean: float | None
+    deviation: float | None
+    minimum: float | None
+    maximum: float | None
+    zeros: int
+    non_finite: int
+
+
+@dataclass(frozen=True)
+class InspectedLayer:
+    address: str
+    shape: tuple[int, ...]  # (rows, *shape of one image), as far as the run has come
+    dtype: str
+    bytes: int
+    statistics: Statistics | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A run as it lies in its directory."""
+
+    path: str
+    plan: Plan
+    shards_finished: int
+    has_index: bool
+    rows: int
+    failures: int
+    rotations_ignored: int
+    bytes: int  # of activations
+    layers: tuple[InspectedLayer, ...]
+    counts: dict[str, dict[str, int]]  # address -> what was remarkable in its values -> how often
+    made: tuple[dict[str, Any], ...]  # the different ways in which shards were made
+
+    @property
+    def is_finished(self) -> bool:
+        return self.shards_finished == len(self.plan.shards) and self.has_index
+
+
+def inspect(
+    path: str | os.PathLike[str],
+    *,
+    statistics: bool = False,
+    progress: Callable[[int], None] = lambda shards_read: None,
+) -> Inspection:
+    """Look at a run, whether or not it is finished.
+
+    Args:
+        path: the directory that `hookx extract` wrote.
+        statistics: describe the values of every layer, in double precision. That reads every activation, 16 MiB (or
+            one row) in memory at a time; without it only the shards' headers are read.
+        progress: called with the number of shards read since the last call.
+
+    Raises:
+        StoreError: there is no run, or a shard is damaged (`verify` names all that are).
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from hookx.extraction import extract
+        >>> with TemporaryDirectory() as out:
+        ...     _ = extract("resnet18", "relu", "images", weights="none", out=out)
+        ...     inspection = inspect(out, statistics=True)
+        >>> inspection.is_finished, inspection.layers[0].shape
+        (True, (8, 64, 112, 112))
+        >>> inspection.layers[0].statistics.minimum
+        0.0
+    """
+    path = Path(path)
+    plan = read_plan(path)
+    finished = finished_shards(path, plan)
+    totals = Totals()
+    made: list[dict[str, Any]] = []
+    moments = {layer.address: _Moments() for layer in plan.layers}
+    for shard in finished:
+        record = read_record(path, plan, shard)
+        totals.add(record)
+        if record.made not in made:
+            made.append(record.made)
+        if statistics:
+            for layer in plan.layers:
+                for values in _pieces(path / plan.shard_file(shard), layer, len(record.keys)):
+                    moments[layer.address].add(values)
+        progress(1)
+    return Inspection(
+        path=str(path),
+        plan=plan,
+        shards_finished=len(finished),
+        has_index=(path / INDEX).exists(),
+        rows=totals.rows,
+        failures=totals.failures,
+        rotations_ignored=totals.rotations_ignored,
+        bytes=totals.rows * plan.bytes_per_image,
+        layers=tuple(
+            InspectedLayer(
+                address=layer.address,
+                shape=(totals.rows, *layer.shape),
+                dtype=layer.dtype,
+                bytes=totals.rows * layer.bytes_per_image,
+                statistics=moments[layer.address].statistics() if statistics else None,
+            )
+            for layer in plan.layers
+        ),
+        counts=totals.counts,
+        made=tuple(made),
+    )
+
+
+def _pieces(file: Path, layer: LayerSpec, rows: int) -> Iterator[Tensor]:
+    rows_at_once = max(1, _BYTES_AT_ONCE // max(1, layer.bytes_per_image))
+    with open_shard(file) as opened:
+        tensor = opened.get_slice(layer.address)
+        for start in range(0, rows, rows_at_once):
+            yield tensor[start : min(start + rows_at_once, rows)]
+
+
+class _Moments:
+    """Count, mean and squared distances of a stream of values, combined piece by piece without cancellation.
+
+    Source: Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances" (1979).
+    """
+
+    def __init__(self) -> None:
+        self.values = self.finite = self.zeros = 0
+        self.mean = self.squares = 0.0  # the latter: the sum of squared distances from the mean
+        self.minimum, self.maximum = math.inf, -math.inf
+
+    def add(self, piece: Tensor) -> None:
+        """Take in a piece of any shape and type."""
+        values = (torch.view_as_real(piece) if piece.is_complex() else piece).flatten()
+        self.values += values.numel()
+        self.zeros += values.numel() - int(values.count_nonzero())
+        for some in values.split(_VALUES_AT_ONCE):
+            self._add(some.to(torch.float64))
+
+    def _add(self, values: Tensor) -> None:
+        minimum, maximum = map(float, values.aminmax())
+        if not (math.isfinite(minimum) and math.isfinite(maximum)):  # NaN is both the least and the greatest.
+            values = values[values.isfinite()]
+            if not values.numel():
+                return
+            minimum, maximum = map(float, values.aminmax())
+        self.minimum, self.maximum = min(self.minimum, minimum), max(self.maximum, maximum)
+        mean = float(values.mean())
+        count, total = values.numel(), self.finite + values.numel()
+        apart = mean - self.mean
+        self.squares += float((values - mean).square_().sum()) + apart * apart * self.finite * count / total
+        self.mean += apart * count / total
+        self.finite = total
+
+    def statistics(self) -> Statistics:
+        """Return what was taken in so far."""
+        some = self.finite > 0
+        return Statistics(
+            values=self.values,
+            mean=self.mean if some else None,
+            deviation=math.sqrt(self.squares / self.finite) if some else None,
+            minimum=self.minimum if some else None,
+            maximum=self.maximum if some else None,
+            zeros=self.zeros,
+            non_finite=self.values - self.finite,
+        )

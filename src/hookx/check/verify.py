@@ -1,0 +1,217 @@
+"""Is a run whole? Plan, shards and tables are held against each other, and everything that is wrong is named."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from hookx.errors import ShardError, StoreError
+from hookx.keys import image_lines, key_bytes
+from hookx.plan import Plan, Shard
+from hookx.store.directory import FAILURES, INDEX, PLAN, derived_tables, present_shards, read_plan
+from hookx.store.files import ASIDE
+from hookx.store.format import checksum, open_shard
+from hookx.store.record import ShardRecord, read_record
+
+_NOTES_AT_MOST = 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with one file of the directory, as the rest of a sentence that begins with its name."""
+
+    file: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found. Notes are about files that do not belong to the run; they are no error."""
+
+    path: str
+    shards: int  # of the plan
+    shards_whole: int
+    rows: int  # in those
+    failures: int
+    bytes: int  # of activations whose checksums agree
+    problems: tuple[Problem, ...]
+    notes: tuple[Problem, ...] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        return not self.problems
+
+
+def verify(path: str | os.PathLike[str], *, progress: Callable[[int], None] = lambda shards_read: None) -> Verification:
+    """Read a run once, a shard at a time, and name everything that is wrong with it.
+
+    Checked: the plan belongs to its fingerprint, and every shard to the plan; every shard is there, under its name,
+    with the tensors, shapes and types planned; rows and failures are the listed images (key and size), each once, in
+    order; the checksums, taken while the shards were written, agree; index.csv and failures.csv say what the shards
+    say.
+
+    Args:
+        path: the directory that `hookx extract` wrote.
+        progress: called with the number of shards read since the last call.
+
+    Raises:
+        StoreError: there is no such directory. What is wrong inside of it is in the result.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from hookx.extraction import extract
+        >>> with TemporaryDirectory() as out:
+        ...     _ = extract("resnet18", "avgpool", "images", weights="none", out=out)
+        ...     whole = verify(out)
+        ...     (Path(out) / "shard-00000-of-00001.safetensors").unlink()
+        ...     damaged = verify(out)
+        >>> whole.is_whole, whole.rows
+        (True, 8)
+        >>> damaged.problems
+        (Problem(file='shard-00000-of-00001.safetensors', what='is missing'),)
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise StoreError(f"there is no directory '{path}'")
+    try:
+        plan = read_plan(path)
+    except StoreError as error:
+        what = str(error).removeprefix(f"{path}/{PLAN} ")
+        return Verification(str(path), 0, 0, 0, 0, 0, (Problem(PLAN, what),))
+
+    present = present_shards(path, plan)
+    problems = list(_missing(plan, present))
+    images, rows, failures, whole = _ImageList(), 0, 0, 0
+    for shard in present:
+        file = plan.shard_file(shard)
+        try:
+            record = read_record(path, plan, shard)
+            found = [*images.problems_with(shard, record), *_changed_tensors(path / file, plan, record)]
+        except ShardError as error:
+            found = [error.what]
+        else:
+            rows += len(record.keys)
+            failures += len(record.failures)
+            whole += not found
+        problems += (Problem(file, what) for what in found)
+        progress(1)
+
+    foreign, notes = _other_files(path, plan, present)
+    problems += foreign
+    if whole == len(plan.shards):
+        if images.sha256 != plan.images_sha256:
+            problems.append(Problem(PLAN, "lists other images (names or sizes) than the shards hold"))
+        problems += _wrong_tables(path, plan)
+    elif (path / INDEX).exists():
+        notes.insert(0, Problem(INDEX, "was not compared, because not all shards are whole"))
+    return Verification(
+        path=str(path),
+        shards=len(plan.shards),
+        shards_whole=whole,
+        rows=rows,
+        failures=failures,
+        bytes=rows * plan.bytes_per_image,
+        problems=tuple(problems),
+        notes=tuple(notes),
+    )
+
+
+def _missing(plan: Plan, present: list[Shard]) -> Iterator[Problem]:
+    # A run of missing shards is one problem: a plan may promise any number of them.
+    expected = 0
+    for number in [*(shard.number for shard in present), len(plan.shards)]:
+        if number > expected:
+            what = "is missing"
+            if number > expected + 1:
+                last = plan.shard_file(plan.shards[number - 1])
+                what += f", and so are all up to {last} ({number - expected:,} shards)"
+            yield Problem(plan.shard_file(plan.shards[expected]), what)
+        expected = number + 1
+
+
+class _ImageList:
+    """The list of images, as the shards tell it: its digest, and the last key so far."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._last_key: str | None = None
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def problems_with(self, shard: Shard, record: ShardRecord) -> Iterator[str]:
+        """Go on with one shard's images, rows and failures together, which stand in the order of their keys."""
+        failed = [key for key, _ in record.failures]
+        keys = sorted(record.keys + failed, key=key_bytes)
+        if sorted(record.keys, key=key_bytes) != record.keys or sorted(failed, key=key_bytes) != failed:
+            yield "holds its images in another order than that of their keys"
+        for one, other in pairwise(keys):
+            if one == other:
+                yield f"holds the image '{one}' twice"
+        if self._last_key is not None and key_bytes(keys[0]) <= key_bytes(self._last_key):
+            yield f"begins with the image '{keys[0]}', which does not come after '{self._last_key}' of an earlier shard"
+        self._last_key = keys[-1]
+        if len(record.sizes_bytes) != len(shard):
+            yield f"tells the sizes of {len(record.sizes_bytes)} images, and holds {len(shard)}"
+            return
+        self._digest.update(image_lines(zip(keys, record.sizes_bytes, strict=True)))
+
+
+def _changed_tensors(file: Path, plan: Plan, record: ShardRecord) -> Iterator[str]:
+    with open_shard(file) as opened:
+        for layer in plan.layers:
+            try:
+                # The tensor lies in the mapped file, so no more of it is in memory than the system sees fit.
+                found = checksum(opened.get_tensor(layer.address))
+            except (SafetensorError, RuntimeError) as error:
+                yield f"is damaged: '{layer.address}' cannot be read: {error}"
+                continue
+            if found != record.checksums.get(layer.address):
+                yield f"is damaged: '{layer.address}' does not have the checksum that was taken while it was written"
+
+
+def _other_files(path: Path, plan: Plan, present: list[Shard]) -> tuple[list[Problem], list[Problem]]:
+    """Return the shards that are not of this plan, and notes about everything else that is not of the run."""
+    known = {PLAN, INDEX, FAILURES, *(plan.shard_file(shard) for shard in present)}
+    foreign, notes = [], []
+    for name in sorted(entry.name for entry in os.scandir(path) if entry.name not in known):
+        if name.startswith("shard-") and name.endswith(".safetensors"):
+            foreign.append(Problem(name, f"is not one of the {len(plan.shards):,} shards of this plan"))
+        elif name.startswith(".") and name.endswith(ASIDE):
+            notes.append(Problem(name, "is being written, or was left by a run that was killed"))
+        else:
+            notes.append(Problem(name, "is no file of this run"))
+    if len(notes) > _NOTES_AT_MOST:
+        more = len(notes) - _NOTES_AT_MOST
+        notes[_NOTES_AT_MOST:] = [Problem(f"and {more:,} more", "that are no files of this run")]
+    return foreign, notes
+
+
+def _wrong_tables(path: Path, plan: Plan) -> Iterator[Problem]:
+    tables = derived_tables(path, plan)
+    for name, lines in tables.items():
+        what = _difference(path / name, lines)
+        if what:
+            yield Problem(name, what)
+    if FAILURES not in tables and (path / FAILURES).exists():
+        yield Problem(FAILURES, "is there, and no shard has a failure")
+
+
+def _difference(table: Path, lines: Iterator[bytes]) -> str:
+    """Say where a table differs from what follows from the shards; never more than a line of it is in memory."""
+    if not table.is_file():
+        return "is missing"
+    number = 0
+    with open(table, "rb") as file:
+        for number, line in enumerate(lines, 1):
+            if file.read(len(line)) != line:
+                should_be = line.decode("utf-8", "surrogateescape").rstrip("\n")
+                return f"differs from the shards in line {number:,}, which should be: {should_be}"
+        return f"goes on after the {number:,} lines that follow from the shards" if file.read(1) else ""

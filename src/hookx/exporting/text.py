@@ -1,0 +1,131 @@
+"""One activation of a run as text, JSON or bytes, a row of numbers at a time."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hookx.errors import HookxError, closest
+from hookx.keys import key_bytes
+from hookx.layers.address import Address
+from hookx.read.features import open_features
+
+_KEYS_COMPARED = 10_000
+_NUMBERS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What one layer returned for one image."""
+
+    key: str
+    layer: str
+    values: Tensor
+
+
+def read_activation(run: Path, layer: str, key: str) -> Activation:
+    """Read one activation of a run, finished or not.
+
+    Raises:
+        HookxError: the run does not hold the layer or the image; the message names the closest, or says why not.
+    """
+    features = open_features(run, partial=True)
+    address = str(Address.parse(layer))
+    if address not in list(features):
+        raise HookxError(
+            f"{run}/ does not hold '{layer}'; closest: {closest(address, features)}", f"all: hookx inspect {run}/"
+        )
+    keys = features.keys_of_rows
+    row = bisect_left(keys, key_bytes(key), key=key_bytes)
+    if row < len(keys) and keys[row] == key:
+        return Activation(key, address, features[address][row])
+    if key in features.failures:
+        raise HookxError(f"'{key}' has no activation: it could not be read ({features.failures[key]})")
+    # Comparing with each of millions would take minutes; what begins alike stands nearby.
+    first = max(0, row - _KEYS_COMPARED // 2)
+    problem = f"{run}/ does not hold '{key}'; closest: {closest(key, keys[first : first + _KEYS_COMPARED])}"
+    if len(keys) + len(features.failures) < features.plan.image_count:
+        raise HookxError(problem, "the run is not finished: the same hookx extract command goes on")
+    raise HookxError(problem)
+
+
+def as_text(values: Tensor) -> Iterator[bytes]:
+    r"""Write a vector as one number a line, a matrix as one row a line, and more as matrices with a blank line between.
+
+    Dimensions of length 1 do not count. Each number is the shortest that gives the same bits again.
+
+    Example:
+        >>> print(b"".join(as_text(torch.tensor([[[0.1, 2.0]], [[3.0, -0.0]]]))).decode(), end="")
+        0.1 2.0
+        3.0 -0.0
+    """
+    numbers = _as_numpy(values.to(torch.uint8) if values.dtype == torch.bool else values)
+    sides = [side for side in numbers.shape if side != 1]
+    if len(sides) < 2 or not numbers.size:
+        yield from (f"{number!s}\n".encode() for number in numbers.flat)  # !s: as what it is, and not as a double
+        return
+    for number, matrix in enumerate(numbers.reshape(-1, *sides[-2:])):
+        yield b"\n" if number else b""
+        yield from (" ".join(map(str, row)).encode() + b"\n" for row in matrix)
+
+
+def as_json(activation: Activation) -> Iterator[bytes]:
+    """Write one JSON document: key, layer, shape, dtype, and the values, nested.
+
+    JSON has no NaN and no infinity: they are the texts "NaN", "Infinity" and "-Infinity", which `float` of Python and
+    `Number` of JavaScript read. A complex value is a list of two.
+    """
+    values = activation.values
+    about = {
+        "key": activation.key,
+        "layer": activation.layer,
+        "shape": list(values.shape),
+        "dtype": str(values.dtype).removeprefix("torch."),
+    }
+    yield json.dumps(about).encode().removesuffix(b"}") + b', "values": '
+    yield from _nested(_as_numpy(torch.view_as_real(values) if values.is_complex() else values))
+    yield b"}\n"
+
+
+def as_bytes(values: Tensor) -> Iterator[memoryview]:
+    """Give the bytes as they are stored: little-endian, the last dimension fastest."""
+    yield memoryview(values.flatten().view(torch.uint8).numpy().data)
+
+
+def _as_numpy(values: Tensor) -> NDArray[Any]:
+    # numpy has no bfloat16; as a float32 it is the same number.
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+
+
+def _nested(numbers: NDArray[Any]) -> Iterator[bytes]:
+    if numbers.ndim == 0:
+        yield _json_number(numbers[()]).encode()
+        return
+    yield b"["
+    if numbers.ndim == 1:
+        for start in range(0, len(numbers), _NUMBERS_AT_ONCE):
+            some = numbers[start : start + _NUMBERS_AT_ONCE]
+            plain = numbers.dtype != bool and np.isfinite(some).all()
+            yield (", " * (start > 0) + ", ".join(map(str if plain else _json_number, some))).encode()
+    else:
+        for position, part in enumerate(numbers):
+            yield b",\n" if position else b""
+            yield from _nested(part)
+    yield b"]"
+
+
+def _json_number(number: Any) -> str:
+    if number.dtype == bool:
+        return "true" if number else "false"
+    if np.isfinite(number):
+        return str(number)
+    return '"NaN"' if np.isnan(number) else '"Infinity"' if number > 0 else '"-Infinity"'

@@ -1,0 +1,1 @@
+"""Sources of images: listing them, and decoding one to pixels."""

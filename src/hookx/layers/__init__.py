@@ -1,0 +1,1 @@
+"""What can be asked for: addresses, selectors and the layers of a probed model. No torch."""

@@ -1,0 +1,189 @@
+"""The address grammar: a path, a call, a part and a reduction.
+
+address  = path [":" call] ["/in"] ["/" part]... ["@" reduction]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hookx.errors import AddressError, closest
+
+# These mean something in an address or in a terminal; inside a name they are written %XX.
+_RESERVED = re.compile(r"[:/@,%*?\[\]\s\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_BRACKET = re.compile(r"\[\s*(?:(\d+)|'([^'\]]+)'|\"([^\"\]]+)\")\s*\]")
+_REDUCTIONS_OVER_DIMS = ("mean", "max", "min", "sum", "norm")
+_REDUCTIONS = (*_REDUCTIONS_OVER_DIMS, "cls", "flatten")
+
+
+def quote(name: str) -> str:
+    """Write a module's or a part's name so that no character of it is taken for grammar.
+
+    Example:
+        >>> quote("layer1"), quote("a/b")
+        ('layer1', 'a%2Fb')
+    """
+    return _RESERVED.sub(
+        lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode("utf-8", "surrogatepass")), name
+    )
+
+
+def unquote(text: str) -> str:
+    """Undo `quote`."""
+    if "%" not in text:
+        return text
+    raw = re.sub(
+        rb"%([0-9A-Fa-f]{2})",
+        lambda match: bytes([int(match[1], 16)]),
+        text.encode("utf-8", "surrogatepass"),
+    )
+    try:
+        return raw.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        raise AddressError(f"'{text}': the %XX in it are not UTF-8") from None
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What is done to an activation on the device before it is stored.
+
+    `dims` count in the stored activation, whose dimension 0 is the batch.
+
+    Example:
+        >>> Reduction.parse("mean32")
+        Reduction(name='mean', dims=(2, 3))
+        >>> Reduction.parse("mean23").shape((512, 7, 7))
+        (512,)
+        >>> Reduction.parse("flatten").shape((512, 7, 7))
+        (25088,)
+    """
+
+    name: str
+    dims: tuple[int, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Reduction:
+        match = re.fullmatch(r"([a-z]+)(\d*)", text)
+        name = match[1] if match else text
+        if not match or name not in _REDUCTIONS:
+            raise AddressError(
+                f"'@{text}' is not a reduction; closest: {closest(name, [f'@{known}' for known in _REDUCTIONS])}",
+                "over dimensions: @mean23 @max23 @min1 @sum12 @norm23    other: @cls @flatten",
+            )
+        dims = [int(digit) for digit in match[2]]
+        if dims and name not in _REDUCTIONS_OVER_DIMS:
+            raise AddressError(f"'@{text}': {name} takes no dimensions; write @{name}")
+        if 0 in dims:
+            raise AddressError(f"'@{text}': dimension 0 is the batch, which stays; count from 1")
+        if len(set(dims)) != len(dims):
+            raise AddressError(f"'@{text}' names a dimension twice")
+        return cls(name, tuple(sorted(dims)))
+
+    def __str__(self) -> str:
+        return self.name + "".join(map(str, self.dims))
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return one image's shape after the reduction, or raise `ValueError` with the reason."""
+        if self.name == "flatten":
+            if not shape:
+                raise ValueError("there is nothing to flatten.")
+            size = 1
+            for length in shape:
+                size *= length
+            return (size,)
+        if self.name == "cls":
+            if len(shape) != 2:
+                raise ValueError("cls is token 0 of an output N,tokens,channels.")
+            return shape[1:]
+        if not self.dims:
+            raise ValueError(f"{self.name} over which dimensions?")
+        if self.dims[-1] > len(shape):
+            raise ValueError(f"there is no dimension {self.dims[-1]}.")
+        return tuple(length for dim, length in enumerate(shape, 1) if dim not in self.dims)
+
+    def spellings_for(self, shape: tuple[int, ...]) -> str:
+        """Suggest reductions that fit one image's shape."""
+        name = self.name if self.name in _REDUCTIONS_OVER_DIMS else "mean"
+        if len(shape) == 3:
+            return f"@{name}23 if the channels are dimension 1, @{name}12 if they are dimension 3"
+        if len(shape) == 2:
+            return f"@{name}1 over the tokens, @cls for token 0"
+        if len(shape) <= 1:
+            return "store it as it is"
+        return f"@{name} and the digits of the dimensions"
+
+
+@dataclass(frozen=True)
+class Address:
+    """The name of one activation; the key under which it stands in a shard.
+
+    Example:
+        >>> Address.parse("layer3[0].relu:1/in@mean23")
+        Address(path='layer3.0.relu', call=1, is_input=True, parts=(), reduction=Reduction(name='mean', dims=(2, 3)))
+        >>> str(Address.parse("layer3[0].relu:1/in@mean23"))
+        'layer3.0.relu:1/in@mean23'
+    """
+
+    path: str
+    call: int | None = None
+    is_input: bool = False
+    parts: tuple[str, ...] = ()
+    reduction: Reduction | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Read an address; `AddressError` says what is wrong with a text that is none."""
+        return cls._parse(text, _parse_path)
+
+    @classmethod
+    def _parse(cls, text: str, parse_path: Callable[[str, str], str]) -> Address:
+        body, at, reduction_text = text.partition("@")
+        head, *segments = body.split("/")
+        path_text, colon, call_text = head.partition(":")
+        if colon and not (call_text.isascii() and call_text.isdigit()):
+            raise AddressError(f"'{text}': after ':' stands the number of the call, as in layer1.0.relu:1")
+        is_input = bool(segments) and segments[0] == "in"
+        parts = tuple(unquote(segment) for segment in segments[is_input:])
+        if not all(parts):
+            raise AddressError(f"'{text}': after '/' stands 'in' or the name of a part, as in attn/0")
+        return cls(
+            path=parse_path(path_text, text),
+            call=int(call_text) if colon else None,
+            is_input=is_input,
+            parts=parts,
+            reduction=Reduction.parse(reduction_text) if at else None,
+        )
+
+    def __str__(self) -> str:
+        parts = [quote(part) for part in self.parts]
+        if parts and not self.is_input and parts[0] == "in":
+            parts[0] = "%69n"  # A part that is called 'in' is not the module's input.
+        if self.is_input:
+            parts.insert(0, "in")
+        return (
+            (self.path if self.path == "." else ".".join(quote(name) for name in self.path.split(".")))
+            + (f":{self.call}" if self.call is not None else "")
+            + "".join(f"/{part}" for part in parts)
+            + (f"@{self.reduction}" if self.reduction else "")
+        )
+
+
+def dotted(path_text: str) -> str:
+    """Write brackets as dots: layer3[0] -> layer3.0, [0].conv -> 0.conv."""
+    path = _BRACKET.sub(lambda match: "." + (match[1] or match[2] or match[3]), path_text)
+    return path.removeprefix(".") if path_text.startswith("[") else path
+
+
+def _parse_path(path_text: str, whole_text: str) -> str:
+    """Normalise a dotted path: brackets become dots, %XX become characters."""
+    if path_text == ".":
+        return path_text
+    path = dotted(path_text)
+    if not all(path.split(".")) or re.search(r"[\[\]*?,\s]", path):
+        raise AddressError(
+            f"'{whole_text}' is not a layer address",
+            "write the dotted path of the module, as in layer3.0.downsample.1 or layer3[0].downsample[1]",
+        )
+    return unquote(path)

@@ -1,0 +1,82 @@
+"""What a probe learns about a model: its layers, their calls, and the tensors that pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hookx.layers.address import Address
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor that a module returned or was given, as the probe saw it."""
+
+    parts: tuple[str, ...]
+    shape: tuple[int, ...]  # of one image: without the batch dimension. A constant's whole shape.
+    dtype: str
+    batch_dim: int | None = 0  # where the batch dimension stood; None for a constant
+    rows_per_image: int = 1  # >1: the leading dimension held this many rows of each image, one image after another
+    problem: str = ""  # why its rows cannot be given to images
+
+    @property
+    def is_constant(self) -> bool:
+        return self.batch_dim is None and not self.problem
+
+    @property
+    def shape_text(self) -> str:
+        """The shape as the layer returns it, the batch written N: 'N,64,56,56', '49,N,768', '64N,49,96'.
+
+        Example:
+            >>> TensorInfo((), (49, 768), "float32", batch_dim=1).shape_text
+            '49,N,768'
+        """
+        lengths = [str(length) for length in self.shape]
+        if self.rows_per_image > 1:
+            lengths[0] += "N"
+        elif self.batch_dim is not None:
+            lengths.insert(self.batch_dim, "N")
+        return ",".join(lengths) or "scalar"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module during a forward pass."""
+
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module of a model, with what a forward pass does to it."""
+
+    path: str
+    class_name: str
+    parameters: int
+    calls: tuple[Call, ...] = ()
+    never_called_because: str = ""
+    same_as: str = ""  # the first path of this module, where it is registered under two
+
+    def addresses(self, *, of_inputs: bool = False) -> dict[Address, TensorInfo]:
+        """Return the canonical address of every tensor that this module returns (or is given)."""
+        found = {}
+        for number, call in enumerate(self.calls):
+            for tensor in call.inputs if of_inputs else call.outputs:
+                call_number = number if len(self.calls) > 1 else None
+                found[Address(self.path, call_number, of_inputs, tensor.parts)] = tensor
+        return found
+
+
+@dataclass(frozen=True)
+class Target:
+    """One activation to capture: its address, and the tensor it is taken from."""
+
+    address: Address
+    tensor: TensorInfo
+    calls: int = 1  # of the module, in one forward pass
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape stored for one image."""
+        reduction = self.address.reduction
+        return reduction.shape(self.tensor.shape) if reduction else self.tensor.shape

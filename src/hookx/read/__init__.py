@@ -1,0 +1,1 @@
+"""A run read back: features, their activations, datasets and joins."""

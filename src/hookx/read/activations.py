@@ -1,0 +1,319 @@
+"""One address of a run: an array that stays in the files of the shards until its rows are asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import reprlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby, pairwise
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from torch import Tensor
+
+from hookx.errors import NotStoredError, ShardError, StoreError, UsageError, closest
+from hookx.keys import Keys
+from hookx.plan import LayerSpec
+from hookx.store.format import data_range, open_shard
+
+_BYTES_AT_ONCE = 2**20
+_KEYS_COMPARED = 100  # with one that is not there, for the error message
+Index: TypeAlias = int | slice | Sequence[int] | Sequence[bool] | NDArray[Any] | Tensor
+Positions: TypeAlias = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Which rows there are, and where: the same for every address of a run.
+
+    Attributes:
+        keys: the image key of every row, in order.
+        failures: key -> reason, of the images that have no row.
+        files: of the shards.
+        first_rows: how many rows of the run come before each file, and the number of all.
+        chosen: where the rows are in the run, ascending; None if they are all of it.
+    """
+
+    keys: Keys
+    failures: Mapping[str, str]
+    files: Sequence[Path]
+    first_rows: Positions
+    chosen: Positions | None = None
+
+    @cached_property
+    def borders(self) -> Positions:
+        """How many of these rows come before each file, and the number of all."""
+        return self.first_rows if self.chosen is None else np.searchsorted(self.chosen, self.first_rows)
+
+    def position(self, key: str) -> int:
+        """Return the row of an image; `NotStoredError` if it has none, with the reason if there is one."""
+        if key in self.keys:
+            return self.keys.index(key)
+        if key in self.failures:
+            raise NotStoredError(f"'{key}' could not be read: {self.failures[key]}")
+        # Keys are in order, so those that begin alike are neighbours.
+        place = self.keys.place(key)
+        around = self.keys[max(0, place - _KEYS_COMPARED) : place + _KEYS_COMPARED]
+        raise NotStoredError(f"there is no image '{key}' among the {len(self.keys):,}; closest: {closest(key, around)}")
+
+
+class Activations:
+    """One address of a run: an array of shape (rows, *shape of one image) that stays on the disk until it is indexed.
+
+    Rows are named as numpy names them: by an integer (one row, without its first dimension), a slice, a list, an array
+    or a tensor of integers, or a mask of all rows. Only those rows are read, each file once and in its order, and what
+    is returned is a copy: yours to change. `shards`, and `torch` and `numpy` where a run has one shard, copy nothing:
+    what they return is the file, mapped into memory, and read as it is looked at. It can be changed, and the file
+    does not change with it.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import hookx
+        >>> with TemporaryDirectory() as out:
+        ...     _ = hookx.extract("resnet18", "avgpool", "images", weights="none", out=out)
+        ...     avgpool = hookx.open(out)["avgpool"]
+        ...     first, some = avgpool[0], avgpool[[5, 2, 5]]
+        ...     eighth = avgpool.of("things/rocket.jpg")
+        >>> avgpool
+        Activations('avgpool', shape=(8, 512, 1, 1), dtype=torch.float32)
+        >>> first.shape, some.shape, eighth.shape
+        (torch.Size([512, 1, 1]), torch.Size([3, 512, 1, 1]), torch.Size([512, 1, 1]))
+    """
+
+    def __init__(self, layer: LayerSpec, rows: Rows) -> None:
+        self.address = layer.address
+        self.dtype: torch.dtype = getattr(torch, layer.dtype)
+        self.shape = (len(rows.keys), *layer.shape)
+        self.bytes_per_row = layer.bytes_per_image
+        self.layer, self.rows = layer, rows
+        self._shards: dict[int, _ShardRows] = {}  # those that were read from
+
+    @property
+    def keys(self) -> Keys:
+        """The image key of every row."""
+        return self.rows.keys
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        rows_at_once = max(1, _BYTES_AT_ONCE // max(1, self.bytes_per_row))
+        for start in range(0, len(self), rows_at_once):
+            yield from self[start : start + rows_at_once]
+
+    def __repr__(self) -> str:
+        return f"Activations('{self.address}', shape={self.shape}, dtype={self.dtype})"
+
+    def __getitem__(self, index: Index) -> Tensor:
+        positions = _positions(index, len(self))
+        rows = self._read(np.atleast_1d(positions))
+        return rows if positions.ndim else rows[0]
+
+    def of(self, key: str | Sequence[str]) -> Tensor:
+        """Return the activation of an image by its key, or the rows of several in their order.
+
+        Raises:
+            NotStoredError: no row has this key; the message says why the image could not be read, if that is why.
+        """
+        if isinstance(key, str):
+            return self[self.rows.position(key)]
+        return self[[self.rows.position(one) for one in key]]
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, list[str]]]:
+        """Yield all rows in order, `size` at a time: (activations, keys)."""
+        if size < 1:
+            raise UsageError(f"the batch size is {size}; it is 1 or more")
+        for start in range(0, len(self), size):
+            yield self[start : start + size], self.keys[start : start + size]
+
+    def shards(self) -> Iterator[tuple[Tensor, list[str]]]:
+        """Yield all rows in order, a shard at a time and without a copy: (activations, keys)."""
+        for number, (start, stop) in enumerate(pairwise(self.rows.borders)):
+            if start < stop:
+                is_whole = stop - start == self.rows.first_rows[number + 1] - self.rows.first_rows[number]
+                yield self._shard(number).map() if is_whole else self[start:stop], self.keys[start:stop]
+
+    def torch(self) -> Tensor:
+        """Return all rows as a tensor."""
+        if np.count_nonzero(np.diff(self.rows.borders)) == 1:
+            return next(self.shards())[0]
+        return self[:]
+
+    def numpy(self) -> NDArray[Any]:
+        """Return all rows as an array. numpy has no bfloat16: it becomes float32, exactly, and a warning says so."""
+        if self.dtype == torch.bfloat16:
+            self._warn_of_conversion()
+        return self._array()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is False:
+            raise ValueError(f"'{self.address}' is read from its files, so an array of it is a copy")
+        if self.dtype == torch.bfloat16 and dtype is None:
+            self._warn_of_conversion()
+        return np.asarray(self._array(), dtype=dtype)
+
+    def _array(self) -> NDArray[Any]:
+        rows = self.torch()
+        return (rows.float() if rows.dtype == torch.bfloat16 else rows).numpy()
+
+    def _warn_of_conversion(self) -> None:
+        warnings.warn(
+            f"'{self.address}' is bfloat16, which numpy does not have: it becomes float32, exactly; .torch() keeps it",
+            stacklevel=3,
+        )
+
+    def prefetch(self, start: int, stop: int) -> None:
+        """Ask the system to read these rows from the disk, because they are about to be used; does not wait for it."""
+        for shard, stretches in self._stretches(self._in_run(np.arange(start, stop))):
+            shard.prefetch(stretches)
+
+    def _in_run(self, positions: Positions) -> Positions:
+        return positions if self.rows.chosen is None else self.rows.chosen[positions]
+
+    def _read(self, positions: Positions) -> Tensor:
+        """Copy rows out of the files: each file is opened once, and each row read once, in its order."""
+        wanted = self._in_run(positions)
+        ascending, places = np.unique(wanted, return_inverse=True)
+        rows = torch.empty((len(ascending), *self.shape[1:]), dtype=self.dtype)
+        if rows.numel():
+            into = _bytes_of_rows(rows)
+            for shard, stretches in self._stretches(ascending):
+                shard.read(stretches, into)
+        if np.array_equal(ascending, wanted):
+            return rows
+        in_order = torch.empty((len(wanted), *self.shape[1:]), dtype=self.dtype)
+        if rows.numel():
+            np.take(_bytes_of_rows(rows), places, axis=0, out=_bytes_of_rows(in_order), mode="clip")
+        return in_order
+
+    def _stretches(self, ascending: Positions) -> Iterator[tuple[_ShardRows, list[_Stretch]]]:
+        """Cut rows of the run, which ascend, into those that lie side by side in one shard."""
+        first_rows = self.rows.first_rows
+        gaps = np.flatnonzero(np.diff(ascending) != 1) + 1
+        cuts = np.union1d(gaps, np.searchsorted(ascending, first_rows))
+        numbers = np.searchsorted(first_rows, ascending[cuts[:-1]], side="right") - 1
+        firsts = ascending[cuts[:-1]] - first_rows[numbers]
+        stretches = map(_Stretch, firsts.tolist(), cuts[:-1].tolist(), cuts[1:].tolist())
+        for number, of_shard in groupby(zip(numbers.tolist(), stretches, strict=True), key=itemgetter(0)):
+            yield self._shard(number), [stretch for _, stretch in of_shard]
+
+    def _shard(self, number: int) -> _ShardRows:
+        if number not in self._shards:
+            start, stop = self.rows.first_rows[number : number + 2].tolist()
+            self._shards[number] = _ShardRows(self.rows.files[number], self.layer, stop - start)
+        return self._shards[number]
+
+
+class _Stretch(NamedTuple):
+    """Rows that lie side by side in a shard, from `first` on: rows `start` to `stop` of what is read."""
+
+    first: int
+    start: int
+    stop: int
+
+
+class _ShardRows:
+    """The rows of one address in one shard's file. Holds no open file, so it can be forked and pickled."""
+
+    def __init__(self, file: Path, layer: LayerSpec, count: int) -> None:
+        self.file, self.layer, self.count = file, layer, count
+        self.row_bytes = layer.bytes_per_image
+        start, stop = data_range(file, layer.address)
+        if stop - start != count * self.row_bytes:
+            raise self._changed()
+        self.offset, self.file_bytes = start, file.stat().st_size
+
+    def read(self, stretches: Sequence[_Stretch], into: NDArray[np.uint8]) -> None:
+        """Copy rows out of the file, to their places."""
+        # From a mapped file this would be one line. But where a page is missing, the system then reads what is around
+        # it, up to megabytes for a row of some kilobytes; and an error of the disk would end the process.
+        with self._opened() as descriptor:
+            for first, start, stop in stretches:
+                at, wanted = self.offset + first * self.row_bytes, into[start:stop].data.cast("B")
+                while wanted:  # A call reads 2 GiB at most.
+                    count = os.preadv(descriptor, [wanted], at)
+                    if not count:
+                        raise self._changed()
+                    at, wanted = at + count, wanted[count:]
+
+    def prefetch(self, stretches: Sequence[_Stretch]) -> None:
+        """Let the system read rows into its cache of files."""
+        if hasattr(os, "posix_fadvise"):  # macOS has none.
+            with self._opened() as descriptor:
+                for first, start, stop in stretches:
+                    at, length = self.offset + first * self.row_bytes, (stop - start) * self.row_bytes
+                    os.posix_fadvise(descriptor, at, length, os.POSIX_FADV_WILLNEED)
+
+    def map(self) -> Tensor:
+        """Return all rows without reading them: the system does as they are looked at.
+
+        The mapping is private, so that what is written to the tensor is memory of this process, and never the file.
+        """
+        try:
+            with open_shard(self.file) as opened:
+                rows: Tensor = opened.get_tensor(self.layer.address)
+        except (SafetensorError, RuntimeError) as error:
+            raise ShardError(self.file, f"is damaged: {error}") from None
+        if (rows.dtype, rows.shape) != (getattr(torch, self.layer.dtype), (self.count, *self.layer.shape)):
+            raise self._changed()
+        return rows
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
+        try:
+            descriptor = os.open(self.file, os.O_RDONLY)
+            try:
+                if os.fstat(descriptor).st_size != self.file_bytes:
+                    raise self._changed()
+                yield descriptor
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise ShardError(self.file, f"cannot be read: {error.strerror}") from None
+
+    def _changed(self) -> StoreError:
+        return StoreError(f"{self.file} has changed since the run was opened", "open it again")
+
+
+def _bytes_of_rows(rows: Tensor) -> NDArray[np.uint8]:
+    """Return the memory of rows as (rows, bytes), whatever their type; numpy does not know all of torch's."""
+    return rows.reshape(len(rows), -1).view(torch.uint8).numpy()
+
+
+def _positions(index: Any, length: int) -> Positions:
+    """Return the rows that an index names, counted from 0; without a dimension if it names one."""
+    if isinstance(index, slice):
+        return np.arange(*index.indices(length))
+    try:
+        named = np.asarray(index.numpy(force=True) if isinstance(index, Tensor) else index)
+    except ValueError:  # a list of lists of different lengths
+        named = np.array(None)
+    if named.dtype == bool and named.shape == (length,):
+        return np.flatnonzero(named)
+    is_empty = named.shape == (0,)
+    if isinstance(index, tuple) or not (is_empty or (named.ndim <= 1 and named.dtype.kind in "iu")):
+        raise TypeError(f"rows are an integer, a slice, a list of integers or a mask of {length}, {_instead(index)}")
+    outside = named[(named < -length) | (named >= length)]
+    if outside.size:
+        raise IndexError(f"row {outside.flat[0]} of {length:,}")
+    positions = named.astype(np.int64)
+    return np.where(positions < 0, positions + length, positions)
+
+
+def _instead(index: Any) -> str:
+    if isinstance(index, str):
+        return f"not {index!r}; an image has its row by .of({index!r})"
+    if isinstance(index, tuple):
+        return f"not {index!r}; take rows first, and then a part of their tensor: [rows][:, 0]"
+    if isinstance(index, np.ndarray | Tensor):
+        return f"not an array of {index.dtype} with the shape {tuple(index.shape)}"
+    return f"not {reprlib.repr(index)}"

@@ -1,0 +1,1 @@
+"""The straight line from images and a model to shards."""

@@ -1,0 +1,216 @@
+"""A model made ready: built, on its device, with what prepares its images and the layers that are asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hookx.capture.modules import module_classes, modules_of
+from hookx.capture.probe import example_images, probe
+from hookx.capture.runner import MEMORY_FORMATS, PRECISIONS
+from hookx.errors import CaptureError, HookxError, UsageError, one_of
+from hookx.images.decoding import check_decoding
+from hookx.layers.select import Selection, Selector, matched_paths, select
+from hookx.layers.tree import Layer
+from hookx.models import LoadedModel, ModelOptions, load_model, skeleton
+from hookx.options import DECODE, EXIF
+from hookx.plan import Preprocessing
+from hookx.run.defaults import chosen_device, chosen_memory_format
+
+log = logging.getLogger("hookx")
+
+
+@dataclass(frozen=True)
+class PreprocessingOptions:
+    """What a user asks of the preprocessing in place of what came with the weights; None: as it came."""
+
+    resize: int | None = None
+    crop: int | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    interpolation: str | None = None
+    exif: str = "ignore"
+    decode: str = "exact"
+
+
+@dataclass(frozen=True)
+class ReadyModel:
+    """A model on its device and in its memory format, its skeleton, and what the selectors name in it."""
+
+    loaded: LoadedModel
+    bare: LoadedModel
+    preprocessing: Preprocessing
+    device: torch.device
+    memory_format: str
+    selection: Selection
+
+
+def ready_model(
+    model: str,
+    weights: str,
+    options: ModelOptions,
+    selectors: Sequence[Selector],
+    excluded: Sequence[Selector] = (),
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+    memory_format: str = "auto",
+    preprocessing: PreprocessingOptions = PreprocessingOptions(),
+) -> ReadyModel:
+    """Build a model and find its layers; what is wrong with them shows on its skeleton, before weights are loaded.
+
+    Without selectors nothing is probed, and the selection is empty.
+    """
+    one_of("precision", precision, list(PRECISIONS))
+    one_of("exif", preprocessing.exif, EXIF)
+    one_of("way to decode", preprocessing.decode, DECODE)
+    on_device = chosen_device(device)
+    bare = skeleton(model, weights, options)
+    prepares = _overridden(bare.preprocessing, preprocessing)
+    check_decoding(prepares, on_device)
+    paths = matched_paths(selectors, module_classes(bare.module), model)
+    matched_paths(excluded, module_classes(bare.module), model)
+    convolutions: list[nn.Conv2d] = []
+    if selectors:
+        images_without_memory = example_images(bare.module, prepares.crop_px)
+        paths = list(dict.fromkeys([*paths, *_convolutions(bare.module)]))
+        probed = probe(bare.module, images_without_memory, paths=paths, forward=bare.forward)
+        convolutions = _convolutions_up_to(select(selectors, probed, model, excluded), probed, bare.module)
+
+    loaded = load_model(model, weights, options)
+    log.info("weights: %s", loaded.weights)
+    for note in loaded.notes:
+        log.info("%s", note)
+    if loaded.cpu_only and on_device.type != "cpu":
+        if device != "auto":
+            raise UsageError(f"{model} has integer layers that run on the CPU only", "write --device cpu")
+        on_device = torch.device("cpu")
+        check_decoding(prepares, on_device)
+    place = functools.partial(
+        place_and_select,
+        loaded,
+        selectors,
+        excluded,
+        crop_px=prepares.crop_px,
+        precision=precision,
+        device=on_device,
+    )
+    chosen = chosen_memory_format(memory_format, convolutions, on_device, precision)
+    try:
+        selection = place(memory_format=chosen)
+    except CaptureError:
+        if memory_format != "auto" or chosen == "contiguous":
+            raise
+        # Code of somebody's own can take a view that only NCHW has.
+        chosen = "contiguous"
+        selection = place(memory_format=chosen)
+    return ReadyModel(loaded, bare, prepares, on_device, chosen, selection)
+
+
+def place_and_select(
+    loaded: LoadedModel,
+    selectors: Sequence[Selector],
+    excluded: Sequence[Selector] = (),
+    *,
+    crop_px: int,
+    precision: str,
+    memory_format: str,
+    device: torch.device,
+) -> Selection:
+    """Move a model to its device and memory format, and probe it there: what the selectors name in it."""
+    loaded.module.to(device).to(memory_format=MEMORY_FORMATS[memory_format])
+    if not selectors:
+        return Selection()
+    # Published weights can lack a module that their architecture has: GoogLeNet's auxiliary classifiers.
+    classes = module_classes(loaded.module)
+    paths = matched_paths(selectors, classes, loaded.name)
+    # Those that the weights did not hold are probed too, for their place in the order of execution.
+    paths = list(dict.fromkeys([*paths, *(path for path in classes if _is_within(path, loaded.random_paths))]))
+    examples_NCHW = example_images(loaded.module, crop_px).to(device, memory_format=MEMORY_FORMATS[memory_format])
+    try:
+        probed = probe(loaded.module, examples_NCHW, paths=paths, precision=precision, forward=loaded.forward)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(len(examples_NCHW), error) from None
+    selection = select(selectors, probed, loaded.name, excluded)
+    _warn_of_random_modules(loaded, probed, selection)
+    return selection
+
+
+def _convolutions(module: nn.Module) -> dict[str, nn.Conv2d]:
+    return {path: part for path, part in modules_of(module).items() if isinstance(part, nn.Conv2d)}
+
+
+def _convolutions_up_to(selection: Selection, probed: Sequence[Layer], module: nn.Module) -> list[nn.Conv2d]:
+    """Return the convolutions that run up to the last target, as the probe saw them."""
+    order = {layer.path: place for place, layer in enumerate(probed) if layer.calls}
+    addresses = [target.address for target in selection.targets]
+    last = max(order[address.path] for address in addresses)
+    finished = [address.path for address in addresses if not address.is_input]
+    return [
+        convolution
+        for path, convolution in _convolutions(module).items()
+        if path in order and (order[path] < last or _is_within(path, finished))
+    ]
+
+
+def _warn_of_random_modules(loaded: LoadedModel, probed: Sequence[Layer], selection: Selection) -> None:
+    """Warn of targets that run after, or inside of, modules which the weights did not hold."""
+    order = [layer.path for layer in probed]
+    random = [path for path in order if _is_within(path, loaded.random_paths)]
+    for target in selection.targets:
+        path = target.address.path
+        before = [other for other in random if order.index(other) <= order.index(path)]
+        inside = [other for other in loaded.random_paths if path == "." or other.startswith(f"{path}.")]
+        if before or inside:
+            log.warning(
+                "'%s' depends on random weights: those of %s were missing", target.address, (before + inside)[0]
+            )
+
+
+def _is_within(path: str, paths: Iterable[str]) -> bool:
+    return any(other in (path, ".") or path.startswith(f"{other}.") for other in paths)
+
+
+def _overridden(preprocessing: Preprocessing, options: PreprocessingOptions) -> Preprocessing:
+    """Return the preprocessing of the weights with what the user asked for instead."""
+    asked: dict[str, Any] = {
+        "resize_px": options.resize,
+        "crop_px": options.crop,
+        "mean": options.mean and tuple(map(float, options.mean)),
+        "std": options.std and tuple(map(float, options.std)),
+        "interpolation": options.interpolation,
+    }
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if preprocessing.custom and (asked or options.decode != "exact"):
+        raise UsageError(
+            f"this model brings a preprocessing of its own ({preprocessing}), which no option can change",
+            "leave out --resize, --crop, --mean, --std, --interpolation and --decode",
+        )
+    changed = dataclasses.replace(preprocessing, **asked, exif=options.exif, decode=options.decode)
+    if min(changed.resize_px, changed.crop_px) < 1 or changed.crop_px > changed.resize_px:
+        raise UsageError(
+            f"cannot crop {changed.crop_px} pixels out of {changed.resize_px}", "give both: --resize 256 --crop 224"
+        )
+    if len(changed.mean) != 3 or len(changed.std) != 3 or 0.0 in changed.std:
+        raise UsageError("mean and std are three numbers each, and no std is 0", "as in --mean 0.485,0.456,0.406")
+    one_of(
+        "interpolation",
+        changed.interpolation,
+        ["nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"],
+    )
+    return changed
+
+
+def out_of_memory(images_at_once: int, error: torch.OutOfMemoryError) -> HookxError:
+    """Return the error for a user whose device has too little memory."""
+    return HookxError(
+        f"the device has too little memory for {images_at_once} images at once: {str(error).splitlines()[0]}",
+        "try --precision bf16, a smaller --crop, or --device cpu",
+    )

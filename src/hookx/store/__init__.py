@@ -1,0 +1,1 @@
+"""The output directory: files that are whole or absent, shards and their records."""
