@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-import warm
+from kit import ROOT, warm
 
 # Idle threads of a forward pass spin by default, and take the cores from the other processes of a test.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -31,7 +31,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def photos() -> Path:
     """Return the folder of the eight photographs."""
-    return Path(__file__).parent.parent / "images"
+    return ROOT / "images"
 
 
 @pytest.fixture(scope="session")

@@ -86,7 +86,7 @@ def inspect(
 
     Example:
         >>> from tempfile import TemporaryDirectory
-        >>> from hookx.extraction import extract
+        >>> from hookx.run.run import extract
         >>> with TemporaryDirectory() as out:
         ...     _ = extract("resnet18", "relu", "images", weights="none", out=out)
         ...     inspection = inspect(out, statistics=True)

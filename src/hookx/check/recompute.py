@@ -93,7 +93,7 @@ def recompute(
 
     Example:
         >>> from tempfile import TemporaryDirectory
-        >>> from hookx.extraction import extract
+        >>> from hookx.run.run import extract
         >>> with TemporaryDirectory() as out:
         ...     _ = extract("resnet18", "conv1,avgpool", "images", weights="none", out=out)
         ...     again = recompute(out, 2, "images")

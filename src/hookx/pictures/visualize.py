@@ -182,7 +182,7 @@ def visualize_run(
 
     Example:
         >>> from tempfile import TemporaryDirectory
-        >>> from hookx.extraction import extract
+        >>> from hookx.run.run import extract
         >>> with TemporaryDirectory() as out:
         ...     _ = extract("resnet18", "conv1,fc", "images", weights="none", out=f"{out}/features")
         ...     gallery = visualize_run(f"{out}/features", ["sky/hubble.jpg"], "conv1", out=f"{out}/maps")
