@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 from hookx.errors import UsageError
@@ -30,3 +32,37 @@ def parse_bytes(text: str) -> int:
     if size == 0:
         raise UsageError(f"'{text}' is not a size; write it as in 512MiB, 2GB or 4096")
     return size
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What a user can say of a model beside its name and its weights.
+
+    Args:
+        seed: of random weights.
+        weights_key: the entry of a checkpoint that holds the weights, as in 'model_ema'.
+        allow_missing: globs over state-dict keys that a file need not hold; what it lacks stays random.
+        trust_checkpoint: read a pickled module, which runs the code that the file names.
+        model_args: the arguments of a factory, 'name' -> text.
+        transform: 'python:package.module:factory' of a preprocessing of one's own.
+    """
+
+    seed: int = 0
+    weights_key: str | None = None
+    allow_missing: tuple[str, ...] = ()
+    trust_checkpoint: bool = False
+    model_args: Mapping[str, str] = field(default_factory=dict)
+    transform: str | None = None
+
+
+@dataclass(frozen=True)
+class PreprocessingOptions:
+    """What a user asks of the preprocessing in place of what came with the weights; None: as it came."""
+
+    resize: int | None = None
+    crop: int | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    interpolation: str | None = None
+    exif: str = "ignore"
+    decode: str = "exact"

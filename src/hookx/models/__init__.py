@@ -10,8 +10,9 @@ from hookx.models import files as model_files
 from hookx.models import huggingface, own_code
 from hookx.models import timm as timm_zoo
 from hookx.models import torchvision as torchvision_zoo
-from hookx.models.loaded import LoadedModel, ModelOptions
+from hookx.models.loaded import LoadedModel
 from hookx.models.torchvision import forward_of
+from hookx.options import ModelOptions
 
 __all__ = ["LoadedModel", "ModelOptions", "forward_of", "list_models", "load_model", "skeleton", "weights_of"]
 

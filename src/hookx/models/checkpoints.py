@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from hookx.errors import ModelError, closest
-from hookx.models.loaded import ModelOptions, one_line
+from hookx.models.loaded import one_line
+from hookx.options import ModelOptions
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".pt2", ".ckpt", ".tar", ".bin", ".index.json")
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from hookx.errors import ModelError
 from hookx.models.checkpoints import sha256_of, trusted_note
-from hookx.models.loaded import LoadedModel, ModelOptions, imagenet_preprocessing, one_line
+from hookx.models.loaded import LoadedModel, imagenet_preprocessing, one_line
+from hookx.options import ModelOptions
 
 _HOW_TO_EXPORT = (
     "export it so: torch.export.export(model.eval(), (images,), dynamic_shapes=({0: torch.export.Dim('N')},)), "

@@ -22,7 +22,8 @@ from hookx.models.checkpoints import (
     trusted_note,
 )
 from hookx.models.exported import load_exported_model
-from hookx.models.loaded import LoadedModel, ModelOptions, imagenet_preprocessing
+from hookx.models.loaded import LoadedModel, imagenet_preprocessing
+from hookx.options import ModelOptions
 
 
 def is_model_file(ref: str) -> bool:

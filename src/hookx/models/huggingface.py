@@ -24,7 +24,8 @@ from hookx.layers.select import Selector
 from hookx.models import hub, preprocessing
 from hookx.models.checkpoints import is_weights_file, read_weights, sha256_of
 from hookx.models.fitting import load_weights, notes_on_types, without_prefix
-from hookx.models.loaded import LoadedModel, ModelOptions, Unallocated, imagenet_preprocessing, one_line
+from hookx.models.loaded import LoadedModel, Unallocated, imagenet_preprocessing, one_line
+from hookx.options import ModelOptions
 from hookx.plan import Preprocessing
 
 PREFIX = "hf:"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,27 +14,6 @@ from hookx.plan import Preprocessing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """What a user can say of a model beside its name and its weights.
-
-    Args:
-        seed: of random weights.
-        weights_key: the entry of a checkpoint that holds the weights, as in 'model_ema'.
-        allow_missing: globs over state-dict keys that a file need not hold; what it lacks stays random.
-        trust_checkpoint: read a pickled module, which runs the code that the file names.
-        model_args: the arguments of a factory, 'name' -> text.
-        transform: 'python:package.module:factory' of a preprocessing of one's own.
-    """
-
-    seed: int = 0
-    weights_key: str | None = None
-    allow_missing: tuple[str, ...] = ()
-    trust_checkpoint: bool = False
-    model_args: Mapping[str, str] = field(default_factory=dict)
-    transform: str | None = None
 
 
 @dataclass(frozen=True)

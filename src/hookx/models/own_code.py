@@ -31,7 +31,8 @@ from hookx.models import preprocessing
 from hookx.models.arguments import arguments_for
 from hookx.models.checkpoints import is_weights_file, read_weights
 from hookx.models.fitting import load_weights, notes_on_types, without_prefix
-from hookx.models.loaded import LoadedModel, ModelOptions, imagenet_preprocessing, one_line
+from hookx.models.loaded import LoadedModel, imagenet_preprocessing, one_line
+from hookx.options import ModelOptions
 from hookx.plan import Preprocessing
 
 PREFIX = "python:"

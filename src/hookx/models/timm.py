@@ -21,7 +21,8 @@ from hookx.models import hub, preprocessing
 from hookx.models.arguments import literal
 from hookx.models.checkpoints import Weights, is_weights_file, read_weights
 from hookx.models.fitting import classes_in, load_weights, notes_on_types, without_prefix
-from hookx.models.loaded import LoadedModel, ModelOptions, Unallocated, one_line
+from hookx.models.loaded import LoadedModel, Unallocated, one_line
+from hookx.options import ModelOptions
 from hookx.plan import Preprocessing
 
 PREFIX = "timm:"

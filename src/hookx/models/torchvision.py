@@ -22,7 +22,8 @@ from torchvision import models as zoo
 from hookx.errors import ModelError, closest
 from hookx.models.checkpoints import Weights, is_weights_file, read_weights, sha256_of
 from hookx.models.fitting import classes_in, load_weights, notes_on_types, without_prefix
-from hookx.models.loaded import LoadedModel, ModelOptions, Unallocated, one_line
+from hookx.models.loaded import LoadedModel, Unallocated, one_line
+from hookx.options import ModelOptions
 from hookx.plan import Preprocessing
 
 log = logging.getLogger("hookx")

@@ -24,13 +24,14 @@ from hookx.images.listing import list_images
 from hookx.layers.address import Address
 from hookx.layers.select import Selector, matched_paths, parse_selectors
 from hookx.models import ModelOptions, list_models, load_model, skeleton
+from hookx.options import PreprocessingOptions
 from hookx.pictures import Pixels
 from hookx.pictures.attention import attention_of
 from hookx.pictures.gallery import Look, Picture, Seen, Shown, drawn, shown_activation, shown_attention
 from hookx.pictures.places import Places, TokenGrid, find_token_grid, places_of
 from hookx.plan import Plan
 from hookx.read.features import Features, open_features
-from hookx.run.ready import PreprocessingOptions, ReadyModel, ready_model
+from hookx.run.ready import ReadyModel, ready_model
 
 log = logging.getLogger("hookx")
 Images = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]

@@ -20,10 +20,11 @@ from hookx.keys import images_sha256
 from hookx.layers.select import parse_selectors
 from hookx.layers.tree import Target
 from hookx.models import LoadedModel, ModelOptions
-from hookx.options import parse_bytes
-from hookx.plan import DTYPES, IMAGES_PER_SHARD_AT_MOST, LayerSpec, Plan, Shard, images_per_shard
+from hookx.options import PreprocessingOptions, parse_bytes
+from hookx.plan import DTYPES, LayerSpec, Shard, images_per_shard
+from hookx.plan.plan import IMAGES_PER_SHARD_AT_MOST, Plan
 from hookx.run.defaults import chosen_batch_size, chosen_workers
-from hookx.run.ready import PreprocessingOptions, ready_model
+from hookx.run.ready import ready_model
 from hookx.run.workers import DECODE_TIMEOUT_SECONDS
 from hookx.store.directory import PLAN, check_resumable, finished_shards, read_plan
 

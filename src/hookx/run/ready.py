@@ -20,24 +20,11 @@ from hookx.images.decoding import check_decoding
 from hookx.layers.select import Selection, Selector, matched_paths, select
 from hookx.layers.tree import Layer
 from hookx.models import LoadedModel, ModelOptions, load_model, skeleton
-from hookx.options import DECODE, EXIF
+from hookx.options import DECODE, EXIF, PreprocessingOptions
 from hookx.plan import Preprocessing
 from hookx.run.defaults import chosen_device, chosen_memory_format
 
 log = logging.getLogger("hookx")
-
-
-@dataclass(frozen=True)
-class PreprocessingOptions:
-    """What a user asks of the preprocessing in place of what came with the weights; None: as it came."""
-
-    resize: int | None = None
-    crop: int | None = None
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
-    interpolation: str | None = None
-    exif: str = "ignore"
-    decode: str = "exact"
 
 
 @dataclass(frozen=True)

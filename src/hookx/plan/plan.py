@@ -7,31 +7,17 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 from hookx.errors import StoreError
-from hookx.keys import LazySequence
 from hookx.options import MAX_SHARD_BYTES, MAX_SHARD_IMAGES
+from hookx.plan.preprocessing import Preprocessing
+from hookx.plan.shards import DTYPES, LayerSpec, Shard, _Shards, images_per_shard
 
 FORMAT = "hookx 1"
-
-# torch's name -> (safetensors' code, bytes an element); the types that a safetensors file can hold.
-DTYPES = {
-    "float64": ("F64", 8),
-    "float32": ("F32", 4),
-    "float16": ("F16", 2),
-    "bfloat16": ("BF16", 2),
-    "int64": ("I64", 8),
-    "int32": ("I32", 4),
-    "int16": ("I16", 2),
-    "int8": ("I8", 1),
-    "uint8": ("U8", 1),
-    "bool": ("BOOL", 1),
-    "complex64": ("C64", 8),
-}
 _FIELDS = {
     "memory_format": "memory formats",
     "model": "models",
@@ -49,109 +35,6 @@ _IMAGES_AT_MOST = 2**40
 _VALUES_AT_MOST = 2**40  # of an activation of one image
 _DIMENSIONS_AT_MOST = 32
 _SIDE_PX_AT_MOST = 2**16
-_SHOWN_OF_CUSTOM = 160  # characters
-
-# Shards are cut at multiples of this many images, so that the last batch of a shard is seldom a small one.
-_CUT = 32
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How an image becomes a model's input; sizes in pixels, mean and deviation per channel of a [0, 1] image.
-
-    Args:
-        resize_px: length of the shorter side after resizing.
-        crop_px: side of the square cut from the centre.
-        interpolation: 'nearest', 'bilinear', 'bicubic', ... (torchvision's `InterpolationMode`).
-        exif: 'ignore' (as the published preprocessing does) or 'apply' the rotation that a camera recorded.
-        custom: what a model's own transform does, where the fields above cannot say it; of those only `crop_px` (the
-            side of its output) and `exif` then mean something.
-        decode: 'exact'; 'fast': a JPEG at 1/2, 1/4 or 1/8 of its size where that is still large enough; 'nvjpeg': a
-            JPEG on an NVIDIA GPU, which resizes it, too.
-    """
-
-    resize_px: int
-    crop_px: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-    antialias: bool = True
-    exif: str = "ignore"
-    custom: str = ""
-    decode: str = "exact"
-
-    def __str__(self) -> str:
-        if self.custom:
-            what = self.custom if len(self.custom) <= _SHOWN_OF_CUSTOM else f"{self.custom[:_SHOWN_OF_CUSTOM]}…"
-            return f"{what}, {self.crop_px} x {self.crop_px}" + (", EXIF applied" * (self.exif == "apply"))
-        return (
-            f"resize {self.resize_px} ({self.interpolation}), crop {self.crop_px}, "
-            f"mean {_numbers(self.mean)}, std {_numbers(self.std)}"
-            + (", EXIF applied" * (self.exif == "apply"))
-            + {"exact": "", "fast": ", decoded fast"}.get(self.decode, f", decoded by {self.decode}")
-        )
-
-    def options(self) -> list[str]:
-        """Return the options of `hookx extract` that ask for this, where it is not what most weights come with."""
-        asked = [
-            *["--exif", self.exif] * (self.exif != "ignore"),
-            *["--decode", self.decode] * (self.decode != "exact"),
-        ]
-        if self.custom or replace(self, exif="ignore", decode="exact") == _OF_MOST_WEIGHTS:
-            return asked
-        mean, std = (",".join(map(repr, values)) for values in (self.mean, self.std))
-        sizes = ["--resize", str(self.resize_px), "--crop", str(self.crop_px), "--interpolation", self.interpolation]
-        return [*sizes, "--mean", mean, "--std", std, *asked]
-
-
-_OF_MOST_WEIGHTS = Preprocessing(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """One tensor of every shard: its key, the shape it has for one image, and its stored type."""
-
-    address: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def bytes_per_image(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype][1]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A run of consecutive images (positions `start` to `stop` in the sorted list) that share a file."""
-
-    number: int
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def batches(self, batch_size: int) -> Iterator[range]:
-        """Cut the shard into ranges of positions; a batch never straddles two shards.
-
-        Example:
-            >>> list(Shard(1, 4, 9).batches(2))
-            [range(4, 6), range(6, 8), range(8, 9)]
-        """
-        for start in range(self.start, self.stop, batch_size):
-            yield range(start, min(start + batch_size, self.stop))
-
-
-class _Shards(LazySequence[Shard]):
-    def __init__(self, image_count: int, images_per_shard: int) -> None:
-        self._starts = range(0, image_count, images_per_shard)
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def item(self, position: int) -> Shard:
-        start = self._starts[position]
-        return Shard(position, start, min(start + self._starts.step, self._starts.stop))
 
 
 @dataclass(frozen=True)
@@ -309,19 +192,6 @@ class Plan:
         return [phrase for phrase in phrases if len(phrases) == 1 or not phrase.startswith("images per shard")]
 
 
-def images_per_shard(bytes_per_image: int, max_shard_bytes: int, max_images: int) -> int:
-    """Decide how many images share a shard: as many as the limits allow, at least one.
-
-    Example:
-        >>> images_per_shard(3_211_264, 512 * 2**20, 4096)  # conv1 of resnet18, fp32
-        160
-    """
-    count = min(max_images, max_shard_bytes // max(bytes_per_image, 1))
-    if _CUT < count < max_images:
-        count -= count % _CUT
-    return max(count, 1)
-
-
 def _preprocessing(document: Mapping[str, Any]) -> Preprocessing:
     return Preprocessing(
         resize_px=int(document["resize_px"]),
@@ -346,10 +216,6 @@ def _notes(notes: Any) -> tuple[str, ...]:
     if not (isinstance(notes, list) and all(isinstance(note, str) for note in notes)):
         raise ValueError("its notes are no texts")
     return tuple(notes)
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return ",".join(f"{value:g}" for value in values)
 
 
 def _shown(name: str, value: Any) -> str:
