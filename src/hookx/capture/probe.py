@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hookx.capture.hooks import Taps, tapped_while
+from hookx.capture.hooks import Taps, tap
 from hookx.capture.modules import modules_of, parameter_count
 from hookx.capture.runner import Runner
 from hookx.capture.tensors import Parts, dtype_name, tensors_given, tensors_in
@@ -109,7 +109,7 @@ def _record(
 
     taps = Taps(on_enter, on_return)
     random_state = torch.get_rng_state()
-    with tapped_while(modules, taps):
+    with tap(modules, taps):
         try:
             runner.run(pixels_NCHW)
         except torch.OutOfMemoryError:
