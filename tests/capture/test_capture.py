@@ -166,7 +166,7 @@ def test_hooks_come_off_after_an_exception_in_the_forward_pass() -> None:
     ("how", "message"),
     [
         ("shape", r"'relu' is float32 \[3, 4, 4, 8\] in this batch; the probe saw float32 \[3, 4, 8, 8\]"),
-        ("skip", "'relu' did not run in this batch, though the probe saw it"),
+        ("skip", "'relu' did not run in this batch, though it did in the probe"),
         ("again", "'relu' ran more often in this batch than in the probe"),
     ],
 )

@@ -187,7 +187,7 @@ class Capture(Mapping[str, Tensor]):
         return [_find(one_pass, address) for one_pass in self._passes]
 
     def summary(self) -> str:
-        """Describe the model and, for each layer: class, parameters, calls, and what the last pass kept.
+        """Describe the model and each layer: class, parameters, calls, and what the last pass kept.
 
         Example:
             >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
