@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -21,8 +20,8 @@ from hookx.images.decoding import check_decoding, decode, decode_jpegs, failure_
 from hookx.images.listing import list_images
 from hookx.keys import key_bytes
 from hookx.layers.select import Selector
-from hookx.models import LoadedModel, ModelOptions, list_models, load_model
-from hookx.plan import LayerSpec, Plan, Shard
+from hookx.models import LoadedModel, ModelOptions, load_model, may_run_code
+from hookx.plan import LayerSpec, Plan, Shard, WeightsIdentity
 from hookx.run.cores import single_threaded
 from hookx.run.defaults import chosen_device
 from hookx.run.ready import place_and_select
@@ -80,8 +79,8 @@ def recompute(
         path: the directory that `hookx extract` wrote.
         count: how many rows; all of them, if there are fewer.
         images: the folders and files that the run was given.
-        model: the run's model again; needed unless it is one of torchvision's, because building it may run code, and
-            that a plan alone shall not decide.
+        model: the run's model again; needed unless a model zoo names it, because building it may run code, which a
+            plan alone must not decide.
         weights: the file of the weights, if the run took them from a file; it has to be the same one.
         device: where to compute.
         seed: of the choice of rows; None for another choice each time.
@@ -186,20 +185,20 @@ def _choose(path: Path, plan: Plan, count: int, generator: random.Random) -> dic
 
 
 def _load_again(plan: Plan, model: str | None, weights: str | None, options: ModelOptions) -> LoadedModel:
-    """Build the run's model with the run's weights; what a plan says is never taken for a path, nor as code to run."""
-    zoo = plan.model in list_models()
-    if model is None and not zoo and not plan.model.startswith("timm:"):
+    """Build the run's model with the run's weights; a plan alone never names a path to read or code to run."""
+    needs_trust, identity = may_run_code(plan.model), WeightsIdentity(plan.weights)
+    if model is None and needs_trust:
         raise UsageError(
             f"the model of this run is '{plan.model}', and building it may run code",
             f"if you trust it, name it yourself: --model {plan.model}",
         )
     if model is not None and plan.model not in (model, Path(model).name):
         raise UsageError(f"the model of this run is '{plan.model}', and not '{model}'")
-    if seeded := re.match(r"random \(seed (\d{1,18})\)", plan.weights):
-        weights, options = weights or "none", replace(options, seed=int(seeded[1]))
-    elif published := re.fullmatch(r"\w+_Weights\.(\w+)", plan.weights):
-        weights = weights or published[1]
-    elif zoo and weights is None:
+    if identity.seed is not None:
+        weights, options = weights or "none", replace(options, seed=identity.seed)
+    elif identity.published_name:
+        weights = weights or identity.published_name
+    elif weights is None and not needs_trust and not plan.weights.startswith(plan.model):
         raise UsageError(f"the weights of this run are a file ({plan.weights})", "name it: --weights FILE")
     loaded = load_model(model or plan.model, weights or "default", options)
     if loaded.weights != plan.weights:

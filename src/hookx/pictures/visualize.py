@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -24,13 +23,13 @@ from hookx.images.decoding import decode, failure_reason, model_input
 from hookx.images.listing import list_images
 from hookx.layers.address import Address
 from hookx.layers.select import Selector, matched_paths, parse_selectors
-from hookx.models import ModelOptions, list_models, load_model, skeleton
+from hookx.models import ModelOptions, load_model, may_run_code, skeleton
 from hookx.options import PreprocessingOptions
 from hookx.pictures import Pixels
 from hookx.pictures.attention import attention_of
 from hookx.pictures.gallery import Look, Picture, Seen, Shown, drawn, shown_activation, shown_attention
 from hookx.pictures.places import Places, TokenGrid, find_token_grid, places_of
-from hookx.plan import Plan
+from hookx.plan import Plan, WeightsIdentity
 from hookx.read.features import Features, open_features
 from hookx.run.ready import ReadyModel, ready_model
 
@@ -362,12 +361,10 @@ def _addresses_of_run(features: Features, layers: str | Sequence[str]) -> list[s
 
 def _places_of_run(plan: Plan, layout: str) -> Places:
     """Learn from the architecture that a plan names where its activations lie; no weights are loaded."""
-    known = plan.model in list_models() or plan.model.startswith("timm:")
     try:
-        if not known:
+        if may_run_code(plan.model):
             raise ModelError(f"building {plan.model} again may run code")
-        published = re.fullmatch(r"\w+_Weights\.(\w+)", plan.weights)
-        bare = skeleton(plan.model, published[1] if published else "none")
+        bare = skeleton(plan.model, WeightsIdentity(plan.weights).published_name or "none")
 
         @functools.cache
         def whole() -> Any:

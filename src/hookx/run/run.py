@@ -75,7 +75,7 @@ def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) ->
 
 def _compute(job: Job, directory: RunDirectory, clock: Clock, progress: Callable[[int], None]) -> None:
     plan, on_gpu = job.plan, job.device.type == "cuda"
-    made = provenance(plan.model, job.device, plan.batch_size)
+    made = provenance(job.model.distribution, job.device, plan.batch_size)
     with (
         single_threaded() if job.device.type == "cpu" else contextlib.nullcontext(),
         ShardWriter(
