@@ -693,13 +693,13 @@ def cat(
     if raw and sys.stdout.isatty():
         raise UsageError("--raw writes bytes, and standard output is a terminal", "send them to a file: > FILE")
     from hookx.cli import report
-    from hookx.exporting import text as printing
+    from hookx.exporting import printing
 
     activation = printing.read_activation(path, layer, image)
     if raw:
-        report.print_bytes(printing.as_bytes(activation.values))
+        report.print_bytes(printing.to_bytes(activation.values))
     else:
-        report.print_bytes(printing.as_json(activation) if json else printing.as_text(activation.values))
+        report.print_bytes(printing.to_json(activation) if json else printing.to_text(activation.values))
 
 
 @app.command(
