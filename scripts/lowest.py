@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Print the lowest version of each dependency that pyproject.toml allows, extras included, as constraints for pip.
+"""Print the lowest version of each dependency that pyproject.toml allows, as constraints for pip.
 
     scripts/lowest.py > lowest.txt
     PIP_CONSTRAINT="$PWD/lowest.txt" scripts/setup test
+
+Extras are included; if two of them bound the same package, the higher bound counts.
 """
 
 import re
@@ -18,7 +20,6 @@ def main() -> None:
     for requirement in sum(project["optional-dependencies"].values(), project["dependencies"]):
         if bound := re.match(r"([\w.-]+)>=([\d.]+)", requirement):
             version = tuple(map(int, bound[2].split(".")))
-            # Two extras can require the same package; together they need the higher of the two.
             lowest[bound[1]] = max(lowest.get(bound[1], ()), version)
     for name, version in lowest.items():
         print(f"{name}=={'.'.join(map(str, version))}")
