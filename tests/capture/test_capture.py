@@ -11,12 +11,11 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from hookx import Capture
 from hookx.capture.probe import probe
 from hookx.capture.rows import RowCapture, stored_dtype
+from hookx.capture.runner import Runner
 from hookx.errors import CaptureError, LayerError, NotCapturedError, UsageError
 from hookx.layers.select import parse_selectors, select
 from kit import nets
 from kit.nets import captured_rows, images, targets_of
-
-CPU = torch.device("cpu")
 
 
 def hooks_on(model: nn.Module) -> int:
@@ -80,7 +79,7 @@ def test_a_batch_of_any_size_fills_its_rows_and_no_others(count: int) -> None:
     net, pixels = nets.InPlace().eval(), images(count)
     targets = targets_of(net, "conv")
     buffer = torch.full((8, 4, 8, 8), 7.0)
-    with RowCapture(net, targets, device=CPU, precision="fp32") as capture:
+    with RowCapture(Runner.of(net), targets) as capture:
         capture.run(pixels, {"conv": buffer[2 : 2 + count]})
     assert torch.equal(buffer[2 : 2 + count], net.conv(pixels))
     assert (buffer[:2] == 7).all() and (buffer[2 + count :] == 7).all()
@@ -128,7 +127,7 @@ def test_the_forward_pass_ends_after_the_last_layer_asked_for() -> None:
     net = nets.Swallows().eval()
     targets = targets_of(net, "early")
     net.late_calls = 0
-    with RowCapture(net, targets, device=CPU, precision="fp32") as capture:
+    with RowCapture(Runner.of(net), targets) as capture:
         capture.run(images(), {"early": torch.empty(3, 4, 8, 8)})
     assert net.late_calls == 0  # Not even the network's own `except Exception` held it up.
 
@@ -150,11 +149,11 @@ def test_the_transformer_fast_path_is_off_during_a_pass_of_a_run_and_back_on_aft
 def test_hooks_come_off_after_an_exception_in_the_forward_pass() -> None:
     net = nets.Fails().eval()
     with pytest.raises(CaptureError, match="this network always fails"):
-        probe(net, images())
+        probe(Runner.of(net), images())
     assert hooks_on(net) == 0
     good = nets.InPlace().eval()
     targets = targets_of(good, "conv,.")
-    with pytest.raises(RuntimeError), RowCapture(good, targets, device=CPU, precision="fp32") as capture:
+    with pytest.raises(RuntimeError), RowCapture(Runner.of(good), targets) as capture:
         assert hooks_on(good) > 0
         capture.run(images(3, 8)[:, :1], {})
     assert hooks_on(good) == 0
@@ -175,7 +174,7 @@ def test_a_pass_that_differs_from_the_probe_is_an_error(how: str, message: str) 
     net = nets.ChangesItsMind(2, how).eval()
     targets = targets_of(net, "relu,.")
     rows = {str(target.address): torch.empty(3, 4, 8, 8) for target in targets}
-    with pytest.raises(CaptureError, match=message), RowCapture(net, targets, device=CPU, precision="fp32") as capture:
+    with pytest.raises(CaptureError, match=message), RowCapture(Runner.of(net), targets) as capture:
         capture.run(images(), rows)
 
 
@@ -192,7 +191,7 @@ def test_values_that_overflow_the_stored_type_are_counted() -> None:
     pixels[0, 0, 0, 0] = float("inf")
     targets = targets_of(net, "0", images())
     targets = targets_of(net, "0", torch.ones(3, 3, 2, 2))
-    with RowCapture(net, targets, device=CPU, precision="fp32") as capture:
+    with RowCapture(Runner.of(net), targets) as capture:
         capture.run(pixels, {"0": torch.empty(2, 3, 2, 2, dtype=torch.float16)})
     # 24 values, of which one was infinite before.
     assert capture.take_counts() == {"0": {"non_finite": 1, "overflowed": 23}} and capture.take_counts() == {}
@@ -200,10 +199,11 @@ def test_values_that_overflow_the_stored_type_are_counted() -> None:
 
 def test_autocast_gives_what_autocast_gives() -> None:
     net, pixels = nets.InPlace().eval(), images()
-    targets = select(parse_selectors("conv"), probe(net, pixels, precision="bf16"), "net").targets
+    runner = Runner.of(net, precision="bf16")
+    targets = select(parse_selectors("conv"), probe(runner, pixels), "net").targets
     assert stored_dtype(targets[0]) == "bfloat16"
     rows = torch.empty(3, 4, 8, 8, dtype=torch.bfloat16)
-    with RowCapture(net, targets, device=CPU, precision="bf16") as capture:
+    with RowCapture(runner, targets) as capture:
         capture.run(pixels, {"conv": rows})
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(rows, net.conv(pixels))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 
@@ -18,6 +19,11 @@ def module_classes(model: nn.Module) -> dict[str, str]:
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     # A module that is registered twice keeps both names.
     return {path or ".": module for path, module in model.named_modules(remove_duplicate=False)}
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device of a module's first parameter; the CPU if it has none."""
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hookx.capture.hooks import Taps, tapped_while
 from hookx.capture.modules import modules_of, parameter_count
-from hookx.capture.runner import inference
+from hookx.capture.runner import Runner
 from hookx.capture.tensors import Parts, dtype_name, tensors_given, tensors_in
 from hookx.errors import CaptureError
 from hookx.layers.tree import Call, Layer, TensorInfo
@@ -18,14 +18,7 @@ from hookx.layers.tree import Call, Layer, TensorInfo
 _Key = tuple[str, int, bool, Parts]
 
 
-def probe(
-    model: nn.Module,
-    images_NCHW: Tensor,
-    *,
-    paths: Sequence[str] | None = None,
-    precision: str = "fp32",
-    forward: Callable[[Tensor], Any] | None = None,
-) -> list[Layer]:
+def probe(runner: Runner, images_NCHW: Tensor, *, paths: Sequence[str] | None = None) -> list[Layer]:
     """Learn what a forward pass does to each layer: calls, structure, shapes, and which dimension is the batch.
 
     Two passes are made, with 2 and with 3 images. The dimension that grows is the batch. In the second pass all images
@@ -35,36 +28,32 @@ def probe(
     Args:
         images_NCHW: three images of ordinary values, on the model's device.
         paths: the modules to describe; all of them if None.
-        precision: 'fp32', or 'bf16' or 'fp16' (autocast).
-        forward: what takes a batch through the model, if not a call of the model itself.
 
     Returns:
         The layers in the order in which they are first called; one that is never called stands after its neighbour.
 
     Example:
         >>> relu = nn.ReLU(inplace=True)
-        >>> for layer in probe(nn.Sequential(nn.Conv2d(3, 4, 1), relu, relu), torch.rand(3, 3, 8, 8)):
+        >>> runner = Runner.of(nn.Sequential(nn.Conv2d(3, 4, 1), relu, relu))
+        >>> for layer in probe(runner, torch.rand(3, 3, 8, 8)):
         ...     print(layer.path, len(layer.calls), layer.calls[0].outputs[0].shape_text)
         . 1 N,4,8,8
         0 1 N,4,8,8
         1 2 N,4,8,8
         2 2 N,4,8,8
     """
-    modules = modules_of(model)
+    modules = modules_of(runner.module)
     tapped = modules if paths is None else {path: modules[path] for path in paths}
-    device = images_NCHW.device
     poisoned = images_NCHW.clone()
-    if device.type != "meta":
+    if runner.device.type != "meta":
         poisoned[0], poisoned[2] = float("nan"), float("nan")
-    run = model if forward is None else forward
-    first = _record(run, tapped, images_NCHW[:2], precision, lambda tensor, _: (tensor.shape, _has_nan(tensor)))
+    first = _record(runner, tapped, images_NCHW[:2], lambda tensor, _: (tensor.shape, _has_nan(tensor)))
     shapes = {key: shape for key, (shape, _) in first.seen.items()}
     spoilt = {key for key, (_, has_nan) in first.seen.items() if has_nan}
     second = _record(
-        run,
+        runner,
         tapped,
         poisoned,
-        precision,
         lambda tensor, key: _describe(key, shapes.get(key), tensor, provable=key not in spoilt),
     )
     for path in tapped:
@@ -78,16 +67,15 @@ def probe(
         for key, shape in shapes.items()
     }
     infos.update(second.seen)
-    return _layers(model, tapped, first, infos)
+    return _layers(runner.module, tapped, first, infos)
 
 
-def example_images(model: nn.Module, side_px: int) -> Tensor:
+def example_images(runner: Runner, side_px: int) -> Tensor:
     """Return three square images of ordinary values to probe a model with, on the model's device."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     shape = (3, 3, side_px, side_px)
-    if device.type == "meta":
-        return torch.empty(shape, device=device)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    if runner.device.type == "meta":
+        return torch.empty(shape, device=runner.device)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(runner.device)
 
 
 class _Recording:
@@ -100,10 +88,9 @@ class _Recording:
 
 
 def _record(
-    forward: Callable[[Tensor], Any],
+    runner: Runner,
     modules: Mapping[str, nn.Module],
     pixels_NCHW: Tensor,
-    precision: str,
     look: Callable[[Tensor, _Key], Any],
 ) -> _Recording:
     recording = _Recording()
@@ -122,9 +109,9 @@ def _record(
 
     taps = Taps(on_enter, on_return)
     random_state = torch.get_rng_state()
-    with tapped_while(modules, taps), inference(pixels_NCHW.device, precision):
+    with tapped_while(modules, taps):
         try:
-            forward(pixels_NCHW)
+            runner.run(pixels_NCHW)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:

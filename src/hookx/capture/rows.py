@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hookx.capture.gpu import GPUCopies
 from hookx.capture.hooks import Taps
 from hookx.capture.modules import modules_of
-from hookx.capture.runner import MEMORY_FORMATS, ForwardIsDone, inference
+from hookx.capture.runner import ForwardIsDone, Runner
 from hookx.capture.tensors import Parts, batch_first, dtype_name, reduce, shares_memory, tensors_given, tensors_in
 from hookx.errors import CaptureError, LayerError
 from hookx.layers.address import Address
@@ -37,26 +37,16 @@ class RowCapture:
         CaptureError: a pass differs from what the probe saw: another shape or type, a call more or less.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        targets: Sequence[Target],
-        *,
-        device: torch.device,
-        precision: str,
-        memory_format: str = "contiguous",
-        forward: Callable[[Tensor], Any] | None = None,
-    ) -> None:
-        self.device, self.precision, self.memory_format = device, precision, memory_format
-        self._forward = model if forward is None else forward
-        self._copies = GPUCopies(device) if device.type == "cuda" else None
+    def __init__(self, runner: Runner, targets: Sequence[Target]) -> None:
+        self.runner = runner
+        self._copies = GPUCopies(runner.device) if runner.device.type == "cuda" else None
         self._tallies: dict[str, dict[str, list[Tensor]]] = {}
         self._targets: dict[tuple[str, int, bool], dict[Parts, list[Target]]] = {}
         for target in targets:
             address = target.address
             event = (address.path, address.call or 0, address.is_input)
             self._targets.setdefault(event, {}).setdefault(address.parts, []).append(target)
-        modules = modules_of(model)
+        modules = modules_of(runner.module)
         self._calls = {target.address.path: target.calls for target in targets}
         self._modules = {path: modules[path] for path in self._calls}
         self._taps = Taps(self._on_enter, self._on_return)
@@ -78,14 +68,13 @@ class RowCapture:
 
         The pixels are on the device already. On a GPU the rows are there only after `wait`.
         """
-        pixels_NCHW = pixels_NCHW.contiguous(memory_format=MEMORY_FORMATS[self.memory_format])
         self._rows, self._remaining = rows, set(self._targets)
         self._tallies_of_pass = []
         if self._copies is not None:
             self._copies.begin_pass()
         self._taps.begin_pass()
-        with inference(self.device, self.precision), contextlib.suppress(ForwardIsDone):
-            self._forward(pixels_NCHW)
+        with contextlib.suppress(ForwardIsDone):
+            self.runner.run(pixels_NCHW)
         if self._remaining:
             missing = next(iter(self._targets[min(self._remaining)].values()))[0].address
             raise CaptureError(f"'{missing}' did not run in this batch, though the probe saw it")

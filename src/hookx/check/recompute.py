@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hookx.capture.rows import RowCapture
-from hookx.capture.runner import MEMORY_FORMATS, PRECISIONS
+from hookx.capture.runner import MEMORY_FORMATS, PRECISIONS, Runner
 from hookx.check.verify import Problem
 from hookx.errors import ShardError, StoreError, UsageError
 from hookx.images.decoding import check_decoding, decode, decode_jpegs, failure_reason, model_input
@@ -116,14 +116,9 @@ def recompute(
     if loaded.cpu_only and on_device.type != "cpu":
         raise UsageError(f"{plan.model} has integer layers that run on the CPU only", "write --device cpu")
     check_decoding(plan.preprocessing, on_device)
-    selection = place_and_select(
-        loaded,
-        [Selector.parse(layer.address) for layer in plan.layers],
-        crop_px=plan.preprocessing.crop_px,
-        precision=plan.precision,
-        memory_format=plan.memory_format,
-        device=on_device,
-    )
+    runner = Runner(loaded.module, loaded.forward, on_device, plan.precision, plan.memory_format)
+    selectors = [Selector.parse(layer.address) for layer in plan.layers]
+    selection = place_and_select(loaded, runner, selectors, crop_px=plan.preprocessing.crop_px)
     if {str(target.address): target.shape for target in selection.targets} != {
         layer.address: layer.shape for layer in plan.layers
     }:
@@ -133,14 +128,7 @@ def recompute(
     problems: list[Problem] = []
     with (
         single_threaded() if on_device.type == "cpu" else nullcontext(),
-        RowCapture(
-            loaded.module,
-            selection.targets,
-            device=on_device,
-            precision=plan.precision,
-            memory_format=plan.memory_format,
-            forward=loaded.forward,
-        ) as capture,
+        RowCapture(runner, selection.targets) as capture,
     ):
         for shard, numbers in chosen.items():
             file, record = plan.shard_file(shard), read_record(path, plan, shard)

@@ -472,13 +472,15 @@ def list_layers(
 ) -> None:
     """Show what can be captured: every module, in the order of execution. Needs no weights."""
     from hookx.capture.probe import example_images, probe
+    from hookx.capture.runner import Runner
     from hookx.cli import report
     from hookx.layers.select import narrowed
     from hookx.models import ModelOptions, skeleton
 
     options = ModelOptions(trust_checkpoint=trust_checkpoint, model_args=_model_args(model_arg), transform=transform)
     bare = skeleton(model, weights, options)
-    layers = probe(bare.module, example_images(bare.module, bare.preprocessing.crop_px), forward=bare.forward)
+    runner = Runner.of(bare.module, bare.forward)
+    layers = probe(runner, example_images(runner, bare.preprocessing.crop_px))
     layers = narrowed(layers, model, paths=paths or [], types=types or [], depth=depth)
     report.print_json(report.layers_document(layers)) if json else report.print_model_layers(layers, tree=tree)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from hookx.capture.modules import module_classes
 from hookx.capture.probe import example_images
 from hookx.capture.rows import RowCapture, stored_dtype
+from hookx.capture.runner import Runner
 from hookx.errors import HookxError, ImageError, LayerError, ModelError, UsageError, closest
 from hookx.images.decoding import decode, failure_reason, model_input
 from hookx.images.listing import list_images
@@ -126,7 +127,7 @@ def visualize(
         )
         for left_out in ready.selection.left_out.values():
             log.info("left out: %s", left_out)
-        subjects.append(_Subject(ready, selectors, layout, precision, attention))
+        subjects.append(_Subject(ready, selectors, layout, attention))
     failures: dict[str, str] = {}
 
     def seen() -> Iterator[Seen]:
@@ -267,42 +268,32 @@ class _Reader:
 class _Subject:
     """A model that looks at images."""
 
-    def __init__(
-        self, ready: ReadyModel, selectors: Sequence[Selector], layout: str, precision: str, attention: bool
-    ) -> None:
-        self.ready, self.precision, self.preprocessing = ready, precision, ready.preprocessing
+    def __init__(self, ready: ReadyModel, selectors: Sequence[Selector], layout: str, attention: bool) -> None:
+        self.ready, self.preprocessing = ready, ready.preprocessing
         loaded, bare, side_px = ready.loaded, ready.bare, ready.preprocessing.crop_px
-        find_grid = functools.partial(find_token_grid, loaded.module, loaded.forward, side_px)
-        self.reader = _Reader(places_of(bare.module, bare.forward, side_px, find_grid, layout))
+        find_grid = functools.partial(find_token_grid, Runner.of(loaded.module, loaded.forward), side_px)
+        self.reader = _Reader(places_of(Runner.of(bare.module, bare.forward), side_px, find_grid, layout))
         self.attention_paths = self._attention_paths(selectors) if attention else None
 
     def look_at(self, key: str, pixels_CHW: Tensor) -> Seen:
         loaded = self.ready.loaded
-        pixels_NCHW = model_input(pixels_CHW.unsqueeze(0).to(self.ready.device), self.preprocessing)
+        pixels_NCHW = model_input(pixels_CHW.unsqueeze(0).to(self.ready.runner.device), self.preprocessing)
         shown = self._activations(pixels_NCHW) if self.attention_paths is None else self._attention(pixels_NCHW)
         return Seen(key, loaded.name, loaded.weights, *_photo(pixels_CHW, self.preprocessing.crop_px), shown)
 
     def _activations(self, pixels_NCHW: Tensor) -> list[Shown]:
-        loaded, targets, device = self.ready.loaded, self.ready.selection.targets, self.ready.device
+        targets = self.ready.selection.targets
         rows = {
             str(target.address): torch.empty((1, *target.shape), dtype=getattr(torch, stored_dtype(target)))
             for target in targets
         }
-        with RowCapture(
-            loaded.module,
-            targets,
-            device=device,
-            precision=self.precision,
-            memory_format=self.ready.memory_format,
-            forward=loaded.forward,
-        ) as capture:
+        with RowCapture(self.ready.runner, targets) as capture:
             capture.run(pixels_NCHW, rows)
             capture.wait()
         return [self.reader.shown(address, rows[address][0]) for address in self.reader.in_order(rows)]
 
     def _attention(self, pixels_NCHW: Tensor) -> list[Shown]:
-        loaded = self.ready.loaded
-        found = attention_of(loaded.module, pixels_NCHW, forward=loaded.forward, precision=self.precision)
+        found = attention_of(self.ready.runner, pixels_NCHW)
         assert self.attention_paths is not None
         return [
             shown_attention(one, self.reader.places.grid(one.weights_HQK.shape[-1]) if one.windows == 1 else None)
@@ -313,8 +304,7 @@ class _Subject:
     def _attention_paths(self, selectors: Sequence[Selector]) -> set[str]:
         """Return the modules in which attention is computed, as far as they are selected, or within one that is."""
         loaded, side_px = self.ready.loaded, self.preprocessing.crop_px
-        pixels_NCHW = example_images(loaded.module, side_px)[:1].to(self.ready.device)
-        found = attention_of(loaded.module, pixels_NCHW, forward=loaded.forward, precision=self.precision)
+        found = attention_of(self.ready.runner, example_images(self.ready.runner, side_px)[:1])
         paths = dict.fromkeys(one.path for one in found)
         if not paths:
             raise HookxError(
@@ -385,9 +375,9 @@ def _places_of_run(plan: Plan, layout: str) -> Places:
 
         def find_grid(count: int, sides: Sequence[int]) -> TokenGrid | None:
             loaded = whole()
-            return find_token_grid(loaded.module, loaded.forward, plan.preprocessing.crop_px, count, sides)
+            return find_token_grid(Runner.of(loaded.module, loaded.forward), plan.preprocessing.crop_px, count, sides)
 
-        return places_of(bare.module, bare.forward, plan.preprocessing.crop_px, find_grid, layout)
+        return places_of(Runner.of(bare.module, bare.forward), plan.preprocessing.crop_px, find_grid, layout)
     except HookxError as error:
         log.info("%s; how layers are read follows from their shapes, or from --layout", str(error).splitlines()[0])
         return Places({}, {}, lambda _count, _sides: None, layout)

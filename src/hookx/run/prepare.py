@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from hookx.capture.rows import stored_dtype
+from hookx.capture.runner import Runner
 from hookx.errors import StoreError, UsageError, one_of
 from hookx.images.listing import ImageList, list_images
 from hookx.keys import images_sha256
@@ -41,11 +42,15 @@ class Job:
     model: LoadedModel
     images: ImageList
     targets: list[Target]
-    device: torch.device
+    runner: Runner
     workers: int
     decode_timeout_seconds: float
     strict: bool
     pending: list[Shard]
+
+    @property
+    def device(self) -> torch.device:
+        return self.runner.device
 
     @property
     def workers_compute(self) -> bool:
@@ -142,7 +147,9 @@ def prepare(
         specs.append(LayerSpec(str(target.address), target.shape, stored))
 
     bytes_per_image = sum(spec.bytes_per_image for spec in specs)
-    batch_size = chosen_batch_size(batch_size, ready.device, ready.preprocessing.crop_px, len(listed), bytes_per_image)
+    batch_size = chosen_batch_size(
+        batch_size, ready.runner.device, ready.preprocessing.crop_px, len(listed), bytes_per_image
+    )
     max_shard_bytes = parse_bytes(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
     plan = Plan(
         model=loaded.name,
@@ -150,7 +157,7 @@ def prepare(
         layers=tuple(specs),
         preprocessing=ready.preprocessing,
         precision=precision,
-        memory_format=ready.memory_format,
+        memory_format=ready.runner.memory_format,
         image_count=len(listed),
         images_sha256=images_sha256(listed.keys, listed.sizes_bytes),
         images_per_shard=images_per_shard(bytes_per_image, max_shard_bytes, shard_images),
@@ -167,8 +174,8 @@ def prepare(
         model=loaded,
         images=listed,
         targets=selection.targets,
-        device=ready.device,
-        workers=min(chosen_workers(workers, ready.device), batches),
+        runner=ready.runner,
+        workers=min(chosen_workers(workers, ready.runner.device), batches),
         decode_timeout_seconds=decode_timeout,
         strict=strict,
         pending=pending,

@@ -89,14 +89,7 @@ def _compute(job: Job, directory: RunDirectory, clock: Clock, progress: Callable
             ),
             processes=max(1, job.workers) if job.workers_compute else 1,
         ) as writer,
-        RowCapture(
-            job.model.module,
-            job.targets,
-            device=job.device,
-            precision=plan.precision,
-            memory_format=plan.memory_format,
-            forward=job.model.forward,
-        ) as capture,
+        RowCapture(job.runner, job.targets) as capture,
     ):
         filling = Filling(writer.batches, capture, plan.preprocessing, plan.batch_size)
         # The workers are forked here, before there are threads.
