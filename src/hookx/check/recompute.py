@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from hookx.images.listing import list_images
 from hookx.keys import key_bytes
 from hookx.layers.select import Selector
 from hookx.models import LoadedModel, ModelOptions, list_models, load_model
+from hookx.options import CheckpointOptions, RecomputeOptions, list_paths, takes
 from hookx.plan import LayerSpec, Plan, Shard
 from hookx.run.cores import single_threaded
 from hookx.run.defaults import chosen_device
@@ -63,33 +64,16 @@ class Recomputation:
         return sum(not any(row.deviations.values()) for row in self.rows)
 
 
-def recompute(
-    path: str | os.PathLike[str],
-    count: int,
-    images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
-    *,
-    model: str | None = None,
-    weights: str | None = None,
-    device: str = "cpu",
-    seed: int | None = None,
-    options: ModelOptions = ModelOptions(),
-) -> Recomputation:
+@takes(RecomputeOptions)
+def recompute(options: RecomputeOptions) -> Recomputation:
     """Run the model again on random rows of a run, each in the batch it was computed in, and compare.
 
-    Args:
-        path: the directory that `hookx extract` wrote.
-        count: how many rows; all of them, if there are fewer.
-        images: the folders and files that the run was given.
-        model: the run's model again; needed unless it is one of torchvision's, because building it may run code, and
-            that a plan alone shall not decide.
-        weights: the file of the weights, if the run took them from a file; it has to be the same one.
-        device: where to compute.
-        seed: of the choice of rows; None for another choice each time.
-        options: what else the run was told of its model.
+    A model that is not one of torchvision's has to be named again, because building it may run code, which a plan alone
+    must not decide.
 
     Raises:
-        HookxError: the run, its model, its weights or the images are not to be had. Rows that deviate are no exception
-            but in the result.
+        HookxError: the run, its model, its weights or the images are not to be had. Rows that deviate are reported in
+            the result.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -100,18 +84,22 @@ def recompute(
         >>> again.problems, sorted(again.deviations)
         ((), ['avgpool', 'conv1'])
     """
-    if count < 1:
-        raise UsageError(f"{count} rows to compute again; it is 1 or more")
-    path = Path(path)
+    if options.count < 1:
+        raise UsageError(f"--recompute must be at least 1, got {options.count}")
+    if options.options is not None:
+        warnings.warn("recompute(options=...) is deprecated: give its fields as arguments", DeprecationWarning, 3)
+    model_options = options.options or ModelOptions(**options.values_of(CheckpointOptions))
+    count, device = options.count, options.device
+    path = Path(options.path)
     plan = read_plan(path)
     if plan.precision not in PRECISIONS:
         raise StoreError(f"{path}/ was computed in '{plan.precision}', which this hookx does not know")
     if plan.memory_format not in MEMORY_FORMATS:
         raise StoreError(f"{path}/ was computed in '{plan.memory_format}', which this hookx does not know")
-    chosen = _choose(path, plan, count, random.Random(seed))
-    listed = list_images([images] if isinstance(images, str | os.PathLike) else images)
+    chosen = _choose(path, plan, count, random.Random(options.seed))
+    listed = list_images(list_paths(options.images))
     files = dict(zip(listed.keys, listed.files, strict=True))
-    loaded = _load_again(plan, model, weights, options)
+    loaded = _load_again(plan, options.model, options.weights, model_options)
     on_device = chosen_device(device)
     if loaded.cpu_only and on_device.type != "cpu":
         raise UsageError(f"{plan.model} has integer layers that run on the CPU only", "write --device cpu")

@@ -27,9 +27,6 @@ _FIELDS = {
     "precision": "precisions",
 }
 
-# A shard's header names its images, is read into memory as a whole, and so cannot grow without end.
-IMAGES_PER_SHARD_AT_MOST = 65_536
-
 # No honest plan comes near these; a crafted one is stopped by them.
 _IMAGES_AT_MOST = 2**40
 _VALUES_AT_MOST = 2**40  # of an activation of one image
