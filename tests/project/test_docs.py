@@ -356,5 +356,7 @@ if __name__ == "__main__":
         run = make_features(Path(scratch))
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda page: rewrite(page, Path(scratch) / name_of(page).replace("/", "-"), run), pages))
-    REFERENCE.write_bytes(subprocess.run([sys.executable, ROOT / "scripts" / "reference"], stdout=-1, check=True).stdout)
+    REFERENCE.write_bytes(
+        subprocess.run([sys.executable, ROOT / "scripts" / "reference"], stdout=-1, check=True).stdout
+    )
     warm.end()
