@@ -336,7 +336,7 @@ def test_an_image_that_is_gone_or_changed_is_named(whole: Path, mixed_folder: Pa
     (images / "i.png").write_bytes((images / "i.png").read_bytes() + b"\0")
     again = recompute(whole, 100, images)
     said = [problem.what for problem in again.problems]
-    assert any("needs the image 'd.png', which is not among those named" in what for what in said)
+    assert any("needs the image 'd.png', which is not in --images" in what for what in said)
     assert any("needs the image 'i.png': changed since it was listed" in what for what in said)
     assert "a.png" in [row.key for row in again.rows]
 
@@ -358,7 +358,7 @@ def test_weights_from_a_file_have_to_be_the_same_file(mixed_folder: Path, tmp_pa
 def test_recompute_needs_images_and_rows_and_a_run(whole: Path, mixed_folder: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["verify", str(whole), "--recompute", "1"])
     assert isinstance(result.exception, UsageError) and "--images" in str(result.exception)
-    with pytest.raises(UsageError, match="0 rows"):
+    with pytest.raises(UsageError, match="--recompute must be at least 1, got 0"):
         recompute(whole, 0, mixed_folder)
     with pytest.raises(HookxError, match="there is no file or folder"):
         recompute(whole, 1, tmp_path / "absent")

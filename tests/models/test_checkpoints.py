@@ -30,6 +30,7 @@ from hookx import Capture
 from hookx.capture.modules import module_classes
 from hookx.capture.probe import example_images, probe
 from hookx.capture.rows import RowCapture
+from hookx.capture.runner import Runner
 from hookx.errors import HookxError, ModelError
 from hookx.layers.select import parse_selectors, select
 from hookx.layers.tree import Layer
@@ -763,8 +764,8 @@ def test_an_exported_program_has_the_paths_the_classes_and_the_calls_of_its_mode
             if layer.path != "nothing"
         ]
 
-    images_NCHW = example_images(small, 32)
-    assert described(probe(model, images_NCHW)) == described(probe(small, images_NCHW))
+    images_NCHW = example_images(Runner.of(small), 32)
+    assert described(probe(Runner.of(model), images_NCHW)) == described(probe(Runner.of(small), images_NCHW))
 
 
 def test_an_exported_programs_layers_are_those_of_the_model_bit_for_bit(small: Small, program: Path) -> None:
@@ -782,12 +783,13 @@ def test_an_exported_programs_layers_are_those_of_the_model_bit_for_bit(small: S
 
 def test_a_run_captures_rows_of_an_exported_program_also_of_one_image(small: Small, program: Path) -> None:
     model = load_trusted(program)
-    probed = probe(model.module, example_images(model.module, 32))
+    runner = Runner.of(model.module)
+    probed = probe(runner, example_images(runner, 32))
     targets = select(parse_selectors("stem.1,act,type:Linear"), probed, model.name).targets
     pixels_NCHW = torch.rand(3, 3, 32, 32)
     rows = {str(target.address): torch.empty(3, *target.shape) for target in targets}
     assert list(rows) == ["stem.1", "act:0", "act:1", "act:2", "head"]
-    with RowCapture(model.module, targets, device=torch.device("cpu"), precision="fp32") as capture:
+    with RowCapture(runner, targets) as capture:
         for start, stop in ((0, 2), (2, 3)):
             capture.run(pixels_NCHW[start:stop], {address: tensor[start:stop] for address, tensor in rows.items()})
     with torch.inference_mode():

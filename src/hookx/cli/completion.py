@@ -25,12 +25,6 @@ from hookx.layers.select import Selector
 from hookx.models.names import LISTED_PREFIXES, distribution_of, may_run_code, torchvision_names
 from hookx.plan import Plan
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = ("fp32", "bf16", "fp16")
-DTYPES = ("fp32", "fp16", "bf16")
-MEMORY_FORMATS = ("auto", "contiguous", "channels_last")
-LAYOUTS = ("nchw", "nhwc", "tokens")
-CHANNEL_REDUCTIONS = ("mean", "max", "norm")
 _KEYS_AT_MOST = 1000
 _BASH_BREAKS = re.compile(r"[:=@]+")  # Of readline's own, those that addresses, models and options hold.
 

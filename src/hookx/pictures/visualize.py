@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,13 +16,14 @@ from torch import Tensor
 from hookx.capture.modules import module_classes
 from hookx.capture.probe import example_images
 from hookx.capture.rows import RowCapture, stored_dtype
+from hookx.capture.runner import Runner
 from hookx.errors import HookxError, ImageError, LayerError, ModelError, UsageError, closest
 from hookx.images.decoding import decode, failure_reason, model_input
 from hookx.images.listing import list_images
 from hookx.layers.address import Address
 from hookx.layers.select import Selector, matched_paths, parse_selectors
-from hookx.models import ModelOptions, load_model, may_run_code, skeleton
-from hookx.options import PreprocessingOptions
+from hookx.models import load_model, may_run_code, skeleton
+from hookx.options import LookOptions, Paths, VisualizeOptions, VisualizeRunOptions, list_paths, takes
 from hookx.pictures import Pixels
 from hookx.pictures.attention import attention_of
 from hookx.pictures.gallery import Look, Picture, Seen, Shown, drawn, shown_activation, shown_attention
@@ -33,7 +33,6 @@ from hookx.read.features import Features, open_features
 from hookx.run.ready import ReadyModel, ready_model
 
 log = logging.getLogger("hookx")
-Images = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 
 @dataclass(frozen=True)
@@ -45,56 +44,13 @@ class Gallery:
     failures: dict[str, str]
 
 
-def visualize(
-    model: str | Sequence[str],
-    layers: str | Sequence[str],
-    images: Images,
-    *,
-    out: str | os.PathLike[str] = "maps",
-    weights: str | Sequence[str] = "default",
-    attention: bool = False,
-    channels: str = "",
-    top: int | None = None,
-    reduce: str = "",
-    colormap: str = "",
-    layout: str = "",
-    seed: int = 0,
-    weights_key: str | None = None,
-    allow_missing: Sequence[str] = (),
-    trust_checkpoint: bool = False,
-    model_args: Mapping[str, str] | None = None,
-    transform: str | None = None,
-    device: str = "auto",
-    precision: str = "fp32",
-    resize: int | None = None,
-    crop: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    interpolation: str | None = None,
-    exif: str = "ignore",
-    progress: Callable[[int], None] = lambda pictures_done: None,
-) -> Gallery:
+@takes(VisualizeOptions)
+def visualize(options: VisualizeOptions) -> Gallery:
     """Draw the feature maps of images: a picture a layer, and an overview with a column a depth.
 
-    Several models give an overview with a row a model. Several images have a folder and a row each. A picture that
-    hookx drew before is replaced; a file that it did not draw is not.
-
-    Args:
-        model: a model's name, or several.
-        layers: selectors. Of one model: 'conv1,layer4', or a list of such. Of several models: one text for each, or
-            one for all.
-        images: files and folders.
-        out: the directory for the pictures.
-        weights: of all models, or of each.
-        attention: draw how the heads of attention look at the image; `layers` then narrows down of which modules.
-        channels: which channels to draw, as in '0-63,128'; '' for all.
-        top: draw only so many, the strongest first: those with the largest norm.
-        reduce: 'mean', 'max' or 'norm' over the channels: one map a layer, as a heat map over the image.
-        colormap: one of matplotlib's; '' for viridis, and inferno for heat maps.
-        layout: 'nchw', 'nhwc' or 'tokens', for activations of which the model does not tell it.
-        progress: called with the number of pictures finished since the last call.
-
-    The other arguments are those of `extract`, and hold for all models.
+    Several models give an overview with a row a model; each has its own weights and layers, or one of them is for all.
+    Several images have a folder and a row each. A picture that hookx drew before is replaced; a file that it did not
+    draw is not.
 
     Raises:
         HookxError: whatever is wrong with the arguments.
@@ -106,11 +62,9 @@ def visualize(
         >>> [(picture.layer, picture.shows) for picture in gallery.pictures]
         [('conv1', '64 channels of 112 × 112'), ('layer4', '512 channels of 7 × 7'), ('', '1 row, 2 layers')]
     """
-    look = Look(channels, top, reduce, colormap, layout)
-    asked = paired(model, weights, layers, attention=attention)
-    options = ModelOptions(seed, weights_key, tuple(allow_missing), trust_checkpoint, dict(model_args or {}), transform)
-    preprocessing = PreprocessingOptions(resize, crop, mean, std, interpolation, exif)
-    listed = list_images([images] if isinstance(images, str | os.PathLike) else images)
+    look, attention = _look(options), options.attention
+    asked = paired(options.model, options.weights, options.layers, attention=attention)
+    listed = list_images(list_paths(options.images))
     files = dict(zip(listed.keys, listed.files, strict=True))
     subjects = []
     for ref, weights_of_ref, selectors in asked:
@@ -119,13 +73,13 @@ def visualize(
             weights_of_ref,
             options,
             [] if attention else selectors,
-            device=device,
-            precision=precision,
-            preprocessing=preprocessing,
+            device=options.device,
+            precision=options.precision,
+            preprocessing=options,
         )
         for left_out in ready.selection.left_out.values():
             log.info("left out: %s", left_out)
-        subjects.append(_Subject(ready, selectors, layout, precision, attention))
+        subjects.append(_Subject(ready, selectors, look.layout, attention))
     failures: dict[str, str] = {}
 
     def seen() -> Iterator[Seen]:
@@ -143,39 +97,19 @@ def visualize(
 
     pictures = []
     models = [subject.ready.loaded.name for subject in subjects]
-    for picture in drawn(seen(), Path(out), look, images=list(files), models=models, attention=attention):
+    out = Path(options.out)
+    for picture in drawn(seen(), out, look, images=list(files), models=models, attention=attention):
         pictures.append(picture)
-        progress(1)
-    return Gallery(str(out), tuple(pictures), failures)
+        options.progress(1)
+    return Gallery(str(options.out), tuple(pictures), failures)
 
 
-def visualize_run(
-    path: str | os.PathLike[str],
-    keys: Sequence[str] = (),
-    layers: str | Sequence[str] = (),
-    *,
-    out: str | os.PathLike[str] = "maps",
-    images: Images = (),
-    channels: str = "",
-    top: int | None = None,
-    reduce: str = "",
-    colormap: str = "",
-    layout: str = "",
-    progress: Callable[[int], None] = lambda pictures_done: None,
-) -> Gallery:
+@takes(VisualizeRunOptions)
+def visualize_run(options: VisualizeRunOptions) -> Gallery:
     """Draw the activations that a run has stored, without its model.
 
     How they are to be read is learnt from the architecture, if it is one of torchvision's or timm's: what a plan says
-    is never taken for code to run. Of other models it follows from the shapes, or is said by `layout`.
-
-    Args:
-        path: the directory that `hookx extract` wrote, finished or not.
-        keys: of the images; may be left out if there is one.
-        layers: addresses or globs over them; all of the run if empty.
-        out: the directory for the pictures.
-        images: the folders and files that the run was given, to show the inputs.
-        channels, top, reduce, colormap, layout: see `visualize`.
-        progress: called with the number of pictures finished since the last call.
+    is never taken for code to run. For other models it follows from the shapes, or `layout` says it.
 
     Raises:
         HookxError: the run, an image or a layer is not there.
@@ -189,13 +123,13 @@ def visualize_run(
         >>> [picture.shows for picture in gallery.pictures]
         ['64 channels of 112 × 112', '1 row, 1 layer']
     """
-    look = Look(channels, top, reduce, colormap, layout)
+    look, path, keys, layers = _look(options), options.path, options.keys, options.layers
     features = open_features(path, partial=True)
     plan = features.plan
     keys = _keys_of_run(features, keys)
-    inputs = _inputs_of_run(plan, keys, images)
+    inputs = _inputs_of_run(plan, keys, options.images)
     addresses = _addresses_of_run(features, layers)
-    reader = _Reader(_places_of_run(plan, layout))
+    reader = _Reader(_places_of_run(plan, look.layout))
     addresses = reader.in_order(addresses)
 
     def seen() -> Iterator[Seen]:
@@ -204,10 +138,14 @@ def visualize_run(
             yield Seen(key, plan.model, plan.weights, *_photo(inputs.get(key), plan.preprocessing.crop_px), shown)
 
     pictures = []
-    for picture in drawn(seen(), Path(out), look, images=keys, models=[plan.model]):
+    for picture in drawn(seen(), Path(options.out), look, images=keys, models=[plan.model]):
         pictures.append(picture)
-        progress(1)
-    return Gallery(str(out), tuple(pictures), {})
+        options.progress(1)
+    return Gallery(str(options.out), tuple(pictures), {})
+
+
+def _look(options: LookOptions) -> Look:
+    return Look(options.channels, options.top, options.reduce, options.colormap, options.layout)
 
 
 def paired(
@@ -266,42 +204,32 @@ class _Reader:
 class _Subject:
     """A model that looks at images."""
 
-    def __init__(
-        self, ready: ReadyModel, selectors: Sequence[Selector], layout: str, precision: str, attention: bool
-    ) -> None:
-        self.ready, self.precision, self.preprocessing = ready, precision, ready.preprocessing
+    def __init__(self, ready: ReadyModel, selectors: Sequence[Selector], layout: str, attention: bool) -> None:
+        self.ready, self.preprocessing = ready, ready.preprocessing
         loaded, bare, side_px = ready.loaded, ready.bare, ready.preprocessing.crop_px
-        find_grid = functools.partial(find_token_grid, loaded.module, loaded.forward, side_px)
-        self.reader = _Reader(places_of(bare.module, bare.forward, side_px, find_grid, layout))
+        find_grid = functools.partial(find_token_grid, Runner.of(loaded.module, loaded.forward), side_px)
+        self.reader = _Reader(places_of(Runner.of(bare.module, bare.forward), side_px, find_grid, layout))
         self.attention_paths = self._attention_paths(selectors) if attention else None
 
     def look_at(self, key: str, pixels_CHW: Tensor) -> Seen:
         loaded = self.ready.loaded
-        pixels_NCHW = model_input(pixels_CHW.unsqueeze(0).to(self.ready.device), self.preprocessing)
+        pixels_NCHW = model_input(pixels_CHW.unsqueeze(0).to(self.ready.runner.device), self.preprocessing)
         shown = self._activations(pixels_NCHW) if self.attention_paths is None else self._attention(pixels_NCHW)
         return Seen(key, loaded.name, loaded.weights, *_photo(pixels_CHW, self.preprocessing.crop_px), shown)
 
     def _activations(self, pixels_NCHW: Tensor) -> list[Shown]:
-        loaded, targets, device = self.ready.loaded, self.ready.selection.targets, self.ready.device
+        targets = self.ready.selection.targets
         rows = {
             str(target.address): torch.empty((1, *target.shape), dtype=getattr(torch, stored_dtype(target)))
             for target in targets
         }
-        with RowCapture(
-            loaded.module,
-            targets,
-            device=device,
-            precision=self.precision,
-            memory_format=self.ready.memory_format,
-            forward=loaded.forward,
-        ) as capture:
+        with RowCapture(self.ready.runner, targets) as capture:
             capture.run(pixels_NCHW, rows)
             capture.wait()
         return [self.reader.shown(address, rows[address][0]) for address in self.reader.in_order(rows)]
 
     def _attention(self, pixels_NCHW: Tensor) -> list[Shown]:
-        loaded = self.ready.loaded
-        found = attention_of(loaded.module, pixels_NCHW, forward=loaded.forward, precision=self.precision)
+        found = attention_of(self.ready.runner, pixels_NCHW)
         assert self.attention_paths is not None
         return [
             shown_attention(one, self.reader.places.grid(one.weights_HQK.shape[-1]) if one.windows == 1 else None)
@@ -312,8 +240,7 @@ class _Subject:
     def _attention_paths(self, selectors: Sequence[Selector]) -> set[str]:
         """Return the modules in which attention is computed, as far as they are selected, or within one that is."""
         loaded, side_px = self.ready.loaded, self.preprocessing.crop_px
-        pixels_NCHW = example_images(loaded.module, side_px)[:1].to(self.ready.device)
-        found = attention_of(loaded.module, pixels_NCHW, forward=loaded.forward, precision=self.precision)
+        found = attention_of(self.ready.runner, example_images(self.ready.runner, side_px)[:1])
         paths = dict.fromkeys(one.path for one in found)
         if not paths:
             raise HookxError(
@@ -382,17 +309,17 @@ def _places_of_run(plan: Plan, layout: str) -> Places:
 
         def find_grid(count: int, sides: Sequence[int]) -> TokenGrid | None:
             loaded = whole()
-            return find_token_grid(loaded.module, loaded.forward, plan.preprocessing.crop_px, count, sides)
+            return find_token_grid(Runner.of(loaded.module, loaded.forward), plan.preprocessing.crop_px, count, sides)
 
-        return places_of(bare.module, bare.forward, plan.preprocessing.crop_px, find_grid, layout)
+        return places_of(Runner.of(bare.module, bare.forward), plan.preprocessing.crop_px, find_grid, layout)
     except HookxError as error:
         log.info("%s; how layers are read follows from their shapes, or from --layout", str(error).splitlines()[0])
         return Places({}, {}, lambda _count, _sides: None, layout)
 
 
-def _inputs_of_run(plan: Plan, keys: Sequence[str], images: Images) -> dict[str, Tensor]:
+def _inputs_of_run(plan: Plan, keys: Sequence[str], images: Paths) -> dict[str, Tensor]:
     """Prepare the images of a run again, as far as they are named and the plan says how."""
-    sources = [images] if isinstance(images, str | os.PathLike) else list(images)
+    sources = list_paths(images)
     if not sources:
         return {}
     if plan.preprocessing.custom:

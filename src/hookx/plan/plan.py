@@ -28,9 +28,6 @@ _FIELDS = {
     "precision": "precisions",
 }
 
-# A shard's header names its images and is read into memory as a whole.
-IMAGES_PER_SHARD_AT_MOST = 65_536
-
 # No honest plan comes near these; they stop a crafted one.
 _MAX_IMAGES = 2**40
 _MAX_VALUES = 2**40  # in one image's activation
