@@ -68,7 +68,7 @@ BANNED = {
 }
 BANNED_IN_COMMENTS = {r"\Aof\b": "name the thing, or 'for', 'per'"}
 BANNED_IN_DOCSTRINGS = BANNED_IN_COMMENTS | {r"\A\s*(?:Tell|Say)\b": "'Return whether', 'Report', 'Warn that'"}
-BANNED_NAME = re.compile(r"\b[A-Z_]+_AT_(?:MOST|LEAST)\b")
+BANNED_IN_NAMES = {r"\A[A-Z_]+_AT_(?:MOST|LEAST)\Z": "'MAX_...' or 'MIN_...'"}
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,17 @@ def read_markdown(text: str) -> Iterator[Passage]:
     yield Passage(1, re.sub(r"`[^`\n]+`", "CODE", text), BANNED)
 
 
+def read_names(source: str) -> Iterator[Passage]:
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.NAME:
+            yield Passage(token.start[0], token.string, BANNED_IN_NAMES)
+
+
 def read_passages(file: Path, source: str) -> Iterator[Passage]:
     if file.suffix == ".md":
         yield from read_markdown(source)
-    elif file.suffix == ".py" or source.startswith("#!/usr/bin/env python"):
+    elif file.suffix == ".py":
+        yield from read_names(source)
         yield from read_comments(source)
         yield from read_strings(source, with_messages="src" in file.parts)
     else:
@@ -141,10 +148,7 @@ def read_passages(file: Path, source: str) -> Iterator[Passage]:
 
 def find_banned(file: Path, source: str) -> list[tuple[int, str, str]]:
     """Return the line, the words and the advice for each banned construction in a file, by line."""
-    found = [
-        (source.count("\n", 0, name.start()) + 1, name[0], "'MAX_...' or 'MIN_...'")
-        for name in re.finditer(BANNED_NAME, source if file.suffix != ".md" else "")
-    ]
+    found: list[tuple[int, str, str]] = []
     for passage in read_passages(file, source):
         for pattern, advice in passage.banned.items():
             for match in compile_pattern(pattern).finditer(passage.text):
