@@ -161,7 +161,7 @@ def test_what_only_one_file_may_do_only_that_file_does() -> None:
         for file in FILES
         if any(re.match(r"register_(module_)?(full_)?(forward|backward)", name) for name in names_used_by(file))
     }
-    assert registering == {"capture.hooks", "capture.session"}
+    assert registering == {"capture.hooks"}
 
 
 def test_only_public_names_of_typer_are_used_and_click_is_not_imported() -> None:
