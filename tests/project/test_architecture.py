@@ -61,7 +61,8 @@ def texts_in_code_of(file: Path) -> Iterator[str]:
     prose = {
         child
         for node in ast.walk(tree_of(file))
-        if isinstance(node, ast.Expr) or (isinstance(node, ast.Call) and ast.unparse(node.func) in ("option", "argument"))
+        if isinstance(node, ast.Expr)
+        or (isinstance(node, ast.Call) and ast.unparse(node.func) in ("option", "argument"))
         for child in ([node.value] if isinstance(node, ast.Expr) else ast.walk(node))
     }
     for node in ast.walk(tree_of(file)):
