@@ -51,7 +51,7 @@ BANNED = {
     r"\bwithout a word\b": "'silently'",
     r"\botherwise than\b": "'differently from'",
     r"\bonce only\b": "'only once'",
-    r"\b(?:a|one) (?:line|row|picture|file|function|column|page|process|task|name|shard) an? \w+": "'one line per image'",
+    r"\b(?:a|one) (?:line|row|picture|file|function|column|page|process|task|shard) an? \w+": "'one line per image'",
     r", also (?:after|if|on|inside|when|where|while)\b": "'even if', 'including'",
     r"\b(?:is|are) well[.,;]": "'is intact', 'is still usable'",
     r"\b(?:processe?|worker|decoder|parent)s? (?:had |has |have )?(?:dies?|died)\b": "processes exit or crash",

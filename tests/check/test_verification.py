@@ -117,7 +117,7 @@ def test_leavings_and_foreign_files_are_mentioned_and_are_no_error(run: Path) ->
 def test_a_name_that_no_plan_has_is_found(run: Path) -> None:
     plan = run / "plan.json"
     plan.write_text(plan.read_text().replace('"notes"', '"ootes"'))
-    assert "altered, or is of a later hookx: it holds 'ootes'" in problems_of(run)["plan.json"]
+    assert "altered, or written by a later hookx: it holds 'ootes'" in problems_of(run)["plan.json"]
 
 
 @given(st.data())
@@ -226,7 +226,7 @@ def test_failures_that_no_shard_has_are_named(thumbnails: Path, tmp_path: Path) 
 def test_an_edited_plan_is_named(run: Path) -> None:
     text = (run / "plan.json").read_text()
     (run / "plan.json").write_text(text.replace('"image_count": 9', '"image_count": 8'))
-    assert problems_of(run) == {"plan.json": "was altered: its fingerprint does not belong to its contents"}
+    assert problems_of(run) == {"plan.json": "was altered: its fingerprint does not match its contents"}
     (run / "plan.json").unlink()
     assert "cannot read plan.json" in problems_of(run)["plan.json"]
 

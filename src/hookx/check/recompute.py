@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
-import re
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +21,9 @@ from hookx.images.listing import list_images
 from hookx.keys import key_bytes
 from hookx.layers.select import Selector
 from hookx.layers.tree import Target
-from hookx.models import LoadedModel, ModelOptions, list_models, load_model
-from hookx.plan import Plan, Shard
+from hookx.models import LoadedModel, load_model, may_run_code
+from hookx.options import CheckpointOptions, ModelOptions, RecomputeOptions, list_paths, takes
+from hookx.plan import Plan, Shard, WeightsIdentity
 from hookx.run.cores import single_threaded
 from hookx.run.defaults import chosen_device
 from hookx.run.ready import place_and_select
@@ -65,29 +65,12 @@ class Recomputation:
         return sum(not any(row.deviations.values()) for row in self.rows)
 
 
-def recompute(
-    path: str | os.PathLike[str],
-    count: int,
-    images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
-    *,
-    model: str | None = None,
-    weights: str | None = None,
-    device: str = "cpu",
-    seed: int | None = None,
-    options: ModelOptions = ModelOptions(),
-) -> Recomputation:
+@takes(RecomputeOptions)
+def recompute(options: RecomputeOptions) -> Recomputation:
     """Run the model again on random rows of a run, each in the batch it was computed in, and compare.
 
-    Args:
-        path: the directory that `hookx extract` wrote.
-        count: how many rows; all of them, if there are fewer.
-        images: the folders and files that the run was given.
-        model: the run's model again; needed unless it is one of torchvision's, because building it may run code, and
-            that a plan alone shall not decide.
-        weights: the file of the weights, if the run took them from a file; it has to be the same one.
-        device: where to compute.
-        seed: seed for the choice of rows; None chooses others each time.
-        options: the other options of the run's model.
+    A model that no zoo names has to be named again, because building it may run code, which a plan alone must not
+    decide.
 
     Raises:
         HookxError: the run, its model, its weights or its images cannot be loaded. Rows that deviate do not raise; the
@@ -102,16 +85,19 @@ def recompute(
         >>> again.problems, sorted(again.deviations)
         ((), ['avgpool', 'conv1'])
     """
-    if count < 1:
-        raise UsageError(f"--recompute must be at least 1, got {count}")
-    path = Path(path)
+    if options.count < 1:
+        raise UsageError(f"--recompute must be at least 1, got {options.count}")
+    if options.options is not None:
+        warnings.warn("recompute(options=...) is deprecated: give its fields as arguments", DeprecationWarning, 3)
+    path = Path(options.path)
     plan = read_plan(path)
     _check_known(path, plan)
-    chosen = _choose_rows(path, plan, count, random.Random(seed))
-    listed = list_images([images] if isinstance(images, str | os.PathLike) else images)
+    chosen = _choose_rows(path, plan, options.count, random.Random(options.seed))
+    listed = list_images(list_paths(options.images))
     files = dict(zip(listed.keys, listed.files, strict=True))
-    loaded = _load_again(plan, model, weights, options)
-    runner = Runner(loaded.module, loaded.forward, chosen_device(device), plan.precision, plan.memory_format)
+    model_options = options.options or ModelOptions(**options.values_of(CheckpointOptions))
+    loaded = _load_again(plan, options.model, options.weights, model_options)
+    runner = Runner(loaded.module, loaded.forward, chosen_device(options.device), plan.precision, plan.memory_format)
     targets = _find_targets(path, plan, loaded, runner)
 
     rows: list[RecomputedRow] = []
@@ -162,20 +148,20 @@ def _choose_rows(path: Path, plan: Plan, count: int, generator: random.Random) -
 
 
 def _load_again(plan: Plan, model: str | None, weights: str | None, options: ModelOptions) -> LoadedModel:
-    """Build the run's model with the run's weights; what a plan says is never taken for a path, nor as code to run."""
-    zoo = plan.model in list_models()
-    if model is None and not zoo and not plan.model.startswith("timm:"):
+    """Build the run's model with the run's weights; a plan alone never names a path to read or code to run."""
+    needs_trust, identity = may_run_code(plan.model), WeightsIdentity(plan.weights)
+    if model is None and needs_trust:
         raise UsageError(
             f"the model of this run is '{plan.model}', and building it may run code",
             f"if you trust it, name it yourself: --model {plan.model}",
         )
     if model is not None and plan.model not in (model, Path(model).name):
         raise UsageError(f"the model of this run is '{plan.model}', and not '{model}'")
-    if seeded := re.match(r"random \(seed (\d{1,18})\)", plan.weights):
-        weights, options = weights or "none", replace(options, seed=int(seeded[1]))
-    elif published := re.fullmatch(r"\w+_Weights\.(\w+)", plan.weights):
-        weights = weights or published[1]
-    elif zoo and weights is None:
+    if identity.seed is not None:
+        weights, options = weights or "none", replace(options, seed=identity.seed)
+    elif identity.published_name:
+        weights = weights or identity.published_name
+    elif weights is None and not needs_trust and not plan.weights.startswith(plan.model):
         raise UsageError(f"the weights of this run are a file ({plan.weights})", "name it: --weights FILE")
     loaded = load_model(model or plan.model, weights or "default", options)
     if loaded.weights != plan.weights:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hookx.capture.rows import RowCapture
 from hookx.errors import HookxError, ImageError
+from hookx.options import ExtractOptions, takes
 from hookx.plan import Shard
 from hookx.run.cores import keep_freed_memory, single_threaded
 from hookx.run.lane import Filling, FillingAndWriting
@@ -29,26 +29,11 @@ _FAILURES_SAID_ALOUD = 10
 _PASSES_IN_FLIGHT = 2  # on a GPU, beside the one that is being asked for
 
 
-def extract(
-    model: str,
-    layers: str | Iterable[str],
-    images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
-    *,
-    out: str | os.PathLike[str] = "features",
-    progress: Callable[[int], None] = lambda images_done: None,
-    **options: Any,
-) -> Summary:
+@takes(ExtractOptions)
+def extract(options: ExtractOptions) -> Summary:
     """Store the activations of a folder of images; what `hookx extract` does.
 
     Running it again with the same arguments finishes what an interrupted run left, or finds it done.
-
-    Args:
-        model: a model's name, as `hookx.list_models()` gives it.
-        layers: selectors: 'conv1,avgpool', or a list of them.
-        images: folders and files.
-        out: the directory for plan.json, the shards and the index.
-        progress: called with the number of images finished since the last call.
-        options: those of `prepare`.
 
     Raises:
         HookxError: whatever is wrong with the arguments, before the first shard; or the disk, on the way.
@@ -60,7 +45,7 @@ def extract(
         >>> summary.images, [layer.shape for layer in summary.layers]
         (8, [(64, 112, 112), (512, 1, 1)])
     """
-    return run(prepare(model, layers, images, out=out, **options), progress)
+    return run(prepare(**vars(options)), options.progress)
 
 
 def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) -> Summary:
@@ -75,7 +60,7 @@ def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) ->
 
 def _compute(job: Job, directory: RunDirectory, clock: Clock, progress: Callable[[int], None]) -> None:
     plan, on_gpu = job.plan, job.device.type == "cuda"
-    made = provenance(plan.model, job.device, plan.batch_size)
+    made = provenance(job.model.distribution, job.device, plan.batch_size)
     with (
         single_threaded() if job.device.type == "cpu" else contextlib.nullcontext(),
         ShardWriter(
