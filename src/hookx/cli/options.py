@@ -41,12 +41,15 @@ class Command:
         """Register the command with Typer, by a function whose signature is made of the options."""
         groups, options = self.groups, self.options
 
-        def call(**values: Any) -> None:
+        def call(context: typer.Context, **values: Any) -> None:
             said = {name: value for name, value in values.items() if value is not None}
+            for name, value in said.items():
+                _check_variable(context, options[name], value)
             self.function(**{parameter: _make(group, said) for parameter, group in groups.items()})
 
         call.__doc__ = self.function.__doc__
-        parameters = [_parameter(option, options) for option in options.values()]
+        context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+        parameters = [context, *(_parameter(option, options) for option in options.values())]
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         lines = "\n".join(f"  {example}" for example in self.examples)
@@ -69,6 +72,16 @@ def _make(group: type[Options], said: Mapping[str, Any]) -> Options:
         elif option.default is ...:
             values[name] = () if option.is_repeated else option.absent
     return group(**values)
+
+
+def _check_variable(context: typer.Context, option: Option, value: Any) -> None:
+    """Say that a value which is wrong came from an environment variable: its flag is not on the command line."""
+    source = context.get_parameter_source(option.name)
+    if source is not None and source.name == "ENVIRONMENT":
+        try:
+            option.read(value)
+        except UsageError as error:
+            raise UsageError(str(error), f"the environment variable {variable_of(option)} says so") from None
 
 
 class _SectionedCommand(TyperCommand):

@@ -173,7 +173,7 @@ class PreprocessingOptions(Options, title="Preprocessing", variables=True):
     std: str | Sequence[float] | None = option(
         "--std R,G,B", "Channel deviations, as in 0.229,0.224,0.225.", default=None, parse=_read_deviations
     )
-    interpolation: Interpolation | None = option("--interpolation NAME", "{choices}.", default=None)
+    interpolation: Interpolation | None = option("--interpolation NAME", "How to resize: {choices}.", default=None)
     exif: Exif = option("--exif NAME", "Rotations recorded by cameras: {choices}.", default="ignore")
     decode: Decode = option(
         "--decode NAME", "exact; fast: large JPEGs at reduced scale; nvjpeg: JPEGs on a GPU.", default="exact"
@@ -266,13 +266,17 @@ class ExtractOptions(ComputeOptions, PreprocessingOptions, ModelOptions, title="
         "--shard-images N", "Most images in a shard.", default=MAX_SHARD_IMAGES, minimum=1, maximum=65_536
     )
     batch_size: int | Literal["auto"] = option(
-        "-b --batch-size N", "Images in a forward pass, or auto.", default="auto", minimum=1, title="Compute"
+        "-b --batch-size N",
+        "Images in one forward pass; auto: hookx chooses.",
+        default="auto",
+        minimum=1,
+        title="Compute",
     )
     workers: int | None = option(
-        "-j --workers N", "Worker processes; default: from the cores.", default=None, minimum=0, title="Compute"
+        "-j --workers N", "Worker processes; default: by the number of cores.", default=None, minimum=0, title="Compute"
     )
     memory_format: MemoryFormat | Literal["auto"] = option(
-        "--memory-format NAME", "{choices}.", default="auto", title="Compute"
+        "--memory-format NAME", "Memory layout: {choices}.", default="auto", title="Compute"
     )
     strict: bool = option("--strict", "Stop at the first image that cannot be read.", default=False, title="Images")
     decode_timeout: float = option(
