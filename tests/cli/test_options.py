@@ -156,7 +156,8 @@ def test_a_wrong_value_is_the_same_error_wherever_it_comes_from(
     for way in WAYS:
         with pytest.raises(UsageError) as raised:
             way(option, text, tmp_path)
-        hint = f"\n  the environment variable {variable_of(option)} says so" * (way is through_a_variable)
+        origin = {through_a_variable: f"the variable {variable_of(option)}", through_a_file: "the configuration file"}
+        hint = f"\n  it comes from {origin[way]}" if way in origin else ""
         assert str(raised.value) == error + hint and raised.value.exit_code == 2
     for call in (ExtractOptions, prepare, hookx.extract):
         with pytest.raises(UsageError) as raised:

@@ -44,7 +44,7 @@ class Command:
         def call(context: typer.Context, **values: Any) -> None:
             said = {name: value for name, value in values.items() if value is not None}
             for name, value in said.items():
-                _check_variable(context, options[name], value)
+                _check(context, options[name], value)
             self.function(**{parameter: _make(group, said) for parameter, group in groups.items()})
 
         call.__doc__ = self.function.__doc__
@@ -74,14 +74,15 @@ def _make(group: type[Options], said: Mapping[str, Any]) -> Options:
     return group(**values)
 
 
-def _check_variable(context: typer.Context, option: Option, value: Any) -> None:
-    """Say that a value which is wrong came from an environment variable: its flag is not on the command line."""
+def _check(context: typer.Context, option: Option, value: Any) -> None:
+    """Check a value that is not on the command line, to say where a wrong one comes from."""
     source = context.get_parameter_source(option.name)
-    if source is not None and source.name == "ENVIRONMENT":
+    origins = {"ENVIRONMENT": f"the variable {variable_of(option)}", "DEFAULT_MAP": "the configuration file"}
+    if source is not None and source.name in origins:
         try:
             option.read(value)
         except UsageError as error:
-            raise UsageError(str(error), f"the environment variable {variable_of(option)} says so") from None
+            raise UsageError(str(error), f"it comes from {origins[source.name]}") from None
 
 
 class _SectionedCommand(TyperCommand):
