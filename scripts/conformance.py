@@ -31,8 +31,10 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 from hookx.capture.probe import probe
 from hookx.capture.rows import RowCapture, stored_dtype
+from hookx.capture.runner import Runner
 from hookx.layers.select import parse_selectors, select
-from hookx.models import forward_of, list_models
+from hookx.models import list_models
+from hookx.models.torchvision import forward_of
 
 BATCH = 2
 FX_NODES = 2
@@ -171,14 +173,18 @@ def check(name: str, kind: str = "classification", *, channels_last: bool = Fals
     batch = pixels_NCHW[:BATCH]
 
     # hookx: all modules at once, into rows, the way a run does it.
-    forward = model if kind == "timm" else forward_of(name, model)
-    layers = probe(model, pixels_NCHW, forward=forward)
+    runner = Runner.of(
+        model,
+        model if kind == "timm" else forward_of(name, model),
+        memory_format="channels_last" if channels_last else "contiguous",
+    )
+    layers = probe(runner, pixels_NCHW)
     selection = select(parse_selectors("**,." if kind != "detection" else "**"), layers, name)
     rows = {
         str(target.address): torch.empty((BATCH, *target.shape), dtype=getattr(torch, stored_dtype(target)))
         for target in selection.targets
     }
-    with RowCapture(model, selection.targets, device=torch.device("cpu"), precision="fp32", forward=forward) as capture:
+    with RowCapture(runner, selection.targets) as capture:
         capture.run(batch, rows)
 
     # The second route.

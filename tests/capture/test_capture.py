@@ -1,4 +1,4 @@
-"""The captures, on networks of which each is a trap, and on torchvision's own."""
+"""Both captures, on networks that are each a trap and on torchvision's."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from hookx import Capture
 from hookx.capture.probe import probe
 from hookx.capture.rows import RowCapture, stored_dtype
+from hookx.capture.runner import Runner
 from hookx.errors import CaptureError, LayerError, NotCapturedError, UsageError
 from hookx.layers.select import parse_selectors, select
 from kit import nets
 from kit.nets import captured_rows, images, targets_of
-
-CPU = torch.device("cpu")
 
 
 def hooks_on(model: nn.Module) -> int:
@@ -80,7 +79,7 @@ def test_a_batch_of_any_size_fills_its_rows_and_no_others(count: int) -> None:
     net, pixels = nets.InPlace().eval(), images(count)
     targets = targets_of(net, "conv")
     buffer = torch.full((8, 4, 8, 8), 7.0)
-    with RowCapture(net, targets, device=CPU, precision="fp32") as capture:
+    with RowCapture(Runner.of(net), targets) as capture:
         capture.run(pixels, {"conv": buffer[2 : 2 + count]})
     assert torch.equal(buffer[2 : 2 + count], net.conv(pixels))
     assert (buffer[:2] == 7).all() and (buffer[2 + count :] == 7).all()
@@ -128,7 +127,7 @@ def test_the_forward_pass_ends_after_the_last_layer_asked_for() -> None:
     net = nets.Swallows().eval()
     targets = targets_of(net, "early")
     net.late_calls = 0
-    with RowCapture(net, targets, device=CPU, precision="fp32") as capture:
+    with RowCapture(Runner.of(net), targets) as capture:
         capture.run(images(), {"early": torch.empty(3, 4, 8, 8)})
     assert net.late_calls == 0  # Not even the network's own `except Exception` held it up.
 
@@ -150,11 +149,11 @@ def test_the_transformer_fast_path_is_off_during_a_pass_of_a_run_and_back_on_aft
 def test_hooks_come_off_after_an_exception_in_the_forward_pass() -> None:
     net = nets.Fails().eval()
     with pytest.raises(CaptureError, match="this network always fails"):
-        probe(net, images())
+        probe(Runner.of(net), images())
     assert hooks_on(net) == 0
     good = nets.InPlace().eval()
     targets = targets_of(good, "conv,.")
-    with pytest.raises(RuntimeError), RowCapture(good, targets, device=CPU, precision="fp32") as capture:
+    with pytest.raises(RuntimeError), RowCapture(Runner.of(good), targets) as capture:
         assert hooks_on(good) > 0
         capture.run(images(3, 8)[:, :1], {})
     assert hooks_on(good) == 0
@@ -167,7 +166,7 @@ def test_hooks_come_off_after_an_exception_in_the_forward_pass() -> None:
     ("how", "message"),
     [
         ("shape", r"'relu' is float32 \[3, 4, 4, 8\] in this batch; the probe saw float32 \[3, 4, 8, 8\]"),
-        ("skip", "'relu' did not run in this batch, though the probe saw it"),
+        ("skip", "'relu' did not run in this batch, though it did in the probe"),
         ("again", "'relu' ran more often in this batch than in the probe"),
     ],
 )
@@ -175,7 +174,7 @@ def test_a_pass_that_differs_from_the_probe_is_an_error(how: str, message: str) 
     net = nets.ChangesItsMind(2, how).eval()
     targets = targets_of(net, "relu,.")
     rows = {str(target.address): torch.empty(3, 4, 8, 8) for target in targets}
-    with pytest.raises(CaptureError, match=message), RowCapture(net, targets, device=CPU, precision="fp32") as capture:
+    with pytest.raises(CaptureError, match=message), RowCapture(Runner.of(net), targets) as capture:
         capture.run(images(), rows)
 
 
@@ -190,9 +189,8 @@ def test_values_that_overflow_the_stored_type_are_counted() -> None:
     net = nn.Sequential(nn.Identity())
     pixels = torch.full((2, 3, 2, 2), 1e6)
     pixels[0, 0, 0, 0] = float("inf")
-    targets = targets_of(net, "0", images())
     targets = targets_of(net, "0", torch.ones(3, 3, 2, 2))
-    with RowCapture(net, targets, device=CPU, precision="fp32") as capture:
+    with RowCapture(Runner.of(net), targets) as capture:
         capture.run(pixels, {"0": torch.empty(2, 3, 2, 2, dtype=torch.float16)})
     # 24 values, of which one was infinite before.
     assert capture.take_counts() == {"0": {"non_finite": 1, "overflowed": 23}} and capture.take_counts() == {}
@@ -200,10 +198,11 @@ def test_values_that_overflow_the_stored_type_are_counted() -> None:
 
 def test_autocast_gives_what_autocast_gives() -> None:
     net, pixels = nets.InPlace().eval(), images()
-    targets = select(parse_selectors("conv"), probe(net, pixels, precision="bf16"), "net").targets
+    runner = Runner.of(net, precision="bf16")
+    targets = select(parse_selectors("conv"), probe(runner, pixels), "net").targets
     assert stored_dtype(targets[0]) == "bfloat16"
     rows = torch.empty(3, 4, 8, 8, dtype=torch.bfloat16)
-    with RowCapture(net, targets, device=CPU, precision="bf16") as capture:
+    with RowCapture(runner, targets) as capture:
         capture.run(pixels, {"conv": rows})
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(rows, net.conv(pixels))
@@ -228,7 +227,7 @@ def test_reading_what_was_not_captured_is_a_key_error_that_says_what_there_is() 
         capture["relu"]
     net(images())
     capture.remove()
-    with pytest.raises(KeyError, match="there is relu:0, relu:1"):
+    with pytest.raises(KeyError, match="'relu' was not captured; closest: relu:0, relu:1"):
         capture["relu"]
     assert list(capture) == ["relu:0", "conv", "relu:1"] and "conv" in capture and "fc" not in capture
     assert hooks_on(net) == 0
@@ -243,7 +242,7 @@ def test_a_capture_holds_the_last_pass_the_last_few_or_all() -> None:
     assert [len(kept) for kept in few.history("conv")] == [3, 4]
     assert [len(kept) for kept in every.history("conv")] == [2, 5, 3, 4]
     assert all(len(capture["conv"]) == 4 for capture in (last, few, every))
-    with pytest.raises(UsageError, match="keep is 0"):
+    with pytest.raises(UsageError, match="keep must be at least 1, or None to hold every pass, got 0"):
         Capture(net, "conv", keep=0)
 
 
@@ -265,7 +264,7 @@ def test_an_unknown_layer_is_an_error_with_the_closest_names_and_leaves_no_hook(
     assert hooks_on(net) == 0
 
 
-def test_a_module_object_is_captured_under_a_name_of_ones_own() -> None:
+def test_a_module_object_is_captured_under_the_users_own_name() -> None:
     net, pixels = get_model("resnet18", weights=None).eval(), images(2, 64)
     with Capture(net, {"comp": net.layer3[0].downsample[1], "act": "layer1[0].relu"}) as capture:
         net(pixels)
@@ -274,13 +273,13 @@ def test_a_module_object_is_captured_under_a_name_of_ones_own() -> None:
     with Capture(net, [net.conv1, net.fc]) as capture:
         net(pixels)
     assert list(capture) == ["conv1", "fc"]
-    with pytest.raises(LayerError, match="the ReLU to capture is not a module of this model"):
+    with pytest.raises(LayerError, match="this ReLU is not a module of the model"):
         Capture(net, nn.ReLU())
-    with pytest.raises(LayerError, match="'all' is one name"):
+    with pytest.raises(LayerError, match="'all' names one activation, but 'layer\\*' can match several layers"):
         Capture(net, {"all": "layer*"})
 
 
-def test_each_layer_can_have_a_transform_of_its_own() -> None:
+def test_each_layer_can_have_its_own_transform() -> None:
     net, pixels = nets.InPlace().eval(), images()
     capture = Capture(net).add("conv", transform=lambda maps: maps.amax((2, 3))).add("relu").add("relu@mean23")
     net(pixels)
@@ -314,7 +313,7 @@ def test_a_layer_is_removed_by_its_name_and_what_it_gave_stays() -> None:
     assert len(capture) == 2 and not net.conv._forward_hooks and net.relu._forward_hooks
     net(images(5))
     assert list(capture) == ["relu"]
-    with pytest.raises(LayerError, match="'conv' is not being captured; there is: relu"):
+    with pytest.raises(LayerError, match="'conv' is not being captured; captured: relu"):
         capture.remove("conv")
     capture.clear()
     assert len(capture) == 0
@@ -322,7 +321,7 @@ def test_a_layer_is_removed_by_its_name_and_what_it_gave_stays() -> None:
     assert hooks_on(net) == 0
 
 
-def test_inputs_and_outputs_of_a_module_that_is_no_vision_model_are_captured() -> None:
+def test_inputs_and_outputs_of_a_module_that_is_not_a_vision_model_are_captured() -> None:
     net, words = nn.GRU(3, 4, batch_first=True), torch.randn(2, 5, 3)
     with Capture(net, "./in,.") as capture:
         output, state = net(words)

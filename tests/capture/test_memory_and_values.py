@@ -16,6 +16,7 @@ from torchvision.models.resnet import ResNet
 
 import hookx
 from hookx.capture.rows import RowCapture
+from hookx.capture.runner import Runner
 from hookx.errors import HookxError
 from kit import nets
 from kit.nets import images, targets_of
@@ -99,7 +100,7 @@ def test_images_with_non_finite_or_all_zero_activations_are_counted(address: str
     targets = targets_of(net, address)
     net.odd = True
     pixels = images(5)
-    with RowCapture(net, targets, device=torch.device("cpu"), precision="fp32") as capture:
+    with RowCapture(Runner.of(net), targets) as capture:
         for _ in range(2):
             capture.run(pixels, {address: torch.empty(5, *targets[0].shape)})
     expected = {"non_finite": 4, "all_zero": 2} if address != "layer@max123" else {"non_finite": 2, "all_zero": 2}
@@ -112,7 +113,7 @@ def test_values_that_the_stored_type_makes_infinite_or_zero_are_counted() -> Non
     targets = targets_of(net, "0", torch.ones(3, 3, 2, 2))
     pixels = torch.ones(2, 3, 2, 2)
     pixels[0, 0], pixels[1, 0, 0, 0], pixels[1, 1] = 1e6, 1e-30, 0.0
-    with RowCapture(net, targets, device=torch.device("cpu"), precision="fp32") as capture:
+    with RowCapture(Runner.of(net), targets) as capture:
         capture.run(pixels, {"0": torch.empty(2, 3, 2, 2, dtype=torch.float16)})
     assert capture.take_counts() == {"0": {"overflowed": 4, "flushed": 1}}
 
@@ -169,7 +170,7 @@ def test_a_pass_that_runs_out_of_memory_is_not_counted_twice() -> None:
     net = nets.InPlace().eval()
     targets = targets_of(net, "conv,relu")
     rows = {"conv": torch.empty(2, 4, 8, 8), "relu": torch.empty(2, 4, 8, 8)}
-    with RowCapture(net, targets, device=torch.device("cpu"), precision="fp32") as capture:
+    with RowCapture(Runner.of(net), targets) as capture:
         handle = net.relu.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
         pixels = torch.full((2, 3, 8, 8), float("nan"))
         with pytest.raises(torch.OutOfMemoryError):

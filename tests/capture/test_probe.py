@@ -12,6 +12,7 @@ from torchvision.models import get_model, get_model_builder, get_model_weights
 
 from hookx.capture.modules import module_classes
 from hookx.capture.probe import example_images, probe
+from hookx.capture.runner import Runner
 from hookx.errors import CaptureError, LayerError
 from hookx.layers.select import parse_selectors, select
 from hookx.layers.tree import Layer
@@ -48,7 +49,7 @@ def test_a_layer_that_mixes_the_images_of_a_batch_is_refused() -> None:
 
 def test_constants_are_left_out_of_globs_and_refused_by_name() -> None:
     net = nets.Constant().eval()
-    selection = select(parse_selectors("*"), probe(net, images()), "net")
+    selection = select(parse_selectors("*"), probe(Runner.of(net), images()), "net")
     assert [str(target.address) for target in selection.targets] == ["body"]
     assert "constant" in selection.left_out["bias"]
     with pytest.raises(LayerError, match=r"'bias' is constant \(4,3\): it does not depend on the image"):
@@ -57,7 +58,7 @@ def test_constants_are_left_out_of_globs_and_refused_by_name() -> None:
 
 def test_a_layer_that_is_never_called_is_named_with_the_reason() -> None:
     net = nets.NeverCalled().eval()
-    layers = by_path(probe(net, images()))
+    layers = by_path(probe(Runner.of(net), images()))
     assert not layers["spare"].calls and not layers["attention.out_proj"].calls
     with pytest.raises(LayerError, match=r"never called in a forward pass\n  \(nn.MultiheadAttention uses its weights"):
         targets_of(net, "attention.out_proj")
@@ -65,7 +66,7 @@ def test_a_layer_that_is_never_called_is_named_with_the_reason() -> None:
 
 def test_a_module_with_two_names_answers_to_both_and_globs_take_it_once() -> None:
     net, pixels = nets.SavedTwice().eval(), images()
-    layers = by_path(probe(net, pixels))
+    layers = by_path(probe(Runner.of(net), pixels))
     assert layers["second"].same_as == "first" and len(layers["first"].calls) == 2
     assert list(captured_rows(net, "*", pixels)) == ["first:0", "first:1"]
     rows = captured_rows(net, "second:1", pixels)
@@ -73,7 +74,7 @@ def test_a_module_with_two_names_answers_to_both_and_globs_take_it_once() -> Non
 
 
 def test_layers_come_in_the_order_of_execution() -> None:
-    assert [layer.path for layer in probe(nets.NeverCalled().eval(), images())] == [
+    assert [layer.path for layer in probe(Runner.of(nets.NeverCalled().eval()), images())] == [
         *(".", "spare", "embed", "attention", "attention.out_proj")
     ]
 
@@ -82,7 +83,7 @@ def test_the_transformer_fast_path_hides_nothing() -> None:
     encoder = nn.TransformerEncoderLayer(4, 2, batch_first=True).eval()
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.Linear(64, 4), encoder)
     before = torch.backends.mha.get_fastpath_enabled()
-    assert by_path(probe(net, images()))["3.linear1"].calls
+    assert by_path(probe(Runner.of(net), images()))["3.linear1"].calls
     assert torch.backends.mha.get_fastpath_enabled() is before
 
 
@@ -105,20 +106,23 @@ def parameters_of(name: str) -> int:
 def test_every_classification_model_is_probed_without_memory(name: str) -> None:
     bare = skeleton(name)
     assert all(parameter.is_meta for parameter in bare.module.parameters())
-    layers = by_path(probe(bare.module, example_images(bare.module, bare.preprocessing.crop_px)))
+    runner = Runner.of(bare.module)
+    layers = by_path(probe(runner, example_images(runner, bare.preprocessing.crop_px)))
     assert layers.keys() == module_classes(bare.module).keys()
     assert layers["."].calls[0].outputs[0].shape_text == "N,1000"
 
 
 def test_a_skeleton_shows_the_calls_and_shapes_of_the_real_model() -> None:
     bare, real = skeleton("shufflenet_v2_x0_5").module, get_model("shufflenet_v2_x0_5", weights=None).eval()
-    assert probe(bare, example_images(bare, 224)) == probe(real, example_images(real, 224))
+    shapes, ran = (probe(runner, example_images(runner, 224)) for runner in (Runner.of(bare), Runner.of(real)))
+    assert shapes == ran
 
 
 @pytest.mark.parametrize("name", ["fcn_resnet50", "quantized_shufflenet_v2_x0_5", "ssdlite320_mobilenet_v3_large"])
 def test_models_for_other_tasks_are_probed_as_far_as_rows_are_images(name: str) -> None:
     bare = skeleton(name)
-    layers = by_path(probe(bare.module, example_images(bare.module, bare.preprocessing.crop_px), forward=bare.forward))
+    runner = Runner.of(bare.module, bare.forward)
+    layers = by_path(probe(runner, example_images(runner, bare.preprocessing.crop_px)))
     returned = [tensor for layer in layers.values() for call in layer.calls for tensor in call.outputs]
     assert len(returned) > 100 and all(tensor.batch_dim == 0 for tensor in returned)
 
@@ -133,11 +137,11 @@ def test_a_module_that_is_called_more_often_for_more_images_is_an_error() -> Non
             return torch.cat([self.conv(image) for image in x.split(1)])
 
     with pytest.raises(CaptureError, match="'conv' is called 2 times for 2 images and 3 times for 3"):
-        probe(OneByOne().eval(), images())
+        probe(Runner.of(OneByOne().eval()), images())
 
 
 def test_a_forward_pass_that_draws_random_numbers_is_refused() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Dropout(0.5))
-    assert probe(net.eval(), images())
+    assert probe(Runner.of(net.eval()), images())
     with pytest.raises(CaptureError, match="draws random numbers"):
-        probe(net.train(), images())
+        probe(Runner.of(net.train()), images())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hookx.capture.probe import probe
 from hookx.capture.rows import RowCapture, stored_dtype
+from hookx.capture.runner import Runner
 from hookx.layers.select import parse_selectors, select
 from hookx.layers.tree import Target
 
@@ -21,7 +22,7 @@ def images(count: int = 3, side: int = 8) -> Tensor:
 
 def targets_of(model: nn.Module, layers: str, pixels_NCHW: Tensor | None = None) -> list[Target]:
     """Probe a network and select from it."""
-    probed = probe(model, images() if pixels_NCHW is None else pixels_NCHW[:3])
+    probed = probe(Runner.of(model), images() if pixels_NCHW is None else pixels_NCHW[:3])
     return select(parse_selectors(layers), probed, "net").targets
 
 
@@ -34,7 +35,7 @@ def captured_rows(model: nn.Module, layers: str, pixels_NCHW: Tensor) -> dict[st
         )
         for target in targets
     }
-    with RowCapture(model, targets, device=torch.device("cpu"), precision="fp32") as capture:
+    with RowCapture(Runner.of(model), targets) as capture:
         capture.run(pixels_NCHW, rows)
     return rows
 

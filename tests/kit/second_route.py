@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hookx.capture.probe import example_images, probe
 from hookx.capture.rows import RowCapture, stored_dtype
-from hookx.capture.runner import inference
+from hookx.capture.runner import Runner, inference
 from hookx.images.decoding import decode, model_input
 from hookx.layers.select import parse_selectors, select
 from hookx.layers.tree import Target
@@ -28,13 +28,12 @@ def input_of(file: Path, preprocessing: Preprocessing) -> Tensor:
 def captured_of(loaded: LoadedModel, layers: str = "**,.", side_px: int = 0) -> dict[str, Tensor]:
     """Probe and capture two images, and compare every row with a clone of what the layer returned."""
     side_px = side_px or loaded.preprocessing.crop_px
-    examples_NCHW = example_images(loaded.module, side_px)
-    probed = probe(loaded.module, examples_NCHW, forward=loaded.forward)
+    runner = Runner.of(loaded.module, loaded.forward)
+    probed = probe(runner, example_images(runner, side_px))
     targets = select(parse_selectors(layers), probed, loaded.name).targets
     pixels_NCHW = torch.randn(2, 3, side_px, side_px, generator=torch.Generator().manual_seed(1))
     rows = {str(t.address): torch.full((2, *t.shape), 7, dtype=getattr(torch, stored_dtype(t))) for t in targets}
-    device = torch.device("cpu")
-    with RowCapture(loaded.module, targets, device=device, precision="fp32", forward=loaded.forward) as capture:
+    with RowCapture(runner, targets) as capture:
         capture.run(pixels_NCHW, rows)
     cloned = _cloned(loaded, targets, pixels_NCHW)
     assert rows.keys() == cloned.keys() and rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import hashlib
 import json
 import os
@@ -29,13 +30,14 @@ from hookx import Capture
 from hookx.capture.modules import module_classes
 from hookx.capture.probe import example_images, probe
 from hookx.capture.rows import RowCapture
+from hookx.capture.runner import Runner
 from hookx.errors import HookxError, ModelError
 from hookx.layers.select import parse_selectors, select
 from hookx.layers.tree import Layer
 from hookx.models import LoadedModel, ModelOptions, load_model, skeleton
-from hookx.models import torchvision as torchvision_zoo
 from hookx.models.checkpoints import Weights, kind_of, read_weights
 from hookx.models.fitting import without_prefix
+from hookx.models.torchvision import Torchvision
 
 NET = "shufflenet_v2_x0_5"  # small, with batch norm, its classifier called fc
 State = dict[str, Tensor]
@@ -409,9 +411,9 @@ def test_position_embeddings_of_another_size_are_an_error_and_are_not_resized(tm
         shapes = {name: tensor.shape for name, tensor in get_model("vit_b_16", image_size=384).state_dict().items()}
     one = torch.zeros(1)  # A storage of one number: the shapes are all that counts here.
     weights = Weights(Path("w.pt"), {name: one.expand(shape) for name, shape in shapes.items()})
-    _, variant = torchvision_zoo._fitted("vit_b_16", weights)
-    assert variant == {}
     file = saved(dict(weights.state), tmp_path / "w.pth")
+    _, fitted = Torchvision().find("vit_b_16", "none").fit(dataclasses.replace(weights, file=file))
+    assert fitted.variant == {}
     assert "other shape (1): encoder.pos_embedding (1, 577, 768) instead of (1, 197, 768)" in error_of(file, "vit_b_16")
 
 
@@ -460,10 +462,10 @@ FAMILIES = [
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_built_for_the_classes_in_a_file(name: str) -> None:
     variant: dict[str, Any] = {"num_classes": 5}
-    entry = torchvision_zoo._entry(name)
-    bare = torchvision_zoo._bare(name, entry, **variant).state_dict()
-    weights, found = torchvision_zoo._fitted(name, Weights(Path("w.pt"), under("module.", bare)))
-    assert found == variant and weights.state.keys() == bare.keys()
+    model = Torchvision().find(name, "none")
+    bare = dataclasses.replace(model, variant=variant).build_bare().state_dict()
+    weights, fitted = model.fit(Weights(Path(__file__), under("module.", bare)))
+    assert fitted.variant == variant and weights.state.keys() == bare.keys()
 
 
 def test_another_width_is_not_taken_for_another_number_of_classes(tmp_path: Path) -> None:
@@ -762,8 +764,8 @@ def test_an_exported_program_has_the_paths_the_classes_and_the_calls_of_its_mode
             if layer.path != "nothing"
         ]
 
-    images_NCHW = example_images(small, 32)
-    assert described(probe(model, images_NCHW)) == described(probe(small, images_NCHW))
+    images_NCHW = example_images(Runner.of(small), 32)
+    assert described(probe(Runner.of(model), images_NCHW)) == described(probe(Runner.of(small), images_NCHW))
 
 
 def test_an_exported_programs_layers_are_those_of_the_model_bit_for_bit(small: Small, program: Path) -> None:
@@ -781,12 +783,13 @@ def test_an_exported_programs_layers_are_those_of_the_model_bit_for_bit(small: S
 
 def test_a_run_captures_rows_of_an_exported_program_also_of_one_image(small: Small, program: Path) -> None:
     model = load_trusted(program)
-    probed = probe(model.module, example_images(model.module, 32))
+    runner = Runner.of(model.module)
+    probed = probe(runner, example_images(runner, 32))
     targets = select(parse_selectors("stem.1,act,type:Linear"), probed, model.name).targets
     pixels_NCHW = torch.rand(3, 3, 32, 32)
     rows = {str(target.address): torch.empty(3, *target.shape) for target in targets}
     assert list(rows) == ["stem.1", "act:0", "act:1", "act:2", "head"]
-    with RowCapture(model.module, targets, device=torch.device("cpu"), precision="fp32") as capture:
+    with RowCapture(runner, targets) as capture:
         for start, stop in ((0, 2), (2, 3)):
             capture.run(pixels_NCHW[start:stop], {address: tensor[start:stop] for address, tensor in rows.items()})
     with torch.inference_mode():

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from hookx.capture.runner import Runner
 from hookx.capture.session import Capture
 from hookx.errors import LayerError
 from hookx.layers.address import Address
@@ -21,8 +22,8 @@ SIDE_PX = 16
 
 
 def places(model: nn.Module, side_px: int = SIDE_PX, layout: str = "") -> Places:
-    model = model.eval()
-    return places_of(model, model, side_px, functools.partial(find_token_grid, model, model, side_px), layout)
+    runner = Runner.of(model.eval())
+    return places_of(runner, side_px, functools.partial(find_token_grid, runner, side_px), layout)
 
 
 def folded(model: nn.Module, address: str, side_px: int = SIDE_PX) -> Tensor:
@@ -163,7 +164,7 @@ def test_an_experiment_ends_before_the_first_attention() -> None:
     model = Patches(list(range(17)))
     reached: list[str] = []
     model.block.register_forward_pre_hook(lambda *_: reached.append("block"))
-    assert find_token_grid(model, model, SIDE_PX, 17, [4]) is not None
+    assert find_token_grid(Runner.of(model), SIDE_PX, 17, [4]) is not None
     assert not reached
 
 
@@ -192,9 +193,10 @@ def test_real_models_of_each_kind_are_read_as_they_are_built(
     @functools.cache
     def find(count: int, sides: tuple[int, ...]) -> TokenGrid | None:
         loaded = load_model(name, "none")
-        return find_token_grid(loaded.module, loaded.forward, side_px, count, sides)
+        return find_token_grid(Runner.of(loaded.module, loaded.forward), side_px, count, sides)
 
-    found = places_of(bare.module, bare.forward, side_px, lambda count, sides: find(count, tuple(sides)))
+    runner = Runner.of(bare.module, bare.forward)
+    found = places_of(runner, side_px, lambda count, sides: find(count, tuple(sides)))
     reading = found.reading(Address(layer), shape)
     assert found.square[Address(layer)].shape == shape and not reading.note
     assert reading.roles == LAYOUTS.get(layout, ("channel", "token"))
@@ -213,5 +215,5 @@ def test_a_model_of_transformers_with_tokens_before_and_behind_its_patches(
     config = transformers.YolosConfig(image_size=[64, 64], num_detection_tokens=5, **sizes)
     model = transformers.YolosModel(config).eval()
     forward: Callable[[Tensor], object] = lambda pixels_NCHW: model(pixel_values=pixels_NCHW)  # noqa: E731
-    grid = find_token_grid(model, forward, 64, 1 + 16 + 5, [4])
+    grid = find_token_grid(Runner.of(model, forward), 64, 1 + 16 + 5, [4])
     assert grid == TokenGrid(4, 4, tuple(range(1, 17)))

@@ -201,7 +201,7 @@ def test_each_model_has_the_layers_in_its_place_or_all_have_the_same() -> None:
         paired(["a", "b", "c"], "none", ["conv1", "fc"])
     with pytest.raises(UsageError, match="2 models and 3 times --weights"):
         paired(["a", "b"], ["x", "y", "z"], "fc")
-    with pytest.raises(UsageError, match="no layer of resnet18 is asked for"):
+    with pytest.raises(UsageError, match="no layer of resnet18 is named"):
         paired("resnet18", "none", [])
     with pytest.raises(UsageError, match="no model is named"):
         paired([], "none", ["fc"])

@@ -15,6 +15,7 @@ from torchvision.models import get_model, get_model_weights
 
 import hookx
 from hookx.capture.rows import RowCapture
+from hookx.capture.runner import Runner
 from hookx.check.recompute import recompute
 from hookx.images.decoding import decode, decode_jpegs, model_input
 from hookx.run.run import extract
@@ -79,7 +80,7 @@ def test_copies_on_their_way_are_out_of_reach_of_what_overwrites_a_layer_in_plac
     rows = [
         {str(t.address): torch.empty((16, *t.shape), pin_memory=True) for t in targets} for _ in batches
     ]  # fmt: skip
-    with RowCapture(net, targets, device=GPU, precision="fp32") as capture:
+    with RowCapture(Runner.of(net), targets) as capture:
         for pixels_NCHW, places in zip(batches, rows, strict=True):
             capture.run(pixels_NCHW.to(GPU, non_blocking=True), places)
         capture.wait()

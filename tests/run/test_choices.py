@@ -78,7 +78,7 @@ def test_convolutions_over_overlapping_windows_run_in_channels_last(name: str, m
 )
 def test_what_runs_after_the_last_layer_has_no_say_in_the_memory_format(layers: str, memory_format: str) -> None:
     ready = ready_model("resnet18", "none", ModelOptions(), parse_selectors(layers))
-    assert ready.memory_format == memory_format
+    assert ready.runner.memory_format == memory_format
 
 
 def test_every_core_computes_on_the_cpu_and_one_is_left_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ import hookx
 from hookx.errors import StoreError
 from hookx.plan import LayerSpec, Plan
 from hookx.store.directory import RunDirectory, finished_shards
-from hookx.store.files import write_whole
+from hookx.store.files import made_whole, write_whole
 from hookx.store.record import ShardRecord, read_record
 from kit.runs import MAPS, forked, plan_of, random_rows, same_bits, wait_for, write_run
 from kit.shards import publish
@@ -60,6 +60,42 @@ def test_a_file_that_cannot_be_replaced_stays_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         write_whole(file, (bytes([1 // count]) for count in (1, 0)))
     assert file.read_text() == "before" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_and_what_was_made_beside_it_appear_together_or_not_at_all(tmp_path: Path) -> None:
+    def make(aside: Path) -> None:
+        aside.mkdir()
+        (aside / "chunk").write_bytes(b"0")
+        aside.with_name("keys.csv").write_bytes(b"key")
+
+    with pytest.raises(ZeroDivisionError), made_whole(tmp_path / "export.zarr") as aside:
+        make(aside)
+        _ = 1 // 0
+    assert list(tmp_path.iterdir()) == []
+    with made_whole(tmp_path / "export.zarr") as aside:
+        make(aside)
+        assert not (tmp_path / "export.zarr").exists()
+        with pytest.raises(StoreError, match=r"another hookx process is writing .*export.zarr\n  wait for it"):
+            made_whole(tmp_path / "export.zarr").__enter__()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export.zarr", "keys.csv"]
+    assert (tmp_path / "export.zarr" / "chunk").read_bytes() == b"0"
+    with pytest.raises(StoreError, match="already exists"), made_whole(tmp_path / "export.zarr") as aside:
+        make(aside)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export.zarr", "keys.csv"]
+
+
+def test_a_folder_that_a_killed_process_left_aside_is_made_anew(tmp_path: Path) -> None:
+    def make_forever() -> None:
+        with made_whole(tmp_path / "export.npy") as aside:
+            aside.write_bytes(b"half of it")
+            signal.pause()
+
+    with forked(make_forever):
+        wait_for((tmp_path / ".export.npy.aside" / "export.npy").exists)
+    with made_whole(tmp_path / "export.npy") as aside:
+        assert not aside.exists()
+        aside.write_bytes(b"all of it")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"export.npy": b"all of it"}
 
 
 def test_a_process_killed_while_it_writes_leaves_no_shard_and_the_next_run_removes_its_leavings(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The probe: what a forward pass does to each layer, learnt from two tiny batches."""
+"""The probe: learn from two tiny batches what a forward pass does to each layer."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hookx.capture.hooks import Taps, tapped_while
+from hookx.capture.hooks import Taps, tap
 from hookx.capture.modules import modules_of, parameter_count
-from hookx.capture.runner import inference
+from hookx.capture.runner import Runner
 from hookx.capture.tensors import Parts, dtype_name, tensors_given, tensors_in
 from hookx.errors import CaptureError
 from hookx.layers.tree import Call, Layer, TensorInfo
@@ -18,80 +18,73 @@ from hookx.layers.tree import Call, Layer, TensorInfo
 _Key = tuple[str, int, bool, Parts]
 
 
-def probe(
-    model: nn.Module,
-    images_NCHW: Tensor,
-    *,
-    paths: Sequence[str] | None = None,
-    precision: str = "fp32",
-    forward: Callable[[Tensor], Any] | None = None,
-) -> list[Layer]:
+def probe(runner: Runner, images_NCHW: Tensor, *, paths: Sequence[str] | None = None) -> list[Layer]:
     """Learn what a forward pass does to each layer: calls, structure, shapes, and which dimension is the batch.
 
-    Two passes are made, with 2 and with 3 images. The dimension that grows is the batch. In the second pass all images
-    but one are NaN: a row that becomes NaN depends on another image, and does not belong to the one it stands for.
-    On the meta device there are only the shapes.
+    It makes two passes, with 2 and with 3 images; the dimension that grows is the batch. In the second pass all images
+    but the middle one are NaN: if its row becomes NaN, the row depends on other images. On the meta device only shapes
+    are compared.
 
     Args:
-        images_NCHW: three images of ordinary values, on the model's device.
-        paths: the modules to describe; all of them if None.
-        precision: 'fp32', or 'bf16' or 'fp16' (autocast).
-        forward: what takes a batch through the model, if not a call of the model itself.
+        runner: how to take a batch through the model.
+        images_NCHW: three images of ordinary values, on the runner's device.
+        paths: the modules to describe; None for all.
 
     Returns:
-        The layers in the order in which they are first called; one that is never called stands after its neighbour.
+        The layers in the order of their first call; one that is never called follows the module registered before it.
+
+    Raises:
+        CaptureError: the model fails on a batch of images, draws random numbers, or calls a module a different number
+            of times for 2 and for 3 images.
 
     Example:
         >>> relu = nn.ReLU(inplace=True)
-        >>> for layer in probe(nn.Sequential(nn.Conv2d(3, 4, 1), relu, relu), torch.rand(3, 3, 8, 8)):
+        >>> runner = Runner.of(nn.Sequential(nn.Conv2d(3, 4, 1), relu, relu))
+        >>> for layer in probe(runner, torch.rand(3, 3, 8, 8)):
         ...     print(layer.path, len(layer.calls), layer.calls[0].outputs[0].shape_text)
         . 1 N,4,8,8
         0 1 N,4,8,8
         1 2 N,4,8,8
         2 2 N,4,8,8
     """
-    modules = modules_of(model)
+    modules = modules_of(runner.module)
     tapped = modules if paths is None else {path: modules[path] for path in paths}
-    device = images_NCHW.device
     poisoned = images_NCHW.clone()
-    if device.type != "meta":
+    if runner.device.type != "meta":
         poisoned[0], poisoned[2] = float("nan"), float("nan")
-    run = model if forward is None else forward
-    first = _record(run, tapped, images_NCHW[:2], precision, lambda tensor, _: (tensor.shape, _has_nan(tensor)))
+    first = _record(runner, tapped, images_NCHW[:2], lambda tensor, _: (tensor.shape, _has_nan(tensor)))
     shapes = {key: shape for key, (shape, _) in first.seen.items()}
     spoilt = {key for key, (_, has_nan) in first.seen.items() if has_nan}
     second = _record(
-        run,
+        runner,
         tapped,
         poisoned,
-        precision,
         lambda tensor, key: _describe(key, shapes.get(key), tensor, provable=key not in spoilt),
     )
     for path in tapped:
         if first.calls[path] != second.calls[path]:
             raise CaptureError(
                 f"'{path}' is called {first.calls[path]} times for 2 images and {second.calls[path]} times for 3, "
-                "so its activations cannot be given to single images"
+                "so its activations cannot be assigned to images"
             )
     infos = {
-        key: TensorInfo(key[3], tuple(shape), "", None, problem="it is there for 2 images and not for 3")
+        key: TensorInfo(key[3], tuple(shape), "", None, problem="it exists for 2 images but not for 3")
         for key, shape in shapes.items()
     }
     infos.update(second.seen)
-    return _layers(model, tapped, first, infos)
+    return _layers(runner.module, tapped, first, infos)
 
 
-def example_images(model: nn.Module, side_px: int) -> Tensor:
+def example_images(runner: Runner, side_px: int) -> Tensor:
     """Return three square images of ordinary values to probe a model with, on the model's device."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     shape = (3, 3, side_px, side_px)
-    if device.type == "meta":
-        return torch.empty(shape, device=device)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    if runner.device.type == "meta":
+        return torch.empty(shape, device=runner.device)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(runner.device)
 
 
 class _Recording:
-    """What one pass showed: per tensor what `look` returned, and the order of it all."""
+    """What one pass showed: for each tensor what `look` returned, and the order and number of calls."""
 
     def __init__(self) -> None:
         self.seen: dict[_Key, Any] = {}
@@ -100,10 +93,9 @@ class _Recording:
 
 
 def _record(
-    forward: Callable[[Tensor], Any],
+    runner: Runner,
     modules: Mapping[str, nn.Module],
     pixels_NCHW: Tensor,
-    precision: str,
     look: Callable[[Tensor, _Key], Any],
 ) -> _Recording:
     recording = _Recording()
@@ -122,9 +114,9 @@ def _record(
 
     taps = Taps(on_enter, on_return)
     random_state = torch.get_rng_state()
-    with tapped_while(modules, taps), inference(pixels_NCHW.device, precision):
+    with tap(modules, taps):
         try:
-            forward(pixels_NCHW)
+            runner.run(pixels_NCHW)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -135,8 +127,8 @@ def _record(
         recording.calls = taps.calls
     if not torch.equal(random_state, torch.get_rng_state()):
         raise CaptureError(
-            "the forward pass draws random numbers, so its activations could not be computed again: a dropout that is "
-            "left on, or a model that masks at random"
+            "the forward pass draws random numbers, so its activations are not reproducible; look for dropout that is "
+            "still active, or random masking"
         )
     return recording
 
@@ -147,9 +139,9 @@ def _has_nan(tensor: Tensor) -> bool:
 
 
 def _describe(key: _Key, of_2: torch.Size | None, of_3: Tensor, provable: bool) -> TensorInfo:
-    """Compare a tensor's shape for 2 images with the tensor for 3, of which the first and last are NaN."""
+    """Compare a tensor's shape for 2 images with the tensor for 3 images, the first and last of them NaN."""
     if of_2 is None:
-        problem = "it is there for 3 images and not for 2"
+        problem = "it exists for 3 images but not for 2"
         return TensorInfo(key[3], tuple(of_3.shape), dtype_name(of_3.dtype), None, problem=problem)
     grown = [d for d, (two, three) in enumerate(zip(of_2, of_3.shape, strict=False)) if two != three]
     rest = [length for d, length in enumerate(of_3.shape) if d not in grown]
@@ -163,7 +155,7 @@ def _describe(key: _Key, of_2: torch.Size | None, of_3: Tensor, provable: bool) 
     if len(of_2) != of_3.ndim or len(grown) > 1:
         return info(of_2, problem="more than one dimension changes with the number of images")
     if not grown:
-        return info(of_2, problem="it depends on the images and has no batch dimension" if tainted else "")
+        return info(of_2, problem="it depends on the images but has no batch dimension" if tainted else "")
     dim = grown[0]
     rows = of_2[dim] // 2
     if of_2[dim] != 2 * rows or of_3.shape[dim] != 3 * rows or (rows > 1 and dim > 0):
@@ -173,9 +165,9 @@ def _describe(key: _Key, of_2: torch.Size | None, of_3: Tensor, provable: bool) 
         outer_are_tainted = _has_nan(of_3[:rows]) and _has_nan(of_3[2 * rows :])
         problem = ""
         if mixed:
-            problem = f"the {rows} rows of an image do not lie together, or depend on other images"
+            problem = f"the {rows} rows of an image are not adjacent, or depend on other images"
         elif real and not (provable and outer_are_tainted):
-            problem = f"nothing proves that the {rows} rows of an image lie together"
+            problem = f"the {rows} rows of an image cannot be proved adjacent"
         return info((rows, *rest), 0, rows, problem)
     return info(rest, dim, 1, "an image's values depend on the other images of its batch" if mixed else "")
 
@@ -191,7 +183,7 @@ def _layers(
     for path, module in modules.items():
         first_paths.setdefault(id(module), path)
     layers, places = [], []
-    place = -1  # A module that is never called stands after the one it is registered after.
+    place = -1  # A module that is never called takes the place of the one registered before it.
     for number, (path, module) in enumerate(tapped.items()):
         place = recording.entered.get(path, place)
         places.append((place, number))
@@ -214,7 +206,7 @@ def _layers(
 
 
 def _why_never_called(path: str, modules: Mapping[str, nn.Module]) -> str:
-    """Say why a forward pass leaves a module out, where the reason is known."""
+    """Return why a forward pass leaves a module out, if the reason is known."""
     module = modules[path]
     parent_path, _, name = path.rpartition(".")
     parent = modules[parent_path or "."]

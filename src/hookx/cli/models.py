@@ -18,12 +18,14 @@ from hookx.options import BuildOptions, JsonOptions, ListLayersOptions, ListMode
 def list_layers(options: ListLayersOptions, report: JsonOptions) -> None:
     """Show what can be captured: every module in execution order. Needs no weights."""
     from hookx.capture.probe import example_images, probe
+    from hookx.capture.runner import Runner
     from hookx.cli import documents, terminal
     from hookx.layers.select import narrowed
     from hookx.models import skeleton
 
     bare = skeleton(options.model, options.weights, ModelOptions(**options.values_of(BuildOptions)))
-    layers = probe(bare.module, example_images(bare.module, bare.preprocessing.crop_px), forward=bare.forward)
+    runner = Runner.of(bare.module, bare.forward)
+    layers = probe(runner, example_images(runner, bare.preprocessing.crop_px))
     layers = narrowed(layers, options.model, paths=options.paths, types=options.types, depth=options.depth)
     if report.json:
         terminal.print_json(documents.describe_layers(layers))

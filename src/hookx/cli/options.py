@@ -104,7 +104,7 @@ class _SectionedCommand(TyperCommand):
 
 
 def _parameter(option: Option, options: Mapping[str, Option]) -> inspect.Parameter:
-    """Describe one of a command's options to Typer. What is no switch arrives as text, which `Option.read` checks."""
+    """Describe one of a command's options to Typer. All but switches arrive as text, for `Option.read`."""
     kind: Any = bool if bool in option.types else list[str] if option.is_repeated else str
     notes = [f"default: {option.default_text}"] * bool(option.default_text)
     notes += ["repeatable"] * bool(option.is_repeated and option.flags)

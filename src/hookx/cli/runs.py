@@ -93,10 +93,10 @@ def cat(options: CatOptions, report: JsonOptions) -> None:
     if options.raw and sys.stdout.isatty():
         raise UsageError("--raw writes bytes, and standard output is a terminal", "send them to a file: > FILE")
     from hookx.cli.terminal import print_bytes
-    from hookx.exporting import text
+    from hookx.exporting import printing
 
-    activation = text.read_activation(Path(options.path), options.layer, options.image)
+    activation = printing.read_activation(Path(options.path), options.layer, options.image)
     if options.raw:
-        print_bytes(text.as_bytes(activation.values))
+        print_bytes(printing.to_bytes(activation.values))
     else:
-        print_bytes(text.as_json(activation) if report.json else text.as_text(activation.values))
+        print_bytes(printing.to_json(activation) if report.json else printing.to_text(activation.values))

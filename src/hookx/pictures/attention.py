@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hookx.capture.hooks import Taps, tapped_while
+from hookx.capture.hooks import Taps, tap
 from hookx.capture.modules import modules_of
-from hookx.capture.runner import inference
+from hookx.capture.runner import Runner
 
 
 @dataclass(frozen=True)
@@ -33,27 +33,23 @@ class Attention:
     windows: int = 1
 
 
-def attention_of(
-    module: nn.Module, pixels_NCHW: Tensor, *, forward: Callable[[Tensor], Any] | None = None, precision: str = "fp32"
-) -> list[Attention]:
+def attention_of(runner: Runner, pixels_NCHW: Tensor) -> list[Attention]:
     """Return every attention of a forward pass of one image, in the order of execution; a model without has none.
 
     Args:
-        module: the model; the path of an attention is that of the module in which it is computed.
+        runner: holds the model; the path of an attention is that of the module in which it is computed.
         pixels_NCHW: one image, on the model's device.
-        forward: what takes it through the model, if not a call of the model itself.
-        precision: 'fp32', or 'bf16' or 'fp16' (autocast).
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(d_model=8, nhead=2, batch_first=True).eval()
-        >>> [attention] = attention_of(layer, torch.rand(1, 5, 8))
+        >>> [attention] = attention_of(Runner.of(layer), torch.rand(1, 5, 8))
         >>> attention.path, attention.weights_HQK.shape
         ('self_attn', torch.Size([2, 5, 5]))
     """
     assert len(pixels_NCHW) == 1, "with one image, what comes before queries and keys are heads and windows"
     running: list[str] = []  # the modules that have been entered and have not returned
     found: list[Attention] = []
-    modules = modules_of(module)
+    modules = modules_of(runner.module)
 
     def on_weights(weights: Tensor) -> None:
         path = running[-1] if running else "."
@@ -66,8 +62,8 @@ def attention_of(
         running.pop()
 
     taps = Taps(lambda path, *_: running.append(path), on_return)
-    with tapped_while(modules, taps), inference(pixels_NCHW.device, precision), _Watch(on_weights):
-        (module if forward is None else forward)(pixels_NCHW)
+    with tap(modules, taps), _Watch(on_weights):
+        runner.run(pixels_NCHW)
     return found
 
 

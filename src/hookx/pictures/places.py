@@ -11,15 +11,15 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hookx.capture.hooks import Taps, tapped_while
+from hookx.capture.hooks import Taps, tap
 from hookx.capture.modules import modules_of
 from hookx.capture.probe import example_images, probe
-from hookx.capture.runner import ForwardIsDone, inference
+from hookx.capture.runner import ForwardIsDone, Runner
 from hookx.capture.tensors import Parts, tensors_given, tensors_in
 from hookx.errors import CaptureError, LayerError
 from hookx.layers.address import Address
@@ -226,8 +226,7 @@ def _is_square(roles: tuple[Role, ...], shape: tuple[int, ...]) -> bool:
 
 
 def places_of(
-    bare: nn.Module,
-    forward: Callable[[Tensor], Any],
+    runner: Runner,
     side_px: int,
     find_grid: Callable[[int, Sequence[int]], TokenGrid | None],
     layout: str = "",
@@ -235,17 +234,16 @@ def places_of(
     """Probe a model with square images, and with images twice as wide if it takes them.
 
     Args:
-        bare: the model, or its skeleton without memory.
-        forward: what takes a batch through it.
+        runner: holds the model, or its skeleton without memory.
         side_px: of its images.
         find_grid: see `Places`.
         layout: see `Places`.
     """
-    examples_NCHW = example_images(bare, side_px)
+    examples_NCHW = example_images(runner, side_px)
     wide: Iterable[Layer] = ()
-    square = probe(bare, examples_NCHW, forward=forward)
+    square = probe(runner, examples_NCHW)
     with contextlib.suppress(CaptureError):  # It says so if it takes square images only.
-        wide = probe(bare, torch.cat([examples_NCHW, examples_NCHW], 3), forward=forward)
+        wide = probe(runner, torch.cat([examples_NCHW, examples_NCHW], 3))
     return Places(_tensors(square), _tensors(wide), find_grid, layout)
 
 
@@ -256,9 +254,7 @@ def _tensors(layers: Iterable[Layer]) -> dict[Address, TensorInfo]:
     return found
 
 
-def find_token_grid(
-    module: nn.Module, forward: Callable[[Tensor], Any], side_px: int, count: int, sides: Sequence[int]
-) -> TokenGrid | None:
+def find_token_grid(runner: Runner, side_px: int, count: int, sides: Sequence[int]) -> TokenGrid | None:
     """Find the place of each of `count` tokens: the one whose strips of the image make it NaN.
 
     One batch is made, with an image for every row and for every column of the grid, of which that strip is NaN. It
@@ -266,8 +262,7 @@ def find_token_grid(
     more than its own strips (overlapping patches), the middle of what it sees orders them all the same.
 
     Args:
-        module: with real weights, whichever they are.
-        forward: what takes a batch through it.
+        runner: holds a model with real weights, whichever they are.
         side_px: of its images.
         count: the number of tokens, with those that stand for no place.
         sides: the sides of the square maps that the model makes, one of which the grid has.
@@ -280,22 +275,19 @@ def find_token_grid(
         side = math.isqrt(count)  # It makes no maps at all, as where patches are cut out and multiplied.
     if not 1 < side <= side_px:
         return None
-    grid = _experiment(module, forward, side_px, count, side)
+    grid = _experiment(runner, side_px, count, side)
     if grid is not None:
         return grid
     # Behind an attention or a deep stem nothing tells any more but counting: all the places of a map, row by row, and
     # before them what the model says that it puts there.
-    for others in (0, getattr(module, "num_prefix_tokens", 0)):
+    for others in (0, getattr(runner.module, "num_prefix_tokens", 0)):
         if sides and count == others + side * side:
             return TokenGrid(side, side, tuple(range(others, count)))
     return None
 
 
-def _experiment(
-    module: nn.Module, forward: Callable[[Tensor], Any], side_px: int, count: int, side: int
-) -> TokenGrid | None:
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    pixels_NCHW = example_images(module, side_px)[:1].repeat(2 * side, 1, 1, 1)
+def _experiment(runner: Runner, side_px: int, count: int, side: int) -> TokenGrid | None:
+    pixels_NCHW = example_images(runner, side_px)[:1].repeat(2 * side, 1, 1, 1)
     for number in range(side):
         strip = slice(number * side_px // side, (number + 1) * side_px // side)
         pixels_NCHW[number, :, strip] = float("nan")
@@ -320,8 +312,8 @@ def _experiment(
         lambda _path, _call, args, kwargs: look(tensors_given(args, kwargs)),
         lambda _path, _call, _args, _kwargs, output: look(tensors_in(output)),
     )
-    with tapped_while(modules_of(module), taps), inference(device, "fp32"), contextlib.suppress(ForwardIsDone):
-        forward(pixels_NCHW)
+    with tap(modules_of(runner.module), taps), contextlib.suppress(ForwardIsDone):
+        runner.run(pixels_NCHW)
     return found[0] if found else None
 
 

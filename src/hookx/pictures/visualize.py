@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -17,18 +16,19 @@ from torch import Tensor
 from hookx.capture.modules import module_classes
 from hookx.capture.probe import example_images
 from hookx.capture.rows import RowCapture, stored_dtype
+from hookx.capture.runner import Runner
 from hookx.errors import HookxError, ImageError, LayerError, ModelError, UsageError, closest
 from hookx.images.decoding import decode, failure_reason, model_input
 from hookx.images.listing import list_images
 from hookx.layers.address import Address
 from hookx.layers.select import Selector, matched_paths, parse_selectors
-from hookx.models import list_models, load_model, skeleton
+from hookx.models import load_model, may_run_code, skeleton
 from hookx.options import LookOptions, Paths, VisualizeOptions, VisualizeRunOptions, list_paths, takes
 from hookx.pictures import Pixels
 from hookx.pictures.attention import attention_of
 from hookx.pictures.gallery import Look, Picture, Seen, Shown, drawn, shown_activation, shown_attention
 from hookx.pictures.places import Places, TokenGrid, find_token_grid, places_of
-from hookx.plan import Plan
+from hookx.plan import Plan, WeightsIdentity
 from hookx.read.features import Features, open_features
 from hookx.run.ready import ReadyModel, ready_model
 
@@ -46,11 +46,11 @@ class Gallery:
 
 @takes(VisualizeOptions)
 def visualize(options: VisualizeOptions) -> Gallery:
-    """Draw the feature maps of images: a picture a layer, and an overview with a column a depth.
+    """Draw the feature maps of images: one picture per layer, and an overview with one column per depth.
 
-    Several models give an overview with a row a model; each has its own weights and layers, or one of them is for all.
-    Several images have a folder and a row each. A picture that hookx drew before is replaced; a file that it did not
-    draw is not.
+    For several models, the overview has one row per model, and weights and layers are given once for all of them or
+    once for each. Several images get a folder and a row each. Pictures that hookx drew before are replaced; other files
+    are not.
 
     Raises:
         HookxError: whatever is wrong with the arguments.
@@ -79,7 +79,7 @@ def visualize(options: VisualizeOptions) -> Gallery:
         )
         for left_out in ready.selection.left_out.values():
             log.info("left out: %s", left_out)
-        subjects.append(_Subject(ready, selectors, look.layout, options.precision, attention))
+        subjects.append(_Subject(ready, selectors, look.layout, attention))
     failures: dict[str, str] = {}
 
     def seen() -> Iterator[Seen]:
@@ -175,7 +175,7 @@ def paired(
         selectors = parse_selectors(layers[number % len(layers)] if layers else "")
         if not selectors and not attention:
             raise UsageError(
-                f"no layer of {name} is asked for", f"name one: --layers layer4    list them: hookx list-layers {name}"
+                f"no layer of {name} is named", f"name one: --layers layer4    list them: hookx list-layers {name}"
             )
         found.append((name, weights[number % len(weights)] if weights else "default", selectors))
     return found
@@ -204,42 +204,32 @@ class _Reader:
 class _Subject:
     """A model that looks at images."""
 
-    def __init__(
-        self, ready: ReadyModel, selectors: Sequence[Selector], layout: str, precision: str, attention: bool
-    ) -> None:
-        self.ready, self.precision, self.preprocessing = ready, precision, ready.preprocessing
+    def __init__(self, ready: ReadyModel, selectors: Sequence[Selector], layout: str, attention: bool) -> None:
+        self.ready, self.preprocessing = ready, ready.preprocessing
         loaded, bare, side_px = ready.loaded, ready.bare, ready.preprocessing.crop_px
-        find_grid = functools.partial(find_token_grid, loaded.module, loaded.forward, side_px)
-        self.reader = _Reader(places_of(bare.module, bare.forward, side_px, find_grid, layout))
+        find_grid = functools.partial(find_token_grid, Runner.of(loaded.module, loaded.forward), side_px)
+        self.reader = _Reader(places_of(Runner.of(bare.module, bare.forward), side_px, find_grid, layout))
         self.attention_paths = self._attention_paths(selectors) if attention else None
 
     def look_at(self, key: str, pixels_CHW: Tensor) -> Seen:
         loaded = self.ready.loaded
-        pixels_NCHW = model_input(pixels_CHW.unsqueeze(0).to(self.ready.device), self.preprocessing)
+        pixels_NCHW = model_input(pixels_CHW.unsqueeze(0).to(self.ready.runner.device), self.preprocessing)
         shown = self._activations(pixels_NCHW) if self.attention_paths is None else self._attention(pixels_NCHW)
         return Seen(key, loaded.name, loaded.weights, *_photo(pixels_CHW, self.preprocessing.crop_px), shown)
 
     def _activations(self, pixels_NCHW: Tensor) -> list[Shown]:
-        loaded, targets, device = self.ready.loaded, self.ready.selection.targets, self.ready.device
+        targets = self.ready.selection.targets
         rows = {
             str(target.address): torch.empty((1, *target.shape), dtype=getattr(torch, stored_dtype(target)))
             for target in targets
         }
-        with RowCapture(
-            loaded.module,
-            targets,
-            device=device,
-            precision=self.precision,
-            memory_format=self.ready.memory_format,
-            forward=loaded.forward,
-        ) as capture:
+        with RowCapture(self.ready.runner, targets) as capture:
             capture.run(pixels_NCHW, rows)
             capture.wait()
         return [self.reader.shown(address, rows[address][0]) for address in self.reader.in_order(rows)]
 
     def _attention(self, pixels_NCHW: Tensor) -> list[Shown]:
-        loaded = self.ready.loaded
-        found = attention_of(loaded.module, pixels_NCHW, forward=loaded.forward, precision=self.precision)
+        found = attention_of(self.ready.runner, pixels_NCHW)
         assert self.attention_paths is not None
         return [
             shown_attention(one, self.reader.places.grid(one.weights_HQK.shape[-1]) if one.windows == 1 else None)
@@ -250,8 +240,7 @@ class _Subject:
     def _attention_paths(self, selectors: Sequence[Selector]) -> set[str]:
         """Return the modules in which attention is computed, as far as they are selected, or within one that is."""
         loaded, side_px = self.ready.loaded, self.preprocessing.crop_px
-        pixels_NCHW = example_images(loaded.module, side_px)[:1].to(self.ready.device)
-        found = attention_of(loaded.module, pixels_NCHW, forward=loaded.forward, precision=self.precision)
+        found = attention_of(self.ready.runner, example_images(self.ready.runner, side_px)[:1])
         paths = dict.fromkeys(one.path for one in found)
         if not paths:
             raise HookxError(
@@ -309,12 +298,10 @@ def _addresses_of_run(features: Features, layers: str | Sequence[str]) -> list[s
 
 def _places_of_run(plan: Plan, layout: str) -> Places:
     """Learn from the architecture that a plan names where its activations lie; no weights are loaded."""
-    known = plan.model in list_models() or plan.model.startswith("timm:")
     try:
-        if not known:
+        if may_run_code(plan.model):
             raise ModelError(f"building {plan.model} again may run code")
-        published = re.fullmatch(r"\w+_Weights\.(\w+)", plan.weights)
-        bare = skeleton(plan.model, published[1] if published else "none")
+        bare = skeleton(plan.model, WeightsIdentity(plan.weights).published_name or "none")
 
         @functools.cache
         def whole() -> Any:
@@ -322,9 +309,9 @@ def _places_of_run(plan: Plan, layout: str) -> Places:
 
         def find_grid(count: int, sides: Sequence[int]) -> TokenGrid | None:
             loaded = whole()
-            return find_token_grid(loaded.module, loaded.forward, plan.preprocessing.crop_px, count, sides)
+            return find_token_grid(Runner.of(loaded.module, loaded.forward), plan.preprocessing.crop_px, count, sides)
 
-        return places_of(bare.module, bare.forward, plan.preprocessing.crop_px, find_grid, layout)
+        return places_of(Runner.of(bare.module, bare.forward), plan.preprocessing.crop_px, find_grid, layout)
     except HookxError as error:
         log.info("%s; how layers are read follows from their shapes, or from --layout", str(error).splitlines()[0])
         return Places({}, {}, lambda _count, _sides: None, layout)

@@ -3,5 +3,6 @@
 from hookx.plan.plan import FORMAT, Plan
 from hookx.plan.preprocessing import Preprocessing
 from hookx.plan.shards import DTYPES, LayerSpec, Shard, images_per_shard
+from hookx.plan.weights import WeightsIdentity
 
-__all__ = ["DTYPES", "FORMAT", "LayerSpec", "Plan", "Preprocessing", "Shard", "images_per_shard"]
+__all__ = ["DTYPES", "FORMAT", "LayerSpec", "Plan", "Preprocessing", "Shard", "WeightsIdentity", "images_per_shard"]

@@ -36,8 +36,8 @@ class Filling:
         rows = self.batches.rows(positions, 0 if pixels_NCHW is None else len(pixels_NCHW))
         if pixels_NCHW is None:
             return 0.0
-        start, on_gpu = time.perf_counter(), self.capture.device.type == "cuda"
-        on_device = pixels_NCHW.to(self.capture.device, non_blocking=on_gpu)
+        start, on_gpu = time.perf_counter(), self.capture.runner.device.type == "cuda"
+        on_device = pixels_NCHW.to(self.capture.runner.device, non_blocking=on_gpu)
         self._run_in_parts(model_input(on_device, self._preprocessing), rows)
         return 0.0 if on_gpu else time.perf_counter() - start
 

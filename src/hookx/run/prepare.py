@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from hookx.capture.rows import stored_dtype
+from hookx.capture.runner import Runner
 from hookx.errors import StoreError, UsageError
 from hookx.images.listing import ImageList, list_images
 from hookx.keys import images_sha256
@@ -38,11 +39,15 @@ class Job:
     model: LoadedModel
     images: ImageList
     targets: list[Target]
-    device: torch.device
+    runner: Runner
     workers: int
     decode_timeout_seconds: float
     strict: bool
     pending: list[Shard]
+
+    @property
+    def device(self) -> torch.device:
+        return self.runner.device
 
     @property
     def workers_compute(self) -> bool:
@@ -70,7 +75,7 @@ def prepare(options: ExtractOptions) -> Job:
     """
     selectors, excluded = parse_selectors(options.layers), parse_selectors(options.exclude)
     if not selectors:
-        raise UsageError("no layer is asked for", "name one: --layers avgpool    list them: hookx list-layers MODEL")
+        raise UsageError("no layer is named", "name one: --layers avgpool    list them: hookx list-layers MODEL")
     batch_size, memory_format = options.batch_size, options.memory_format
     listed = list_images(list_paths(options.images))
     directory = Path(options.out)
@@ -102,14 +107,16 @@ def prepare(options: ExtractOptions) -> Job:
         specs.append(LayerSpec(str(target.address), target.shape, stored))
 
     bytes_per_image = sum(spec.bytes_per_image for spec in specs)
-    batch_size = chosen_batch_size(batch_size, ready.device, ready.preprocessing.crop_px, len(listed), bytes_per_image)
+    batch_size = chosen_batch_size(
+        batch_size, ready.runner.device, ready.preprocessing.crop_px, len(listed), bytes_per_image
+    )
     plan = Plan(
         model=loaded.name,
         weights=loaded.weights,
         layers=tuple(specs),
         preprocessing=ready.preprocessing,
         precision=options.precision,
-        memory_format=ready.memory_format,
+        memory_format=ready.runner.memory_format,
         image_count=len(listed),
         images_sha256=images_sha256(listed.keys, listed.sizes_bytes),
         images_per_shard=images_per_shard(bytes_per_image, int(options.max_shard_size), options.shard_images),
@@ -126,8 +133,8 @@ def prepare(options: ExtractOptions) -> Job:
         model=loaded,
         images=listed,
         targets=selection.targets,
-        device=ready.device,
-        workers=min(chosen_workers(options.workers, ready.device), batches),
+        runner=ready.runner,
+        workers=min(chosen_workers(options.workers, ready.runner.device), batches),
         decode_timeout_seconds=options.decode_timeout,
         strict=options.strict,
         pending=pending,

@@ -12,12 +12,11 @@ def device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
-def provenance(model: str, device: torch.device, batch_size: int) -> dict[str, Any]:
-    source = {"timm": "timm", "hf": "transformers"}.get(model.partition(":")[0], "torchvision")
+def provenance(distribution: str, device: torch.device, batch_size: int) -> dict[str, Any]:
     return {
         "hookx": version("hookx-vision"),
         "torch": torch.__version__,
-        source: version(source),
+        distribution: version(distribution),
         "pillow": version("pillow"),
         "device": device_name(device),
         "batch_size": batch_size,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import nn
 
 from hookx.capture.modules import module_classes, modules_of
 from hookx.capture.probe import example_images, probe
-from hookx.capture.runner import MEMORY_FORMATS
+from hookx.capture.runner import MEMORY_FORMATS, Runner
 from hookx.errors import CaptureError, HookxError, UsageError
 from hookx.images.decoding import check_decoding
 from hookx.layers.select import Selection, Selector, matched_paths, select
@@ -34,8 +33,7 @@ class ReadyModel:
     loaded: LoadedModel
     bare: LoadedModel
     preprocessing: Preprocessing
-    device: torch.device
-    memory_format: str
+    runner: Runner
     selection: Selection
 
 
@@ -63,9 +61,9 @@ def ready_model(
     matched_paths(excluded, module_classes(bare.module), model)
     convolutions: list[nn.Conv2d] = []
     if selectors:
-        images_without_memory = example_images(bare.module, prepares.crop_px)
+        without_memory = Runner.of(bare.module, bare.forward)
         paths = list(dict.fromkeys([*paths, *_convolutions(bare.module)]))
-        probed = probe(bare.module, images_without_memory, paths=paths, forward=bare.forward)
+        probed = probe(without_memory, example_images(without_memory, prepares.crop_px), paths=paths)
         convolutions = _convolutions_up_to(select(selectors, probed, model, excluded), probed, bare.module)
 
     loaded = load_model(model, weights, options)
@@ -77,39 +75,29 @@ def ready_model(
             raise UsageError(f"{model} has integer layers that run on the CPU only", "write --device cpu")
         on_device = torch.device("cpu")
         check_decoding(prepares, on_device)
-    place = functools.partial(
-        place_and_select,
-        loaded,
-        selectors,
-        excluded,
-        crop_px=prepares.crop_px,
-        precision=precision,
-        device=on_device,
-    )
     chosen = chosen_memory_format(memory_format, convolutions, on_device, precision)
+    runner = Runner(loaded.module, loaded.forward, on_device, precision, chosen)
     try:
-        selection = place(memory_format=chosen)
+        selection = place_and_select(loaded, runner, selectors, excluded, crop_px=prepares.crop_px)
     except CaptureError:
         if memory_format != "auto" or chosen == "contiguous":
             raise
         # Code of somebody's own can take a view that only NCHW has.
-        chosen = "contiguous"
-        selection = place(memory_format=chosen)
-    return ReadyModel(loaded, bare, prepares, on_device, chosen, selection)
+        runner = dataclasses.replace(runner, memory_format="contiguous")
+        selection = place_and_select(loaded, runner, selectors, excluded, crop_px=prepares.crop_px)
+    return ReadyModel(loaded, bare, prepares, runner, selection)
 
 
 def place_and_select(
     loaded: LoadedModel,
+    runner: Runner,
     selectors: Sequence[Selector],
     excluded: Sequence[Selector] = (),
     *,
     crop_px: int,
-    precision: str,
-    memory_format: str,
-    device: torch.device,
 ) -> Selection:
-    """Move a model to its device and memory format, and probe it there: what the selectors name in it."""
-    loaded.module.to(device).to(memory_format=MEMORY_FORMATS[memory_format])
+    """Move a model to its runner's device and memory format, probe it there, and select its layers."""
+    loaded.module.to(runner.device).to(memory_format=MEMORY_FORMATS[runner.memory_format])
     if not selectors:
         return Selection()
     # Published weights can lack a module that their architecture has: GoogLeNet's auxiliary classifiers.
@@ -117,9 +105,9 @@ def place_and_select(
     paths = matched_paths(selectors, classes, loaded.name)
     # Those that the weights did not hold are probed too, for their place in the order of execution.
     paths = list(dict.fromkeys([*paths, *(path for path in classes if _is_within(path, loaded.random_paths))]))
-    examples_NCHW = example_images(loaded.module, crop_px).to(device, memory_format=MEMORY_FORMATS[memory_format])
+    examples_NCHW = example_images(runner, crop_px)
     try:
-        probed = probe(loaded.module, examples_NCHW, paths=paths, precision=precision, forward=loaded.forward)
+        probed = probe(runner, examples_NCHW, paths=paths)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(len(examples_NCHW), error) from None
     selection = select(selectors, probed, loaded.name, excluded)

@@ -60,7 +60,7 @@ def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) ->
 
 def _compute(job: Job, directory: RunDirectory, clock: Clock, progress: Callable[[int], None]) -> None:
     plan, on_gpu = job.plan, job.device.type == "cuda"
-    made = provenance(plan.model, job.device, plan.batch_size)
+    made = provenance(job.model.distribution, job.device, plan.batch_size)
     with (
         single_threaded() if job.device.type == "cpu" else contextlib.nullcontext(),
         ShardWriter(
@@ -74,14 +74,7 @@ def _compute(job: Job, directory: RunDirectory, clock: Clock, progress: Callable
             ),
             processes=max(1, job.workers) if job.workers_compute else 1,
         ) as writer,
-        RowCapture(
-            job.model.module,
-            job.targets,
-            device=job.device,
-            precision=plan.precision,
-            memory_format=plan.memory_format,
-            forward=job.model.forward,
-        ) as capture,
+        RowCapture(job.runner, job.targets) as capture,
     ):
         filling = Filling(writer.batches, capture, plan.preprocessing, plan.batch_size)
         # The workers are forked here, before there are threads.

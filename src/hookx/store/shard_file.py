@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hookx.plan import Plan, Shard
 from hookx.store.directory import RunDirectory
-from hookx.store.files import aside_of, put_in_place, told_as_store_error
+from hookx.store.files import aside_of, put_in_place, report_write_errors
 from hookx.store.format import (
     bytes_of,
     checksum,
@@ -66,14 +66,14 @@ class ShardFile:
         self.tensor_places = tensor_places(self.plan.layers, len(shard))
         self._header_bytes = _room_for_header(self.plan, shard, expected)
         aside = aside_of(self.path)
-        with told_as_store_error(self.path):
+        with report_write_errors(self.path, resumable=True):
             self._file = os.open(aside, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         self._direct = _opened_direct(aside)
 
     def write(self, rows: Mapping[str, Tensor], first_row: int) -> dict[str, int]:
         """Write rows of every layer, from the given one on; return their checksums."""
         checksums = {}
-        with told_as_store_error(self.path):
+        with report_write_errors(self.path, resumable=True):
             for address, piece in rows.items():
                 checksums[address] = checksum(piece)
                 if piece.numel():
@@ -83,7 +83,7 @@ class ShardFile:
     def publish(self, rows: int, record: ShardRecord) -> None:
         """Close up what unreadable images left empty, write the header, flush all to the disk, and show the file."""
         header = shard_header(self.plan.layers, rows, record.to_metadata(self.plan, self.shard), self._header_bytes)
-        with told_as_store_error(self.path):
+        with report_write_errors(self.path, resumable=True):
             end = self._close_up(rows, len(header))
             _write_all(self._file, memoryview(header), 0)
             os.ftruncate(self._file, end)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hookx.plan import Shard
 from hookx.store.directory import RunDirectory
-from hookx.store.files import aside_of, told_as_store_error
+from hookx.store.files import aside_of, report_write_errors
 from hookx.store.format import checksum_of_both, tensor_places
 from hookx.store.record import ShardRecord
 from hookx.store.shard_file import PAGE_BYTES, ShardFile, Written
@@ -242,7 +242,7 @@ class ShardWriter:
     def _make_files(self) -> None:
         while self._made < min(self._handed_over + _MADE_AHEAD * self._processes, len(self._shards)):
             path = self._directory.file_of(self._shards[self._made])
-            with told_as_store_error(path):
+            with report_write_errors(path, resumable=True):
                 aside_of(path).unlink(missing_ok=True)
                 self._made += 1  # Before it is: what a signal interrupts is removed, too.
                 # Exclusive: never through a link that somebody put there.
