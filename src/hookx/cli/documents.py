@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # They import torch.
     from hookx.run.prepare import Job
     from hookx.run.summary import Summary
 
-# Of each model: the names of its weights, and whether they are in the cache.
+# A model's name -> the names of its weights, and whether each is in the cache.
 ModelWeights = Mapping[str, Sequence[tuple[str, bool]]]
 
 
