@@ -17,6 +17,7 @@ from hookx.capture.tensors import Parts, batch_first, dtype_name, reduce, shares
 from hookx.errors import CaptureError, LayerError
 from hookx.layers.address import Address
 from hookx.layers.tree import Target
+from hookx.plan import ValueCounts
 
 
 def stored_dtype(target: Target) -> str:
@@ -121,18 +122,14 @@ class RowCapture:
         if not self._remaining:
             raise ForwardIsDone
 
-    def take_counts(self) -> dict[str, dict[str, int]]:
-        """Return what was remarkable in the values since the last call, by address; what did not occur is left out.
-
-        'non_finite' and 'all_zero' count images, 'overflowed' and 'flushed' values that the stored type made infinite
-        or zero.
-        """
+    def take_counts(self) -> ValueCounts:
+        """Return what was remarkable in the values since the last call."""
         counts = {
             address: {what: count for what, tallies in by_what.items() if (count := sum(map(int, tallies)))}
             for address, by_what in self._tallies.items()
         }
         self._tallies.clear()
-        return {address: by_what for address, by_what in counts.items() if by_what}
+        return ValueCounts({address: by_what for address, by_what in counts.items() if by_what})
 
     def _tally(self, address: str, value: Tensor, stored: Tensor) -> None:
         # The extremes of each image tell both: NaN and infinity survive them, and so does a lone non-zero.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookx.plan import LayerSpec, Plan
+from hookx.plan import LayerSpec, Plan, ValueCounts
 from hookx.store.directory import INDEX, finished_shards, read_plan
 from hookx.store.format import open_shard
 from hookx.store.record import Totals, read_record
@@ -59,7 +59,7 @@ class Inspection:
     rotations_ignored: int
     bytes: int  # of activations
     layers: tuple[InspectedLayer, ...]
-    counts: dict[str, dict[str, int]]  # address -> what was remarkable in its values -> how often
+    counts: ValueCounts
     made: tuple[dict[str, Any], ...]  # the different ways in which shards were made
 
     @property

@@ -27,13 +27,13 @@ if TYPE_CHECKING:  # At run time it would import torch, for which an error of us
     from hookx.pictures.visualize import Gallery
     from hookx.run.prepare import Job
     from hookx.run.summary import Summary
+_SUMMARY = (
+    *("out", "model", "weights", "notes", "preprocessing", "layers", "images", "failures", "shards", "shards_computed"),
+    *("images_computed", "bytes", "device", "precision", "memory_format", "batch_size", "workers", "rotations_ignored"),
+    *("counts", "seconds_total", "seconds_reading", "seconds_model", "seconds_copying", "seconds_writing"),
+    *("busy", "bound_by", "files"),
+)
 Rows = Sequence[Sequence[str]]
-_VALUES = {
-    "non_finite": "NaN or infinity in {address} of {count:,} images",
-    "all_zero": "{address} is all zero for {count:,} images",
-    "overflowed": "{count:,} values of {address} became infinite in the stored type",
-    "flushed": "{count:,} values of {address} became zero in the stored type",
-}
 
 
 @contextlib.contextmanager
@@ -110,7 +110,7 @@ def print_summary(summary: Summary) -> None:
     if summary.rotations_ignored:
         note = f"{summary.rotations_ignored:,} images carry a rotation that was ignored; --exif apply turns them"
         facts.insert(1, ("rotation", note))
-    facts[1:1] = _values_facts(summary.counts)
+    facts[1:1] = [("values", sentence) for sentence in summary.counts.sentences()]
     _print_rows(facts)
 
 
@@ -146,7 +146,8 @@ def print_job(job: Job) -> None:
 
 def summary_document(summary: Summary) -> dict[str, Any]:
     """Return a run's summary as plain JSON values."""
-    document = _plain(summary)
+    document = {name: getattr(summary, name) for name in _SUMMARY}
+    document["preprocessing"] = _plain(summary.preprocessing)
     document["layers"] = [_layer_document(layer, summary.images) for layer in summary.layers]
     return document
 
@@ -234,7 +235,7 @@ def print_inspection(inspection: Inspection) -> None:
         shards += ", index.csv missing"
     facts = [
         ("images", f"{inspection.rows:,} stored, {inspection.failures:,} failures, of {plan.image_count:,}"),
-        *_values_facts(inspection.counts),
+        *(("values", sentence) for sentence in inspection.counts.sentences()),
         ("shards", f"{shards}; {human_bytes(inspection.bytes)} of activations"),
         ("model", f"{plan.model}, weights {plan.weights}"),
         ("computed", f"{plan.precision}, {_batches(plan.batch_size, plan.memory_format)}"),
@@ -471,15 +472,6 @@ def _print_table(rows: Rows, header: Sequence[str], right_aligned: Sequence[int]
 
 def _problems(verification: Verification, recomputation: Recomputation | None) -> list[Any]:
     return [*verification.problems, *(recomputation.problems if recomputation is not None else ())]
-
-
-def _values_facts(counts: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str]]:
-    return [
-        # What another version of hookx counts has no sentence here.
-        ("values", _VALUES.get(what, "{count:,} of {address} are of another kind").format(count=count, address=address))
-        for address, by_what in counts.items()
-        for what, count in by_what.items()
-    ]
 
 
 def _statistics_texts(statistics: Statistics | None) -> list[str]:
