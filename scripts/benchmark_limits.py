@@ -40,7 +40,7 @@ from hookx.plan import Plan, Shard
 from hookx.run.cores import keep_freed_memory
 from hookx.store.directory import RunDirectory, read_plan
 from hookx.store.record import ShardRecord
-from hookx.store.writer import BatchWriter, ShardWriter
+from hookx.store.writer import ShardWriter
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 PASSES = [f"{layout},{batch}" for layout in LAYOUTS for batch in (4, 16)]
@@ -224,20 +224,20 @@ def hookx_write(plan: Plan, buffer: dict[str, Tensor], folder: Path) -> dict[str
     def work(number: int) -> None:
         torch.set_num_threads(1)
         keep_freed_memory()
-        mine, writes = batches[number::CORES], writer.batches
+        mine = batches[number::CORES]
         for positions in mine[:2]:  # A worker reuses memory for two batches: touch it, and fill it with nonzero bytes.
-            for address, rows in writes.rows(positions, len(positions)).items():
+            for address, rows in writer.rows(positions, len(positions)).items():
                 rows[:] = buffer[address][: len(rows)]
         all_ready.wait()
         for positions in mine:
             if positions not in mine[:2]:
-                writes.rows(positions, len(positions))
-            writes.write(positions).add_done_callback(lambda written: queues[number].put(written.result()))
-        writes.close()
+                writer.rows(positions, len(positions))
+            writer.write(positions).add_done_callback(lambda written: queues[number].put(written.result()))
+        writer.close()
 
     with (
         RunDirectory(folder / "run", plan) as directory,
-        ShardWriter(BatchWriter(directory, plan.shards, plan.batch_size, record), processes=CORES) as writer,
+        ShardWriter(directory, plan.shards, plan.batch_size, record, processes=CORES) as writer,
     ):
         processes = [context.Process(target=work, args=(number,)) for number in range(CORES)]
         for process in processes:
@@ -246,9 +246,7 @@ def hookx_write(plan: Plan, buffer: dict[str, Tensor], folder: Path) -> dict[str
         with stopwatch.running():
             next_queue = itertools.cycle(queues)
             for shard in plan.shards:
-                for _ in shard.batches(plan.batch_size):
-                    writer.add(next(next_queue).get())
-                writer.publish(record(shard))
+                writer.publish(record(shard), [next(next_queue).get() for _ in shard.batches(plan.batch_size)])
             writer.finish()
         for process in processes:
             process.join()
