@@ -63,7 +63,12 @@ def ready_model(
     if selectors:
         without_memory = Runner.of(bare.module, bare.forward)
         paths = list(dict.fromkeys([*paths, *_convolutions(bare.module)]))
-        probed = probe(without_memory, example_images(without_memory, prepares.crop_px), paths=paths)
+        probed = probe(
+            without_memory,
+            example_images(without_memory, prepares.crop_px),
+            paths=paths,
+            why_never_called=bare.why_never_called,
+        )
         convolutions = _convolutions_up_to(select(selectors, probed, model, excluded), probed, bare.module)
 
     loaded = load_model(model, weights, options)
@@ -107,7 +112,7 @@ def place_and_select(
     paths = list(dict.fromkeys([*paths, *(path for path in classes if _is_within(path, loaded.random_paths))]))
     examples_NCHW = example_images(runner, crop_px)
     try:
-        probed = probe(runner, examples_NCHW, paths=paths)
+        probed = probe(runner, examples_NCHW, paths=paths, why_never_called=loaded.why_never_called)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(len(examples_NCHW), error) from None
     selection = select(selectors, probed, loaded.name, excluded)
