@@ -33,7 +33,8 @@ from hookx.capture.probe import probe
 from hookx.capture.rows import RowCapture, stored_dtype
 from hookx.capture.runner import Runner
 from hookx.layers.select import parse_selectors, select
-from hookx.models import forward_of, list_models
+from hookx.models import list_models
+from hookx.models.torchvision import forward_of
 
 BATCH = 2
 FX_NODES = 2

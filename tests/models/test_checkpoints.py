@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import hashlib
 import json
 import os
@@ -34,9 +35,9 @@ from hookx.errors import HookxError, ModelError
 from hookx.layers.select import parse_selectors, select
 from hookx.layers.tree import Layer
 from hookx.models import LoadedModel, ModelOptions, load_model, skeleton
-from hookx.models import torchvision as torchvision_zoo
 from hookx.models.checkpoints import Weights, kind_of, read_weights
 from hookx.models.fitting import without_prefix
+from hookx.models.torchvision import Torchvision
 
 NET = "shufflenet_v2_x0_5"  # small, with batch norm, its classifier called fc
 State = dict[str, Tensor]
@@ -410,9 +411,9 @@ def test_position_embeddings_of_another_size_are_an_error_and_are_not_resized(tm
         shapes = {name: tensor.shape for name, tensor in get_model("vit_b_16", image_size=384).state_dict().items()}
     one = torch.zeros(1)  # A storage of one number: the shapes are all that counts here.
     weights = Weights(Path("w.pt"), {name: one.expand(shape) for name, shape in shapes.items()})
-    _, variant = torchvision_zoo._fitted("vit_b_16", weights)
-    assert variant == {}
     file = saved(dict(weights.state), tmp_path / "w.pth")
+    _, fitted = Torchvision().find("vit_b_16", "none").fit(dataclasses.replace(weights, file=file))
+    assert fitted.variant == {}
     assert "other shape (1): encoder.pos_embedding (1, 577, 768) instead of (1, 197, 768)" in error_of(file, "vit_b_16")
 
 
@@ -461,10 +462,10 @@ FAMILIES = [
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_built_for_the_classes_in_a_file(name: str) -> None:
     variant: dict[str, Any] = {"num_classes": 5}
-    entry = torchvision_zoo._entry(name)
-    bare = torchvision_zoo._bare(name, entry, **variant).state_dict()
-    weights, found = torchvision_zoo._fitted(name, Weights(Path("w.pt"), under("module.", bare)))
-    assert found == variant and weights.state.keys() == bare.keys()
+    model = Torchvision().find(name, "none")
+    bare = dataclasses.replace(model, variant=variant).build_bare().state_dict()
+    weights, fitted = model.fit(Weights(Path(__file__), under("module.", bare)))
+    assert fitted.variant == variant and weights.state.keys() == bare.keys()
 
 
 def test_another_width_is_not_taken_for_another_number_of_classes(tmp_path: Path) -> None:

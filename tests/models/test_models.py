@@ -22,7 +22,7 @@ from torchvision.models import get_model, get_model_weights
 from hookx import Capture
 from hookx.errors import ModelError
 from hookx.models import ModelOptions, list_models, load_model, skeleton
-from hookx.models import torchvision as torchvision_zoo
+from hookx.models.torchvision import Torchvision
 from kit.second_route import input_of
 
 PHOTOGRAPHS = [Path(__file__).parents[2] / "images" / name for name in ("animals/chelsea.jpg", "people/camera.jpg")]
@@ -326,10 +326,11 @@ def test_a_vision_transformer_is_built_for_the_images_of_its_weights() -> None:
 
 @pytest.mark.parametrize("name", ["googlenet", "resnet50"])
 def test_a_file_of_published_weights_is_recognised_by_its_hash(name: str) -> None:
+    model = Torchvision().find(name, "default")
     for entry in get_model_weights(name):
         beginning = entry.url.rsplit("-", 1)[1].split(".")[0]
-        assert torchvision_zoo._recognised(name, beginning.ljust(64, "0")) is entry
-    assert torchvision_zoo._recognised(name, "0" * 64) is None
+        assert model.recognize(beginning.ljust(64, "0")) is entry
+    assert model.recognize("0" * 64) is None
 
 
 def test_an_image_transform_inside_the_model_is_off_for_a_file_of_unknown_weights(tmp_path: Path) -> None:

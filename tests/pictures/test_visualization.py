@@ -388,7 +388,7 @@ def test_images_that_cannot_be_read_are_named_and_the_others_drawn(mixed_folder:
         (["cat.jpg", "--image", "cat.jpg"], "--image and --images choose from a run"),
         (["features", "-m", "resnet18"], "features is a run, whose model is known"),
         (["features", "--attention"], "features is a run, whose model is known"),
-        (["cat.jpg", "-m", "resnet18", "-l", "conv1", "--top", "0"], "--top is 1 or more"),
+        (["cat.jpg", "-m", "resnet18", "-l", "conv1", "--top", "0"], "--top must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_meant_is_an_error_of_usage(arguments: list[str], said: str) -> None:

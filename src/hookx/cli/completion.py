@@ -16,23 +16,16 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hookx.layers.address import Address
 from hookx.layers.select import Selector
+from hookx.models.names import LISTED_PREFIXES, distribution_of, may_run_code, torchvision_names
 from hookx.plan import Plan
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = ("fp32", "bf16", "fp16")
-DTYPES = ("fp32", "fp16", "bf16")
-MEMORY_FORMATS = ("auto", "contiguous", "channels_last")
-LAYOUTS = ("nchw", "nhwc", "tokens")
-CHANNEL_REDUCTIONS = ("mean", "max", "norm")
 _KEYS_AT_MOST = 1000
-_TIMM = "timm:"
 _BASH_BREAKS = re.compile(r"[:=@]+")  # Of readline's own, those that addresses, models and options hold.
 
 
@@ -77,10 +70,11 @@ def _join_words_of_bash() -> tuple[str, bool]:
 
 
 def models(incomplete: str) -> Iterable[str]:
-    """Name the models of torchvision; timm's where 'timm:' is begun."""
-    if incomplete.startswith(_TIMM):
-        return _remembered("timm", _names_of_timm)
-    return _names_of_torchvision()
+    """Name torchvision's models, or those of the zoo whose prefix has been typed."""
+    for prefix in LISTED_PREFIXES:
+        if incomplete.startswith(prefix):
+            return _remembered(prefix, lambda: _list_models(f"{prefix}*"))  # noqa: B023
+    return torchvision_names()
 
 
 def weights(model: str | None, incomplete: str) -> Iterable[str]:
@@ -88,20 +82,10 @@ def weights(model: str | None, incomplete: str) -> Iterable[str]:
     return ["default", "none", *(_known_of(model)["weights"] if model else ())]
 
 
-def _names_of_torchvision() -> Iterator[str]:
-    """Read what torchvision registers out of its source: importing it takes seconds."""
-    spec = find_spec("torchvision")
-    assert spec is not None and spec.origin is not None
-    for file in Path(spec.origin).parent.glob("models/**/*.py"):
-        for registered in file.read_text().split("\n@register_model(")[1:]:
-            if name := re.match(r'(?:name=)?"(\w+)"', registered) or re.search(r"^def (\w+)", registered, re.MULTILINE):
-                yield name[1]
-
-
-def _names_of_timm() -> list[str]:
+def _list_models(pattern: str) -> list[str]:
     from hookx.models import list_models
 
-    return list(list_models(f"{_TIMM}*"))
+    return list(list_models(pattern))
 
 
 def _known_of(model: str) -> dict[str, Any]:
@@ -115,7 +99,7 @@ def _known_of(model: str) -> dict[str, Any]:
         return {"classes": classes, "weights": [name for name, _ in weights_of(model)]}
 
     # What else can be named may run code, ask the network, or change.
-    if not re.fullmatch(rf"(?:{_TIMM})?[\w.]+", model) or (":" not in model and model not in _names_of_torchvision()):
+    if may_run_code(model) or not re.fullmatch(r"(\w+:)?[\w.]+", model):
         return {"classes": {}, "weights": []}
     known: dict[str, Any] = _remembered(model, build)
     return known
@@ -123,8 +107,7 @@ def _known_of(model: str) -> dict[str, Any]:
 
 def _remembered(name: str, find_out: Callable[[], Any]) -> Any:
     """Return what was found out once with these versions, or find it out and keep it in the user's cache."""
-    packages = ["torch", "timm" if name.startswith("timm") else "torchvision"]
-    versions = "-".join(f"{package}-{version(package)}" for package in packages)
+    versions = "-".join(f"{package}-{version(package)}" for package in ("torch", distribution_of(name)))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     file = cache / "hookx" / versions / f"{name.replace(':', '-')}.json"
     with contextlib.suppress(OSError, ValueError):

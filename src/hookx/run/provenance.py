@@ -14,18 +14,17 @@ import torch
 class Provenance:
     """What a shard's record says of how it was made, under 'made'."""
 
-    versions: Mapping[str, str]  # of hookx, torch, the model's source and the decoder
+    versions: Mapping[str, str]  # of hookx, torch, the model's distribution and the decoder
     device: str
     batch_size: int  # images at once in the model
 
     @classmethod
-    def of(cls, model: str, device: torch.device, batch_size: int) -> Provenance:
-        """Describe this process and its device."""
-        source = {"timm": "timm", "hf": "transformers"}.get(model.partition(":")[0], "torchvision")
+    def of(cls, distribution: str, device: torch.device, batch_size: int) -> Provenance:
+        """Describe this process, its device, and the distribution that the model comes from."""
         versions = {
             "hookx": version("hookx-vision"),
             "torch": torch.__version__,
-            source: version(source),
+            distribution: version(distribution),
             "pillow": version("pillow"),
         }
         return cls(versions, device_name(device), batch_size)

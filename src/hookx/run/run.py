@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from hookx.capture.rows import RowCapture
 from hookx.errors import ImageError
+from hookx.options import ExtractOptions, takes
 from hookx.plan import Shard
 from hookx.run.cores import single_threaded
 from hookx.run.lane import Lane
@@ -28,26 +27,11 @@ _MAX_FAILURES_LOGGED = 10
 _MAX_PASSES_IN_FLIGHT = 3  # on a GPU
 
 
-def extract(
-    model: str,
-    layers: str | Iterable[str],
-    images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
-    *,
-    out: str | os.PathLike[str] = "features",
-    progress: Callable[[int], None] = lambda images_done: None,
-    **options: Any,
-) -> Summary:
+@takes(ExtractOptions)
+def extract(options: ExtractOptions) -> Summary:
     """Store the activations of a folder of images, as `hookx extract` does.
 
     The same call again finishes an interrupted run, or finds it done.
-
-    Args:
-        model: a model's name, as `hookx.list_models()` returns it.
-        layers: selectors: 'conv1,avgpool', or a list of them.
-        images: folders and files.
-        out: the directory for plan.json, the shards and the index.
-        progress: called with the number of images finished since the last call.
-        options: those of `prepare`.
 
     Raises:
         HookxError: an argument is wrong, which shows before the first shard; or the disk fails on the way.
@@ -59,7 +43,7 @@ def extract(
         >>> summary.images, [layer.shape for layer in summary.layers]
         (8, [(64, 112, 112), (512, 1, 1)])
     """
-    return run(prepare(model, layers, images, out=out, **options), progress)
+    return run(prepare(**vars(options)), options.progress)
 
 
 def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) -> Summary:
@@ -74,7 +58,7 @@ def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) ->
 
 def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callable[[int], None]) -> None:
     plan, on_gpu = job.plan, job.device.type == "cuda"
-    made = Provenance.of(plan.model, job.device, plan.batch_size)
+    made = Provenance.of(job.model.distribution, job.device, plan.batch_size)
     failures = _FailureLog(strict=job.strict)
     with (
         single_threaded() if job.device.type == "cpu" else contextlib.nullcontext(),
