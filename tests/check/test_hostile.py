@@ -83,7 +83,7 @@ def put_bytes(path: Path, header: bytes, data: bytes = b"", claims: int | None =
 
 
 def is_refused_by_every_reader(path: Path) -> str:
-    """Check that every reader ends with one error that names the shard; return what `verify` says of it."""
+    """Check that every reader ends with one error that names the shard; return what `verify` says about it."""
     for read in (hookx.open, inspect):
         with pytest.raises(StoreError, match=re.escape(SHARD)):
             read(path)

@@ -40,7 +40,7 @@ def print_summary(summary: Summary) -> None:
         stored += f", {summary.failures:,} could not be read (failures.csv says why)"
     shards = f"{summary.shards:,}"
     if summary.shards_computed < summary.shards:
-        shards += f", of which {summary.shards - summary.shards_computed:,} were there already"
+        shards += f", {summary.shards - summary.shards_computed:,} of them already there"
     facts = [
         ("images", stored),
         ("shards", f"{shards}; {decimal(summary.bytes)} of activations"),

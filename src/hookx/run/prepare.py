@@ -75,7 +75,7 @@ def prepare(options: ExtractOptions) -> Job:
     """
     selectors, excluded = parse_selectors(options.layers), parse_selectors(options.exclude)
     if not selectors:
-        raise UsageError("no --layers given", "name one: --layers avgpool    list them: hookx list-layers MODEL")
+        raise UsageError("no layer is named", "name one: --layers avgpool    list them: hookx list-layers MODEL")
     batch_size, memory_format = options.batch_size, options.memory_format
     listed = list_images(list_paths(options.images))
     directory = Path(options.out)

@@ -20,7 +20,7 @@ class Provenance:
 
     @classmethod
     def of(cls, distribution: str, device: torch.device, batch_size: int) -> Provenance:
-        """Describe this process, its device, and the distribution that the model comes from."""
+        """Describe this process and its device; `distribution` is the package that built the model."""
         versions = {
             "hookx": version("hookx-vision"),
             "torch": torch.__version__,
