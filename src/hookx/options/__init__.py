@@ -119,8 +119,6 @@ _CALLED = "Called with the number finished since the last call."
 _DEVICE, _DEVICES = "auto, cpu, cuda, cuda:1 or mps.", ("auto", "cpu", "cuda", "mps")
 _MODEL, _NO_MODEL = "A model's name; hookx list-models shows them.", "no model is named"
 _RUN, _IMAGES_OF_RUN = "The directory that hookx extract wrote.", "The folders and files that the run was given."
-_ADDRESS = "An address of the run; hookx inspect shows them."
-_NO_LAYER = ("no layer is named", "as in --layer avgpool    see them: hookx inspect")
 _KEYS = "The image to draw, if the run holds several."
 
 
@@ -350,20 +348,34 @@ class RecomputeOptions(CheckpointOptions, title="Recomputation"):
     options: ModelOptions | None = option("", "Deprecated: give its fields as arguments.", default=None)
 
 
-class InspectOptions(Options, title="Options"):
-    """What `hookx inspect` takes."""
+class RunOptions(Options, title="Options"):
+    """Where a run is."""
 
     path: AnyPath = option("RUN", _RUN, default="features")
+
+
+class InspectOptions(RunOptions, title="Options"):
+    """What `hookx inspect` takes."""
+
     stats: bool = option(
         "--stats", "Mean, deviation, minimum, maximum, zeros, non-finite; reads everything.", default=False
     )
 
 
-class ExportOptions(Options, title="Options"):
+class LayerOfRunOptions(RunOptions, title="Layer"):
+    """Which layer of a run."""
+
+    layer: str = option(
+        "-l --layer ADDRESS",
+        "An address of the run; hookx inspect shows them.",
+        required=("no layer is named", "as in --layer avgpool    see them: hookx inspect"),
+        completed_by=("addresses", "path"),
+    )
+
+
+class ExportOptions(LayerOfRunOptions, title="Options"):
     """What `hookx export` takes."""
 
-    path: AnyPath = option("RUN", _RUN, default="features")
-    layer: str = option("-l --layer ADDRESS", _ADDRESS, required=_NO_LAYER, completed_by=("addresses", "path"))
     to: str = option(
         "--to FILE",
         "A new file: .npy, .npz, .parquet, .h5, .mat, .csv (vectors) or .zarr.",
@@ -372,11 +384,9 @@ class ExportOptions(Options, title="Options"):
     partial: bool = option("--partial", "Accept a run that is not finished.", default=False)
 
 
-class CatOptions(Options, title="Options"):
+class CatOptions(LayerOfRunOptions, title="Options"):
     """What `hookx cat` takes."""
 
-    path: AnyPath = option("RUN", _RUN, default="features")
-    layer: str = option("-l --layer ADDRESS", _ADDRESS, required=_NO_LAYER, completed_by=("addresses", "path"))
     image: str = option(
         "-i --image KEY",
         "An image's key; index.csv lists them.",
