@@ -99,3 +99,9 @@ def closest(name: str, names: Iterable[str], count: int = 3) -> str:
 
     matches.sort(key=likeness, reverse=True)
     return ", ".join((matches or names)[:count])
+
+
+def one_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
