@@ -188,7 +188,7 @@ class _Batch:
 
     file: str
     record: ShardRecord
-    sizes_bytes: dict[str, int]  # of the shard's images, by key, when the run listed them
+    sizes_bytes: dict[str, int]  # key -> size when the run listed the images of the shard
     keys: list[str]
     rows: list[int]  # those to compare
 

@@ -51,11 +51,11 @@ class Job:
 
     @property
     def workers_compute(self) -> bool:
-        """On the CPU the workers compute what they decode: a small batch each, on one thread.
+        """Whether each worker runs a lane of its own, on one thread, as they do on the CPU.
 
-        Where processes cannot be forked they only decode, as they do beside a GPU, which one process feeds.
+        Where processes cannot be forked they only decode, as they do beside a GPU, which the main process feeds.
         """
-        return self.device.type == "cpu" and (self.workers == 0 or sys.platform == "linux")
+        return self.device.type == "cpu" and self.workers > 0 and sys.platform == "linux"
 
     @property
     def bytes_to_write(self) -> int:
