@@ -129,7 +129,7 @@ class BuildOptions(Options, title="Your own models and checkpoints", variables=T
         "--trust-checkpoint", "Read a pickled module or a .pt2 file, which can run code.", default=False
     )
     model_args: Mapping[str, str] = option(
-        "--model-arg KEY=VALUE...", "An argument of a python:, timm: or hf: model.", default={}, parse=_read_arguments
+        "--model-arg KEY=VALUE...", "An argument for building the model.", default={}, parse=_read_arguments
     )
     transform: str | None = option(
         "--transform REF", "Your own preprocessing, as in python:package.module:factory.", default=None
@@ -325,7 +325,9 @@ class ListLayersOptions(BuildOptions, title="Layers"):
 class ListModelsOptions(Options):
     """What `hookx list-models` takes."""
 
-    pattern: str = option("PATTERN", "A glob, as in 'resnet*' or 'timm:vit*'.", default="*", completed_by=("models",))
+    pattern: str = option(
+        "PATTERN", "A glob over names, as in 'vit*' or '*resnet50*'.", default="*", completed_by=("models",)
+    )
 
 
 class RecomputeOptions(CheckpointOptions, title="Recomputation"):
