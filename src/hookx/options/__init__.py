@@ -37,8 +37,8 @@ ChannelReduction = Literal["mean", "max", "norm"]
 AnyPath = str | os.PathLike[str]
 Paths = AnyPath | Iterable[AnyPath]
 
-# The long names stand in a plan and a shard, as torch writes them.
-DTYPES: dict[str, str] = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# A plan and a shard have the long names, which are torch's.
+DTYPE_NAMES: dict[str, str] = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 MAX_SHARD_BYTES, MAX_SHARD_IMAGES = 512 * 2**20, 4096  # unless a user says otherwise
 
@@ -105,7 +105,7 @@ def _read_globs(value: str | Iterable[str]) -> tuple[str, ...]:
 
 def _read_dtype(name: str) -> str:
     """Return the short name of a type that may have been given by its long one."""
-    return next((short for short, long in DTYPES.items() if long == name), name)
+    return next((short for short, long in DTYPE_NAMES.items() if long == name), name)
 
 
 def _ignore(count: int) -> None:
