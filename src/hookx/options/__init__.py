@@ -228,7 +228,7 @@ class ExtractOptions(ComputeOptions, PreprocessingOptions, ModelOptions, title="
     )
     layers: str | Iterable[str] = option(
         "-l --layers LAYERS...",
-        "Layers: paths, globs, type:Class; with commas between.",
+        "Paths, globs or type:Class, with commas between.",
         kw_only=False,
         completed_by=("layers", "model"),
         title="Layers",
@@ -278,7 +278,7 @@ class ExtractOptions(ComputeOptions, PreprocessingOptions, ModelOptions, title="
     )
     strict: bool = option("--strict", "Stop at the first image that cannot be read.", default=False, title="Images")
     decode_timeout: float = option(
-        "--decode-timeout SECONDS", "Most time for one image; 0: no limit.", default=60.0, minimum=0, title="Images"
+        "--decode-timeout SECONDS", "Time limit for one image; 0: none.", default=60.0, minimum=0, title="Images"
     )
     progress: Progress = option("", _CALLED, default=_ignore)
 
