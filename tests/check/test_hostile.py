@@ -404,7 +404,7 @@ def test_no_name_acts_on_a_terminal_or_begins_a_line_of_its_own(tmp_path: Path, 
 
 
 def test_an_error_that_quotes_a_name_cannot_act_on_a_terminal_either(path: Path) -> None:
-    from hookx.cli.terminal import printable
+    from hookx.cli.streams import printable
 
     (path / SHARD).write_text("")
     path = path.rename(path.parent / "\x1b[2J\nerror: gone")
