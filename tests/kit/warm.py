@@ -72,7 +72,8 @@ def _ask(folder: str, what: str, arguments: list[str]) -> int:
         streams = array.array("i", [0, 1, 2])
         connection.sendmsg([len(asked).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
         connection.sendall(asked)
-        return int(connection.makefile().read() or 1 << 8)
+        # Not up to its end: a later fork, such as the next process of a pipe, holds the connection open, too.
+        return int(connection.makefile().readline() or 1 << 8)
 
 
 def _connected(folder: str, what: str) -> socket.socket:
@@ -127,7 +128,7 @@ def _serve(name: str, modules: list[str]) -> None:
 def _tell_how_it_ended(fork: int, connection: socket.socket) -> None:
     _, status = os.waitpid(fork, 0)
     with connection:
-        connection.sendall(str(status).encode())
+        connection.sendall(f"{status}\n".encode())
 
 
 def _become(streams: list[int], arguments: list[str], folder: str, environment: dict[str, str]) -> None:

@@ -35,6 +35,8 @@ from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `kit`, when this file is run as a script
+
 import hookx
 from hookx.cli.app import app
 from kit import warm
@@ -356,5 +358,7 @@ if __name__ == "__main__":
         run = make_features(Path(scratch))
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda page: rewrite(page, Path(scratch) / name_of(page).replace("/", "-"), run), pages))
-    REFERENCE.write_bytes(subprocess.run([sys.executable, ROOT / "scripts" / "reference"], stdout=-1, check=True).stdout)
+    REFERENCE.write_bytes(
+        subprocess.run([sys.executable, ROOT / "scripts" / "reference"], stdout=-1, check=True).stdout
+    )
     warm.end()
