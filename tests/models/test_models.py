@@ -76,12 +76,12 @@ def test_every_model_of_torchvision_is_listed_with_its_kind() -> None:
     assert sorted(torchvision.models.list_models(module=torchvision.models)) == CLASSIFIERS
 
 
-@pytest.mark.parametrize(("kind", "takes"), [("video", "clips of video"), ("optical flow", "pairs of video frames")])
+@pytest.mark.parametrize(("kind", "takes"), [("video", "video clips"), ("optical flow", "pairs of video frames")])
 def test_a_model_that_takes_no_still_images_is_refused_with_what_it_takes(kind: str, takes: str) -> None:
     refused = [name for name in list_models() if list_models()[name] == kind]
     assert refused
     for name in refused:
-        assert error_of(name, "none") == f"{name} takes {takes}, and hookx reads still images"
+        assert error_of(name, "none") == f"{name} takes {takes}; hookx reads still images"
 
 
 @pytest.mark.parametrize(("name", "message"), [("resnet81", "closest: resnet18"), ("ResNet18", "closest: resnet18")])
@@ -175,7 +175,7 @@ def test_a_file_that_holds_no_state_dict_is_an_error_that_says_what_it_holds(
     content: object, is_shown: str, tmp_path: Path
 ) -> None:
     torch.save(content, tmp_path / "w.pt")
-    assert f"is not a plain state dict (name -> tensor), but {is_shown}\n" in error_of("resnet18", tmp_path / "w.pt")
+    assert f"is not a state dict (name -> tensor); found {is_shown}\n" in error_of("resnet18", tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth"])
@@ -256,7 +256,7 @@ def test_a_cached_file_that_cannot_be_used_is_an_error_that_says_to_remove_it(
     write(file, {"fc.weight": torch.ones(3)}) if content is None else file.write_bytes(content)
     message = error_of("resnet18")
     assert message.startswith("the cached weights for resnet18 (IMAGENET1K_V1) cannot be used: ")
-    assert message.endswith(f"remove {file}, and run again")
+    assert message.endswith(f"remove {file} and run again")
 
 
 # --- preprocessing -------------------------------------------------------------------------------------------------

@@ -433,7 +433,7 @@ def bad_arguments() -> Iterator[Any]:
         return pytest.param(changes, error, said, id=next(iter(changes)) + "=" + str(next(iter(changes.values()))))
 
     yield case(LayerError, r"no layer matches 'layer1.1.con1' in resnet18; closest: layer1", layers="layer1.1.con1")
-    yield case(UsageError, "no layer is asked for", layers=" , ")
+    yield case(UsageError, "no layer is named", layers=" , ")
     yield case(LayerError, "every layer asked for is excluded", exclude="fc")
     yield case(LayerError, "no layer matches 'fcc'", exclude="fcc")
     yield case(UsageError, "--batch-size must be at least 1, got 0", batch_size=0)

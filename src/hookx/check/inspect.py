@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookx.plan import LayerSpec, Plan
+from hookx.plan import LayerSpec, Plan, ValueCounts
 from hookx.store.directory import INDEX, present_shards, read_plan
 from hookx.store.format import open_shard
 from hookx.store.record import Totals, read_record
@@ -60,7 +60,7 @@ class Inspection:
     rotations_ignored: int
     bytes: int  # activations only
     layers: tuple[InspectedLayer, ...]
-    counts: dict[str, dict[str, int]]  # address -> kind of remarkable value -> how often
+    counts: ValueCounts
     made: tuple[dict[str, Any], ...]  # how the shards were made, without repetition
 
     @property

@@ -16,7 +16,7 @@ from hookx.options import BuildOptions, JsonOptions, ListLayersOptions, ListMode
     "hookx list-layers resnet50 --depth 1 --json",
 )
 def list_layers(options: ListLayersOptions, report: JsonOptions) -> None:
-    """Show what can be captured: every module, in the order of execution. Needs no weights."""
+    """Show what can be captured: every module in execution order. Needs no weights."""
     from hookx.capture.probe import example_images, probe
     from hookx.capture.runner import Runner
     from hookx.cli import documents, terminal
@@ -35,7 +35,7 @@ def list_layers(options: ListLayersOptions, report: JsonOptions) -> None:
 
 @command("list-models", "hookx list-models", "hookx list-models 'vit*'", "hookx list-models --json '*resnet50*'")
 def list_models(options: ListModelsOptions, report: JsonOptions) -> None:
-    """Show which models can be named, a line each: kind, weights (the default first), and which are in the cache."""
+    """Show the models that can be named: kind, weights (the default first), and which are in the cache."""
     from hookx import models
     from hookx.cli import documents, terminal
 

@@ -19,7 +19,7 @@ from hookx.options import CatOptions, ExportOptions, InspectOptions, JsonOptions
     "hookx verify features/ --json",
 )
 def verify(options: RecomputeOptions, report: JsonOptions) -> None:
-    """Check that a run is whole, and with --recompute that it is true; name everything that is wrong."""
+    """Check that a run is whole and, with --recompute, that it is true; list everything that is wrong."""
     if options.count and not options.images:
         raise UsageError("the plan does not say where the images are", "name them: --images images/")
     from hookx.check.verify import verify
@@ -42,7 +42,7 @@ def verify(options: RecomputeOptions, report: JsonOptions) -> None:
 
 @command("inspect", "hookx inspect features/", "hookx inspect features/ --stats", "hookx inspect features/ --json")
 def inspect(options: InspectOptions, report: JsonOptions) -> None:
-    """Show a run, finished or not: its plan, how far it has come, and what every layer holds."""
+    """Show a run, finished or not: its plan, its progress, and what every layer holds."""
     from hookx.check.inspect import inspect
     from hookx.cli import documents, terminal
     from hookx.cli.progress import show_progress
@@ -62,7 +62,7 @@ def inspect(options: InspectOptions, report: JsonOptions) -> None:
     "hookx export features/ -l conv1 --to conv1.npz --quiet",
 )
 def export(options: ExportOptions, report: ReportOptions) -> None:
-    """Write one layer of a run to a file for another program; its suffix says the format."""
+    """Write one layer of a run to a file for another program; the suffix chooses the format."""
     from hookx.cli import documents, terminal
     from hookx.cli.progress import show_progress, talk_on_stderr
     from hookx.exporting import export
@@ -89,7 +89,7 @@ def export(options: ExportOptions, report: ReportOptions) -> None:
 def cat(options: CatOptions, report: JsonOptions) -> None:
     """Print one activation: a number a line, or rows of numbers with a blank line between channels."""
     if report.json and options.raw:
-        raise UsageError("--json and --raw are two forms of one activation", "choose one")
+        raise UsageError("--json and --raw exclude each other", "choose one")
     if options.raw and sys.stdout.isatty():
         raise UsageError("--raw writes bytes, and standard output is a terminal", "send them to a file: > FILE")
     from hookx.cli.terminal import print_bytes

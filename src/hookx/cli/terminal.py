@@ -30,12 +30,6 @@ if TYPE_CHECKING:  # They import torch.
     from hookx.run.summary import Summary
 
 Rows = Sequence[Sequence[str]]
-_COUNTS = {
-    "non_finite": "NaN or infinity in {address} of {count:,} images",
-    "all_zero": "{address} is all zero for {count:,} images",
-    "overflowed": "{count:,} values of {address} became infinite in the stored type",
-    "flushed": "{count:,} values of {address} became zero in the stored type",
-}
 
 
 def print_summary(summary: Summary) -> None:
@@ -46,7 +40,7 @@ def print_summary(summary: Summary) -> None:
         stored += f", {summary.failures:,} could not be read (failures.csv says why)"
     shards = f"{summary.shards:,}"
     if summary.shards_computed < summary.shards:
-        shards += f", of which {summary.shards - summary.shards_computed:,} were there already"
+        shards += f", {summary.shards - summary.shards_computed:,} of them already there"
     facts = [
         ("images", stored),
         ("shards", f"{shards}; {decimal(summary.bytes)} of activations"),
@@ -63,7 +57,7 @@ def print_summary(summary: Summary) -> None:
     if summary.rotations_ignored:
         note = f"{summary.rotations_ignored:,} images carry a rotation that was ignored; --exif apply turns them"
         facts.insert(1, ("rotation", note))
-    facts[1:1] = _count_facts(summary.counts)
+    facts[1:1] = [("values", sentence) for sentence in summary.counts.sentences()]
     _print_rows(facts)
 
 
@@ -141,7 +135,7 @@ def print_inspection(inspection: Inspection) -> None:
         shards += ", index.csv missing"
     facts = [
         ("images", f"{inspection.rows:,} stored, {inspection.failures:,} failures, of {plan.image_count:,}"),
-        *_count_facts(inspection.counts),
+        *(("values", sentence) for sentence in inspection.counts.sentences()),
         ("shards", f"{shards}; {decimal(inspection.bytes)} of activations"),
         ("model", f"{plan.model}, weights {plan.weights}"),
         ("computed", f"{plan.precision}, {_batches_text(plan.batch_size, plan.memory_format)}"),
@@ -299,15 +293,6 @@ def _print_table(rows: Rows, header: Sequence[str], right_aligned: Sequence[int]
     for row in rows:
         table.add_row(*map(Text, row))  # Text, because brackets in a name are not markup.
     Console().print(table)
-
-
-def _count_facts(counts: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str]]:
-    return [
-        # Another version of hookx may count what has no sentence here.
-        ("values", _COUNTS.get(what, "{count:,} of {address} are of another kind").format(count=count, address=address))
-        for address, by_what in counts.items()
-        for what, count in by_what.items()
-    ]
 
 
 def _statistics_texts(statistics: Statistics | None) -> list[str]:

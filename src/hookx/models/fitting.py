@@ -58,7 +58,7 @@ def without_prefix(weights: Weights, own: Collection[str], ref: str) -> Weights:
         entry = f"{weights.entry}." if weights.entry else ""
         raise ModelError(
             f"'{weights.file}' holds the tensors of {ref} {len(prefixes)} times: under {', '.join(prefixes)}",
-            f"choose one, as in --weights-key {entry}{prefixes[0].removesuffix('.')}",
+            f"choose one: --weights-key {entry}{prefixes[0].removesuffix('.')}",
         )
     inside = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     outside = [name for name in state if not name.startswith(prefix)]

@@ -121,7 +121,7 @@ _MODEL, _NO_MODEL = "A model's name; hookx list-models shows them.", "no model i
 _RUN, _IMAGES_OF_RUN = "The directory that hookx extract wrote.", "The folders and files that the run was given."
 _ADDRESS = "An address of the run; hookx inspect shows them."
 _NO_LAYER = ("no layer is named", "as in --layer avgpool    see them: hookx inspect")
-_KEYS = "Images of the run, if it holds several."
+_KEYS = "The image to draw, if the run holds several."
 
 
 class BuildOptions(Options, title="Your own models and checkpoints", variables=True):
@@ -145,7 +145,7 @@ class CheckpointOptions(BuildOptions, title="Your own models and checkpoints", v
         "--weights-key KEY", "The entry of a checkpoint that holds the weights, as in model_ema.", default=None
     )
     allow_missing: Sequence[str] = option(
-        "--allow-missing GLOB...", "Weights that the file may lack, which stay random.", default=(), parse=_read_globs
+        "--allow-missing GLOB...", "Globs over weights that the file may lack.", default=(), parse=_read_globs
     )
 
 
@@ -173,7 +173,7 @@ class PreprocessingOptions(Options, title="Preprocessing", variables=True):
     std: str | Sequence[float] | None = option(
         "--std R,G,B", "Channel deviations, as in 0.229,0.224,0.225.", default=None, parse=_read_deviations
     )
-    interpolation: Interpolation | None = option("--interpolation NAME", "{choices}.", default=None)
+    interpolation: Interpolation | None = option("--interpolation NAME", "How to resize: {choices}.", default=None)
     exif: Exif = option("--exif NAME", "Rotations recorded by cameras: {choices}.", default="ignore")
     decode: Decode = option(
         "--decode NAME", "exact; fast: large JPEGs at reduced scale; nvjpeg: JPEGs on a GPU.", default="exact"
@@ -211,7 +211,7 @@ class JsonOptions(Options, title="Options"):
 class ReportOptions(JsonOptions, title="Options"):
     """How a command that writes files reports."""
 
-    quiet: bool = option("-q --quiet", "Print the paths of the written files only.", default=False)
+    quiet: bool = option("-q --quiet", "Print only the paths of the written files.", default=False)
 
 
 # --- the options of each command ------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ class ExtractOptions(ComputeOptions, PreprocessingOptions, ModelOptions, title="
     )
     exclude: str | Iterable[str] = option(
         "--exclude LAYERS...",
-        "Layers to leave out of those.",
+        "Layers to leave out.",
         default=(),
         completed_by=("layers", "model"),
         title="Layers",
@@ -266,17 +266,21 @@ class ExtractOptions(ComputeOptions, PreprocessingOptions, ModelOptions, title="
         "--shard-images N", "Most images in a shard.", default=MAX_SHARD_IMAGES, minimum=1, maximum=65_536
     )
     batch_size: int | Literal["auto"] = option(
-        "-b --batch-size N", "Images in a forward pass, or auto.", default="auto", minimum=1, title="Compute"
+        "-b --batch-size N",
+        "Images in one forward pass; auto: hookx chooses.",
+        default="auto",
+        minimum=1,
+        title="Compute",
     )
     workers: int | None = option(
-        "-j --workers N", "Worker processes; default: from the cores.", default=None, minimum=0, title="Compute"
+        "-j --workers N", "Worker processes; default: by the number of cores.", default=None, minimum=0, title="Compute"
     )
     memory_format: MemoryFormat | Literal["auto"] = option(
-        "--memory-format NAME", "{choices}.", default="auto", title="Compute"
+        "--memory-format NAME", "Memory layout: {choices}.", default="auto", title="Compute"
     )
     strict: bool = option("--strict", "Stop at the first image that cannot be read.", default=False, title="Images")
     decode_timeout: float = option(
-        "--decode-timeout SECONDS", "Longest time for one image; 0: any.", default=60.0, minimum=0, title="Images"
+        "--decode-timeout SECONDS", "Most time for one image; 0: no limit.", default=60.0, minimum=0, title="Images"
     )
     progress: Progress = option("", _CALLED, default=_ignore)
 
@@ -285,7 +289,7 @@ class CallOptions(ReportOptions, title="Options"):
     """What shapes one call of `hookx extract`."""
 
     null: bool = option("-0 --null", "Paths on standard input end with NUL.", default=False, title="Images")
-    config: str | None = option("--config FILE", "A TOML file; its keys are these options.", default=None)
+    config: str | None = option("--config FILE", "A TOML file whose keys are these options.", default=None)
     dry_run: bool = option("--dry-run", "Check everything, write nothing.", default=False)
 
 

@@ -51,11 +51,11 @@ class Job:
 
     @property
     def workers_compute(self) -> bool:
-        """On the CPU the workers compute what they decode: a small batch each, on one thread.
+        """Whether each worker runs a lane of its own, on one thread, as they do on the CPU.
 
-        Where processes cannot be forked they only decode, as they do beside a GPU, which one process feeds.
+        Where processes cannot be forked they only decode, as they do beside a GPU, which the main process feeds.
         """
-        return self.device.type == "cpu" and (self.workers == 0 or sys.platform == "linux")
+        return self.device.type == "cpu" and self.workers > 0 and sys.platform == "linux"
 
     @property
     def bytes_to_write(self) -> int:
@@ -75,7 +75,7 @@ def prepare(options: ExtractOptions) -> Job:
     """
     selectors, excluded = parse_selectors(options.layers), parse_selectors(options.exclude)
     if not selectors:
-        raise UsageError("no layer is asked for", "name one: --layers avgpool    list them: hookx list-layers MODEL")
+        raise UsageError("no layer is named", "name one: --layers avgpool    list them: hookx list-layers MODEL")
     batch_size, memory_format = options.batch_size, options.memory_format
     listed = list_images(list_paths(options.images))
     directory = Path(options.out)
@@ -108,7 +108,7 @@ def prepare(options: ExtractOptions) -> Job:
 
     bytes_per_image = sum(spec.bytes_per_image for spec in specs)
     batch_size = chosen_batch_size(
-        options.batch_size, ready.runner.device, ready.preprocessing.crop_px, len(listed), bytes_per_image
+        batch_size, ready.runner.device, ready.preprocessing.crop_px, len(listed), bytes_per_image
     )
     plan = Plan(
         model=loaded.name,
