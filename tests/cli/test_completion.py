@@ -22,7 +22,7 @@ import hookx
 from hookx.capture.runner import MEMORY_FORMATS, PRECISIONS
 from hookx.cli import completion
 from hookx.cli.app import app
-from hookx.pictures.gallery import REDUCTIONS
+from hookx.pictures.look import REDUCTIONS
 from hookx.pictures.places import LAYOUTS
 from hookx.run.prepare import _SHORT_DTYPES
 from kit import warm

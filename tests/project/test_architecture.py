@@ -68,9 +68,6 @@ def test_what_only_one_file_may_do_only_that_file_does() -> None:
         "models.preprocessing",
         "pictures.colours",
         "pictures.page",
-        "pictures.drawing",
-        "pictures.visualize",
-        "pictures.gallery",
     }
     registering = {
         module_of(file)

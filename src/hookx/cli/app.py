@@ -809,7 +809,8 @@ def visualize_images(
             "--image and --images choose from a run", "name its directory, as in hookx visualize features/"
         )
     from hookx.cli import report
-    from hookx.pictures.visualize import visualize, visualize_run
+    from hookx.pictures.models import visualize
+    from hookx.pictures.runs import visualize_run
 
     look: dict[str, Any] = {
         "out": out,
