@@ -16,7 +16,7 @@ import socket
 import sys
 
 _FOLDER = "TESTS_WARM_FOLDER"  # the environment variable with the folder of the servers
-_IMPORTED = {"torch": ["torch", "torchvision", "hookx.cli", "hookx.pictures.visualize"], "command": ["hookx.cli"]}
+_IMPORTED = {"torch": ["torch", "torchvision", "hookx.cli", "hookx.pictures.models"], "command": ["hookx.cli"]}
 
 
 def python(what: str) -> list[str]:
