@@ -7,9 +7,9 @@
     scripts/conformance.py --kind timm          a model of each of timm's families, about 3 minutes; needs timm
 
 The second route shares no code with the capture: the model's own forward, with each output cloned as it returns; and,
-where torch.fx can trace the model, torchvision's feature extractor, asked for one node at a time. Comparison is bit for
-bit. On the same pass the usual hook, `store[...] = output.detach()`, is held to the same measure. Exits with 1 if
-anything is wrong or missed.
+where torch.fx can trace the model, torchvision's feature extractor, which returns one node at a time. Comparison is bit
+for bit. The usual hook, `store[...] = output.detach()`, is compared on the same pass. Exits with 1 if anything is wrong
+or missed.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hookx.plan import ValueCounts
+
 
 class ValueCounter:
     """Counts per address over many passes, on the device of the values.
@@ -41,11 +43,11 @@ class ValueCounter:
         # The sums are read once a shard: reading one now would wait for the GPU.
         self._of_pass += [(address, kind, where.sum()) for kind, where in found.items()]
 
-    def take(self) -> dict[str, dict[str, int]]:
+    def take(self) -> ValueCounts:
         """Return the counts since the last call by address and kind, without zeros."""
         counts = {
             address: {kind: count for kind, sums in by_kind.items() if (count := sum(map(int, sums)))}
             for address, by_kind in self._sums.items()
         }
         self._sums.clear()
-        return {address: by_kind for address, by_kind in counts.items() if by_kind}
+        return ValueCounts({address: by_kind for address, by_kind in counts.items() if by_kind})

@@ -42,13 +42,13 @@ for command in COMMANDS:
 
 
 def main() -> NoReturn:
-    """Run the command line, and print an error as the design says: what, which value, what to do next."""
+    """Run the command line; print a user's mistake as one error: what is wrong, which value, what to do next."""
     if "_HOOKX_COMPLETE" in os.environ:
         from hookx.cli import completion
 
         completion.answer(app)
-    # Importing torch creates objects by the hundred thousand, which stay; scanning them for garbage again and again
-    # takes a seventh of its time.
+    # Importing torch creates hundreds of thousands of objects that stay; looking through them for garbage again and
+    # again takes a seventh of that time.
     gc.set_threshold(100_000, 50, 50)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
@@ -57,15 +57,15 @@ def main() -> NoReturn:
         try:
             app()
         except SystemExit:
-            from hookx.cli.terminal import flush_output
+            from hookx.cli.streams import flush_output
 
             flush_output()
             raise
         except Exception:
-            raise_again()  # A signal during an import leaves a module half made, and any error may follow.
+            raise_again()  # A signal during an import leaves a half-made module, and any error may follow.
             raise
     except HookxError as error:
-        from hookx.cli.terminal import printable
+        from hookx.cli.streams import printable
 
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -18,13 +18,21 @@ if TYPE_CHECKING:  # They import torch.
     from hookx.run.prepare import Job
     from hookx.run.summary import Summary
 
-# Of each model: the names of its weights, and whether they are in the cache.
+# The fields of a summary's document, in order.
+_SUMMARY = (
+    *("out", "model", "weights", "notes", "preprocessing", "layers", "images", "failures", "shards", "shards_computed"),
+    *("images_computed", "bytes", "device", "precision", "memory_format", "batch_size", "workers", "rotations_ignored"),
+    *("counts", "seconds_total", "seconds_reading", "seconds_model", "seconds_copying", "seconds_writing"),
+    *("busy", "bound_by", "files"),
+)
+# A model's name -> the names of its weights, and whether each is in the cache.
 ModelWeights = Mapping[str, Sequence[tuple[str, bool]]]
 
 
 def describe_summary(summary: Summary) -> dict[str, Any]:
     """Describe what a run did."""
-    document = plain(summary)
+    document: dict[str, Any] = {name: getattr(summary, name) for name in _SUMMARY}
+    document["preprocessing"] = plain(summary.preprocessing)
     document["layers"] = [_describe_layer(layer, summary.images) for layer in summary.layers]
     return document
 

@@ -16,10 +16,10 @@ from hookx.options import BuildOptions, JsonOptions, ListLayersOptions, ListMode
     "hookx list-layers resnet50 --depth 1 --json",
 )
 def list_layers(options: ListLayersOptions, report: JsonOptions) -> None:
-    """Show what can be captured: every module, in the order of execution. Needs no weights."""
+    """Show what can be captured: every module in execution order. Needs no weights."""
     from hookx.capture.probe import example_images, probe
     from hookx.capture.runner import Runner
-    from hookx.cli import documents, terminal
+    from hookx.cli import documents, streams, terminal
     from hookx.layers.select import narrowed
     from hookx.models import skeleton
 
@@ -29,16 +29,16 @@ def list_layers(options: ListLayersOptions, report: JsonOptions) -> None:
     layers = probe(runner, examples_NCHW, why_never_called=bare.why_never_called)
     layers = narrowed(layers, options.model, paths=options.paths, types=options.types, depth=options.depth)
     if report.json:
-        terminal.print_json(documents.describe_layers(layers))
+        streams.print_json(documents.describe_layers(layers))
     else:
         terminal.print_model_layers(layers, tree=options.tree)
 
 
 @command("list-models", "hookx list-models", "hookx list-models 'vit*'", "hookx list-models --json '*resnet50*'")
 def list_models(options: ListModelsOptions, report: JsonOptions) -> None:
-    """Show which models can be named, a line each: kind, weights (the default first), and which are in the cache."""
+    """Show the models that can be named: kind, weights (the default first), and which are in the cache."""
     from hookx import models
-    from hookx.cli import documents, terminal
+    from hookx.cli import documents, streams, terminal
 
     known = models.list_models(options.pattern)
     kinds = {name: kind for name, kind in known.items() if fnmatchcase(name, options.pattern)}
@@ -46,6 +46,6 @@ def list_models(options: ListModelsOptions, report: JsonOptions) -> None:
         raise HookxError(f"no model matches '{options.pattern}'; closest: {closest(options.pattern, known)}")
     weights = {name: models.weights_of(name) for name in kinds}
     if report.json:
-        terminal.print_json(documents.describe_models(kinds, weights))
+        streams.print_json(documents.describe_models(kinds, weights))
     else:
         terminal.print_models(kinds, weights)

@@ -41,12 +41,15 @@ class Command:
         """Register the command with Typer, by a function whose signature is made of the options."""
         groups, options = self.groups, self.options
 
-        def call(**values: Any) -> None:
+        def call(context: typer.Context, **values: Any) -> None:
             said = {name: value for name, value in values.items() if value is not None}
+            for name, value in said.items():
+                _check(context, options[name], value)
             self.function(**{parameter: _make(group, said) for parameter, group in groups.items()})
 
         call.__doc__ = self.function.__doc__
-        parameters = [_parameter(option, options) for option in options.values()]
+        context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+        parameters = [context, *(_parameter(option, options) for option in options.values())]
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         lines = "\n".join(f"  {example}" for example in self.examples)
@@ -71,6 +74,17 @@ def _make(group: type[Options], said: Mapping[str, Any]) -> Options:
     return group(**values)
 
 
+def _check(context: typer.Context, option: Option, value: Any) -> None:
+    """Check a value that is not on the command line, to say where a wrong one comes from."""
+    source = context.get_parameter_source(option.name)
+    origins = {"ENVIRONMENT": f"the variable {variable_of(option)}", "DEFAULT_MAP": "the configuration file"}
+    if source is not None and source.name in origins:
+        try:
+            option.read(value)
+        except UsageError as error:
+            raise UsageError(str(error), f"it comes from {origins[source.name]}") from None
+
+
 class _SectionedCommand(TyperCommand):
     """A command whose options stand in titled sections of plain help."""
 
@@ -90,7 +104,7 @@ class _SectionedCommand(TyperCommand):
 
 
 def _parameter(option: Option, options: Mapping[str, Option]) -> inspect.Parameter:
-    """Describe one of a command's options to Typer. What is no switch arrives as text, which `Option.read` checks."""
+    """Describe one of a command's options to Typer. All but switches arrive as text, for `Option.read`."""
     kind: Any = bool if bool in option.types else list[str] if option.is_repeated else str
     notes = [f"default: {option.default_text}"] * bool(option.default_text)
     notes += ["repeatable"] * bool(option.is_repeated and option.flags)

@@ -18,18 +18,16 @@ from hookx.options import LookOptions, ReportOptions, StoredRunOptions, Visualiz
     "hookx visualize features/ --image animals/chelsea.jpg -l conv1 --top 16 --images images/",
 )
 def visualize(options: VisualizeOptions, stored: StoredRunOptions, report: ReportOptions) -> None:
-    """Draw feature maps: a picture a layer, and an overview with a row a model and a column a depth."""
+    """Draw feature maps: one picture per layer, and an overview with a row per model and a column per depth."""
     sources = list_paths(options.images)
     if not sources:
-        raise UsageError("no image is named", "give image files or folders, or the directory of a run")
+        raise UsageError("no images are named", "give image files or folders, or the directory of a run")
     is_run = len(sources) == 1 and (Path(sources[0]) / "plan.json").is_file()
     if is_run and (options.model or options.attention):
-        raise UsageError(f"{sources[0]} is a run, whose model is known and does not run again", "name images instead")
+        raise UsageError(f"{sources[0]} is a run, whose model does not run again", "name images instead of the run")
     if not is_run and (stored.keys or stored.images_of_run):
-        raise UsageError(
-            "--image and --images choose from a run", "name its directory, as in hookx visualize features/"
-        )
-    from hookx.cli import documents, terminal
+        raise UsageError("--image and --images need a run", "name its directory, as in hookx visualize features/")
+    from hookx.cli import documents, streams, terminal
     from hookx.cli.progress import show_progress, talk_on_stderr
     from hookx.pictures.visualize import visualize, visualize_run
 
@@ -40,9 +38,9 @@ def visualize(options: VisualizeOptions, stored: StoredRunOptions, report: Repor
         else:
             gallery = visualize(**vars(options) | {"progress": advance})
     if report.json:
-        terminal.print_json(documents.describe_gallery(gallery))
+        streams.print_json(documents.describe_gallery(gallery))
     elif report.quiet:
-        terminal.print_lines([picture.file for picture in gallery.pictures])
+        streams.print_lines([picture.file for picture in gallery.pictures])
     else:
         terminal.print_gallery(gallery)
     if gallery.failures:

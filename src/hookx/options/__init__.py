@@ -37,8 +37,8 @@ ChannelReduction = Literal["mean", "max", "norm"]
 AnyPath = str | os.PathLike[str]
 Paths = AnyPath | Iterable[AnyPath]
 
-# The long names stand in a plan and a shard, as torch writes them.
-DTYPES: dict[str, str] = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# A plan and a shard have the long names, which are torch's.
+DTYPE_NAMES: dict[str, str] = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 MAX_SHARD_BYTES, MAX_SHARD_IMAGES = 512 * 2**20, 4096  # unless a user says otherwise
 
@@ -105,7 +105,7 @@ def _read_globs(value: str | Iterable[str]) -> tuple[str, ...]:
 
 def _read_dtype(name: str) -> str:
     """Return the short name of a type that may have been given by its long one."""
-    return next((short for short, long in DTYPES.items() if long == name), name)
+    return next((short for short, long in DTYPE_NAMES.items() if long == name), name)
 
 
 def _ignore(count: int) -> None:
@@ -119,9 +119,7 @@ _CALLED = "Called with the number finished since the last call."
 _DEVICE, _DEVICES = "auto, cpu, cuda, cuda:1 or mps.", ("auto", "cpu", "cuda", "mps")
 _MODEL, _NO_MODEL = "A model's name; hookx list-models shows them.", "no model is named"
 _RUN, _IMAGES_OF_RUN = "The directory that hookx extract wrote.", "The folders and files that the run was given."
-_ADDRESS = "An address of the run; hookx inspect shows them."
-_NO_LAYER = ("no layer is named", "as in --layer avgpool    see them: hookx inspect")
-_KEYS = "Images of the run, if it holds several."
+_KEYS = "The image to draw, if the run holds several."
 
 
 class BuildOptions(Options, title="Your own models and checkpoints", variables=True):
@@ -131,7 +129,7 @@ class BuildOptions(Options, title="Your own models and checkpoints", variables=T
         "--trust-checkpoint", "Read a pickled module or a .pt2 file, which can run code.", default=False
     )
     model_args: Mapping[str, str] = option(
-        "--model-arg KEY=VALUE...", "An argument of a python:, timm: or hf: model.", default={}, parse=_read_arguments
+        "--model-arg KEY=VALUE...", "An argument for building the model.", default={}, parse=_read_arguments
     )
     transform: str | None = option(
         "--transform REF", "Your own preprocessing, as in python:package.module:factory.", default=None
@@ -145,7 +143,7 @@ class CheckpointOptions(BuildOptions, title="Your own models and checkpoints", v
         "--weights-key KEY", "The entry of a checkpoint that holds the weights, as in model_ema.", default=None
     )
     allow_missing: Sequence[str] = option(
-        "--allow-missing GLOB...", "Weights that the file may lack, which stay random.", default=(), parse=_read_globs
+        "--allow-missing GLOB...", "Globs over weights that the file may lack.", default=(), parse=_read_globs
     )
 
 
@@ -173,7 +171,7 @@ class PreprocessingOptions(Options, title="Preprocessing", variables=True):
     std: str | Sequence[float] | None = option(
         "--std R,G,B", "Channel deviations, as in 0.229,0.224,0.225.", default=None, parse=_read_deviations
     )
-    interpolation: Interpolation | None = option("--interpolation NAME", "{choices}.", default=None)
+    interpolation: Interpolation | None = option("--interpolation NAME", "How to resize: {choices}.", default=None)
     exif: Exif = option("--exif NAME", "Rotations recorded by cameras: {choices}.", default="ignore")
     decode: Decode = option(
         "--decode NAME", "exact; fast: large JPEGs at reduced scale; nvjpeg: JPEGs on a GPU.", default="exact"
@@ -211,7 +209,7 @@ class JsonOptions(Options, title="Options"):
 class ReportOptions(JsonOptions, title="Options"):
     """How a command that writes files reports."""
 
-    quiet: bool = option("-q --quiet", "Print the paths of the written files only.", default=False)
+    quiet: bool = option("-q --quiet", "Print only the paths of the written files.", default=False)
 
 
 # --- the options of each command ------------------------------------------------------------------------------------
@@ -230,7 +228,7 @@ class ExtractOptions(ComputeOptions, PreprocessingOptions, ModelOptions, title="
     )
     layers: str | Iterable[str] = option(
         "-l --layers LAYERS...",
-        "Layers: paths, globs, type:Class; with commas between.",
+        "Paths, globs or type:Class, with commas between.",
         kw_only=False,
         completed_by=("layers", "model"),
         title="Layers",
@@ -249,7 +247,7 @@ class ExtractOptions(ComputeOptions, PreprocessingOptions, ModelOptions, title="
     )
     exclude: str | Iterable[str] = option(
         "--exclude LAYERS...",
-        "Layers to leave out of those.",
+        "Layers to leave out.",
         default=(),
         completed_by=("layers", "model"),
         title="Layers",
@@ -266,17 +264,21 @@ class ExtractOptions(ComputeOptions, PreprocessingOptions, ModelOptions, title="
         "--shard-images N", "Most images in a shard.", default=MAX_SHARD_IMAGES, minimum=1, maximum=65_536
     )
     batch_size: int | Literal["auto"] = option(
-        "-b --batch-size N", "Images in a forward pass, or auto.", default="auto", minimum=1, title="Compute"
+        "-b --batch-size N",
+        "Images in one forward pass; auto: hookx chooses.",
+        default="auto",
+        minimum=1,
+        title="Compute",
     )
     workers: int | None = option(
-        "-j --workers N", "Worker processes; default: from the cores.", default=None, minimum=0, title="Compute"
+        "-j --workers N", "Worker processes; default: by the number of cores.", default=None, minimum=0, title="Compute"
     )
     memory_format: MemoryFormat | Literal["auto"] = option(
-        "--memory-format NAME", "{choices}.", default="auto", title="Compute"
+        "--memory-format NAME", "Memory layout: {choices}.", default="auto", title="Compute"
     )
     strict: bool = option("--strict", "Stop at the first image that cannot be read.", default=False, title="Images")
     decode_timeout: float = option(
-        "--decode-timeout SECONDS", "Longest time for one image; 0: any.", default=60.0, minimum=0, title="Images"
+        "--decode-timeout SECONDS", "Time limit for one image; 0: none.", default=60.0, minimum=0, title="Images"
     )
     progress: Progress = option("", _CALLED, default=_ignore)
 
@@ -285,7 +287,7 @@ class CallOptions(ReportOptions, title="Options"):
     """What shapes one call of `hookx extract`."""
 
     null: bool = option("-0 --null", "Paths on standard input end with NUL.", default=False, title="Images")
-    config: str | None = option("--config FILE", "A TOML file; its keys are these options.", default=None)
+    config: str | None = option("--config FILE", "A TOML file whose keys are these options.", default=None)
     dry_run: bool = option("--dry-run", "Check everything, write nothing.", default=False)
 
 
@@ -323,7 +325,9 @@ class ListLayersOptions(BuildOptions, title="Layers"):
 class ListModelsOptions(Options):
     """What `hookx list-models` takes."""
 
-    pattern: str = option("PATTERN", "A glob, as in 'resnet*' or 'timm:vit*'.", default="*", completed_by=("models",))
+    pattern: str = option(
+        "PATTERN", "A glob over names, as in 'vit*' or '*resnet50*'.", default="*", completed_by=("models",)
+    )
 
 
 class RecomputeOptions(CheckpointOptions, title="Recomputation"):
@@ -346,20 +350,34 @@ class RecomputeOptions(CheckpointOptions, title="Recomputation"):
     options: ModelOptions | None = option("", "Deprecated: give its fields as arguments.", default=None)
 
 
-class InspectOptions(Options, title="Options"):
-    """What `hookx inspect` takes."""
+class RunOptions(Options, title="Options"):
+    """Where a run is."""
 
     path: AnyPath = option("RUN", _RUN, default="features")
+
+
+class InspectOptions(RunOptions, title="Options"):
+    """What `hookx inspect` takes."""
+
     stats: bool = option(
         "--stats", "Mean, deviation, minimum, maximum, zeros, non-finite; reads everything.", default=False
     )
 
 
-class ExportOptions(Options, title="Options"):
+class LayerOfRunOptions(RunOptions, title="Layer"):
+    """Which layer of a run."""
+
+    layer: str = option(
+        "-l --layer ADDRESS",
+        "An address of the run; hookx inspect shows them.",
+        required=("no layer is named", "as in --layer avgpool    see them: hookx inspect"),
+        completed_by=("addresses", "path"),
+    )
+
+
+class ExportOptions(LayerOfRunOptions, title="Options"):
     """What `hookx export` takes."""
 
-    path: AnyPath = option("RUN", _RUN, default="features")
-    layer: str = option("-l --layer ADDRESS", _ADDRESS, required=_NO_LAYER, completed_by=("addresses", "path"))
     to: str = option(
         "--to FILE",
         "A new file: .npy, .npz, .parquet, .h5, .mat, .csv (vectors) or .zarr.",
@@ -368,11 +386,9 @@ class ExportOptions(Options, title="Options"):
     partial: bool = option("--partial", "Accept a run that is not finished.", default=False)
 
 
-class CatOptions(Options, title="Options"):
+class CatOptions(LayerOfRunOptions, title="Options"):
     """What `hookx cat` takes."""
 
-    path: AnyPath = option("RUN", _RUN, default="features")
-    layer: str = option("-l --layer ADDRESS", _ADDRESS, required=_NO_LAYER, completed_by=("addresses", "path"))
     image: str = option(
         "-i --image KEY",
         "An image's key; index.csv lists them.",

@@ -93,11 +93,10 @@ class Option:
 
     def read(self, value: Any) -> Any:
         """Check a value, or read it from text; `UsageError` names the flag, the value and what is possible."""
-        if value is None or value == "":
-            if self.required:
-                raise UsageError(*self.required)
-            if value is None:
-                return None if self.default is ... else self.default
+        if self.required and (value is None or (isinstance(value, str) and not value)):
+            raise UsageError(*self.required)
+        if value is None:
+            return None if self.default is ... else self.default
         is_default_word = isinstance(value, str) and value == self.default
         if self.parse is not None:
             try:
@@ -203,10 +202,17 @@ def takes(group: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]
         # It gets the globals of the function's own module, because doctest skips functions of other modules.
         called: Any = types.FunctionType(call.__code__, function.__globals__, function.__name__, None, call.__closure__)
         called.__module__, called.__qualname__ = function.__module__, function.__qualname__
-        returned = inspect.signature(function).return_annotation
-        called.__signature__ = inspect.signature(group).replace(return_annotation=returned)
-        options = options_of(typing.cast(type[Options], group)).values()
-        sentences = "".join(f"        {option.name}: {option.sentence}\n" for option in options)
+        options = options_of(typing.cast(type[Options], group))
+        parameters = inspect.signature(group).parameters
+        ordered = [
+            parameters[name].replace(default=inspect.Parameter.empty if option.default is ... else option.default)
+            for name, option in options.items()
+        ]
+        called.__signature__ = inspect.Signature(
+            sorted(ordered, key=lambda parameter: parameter.kind),  # what can be given by position comes first
+            return_annotation=inspect.signature(function).return_annotation,
+        )
+        sentences = "".join(f"        {name}: {option.sentence}\n" for name, option in options.items())
         called.__doc__ = (function.__doc__ or "").replace("    Raises:\n", f"    Args:\n{sentences}\n    Raises:\n", 1)
         return typing.cast(Callable[P, R], called)
 

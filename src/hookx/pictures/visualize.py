@@ -46,11 +46,11 @@ class Gallery:
 
 @takes(VisualizeOptions)
 def visualize(options: VisualizeOptions) -> Gallery:
-    """Draw the feature maps of images: a picture a layer, and an overview with a column a depth.
+    """Draw the feature maps of images: one picture per layer, and an overview with one column per depth.
 
-    Several models give an overview with a row a model; each has its own weights and layers, or one of them is for all.
-    Several images have a folder and a row each. A picture that hookx drew before is replaced; a file that it did not
-    draw is not.
+    For several models, the overview has one row per model, and weights and layers are given once for all of them or
+    once for each. Several images get a folder and a row each. Pictures that hookx drew before are replaced; other files
+    are not.
 
     Raises:
         HookxError: whatever is wrong with the arguments.
@@ -175,7 +175,7 @@ def paired(
         selectors = parse_selectors(layers[number % len(layers)] if layers else "")
         if not selectors and not attention:
             raise UsageError(
-                f"no layer of {name} is asked for", f"name one: --layers layer4    list them: hookx list-layers {name}"
+                f"no layer of {name} is named", f"name one: --layers layer4    list them: hookx list-layers {name}"
             )
         found.append((name, weights[number % len(weights)] if weights else "default", selectors))
     return found
