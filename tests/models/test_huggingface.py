@@ -257,7 +257,7 @@ def test_a_processor_whose_images_have_several_shapes_is_refused(tmp_path: Path)
     assert load_model(ref, options=given).preprocessing.resize_px == 256
 
 
-# --- what is no model of images ------------------------------------------------------------------------------------
+# --- what is not a model of images ------------------------------------------------------------------------------------
 
 
 def test_of_a_model_of_images_and_texts_it_is_the_vision_tower_and_that_is_said(refs: dict[str, str]) -> None:
