@@ -80,7 +80,7 @@ def numpy_of(values: Tensor) -> np.ndarray[Any, Any]:
 
 
 def assert_same(read: np.ndarray[Any, Any], values: Tensor) -> None:
-    """Compare what was read with a tensor: type, shape, and every number, of which -0.0 is another than 0.0."""
+    """Compare what was read with a tensor: type, shape, and every number, where -0.0 differs from 0.0."""
     expected = numpy_of(values)
     assert (read.dtype, read.shape) == (expected.dtype, expected.shape)
     assert list(map(repr, read.flat)) == list(map(repr, expected.flat))

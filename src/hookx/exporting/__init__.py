@@ -32,7 +32,7 @@ class Export:
     dtype: str  # as written
     failures: int  # images that could not be read, and so have no row
     files: tuple[str, ...]
-    bytes: int  # of those files
+    bytes: int  # size of these files
 
 
 def export(

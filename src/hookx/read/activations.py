@@ -149,26 +149,21 @@ class Activations:
 
     def numpy(self) -> NDArray[Any]:
         """Return all rows as an array. numpy has no bfloat16, so it becomes float32, exactly, with a warning."""
-        if self.dtype == torch.bfloat16:
-            self._warn_of_conversion()
-        return self._array()
+        return self._to_numpy()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
             raise ValueError(f"'{self.address}' is read from files, so an array of it is always a copy")
-        if self.dtype == torch.bfloat16 and dtype is None:
-            self._warn_of_conversion()
-        return np.asarray(self._array(), dtype=dtype)
+        return np.asarray(self._to_numpy(warn=dtype is None), dtype=dtype)
 
-    def _array(self) -> NDArray[Any]:
+    def _to_numpy(self, warn: bool = True) -> NDArray[Any]:
         rows = self.torch()
-        return (rows.float() if rows.dtype == torch.bfloat16 else rows).numpy()
-
-    def _warn_of_conversion(self) -> None:
-        warnings.warn(
-            f"'{self.address}' is bfloat16, which numpy lacks: it becomes float32, exactly; .torch() keeps bfloat16",
-            stacklevel=3,
-        )
+        if rows.dtype == torch.bfloat16:
+            if warn:
+                what = f"'{self.address}' is bfloat16, which numpy lacks"
+                warnings.warn(f"{what}: it becomes float32, exactly; .torch() keeps bfloat16", stacklevel=3)
+            rows = rows.float()
+        return rows.numpy()
 
     def prefetch(self, start: int, stop: int) -> None:
         """Start reading rows into the system's file cache, and return without waiting."""
