@@ -105,3 +105,9 @@ def one_of(what: str, value: str, known: Sequence[str]) -> None:
     """Raise `UsageError` for a value that is none of those which are known."""
     if value not in known:
         raise UsageError(f"'{value}' is not a {what}; closest: {closest(value, known, len(known))}")
+
+
+def one_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""The captures, on networks of which each is a trap, and on torchvision's own."""
+"""Both captures, on networks that are each a trap and on torchvision's."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_hooks_come_off_after_an_exception_in_the_forward_pass() -> None:
     ("how", "message"),
     [
         ("shape", r"'relu' is float32 \[3, 4, 4, 8\] in this batch; the probe saw float32 \[3, 4, 8, 8\]"),
-        ("skip", "'relu' did not run in this batch, though the probe saw it"),
+        ("skip", "'relu' did not run in this batch, though it did in the probe"),
         ("again", "'relu' ran more often in this batch than in the probe"),
     ],
 )
@@ -189,7 +189,6 @@ def test_values_that_overflow_the_stored_type_are_counted() -> None:
     net = nn.Sequential(nn.Identity())
     pixels = torch.full((2, 3, 2, 2), 1e6)
     pixels[0, 0, 0, 0] = float("inf")
-    targets = targets_of(net, "0", images())
     targets = targets_of(net, "0", torch.ones(3, 3, 2, 2))
     with RowCapture(Runner.of(net), targets) as capture:
         capture.run(pixels, {"0": torch.empty(2, 3, 2, 2, dtype=torch.float16)})
@@ -228,7 +227,7 @@ def test_reading_what_was_not_captured_is_a_key_error_that_says_what_there_is() 
         capture["relu"]
     net(images())
     capture.remove()
-    with pytest.raises(KeyError, match="there is relu:0, relu:1"):
+    with pytest.raises(KeyError, match="'relu' was not captured; closest: relu:0, relu:1"):
         capture["relu"]
     assert list(capture) == ["relu:0", "conv", "relu:1"] and "conv" in capture and "fc" not in capture
     assert hooks_on(net) == 0
@@ -243,7 +242,7 @@ def test_a_capture_holds_the_last_pass_the_last_few_or_all() -> None:
     assert [len(kept) for kept in few.history("conv")] == [3, 4]
     assert [len(kept) for kept in every.history("conv")] == [2, 5, 3, 4]
     assert all(len(capture["conv"]) == 4 for capture in (last, few, every))
-    with pytest.raises(UsageError, match="keep is 0"):
+    with pytest.raises(UsageError, match="keep must be at least 1, or None to hold every pass, got 0"):
         Capture(net, "conv", keep=0)
 
 
@@ -265,7 +264,7 @@ def test_an_unknown_layer_is_an_error_with_the_closest_names_and_leaves_no_hook(
     assert hooks_on(net) == 0
 
 
-def test_a_module_object_is_captured_under_a_name_of_ones_own() -> None:
+def test_a_module_object_is_captured_under_the_users_own_name() -> None:
     net, pixels = get_model("resnet18", weights=None).eval(), images(2, 64)
     with Capture(net, {"comp": net.layer3[0].downsample[1], "act": "layer1[0].relu"}) as capture:
         net(pixels)
@@ -274,13 +273,13 @@ def test_a_module_object_is_captured_under_a_name_of_ones_own() -> None:
     with Capture(net, [net.conv1, net.fc]) as capture:
         net(pixels)
     assert list(capture) == ["conv1", "fc"]
-    with pytest.raises(LayerError, match="the ReLU to capture is not a module of this model"):
+    with pytest.raises(LayerError, match="this ReLU is not a module of the model"):
         Capture(net, nn.ReLU())
-    with pytest.raises(LayerError, match="'all' is one name"):
+    with pytest.raises(LayerError, match="'all' names one activation, but 'layer\\*' can match several layers"):
         Capture(net, {"all": "layer*"})
 
 
-def test_each_layer_can_have_a_transform_of_its_own() -> None:
+def test_each_layer_can_have_its_own_transform() -> None:
     net, pixels = nets.InPlace().eval(), images()
     capture = Capture(net).add("conv", transform=lambda maps: maps.amax((2, 3))).add("relu").add("relu@mean23")
     net(pixels)
@@ -314,7 +313,7 @@ def test_a_layer_is_removed_by_its_name_and_what_it_gave_stays() -> None:
     assert len(capture) == 2 and not net.conv._forward_hooks and net.relu._forward_hooks
     net(images(5))
     assert list(capture) == ["relu"]
-    with pytest.raises(LayerError, match="'conv' is not being captured; there is: relu"):
+    with pytest.raises(LayerError, match="'conv' is not being captured; captured: relu"):
         capture.remove("conv")
     capture.clear()
     assert len(capture) == 0
@@ -322,7 +321,7 @@ def test_a_layer_is_removed_by_its_name_and_what_it_gave_stays() -> None:
     assert hooks_on(net) == 0
 
 
-def test_inputs_and_outputs_of_a_module_that_is_no_vision_model_are_captured() -> None:
+def test_inputs_and_outputs_of_a_module_that_is_not_a_vision_model_are_captured() -> None:
     net, words = nn.GRU(3, 4, batch_first=True), torch.randn(2, 5, 3)
     with Capture(net, "./in,.") as capture:
         output, state = net(words)

@@ -39,8 +39,10 @@ from hookx.cli.app import app
 from hookx.errors import ImageError
 from hookx.images.decoding import decode
 from hookx.images.listing import ImageList, list_images
+from hookx.run.batch import Batch
 from hookx.run.run import extract
-from hookx.run.workers import Batch, _WorkerStart, batches
+from hookx.run.worker import InHand, Worker
+from hookx.run.workers import batches
 from kit.pictures import CHELSEA, PLAIN, SMALL, four_by_four, no_longer_than, process_ids
 
 Outcome = Tensor | str  # the pixels of an image, or the reason why there are none
@@ -629,10 +631,10 @@ def test_a_process_that_hangs_does_not_outlive_a_parent_that_was_killed(tmp_path
 
 def test_a_process_whose_parent_was_killed_before_it_began_ends_at_once() -> None:
     fork = multiprocessing.get_context("fork")
-    start = _WorkerStart(lambda: None, torch.zeros((1, 2), dtype=torch.long))
+    worker = Worker(list_images([CHELSEA]), [], SMALL, None, None, {}, InHand(1, 60.0), lambda: None)
 
     def begin_as_the_child_of_another() -> None:
-        process = fork.Process(target=start, args=(0,))
+        process = fork.Process(target=worker.start, args=(0,))
         process.start()
         process.join()
         sys.exit(10 + (process.exitcode or 0))

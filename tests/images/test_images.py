@@ -38,7 +38,8 @@ from hookx.images.decoding import decode
 from hookx.images.listing import SUFFIXES, Files, ImageList, list_images
 from hookx.keys import Keys, images_sha256
 from hookx.plan import Preprocessing, Shard
-from hookx.run.workers import Batch, batches
+from hookx.run.batch import Batch
+from hookx.run.workers import batches
 from kit.pictures import CHELSEA, PHOTOGRAPHS, PLAIN, SMALL, UPRIGHT, four_by_four, no_longer_than, process_ids
 from kit.second_route import input_of
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 import re
@@ -10,7 +9,7 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from hookx.plan import LayerSpec
 from hookx.read.datasets import ShardSampler
 from hookx.store.directory import RunDirectory
 from hookx.store.record import ShardRecord
+from kit.files import files_opened
 from kit.runs import UNREADABLE, plan_of, random_rows, same_bits, write_run
 from kit.shards import publish
 
@@ -85,29 +85,6 @@ def mapped_file(address: int) -> str:
         if start <= address < end:
             return file
     raise AssertionError("no memory of this process")
-
-
-_files_opened: list[str] | None = None
-
-
-def _note_opened(event: str, arguments: tuple[Any, ...]) -> None:
-    if event == "open" and _files_opened is not None and isinstance(arguments[0], str | os.PathLike):
-        _files_opened.append(Path(arguments[0]).name)
-
-
-sys.addaudithook(_note_opened)
-
-
-@contextlib.contextmanager
-def files_opened() -> Iterator[list[str]]:
-    """Yield the names of the files that are opened in the block."""
-    global _files_opened
-    names: list[str] = []
-    _files_opened = names
-    try:
-        yield names
-    finally:
-        _files_opened = None
 
 
 # --- a mapping -----------------------------------------------------------------------------------------------------

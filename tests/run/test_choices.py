@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torchvision.models import get_model
 
-from hookx.errors import UsageError
 from hookx.layers.select import parse_selectors
 from hookx.models import ModelOptions
 from hookx.run import cores as workers
@@ -38,15 +37,8 @@ def test_large_activations_make_small_batches_that_divide_a_shard(megabytes: flo
     assert chosen_batch_size("auto", CPU, 224, 10**6, int(megabytes * 2**20)) == images
 
 
-@pytest.mark.parametrize("asked", [24, "24"])
-def test_a_batch_size_that_is_asked_for_is_taken_on_any_device(asked: int | str) -> None:
-    assert chosen_batch_size(asked, CPU, 518, 1, 10**8) == chosen_batch_size(asked, CUDA, 518, 1, 10**8) == 24
-
-
-@pytest.mark.parametrize("asked", [0, "-3", "eight", "1.5", ""])
-def test_a_batch_size_that_is_no_number_of_images_is_refused(asked: int | str) -> None:
-    with pytest.raises(UsageError, match=f"the batch size is '?{asked}'?; it is"):
-        chosen_batch_size(asked, CPU, 224, 1000, 2048)
+def test_a_batch_size_that_is_asked_for_is_taken_on_any_device() -> None:
+    assert chosen_batch_size(24, CPU, 518, 1, 10**8) == chosen_batch_size(24, CUDA, 518, 1, 10**8) == 24
 
 
 @pytest.mark.parametrize(
@@ -87,11 +79,6 @@ def test_convolutions_over_overlapping_windows_run_in_channels_last(name: str, m
 def test_what_runs_after_the_last_layer_has_no_say_in_the_memory_format(layers: str, memory_format: str) -> None:
     ready = ready_model("resnet18", "none", ModelOptions(), parse_selectors(layers))
     assert ready.runner.memory_format == memory_format
-
-
-def test_a_memory_format_that_there_is_not_is_refused() -> None:
-    with pytest.raises(UsageError, match="'nhwc' is not a memory format"):
-        chosen_memory_format("nhwc", [nn.Conv2d(3, 3, 3)], CPU, "fp32")
 
 
 def test_every_core_computes_on_the_cpu_and_one_is_left_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

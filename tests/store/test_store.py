@@ -79,7 +79,7 @@ def test_a_folder_and_what_was_made_beside_it_appear_together_or_not_at_all(tmp_
             made_whole(tmp_path / "export.zarr").__enter__()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export.zarr", "keys.csv"]
     assert (tmp_path / "export.zarr" / "chunk").read_bytes() == b"0"
-    with pytest.raises(StoreError, match="exists already"), made_whole(tmp_path / "export.zarr") as aside:
+    with pytest.raises(StoreError, match="already exists"), made_whole(tmp_path / "export.zarr") as aside:
         make(aside)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export.zarr", "keys.csv"]
 

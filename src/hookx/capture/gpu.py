@@ -1,4 +1,4 @@
-"""Copies from a GPU to pinned memory that overlap the next passes."""
+"""Copy activations from a GPU to pinned memory while the next passes run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class GPUCopies:
-    """Copies from a GPU to pinned memory, on a stream of their own, beside the passes that follow.
+    """Copies to pinned memory on a separate stream, overlapping the passes that follow.
 
-    A live activation is first copied on the GPU, in the order of the pass: an in-place operation after it then cannot
-    reach what is still on its way. Those copies take memory until somebody waits for their pass.
+    A live activation is first cloned on the GPU, in stream order, so that a later in-place operation cannot reach it
+    before it is copied. The clones take memory until their pass is waited for.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -35,7 +35,7 @@ class GPUCopies:
             begin = self._now()
             rows.copy_(snapshot, non_blocking=True)
             self._copies.append((begin, self._now()))
-        snapshot.record_stream(self._stream)  # Its memory is not given to others before it has been copied.
+        snapshot.record_stream(self._stream)  # The allocator must not reuse its memory before it is copied.
 
     def end_pass(self) -> None:
         self._passes.append((self._begin, self._now(), self._copies))

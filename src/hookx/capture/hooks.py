@@ -1,6 +1,7 @@
-"""What passes through a module: hooks, the tensors in what they see, and what may be done to those.
+"""PyTorch's forward hooks: on the modules that are watched, and on a model to notice its passes.
 
-The only file that registers a hook.
+No other file of hookx registers a hook. What a hook returns would replace a layer's input or output, so the hooks here
+return None whatever the callbacks do.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from torch import nn
 
 
 class Taps:
-    """Hooks on some modules of a model.
+    """Hooks on some modules of a model, which number the calls of each module within a pass.
 
-    `on_enter(path, call, args, kwargs)` runs when a module is called, `on_return(..., output)` when it returns.
+    `on_enter(path, call, args, kwargs)` runs when a module is called, `on_return(path, call, args, kwargs, output)`
+    when it returns.
     """
 
     def __init__(
@@ -29,7 +31,7 @@ class Taps:
         self._hooks: dict[str, list[Any]] = {}
 
     def attach(self, path: str, module: nn.Module) -> None:
-        """Put the hooks on a module, unless they are on it."""
+        """Hook a module, unless it is hooked already."""
         if path not in self._hooks:
             self.calls[path], self._open_calls[path] = 0, []
             self._hooks[path] = [
@@ -38,7 +40,7 @@ class Taps:
             ]
 
     def detach(self, path: str) -> None:
-        """Take the hooks off a module."""
+        """Unhook a module."""
         for hook in self._hooks.pop(path, ()):
             hook.remove()
 
@@ -51,8 +53,6 @@ class Taps:
         self.calls = dict.fromkeys(self.calls, 0)
         self._open_calls = {path: [] for path in self._open_calls}
 
-    # What a hook returns replaces the layer's input or output, so these return None, whatever the callbacks do.
-
     def _enter(self, path: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             call = self.calls[path]
@@ -64,17 +64,43 @@ class Taps:
 
     def _return(self, path: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if self._open_calls[path]:  # Empty only if the hooks came on while the module was running.
+            if self._open_calls[path]:  # Empty only if the module was already running when it was hooked.
                 self.on_return(path, self._open_calls[path].pop(), args, kwargs, output)
 
         return hook
 
 
 @contextlib.contextmanager
-def tapped_while(modules: Mapping[str, nn.Module], taps: Taps) -> Iterator[None]:
+def tap(modules: Mapping[str, nn.Module], taps: Taps) -> Iterator[None]:
+    """Hook some modules for the length of the `with` block."""
     try:
         for path, module in modules.items():
             taps.attach(path, module)
         yield
     finally:
         taps.detach_all()
+
+
+def watch_passes(model: nn.Module, begin: Callable[[], None], end: Callable[[], None]) -> Callable[[], None]:
+    """Run `begin` before every call of a model, ahead of its other hooks, and `end` after it, even if it fails.
+
+    Returns:
+        The function that unhooks the model.
+    """
+
+    def before(*_: Any) -> None:
+        begin()
+
+    def after(*_: Any) -> None:
+        end()
+
+    hooks = [
+        model.register_forward_pre_hook(before, prepend=True),
+        model.register_forward_hook(after, always_call=True),
+    ]
+
+    def unhook() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return unhook

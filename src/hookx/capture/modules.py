@@ -1,4 +1,4 @@
-"""The modules of a model, by path."""
+"""A model's modules by path."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def module_classes(model: nn.Module) -> dict[str, str]:
-    """Return path -> class name of every module, in the order they are registered; the model itself is '.'.
+    """Return path -> class name of every module, in order of registration; the model itself is '.'.
 
     Example:
         >>> module_classes(nn.Sequential(nn.ReLU()))
@@ -17,7 +17,7 @@ def module_classes(model: nn.Module) -> dict[str, str]:
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    # A module that is registered twice keeps both names.
+    """Return path -> module, in order of registration; a module registered twice has both paths."""
     return {path or ".": module for path, module in model.named_modules(remove_duplicate=False)}
 
 

@@ -1,4 +1,4 @@
-"""The probe: what a forward pass does to each layer, learnt from two tiny batches."""
+"""The probe: learn from two tiny batches what a forward pass does to each layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hookx.capture.hooks import Taps, tapped_while
+from hookx.capture.hooks import Taps, tap
 from hookx.capture.modules import modules_of, parameter_count
 from hookx.capture.runner import Runner
 from hookx.capture.tensors import Parts, dtype_name, tensors_given, tensors_in
@@ -21,16 +21,21 @@ _Key = tuple[str, int, bool, Parts]
 def probe(runner: Runner, images_NCHW: Tensor, *, paths: Sequence[str] | None = None) -> list[Layer]:
     """Learn what a forward pass does to each layer: calls, structure, shapes, and which dimension is the batch.
 
-    Two passes are made, with 2 and with 3 images. The dimension that grows is the batch. In the second pass all images
-    but one are NaN: a row that becomes NaN depends on another image, and does not belong to the one it stands for.
-    On the meta device there are only the shapes.
+    It makes two passes, with 2 and with 3 images; the dimension that grows is the batch. In the second pass all images
+    but the middle one are NaN: if its row becomes NaN, the row depends on other images. On the meta device only shapes
+    are compared.
 
     Args:
-        images_NCHW: three images of ordinary values, on the model's device.
-        paths: the modules to describe; all of them if None.
+        runner: how to take a batch through the model.
+        images_NCHW: three images of ordinary values, on the runner's device.
+        paths: the modules to describe; None for all.
 
     Returns:
-        The layers in the order in which they are first called; one that is never called stands after its neighbour.
+        The layers in the order of their first call; one that is never called follows the module registered before it.
+
+    Raises:
+        CaptureError: the model fails on a batch of images, draws random numbers, or calls a module a different number
+            of times for 2 and for 3 images.
 
     Example:
         >>> relu = nn.ReLU(inplace=True)
@@ -60,10 +65,10 @@ def probe(runner: Runner, images_NCHW: Tensor, *, paths: Sequence[str] | None = 
         if first.calls[path] != second.calls[path]:
             raise CaptureError(
                 f"'{path}' is called {first.calls[path]} times for 2 images and {second.calls[path]} times for 3, "
-                "so its activations cannot be given to single images"
+                "so its activations cannot be assigned to images"
             )
     infos = {
-        key: TensorInfo(key[3], tuple(shape), "", None, problem="it is there for 2 images and not for 3")
+        key: TensorInfo(key[3], tuple(shape), "", None, problem="it exists for 2 images but not for 3")
         for key, shape in shapes.items()
     }
     infos.update(second.seen)
@@ -79,7 +84,7 @@ def example_images(runner: Runner, side_px: int) -> Tensor:
 
 
 class _Recording:
-    """What one pass showed: per tensor what `look` returned, and the order of it all."""
+    """What one pass showed: for each tensor what `look` returned, and the order and number of calls."""
 
     def __init__(self) -> None:
         self.seen: dict[_Key, Any] = {}
@@ -109,7 +114,7 @@ def _record(
 
     taps = Taps(on_enter, on_return)
     random_state = torch.get_rng_state()
-    with tapped_while(modules, taps):
+    with tap(modules, taps):
         try:
             runner.run(pixels_NCHW)
         except torch.OutOfMemoryError:
@@ -122,8 +127,8 @@ def _record(
         recording.calls = taps.calls
     if not torch.equal(random_state, torch.get_rng_state()):
         raise CaptureError(
-            "the forward pass draws random numbers, so its activations could not be computed again: a dropout that is "
-            "left on, or a model that masks at random"
+            "the forward pass draws random numbers, so its activations are not reproducible; look for dropout that is "
+            "still active, or random masking"
         )
     return recording
 
@@ -134,9 +139,9 @@ def _has_nan(tensor: Tensor) -> bool:
 
 
 def _describe(key: _Key, of_2: torch.Size | None, of_3: Tensor, provable: bool) -> TensorInfo:
-    """Compare a tensor's shape for 2 images with the tensor for 3, of which the first and last are NaN."""
+    """Compare a tensor's shape for 2 images with the tensor for 3 images, the first and last of them NaN."""
     if of_2 is None:
-        problem = "it is there for 3 images and not for 2"
+        problem = "it exists for 3 images but not for 2"
         return TensorInfo(key[3], tuple(of_3.shape), dtype_name(of_3.dtype), None, problem=problem)
     grown = [d for d, (two, three) in enumerate(zip(of_2, of_3.shape, strict=False)) if two != three]
     rest = [length for d, length in enumerate(of_3.shape) if d not in grown]
@@ -150,7 +155,7 @@ def _describe(key: _Key, of_2: torch.Size | None, of_3: Tensor, provable: bool) 
     if len(of_2) != of_3.ndim or len(grown) > 1:
         return info(of_2, problem="more than one dimension changes with the number of images")
     if not grown:
-        return info(of_2, problem="it depends on the images and has no batch dimension" if tainted else "")
+        return info(of_2, problem="it depends on the images but has no batch dimension" if tainted else "")
     dim = grown[0]
     rows = of_2[dim] // 2
     if of_2[dim] != 2 * rows or of_3.shape[dim] != 3 * rows or (rows > 1 and dim > 0):
@@ -160,9 +165,9 @@ def _describe(key: _Key, of_2: torch.Size | None, of_3: Tensor, provable: bool) 
         outer_are_tainted = _has_nan(of_3[:rows]) and _has_nan(of_3[2 * rows :])
         problem = ""
         if mixed:
-            problem = f"the {rows} rows of an image do not lie together, or depend on other images"
+            problem = f"the {rows} rows of an image are not adjacent, or depend on other images"
         elif real and not (provable and outer_are_tainted):
-            problem = f"nothing proves that the {rows} rows of an image lie together"
+            problem = f"the {rows} rows of an image cannot be proved adjacent"
         return info((rows, *rest), 0, rows, problem)
     return info(rest, dim, 1, "an image's values depend on the other images of its batch" if mixed else "")
 
@@ -178,7 +183,7 @@ def _layers(
     for path, module in modules.items():
         first_paths.setdefault(id(module), path)
     layers, places = [], []
-    place = -1  # A module that is never called stands after the one it is registered after.
+    place = -1  # A module that is never called takes the place of the one registered before it.
     for number, (path, module) in enumerate(tapped.items()):
         place = recording.entered.get(path, place)
         places.append((place, number))
@@ -201,7 +206,7 @@ def _layers(
 
 
 def _why_never_called(path: str, modules: Mapping[str, nn.Module]) -> str:
-    """Say why a forward pass leaves a module out, where the reason is known."""
+    """Return why a forward pass leaves a module out, if the reason is known."""
     module = modules[path]
     parent_path, _, name = path.rpartition(".")
     parent = modules[parent_path or "."]

@@ -1,4 +1,4 @@
-"""Activations of a run, copied inside the hook into preallocated rows."""
+"""The capture of a run: activations are copied inside the hook into preallocated rows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hookx.capture.counts import ValueCounter
 from hookx.capture.gpu import GPUCopies
 from hookx.capture.hooks import Taps
 from hookx.capture.modules import modules_of
@@ -17,10 +18,11 @@ from hookx.capture.tensors import Parts, batch_first, dtype_name, reduce, shares
 from hookx.errors import CaptureError, LayerError
 from hookx.layers.address import Address
 from hookx.layers.tree import Target
+from hookx.plan import ValueCounts
 
 
 def stored_dtype(target: Target) -> str:
-    """Return the type that a target has after its reduction; `LayerError` if it cannot be reduced."""
+    """Return a target's dtype after its reduction; raise `LayerError` if it cannot be reduced."""
     try:
         example = torch.empty((2, *target.tensor.shape), dtype=getattr(torch, target.tensor.dtype), device="meta")
         return dtype_name(reduce(example, target.address.reduction).dtype)
@@ -29,18 +31,19 @@ def stored_dtype(target: Target) -> str:
 
 
 class RowCapture:
-    """Forward passes that leave the targets' activations in rows of preallocated buffers, and stop after the last.
+    """Run batches, leave the targets' activations in rows of preallocated buffers, and stop each pass after the last.
 
-    Hooks are on the model while the `with` block lasts. Memory: nothing but what the caller hands in.
+    The modules are hooked while the `with` block lasts. On the CPU nothing is allocated.
 
     Raises:
-        CaptureError: a pass differs from what the probe saw: another shape or type, a call more or less.
+        CaptureError: a pass differs from what the probe saw: another shape or dtype, a call more or less.
     """
 
     def __init__(self, runner: Runner, targets: Sequence[Target]) -> None:
         self.runner = runner
+        self.passes = 0  # run so far; on a GPU their copies may still be under way
         self._copies = GPUCopies(runner.device) if runner.device.type == "cuda" else None
-        self._tallies: dict[str, dict[str, list[Tensor]]] = {}
+        self._counter = ValueCounter()
         self._targets: dict[tuple[str, int, bool], dict[Parts, list[Target]]] = {}
         for target in targets:
             address = target.address
@@ -52,8 +55,6 @@ class RowCapture:
         self._taps = Taps(self._on_enter, self._on_return)
         self._rows: Mapping[str, Tensor] = {}
         self._remaining: set[tuple[str, int, bool]] = set()
-        self._tallies_of_pass: list[tuple[str, str, Tensor]] = []
-        self.passes = 0  # that have run so far; on a GPU their copies may still be on their way
 
     def __enter__(self) -> RowCapture:
         for path, module in self._modules.items():
@@ -64,12 +65,12 @@ class RowCapture:
         self._taps.detach_all()
 
     def run(self, pixels_NCHW: Tensor, rows: Mapping[str, Tensor]) -> None:
-        """Run one batch; `rows` holds for every address a tensor (images of the batch, *shape) to write into.
+        """Run one batch; `rows` holds for each address a tensor (images in the batch, *shape) to write into.
 
-        The pixels are on the device already. On a GPU the rows are there only after `wait`.
+        The pixels are on the runner's device. On a GPU the rows are complete only after `wait`.
         """
         self._rows, self._remaining = rows, set(self._targets)
-        self._tallies_of_pass = []
+        self._counter.begin_pass()
         if self._copies is not None:
             self._copies.begin_pass()
         self._taps.begin_pass()
@@ -77,21 +78,24 @@ class RowCapture:
             self.runner.run(pixels_NCHW)
         if self._remaining:
             missing = next(iter(self._targets[min(self._remaining)].values()))[0].address
-            raise CaptureError(f"'{missing}' did not run in this batch, though the probe saw it")
+            raise CaptureError(f"'{missing}' did not run in this batch, though it did in the probe")
         if self._copies is not None:
             self._copies.end_pass()
+        self._counter.end_pass()
         self.passes += 1
-        for address, what, tally in self._tallies_of_pass:  # Only now: a pass that failed is run again in parts.
-            self._tallies.setdefault(address, {}).setdefault(what, []).append(tally)
 
     def wait(self, passes: int | None = None) -> None:
-        """Wait until the rows of the first so many passes are there, or of all."""
+        """Wait until the rows of the first `passes` passes are complete; of all passes by default."""
         if self._copies is not None:
             self._copies.wait(self.passes if passes is None else passes)
 
+    def take_counts(self) -> ValueCounts:
+        """Return what `ValueCounter` counted since the last call, by address and kind, without zeros."""
+        return self._counter.take()
+
     @property
     def gpu_seconds(self) -> float:
-        """How long the passes took on a GPU, which the process that asks for them does not notice."""
+        """How long a GPU computed; `run` returns before it is done."""
         return self._copies.model_seconds if self._copies else 0.0
 
     @property
@@ -121,33 +125,6 @@ class RowCapture:
         if not self._remaining:
             raise ForwardIsDone
 
-    def take_counts(self) -> dict[str, dict[str, int]]:
-        """Return what was remarkable in the values since the last call, by address; what did not occur is left out.
-
-        'non_finite' and 'all_zero' count images, 'overflowed' and 'flushed' values that the stored type made infinite
-        or zero.
-        """
-        counts = {
-            address: {what: count for what, tallies in by_what.items() if (count := sum(map(int, tallies)))}
-            for address, by_what in self._tallies.items()
-        }
-        self._tallies.clear()
-        return {address: by_what for address, by_what in counts.items() if by_what}
-
-    def _tally(self, address: str, value: Tensor, stored: Tensor) -> None:
-        # The extremes of each image tell both: NaN and infinity survive them, and so does a lone non-zero.
-        per_image = value.unsqueeze(1) if value.ndim == 1 else value
-        if not per_image.shape[1:].numel():
-            return
-        dims = tuple(range(1, per_image.ndim))
-        high, low = per_image.amax(dims), per_image.amin(dims)
-        found = {"non_finite": ~(high.isfinite() & low.isfinite()), "all_zero": (high == 0) & (low == 0)}
-        if torch.finfo(stored.dtype).bits < torch.finfo(value.dtype).bits:
-            found["overflowed"] = stored.isinf() & ~value.isinf()
-            found["flushed"] = (stored == 0) & (value != 0)
-        # Sums that are read at the end of a shard only, so that a GPU need not be waited for.
-        self._tallies_of_pass += [(address, what, where.sum()) for what, where in found.items()]
-
     def _store(self, target: Target, tensor: Tensor) -> None:
         info, rows = target.tensor, self._rows[str(target.address)]
         expected = list(info.shape)
@@ -164,9 +141,9 @@ class RowCapture:
         value = reduce(batch_first(tensor, info), target.address.reduction)
         if value.is_floating_point():
             stored = value.to(rows.dtype)
-            self._tally(str(target.address), value, stored)
+            self._counter.add(str(target.address), value, stored)
             value = stored
-        # This copy is the snapshot, to which nothing that overwrites `tensor` later in the pass can reach.
+        # This copy is the snapshot: whatever overwrites `tensor` later in the pass cannot reach it.
         if self._copies is not None:
             self._copies.copy(rows, value, is_live=shares_memory(value, tensor))
         else:
@@ -174,9 +151,9 @@ class RowCapture:
 
 
 def _copy(rows: Tensor, value: Tensor) -> None:
-    """Copy an activation on the CPU into contiguous rows of the same type."""
+    """Copy an activation on the CPU into contiguous rows of the same dtype."""
     if value.ndim == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last):
-        # One image is a matrix (pixels, channels) to transpose, which torch does in blocks that fit the cache.
+        # Each image is a (pixels, channels) matrix to transpose, which torch does in blocks that fit the cache.
         for row_CHW, value_CHW in zip(rows, value, strict=True):
             row_CHW.flatten(1).copy_(value_CHW.permute(1, 2, 0).flatten(0, 1).t())
     else:

@@ -1,4 +1,4 @@
-"""A forward pass: what a batch needs to go through a model, and how a pass is ended early."""
+"""Run a forward pass: on which device, in which precision and memory format, and how to end it early."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.
 
 
 @contextlib.contextmanager
-def _every_submodule_is_called() -> Iterator[None]:
-    """Switch off PyTorch's transformer fast path, which computes a whole encoder layer without calling its parts."""
+def _without_fast_path() -> Iterator[None]:
+    """Switch off PyTorch's transformer fast path, which computes an encoder layer without calling its submodules."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -74,11 +74,11 @@ def inference(device: torch.device, precision: str) -> Iterator[None]:
     autocast = PRECISIONS[precision]
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
-        stack.enter_context(_every_submodule_is_called())
+        stack.enter_context(_without_fast_path())
         if autocast is not None:
             stack.enter_context(torch.autocast(device.type, autocast))
         yield
 
 
 class ForwardIsDone(BaseException):
-    """Ends a forward pass early. Not an `Exception`, so that no `except Exception` of a model swallows it."""
+    """Ends a forward pass early. Not an `Exception`: a model's own `except Exception` must not swallow it."""

@@ -1,6 +1,6 @@
-"""Activations, as the layers return them: for a run, and out of your own forward passes.
+"""`Capture`: activations out of a user's own forward passes.
 
-A copy is made inside the hook, at the moment the layer returns: nothing that runs later (an in-place ReLU, a second
+Each is copied inside the hook, at the moment the layer returns: nothing that runs later (an in-place ReLU, a second
 call of the same module) can reach it.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hookx.capture.hooks import Taps
+from hookx.capture.hooks import Taps, watch_passes
 from hookx.capture.modules import modules_of, parameter_count
 from hookx.capture.tensors import Parts, dtype_name, reduce, tensors_given, tensors_in
 from hookx.errors import CaptureError, LayerError, NotCapturedError, UsageError, closest
@@ -27,7 +27,7 @@ Hook = Callable[[nn.Module, tuple[Any, ...], Any], Tensor | None]
 
 @dataclasses.dataclass(frozen=True)
 class _Wish:
-    """What to keep of one module: `address` holds the name in place of the path, and what follows it."""
+    """What to keep of one module; the path of `address` is the module's path or the name that the user gave it."""
 
     module: nn.Module
     address: Address
@@ -38,23 +38,22 @@ class _Wish:
 class Capture(Mapping[str, Tensor]):
     """Take activations out of your own forward passes, of any module, on any device, in any mode.
 
-    Hooks are on the model from construction until `remove()`, or until the `with` block ends; the model is otherwise
-    untouched. A pass begins when the model itself is called. As a mapping, a capture shows the last pass: address ->
-    tensor, a copy made when the layer returned. A module that ran twice is there as `relu:0` and `relu:1`, a tuple as
-    `attention/0`.
+    The model is hooked from construction until `remove()` or the end of the `with` block, and otherwise untouched. A
+    pass begins when the model itself is called. As a mapping, a capture shows the last pass: address -> tensor, a copy
+    made when the layer returned. A module that ran twice is listed as `relu:0` and `relu:1`, a tuple as `attention/0`.
 
     Args:
         model: the module whose `forward` you call.
         layers: addresses, globs, 'type:Conv2d' (one string with commas, or a sequence), modules of the model, or a
-            mapping from names of your own to any of these. More can be added later.
-        keep: how many passes to hold, the last ones; None for all of them (see `history`).
+            mapping from your own names to any of these. More can be added later.
+        keep: how many of the last passes to hold; None for all of them (see `history`).
         detach: False keeps the activations in the autograd graph.
         transform: applied to each tensor before it is kept.
-        hook: `hook(module, inputs, output)` runs instead; the tensor it returns is kept, None keeps nothing. What it
-            returns never reaches the model.
+        hook: a function `hook(module, inputs, output)` that chooses what to keep: the tensor it returns, or nothing if
+            it returns None. What it returns never reaches the model.
 
     Raises:
-        LayerError: a layer does not exist (with the closest names).
+        LayerError: a layer does not exist; the message names the closest ones.
         NotCapturedError: (on reading; a KeyError) the layer has not run, or has run more than once.
 
     Example:
@@ -68,7 +67,7 @@ class Capture(Mapping[str, Tensor]):
         >>> bool((capture["1"] < 0).any())  # the in-place ReLU has not reached it
         True
 
-        Names of your own, a transform, and the last three passes:
+        Your own names, a transform, and the last three passes:
 
         >>> with Capture(model, {"maps": model[0]}, keep=3, transform=lambda maps: maps.amax((2, 3))) as capture:
         ...     for _ in range(5):
@@ -88,17 +87,14 @@ class Capture(Mapping[str, Tensor]):
         hook: Hook | None = None,
     ) -> None:
         if keep is not None and keep < 1:
-            raise UsageError(f"keep is {keep}; it is the number of passes to hold, 1 or more, or None for all")
+            raise UsageError(f"keep must be at least 1, or None to hold every pass, got {keep}")
         self.model = model
         self._detach = detach
         self._wishes: dict[str, list[_Wish]] = {}
         self._passes: deque[dict[Address, Tensor]] = deque(maxlen=keep)
         self._taps = Taps(self._on_enter, self._on_return)
         self._fastpath = True
-        self._model_hooks = [
-            model.register_forward_pre_hook(self._begin_pass, prepend=True),
-            model.register_forward_hook(self._end_pass, always_call=True),
-        ]
+        self._unhook_model = watch_passes(model, self._begin_pass, self._end_pass)
         try:
             self.add(layers, transform=transform, hook=hook)
         except BaseException:
@@ -112,7 +108,7 @@ class Capture(Mapping[str, Tensor]):
         transform: Transform | None = None,
         hook: Hook | None = None,
     ) -> Capture:
-        """Capture more layers, with a transform or a hook of their own; returns the capture itself.
+        """Capture more layers, with their own transform or hook; return the capture itself.
 
         Example:
             >>> model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
@@ -132,14 +128,14 @@ class Capture(Mapping[str, Tensor]):
         for name, layer in named:
             if isinstance(layer, nn.Module):
                 if id(layer) not in paths:
-                    raise LayerError(f"the {type(layer).__name__} to capture is not a module of this model")
+                    raise LayerError(f"this {type(layer).__name__} is not a module of the model")
                 selectors = [Selector("path", Address(paths[id(layer)]), "")]
             else:
                 selectors = parse_selectors(layer)
             for selector in selectors:
                 for path in matched_paths([selector], class_names, "this model"):
                     if name is not None and (len(selectors) > 1 or selector.kind != "path"):
-                        raise LayerError(f"'{name}' is one name, and '{layer}' can be several layers")
+                        raise LayerError(f"'{name}' names one activation, but '{layer}' can match several layers")
                     address = dataclasses.replace(selector.address, path=name or path)
                     wish = _Wish(modules[path], address, transform, hook)
                     if wish not in self._wishes.setdefault(path, []):
@@ -148,17 +144,16 @@ class Capture(Mapping[str, Tensor]):
         return self
 
     def remove(self, name: str | None = None) -> None:
-        """Take all hooks off the model, or those of one path or name; what was captured stays."""
+        """Stop capturing: everything, or one path or name. What was captured stays."""
         if name is None:
             self._taps.detach_all()
-            for hook in self._model_hooks:
-                hook.remove()
+            self._unhook_model()
             self._wishes.clear()
             return
         path_or_name = Address.parse(name).path
         known = {wish.address.path for wishes in self._wishes.values() for wish in wishes}
         if path_or_name not in known:
-            raise LayerError(f"'{name}' is not being captured; there is: {', '.join(known) or 'nothing'}")
+            raise LayerError(f"'{name}' is not being captured; captured: {', '.join(known) or 'nothing'}")
         for path, wishes in list(self._wishes.items()):
             self._wishes[path] = [wish for wish in wishes if wish.address.path != path_or_name]
             if not self._wishes[path]:
@@ -166,7 +161,7 @@ class Capture(Mapping[str, Tensor]):
                 self._taps.detach(path)
 
     def clear(self) -> None:
-        """Forget what was captured; the hooks stay."""
+        """Forget what was captured, and keep capturing."""
         self._passes.clear()
         self._taps.begin_pass()
 
@@ -188,11 +183,11 @@ class Capture(Mapping[str, Tensor]):
         return len(self._passes[-1]) if self._passes else 0
 
     def history(self, address: str) -> list[Tensor]:
-        """Return one activation of every pass that is held, the oldest first."""
+        """Return one activation from every pass held, oldest first."""
         return [_find(one_pass, address) for one_pass in self._passes]
 
     def summary(self) -> str:
-        """Describe the model and, for each layer: class, parameters, calls, and what the last pass kept.
+        """Describe the model and each layer: class, parameters, calls, and what the last pass kept.
 
         Example:
             >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
@@ -230,13 +225,13 @@ class Capture(Mapping[str, Tensor]):
 
     # --- during a pass
 
-    def _begin_pass(self, _module: nn.Module, _args: Any) -> None:
+    def _begin_pass(self) -> None:
         self._taps.begin_pass()
         self._passes.append({})
         self._fastpath = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
 
-    def _end_pass(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+    def _end_pass(self) -> None:
         torch.backends.mha.set_fastpath_enabled(self._fastpath)
 
     def _on_enter(self, path: str, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -257,7 +252,7 @@ class Capture(Mapping[str, Tensor]):
         if wanted.call not in (None, call):
             return
         if not self._passes:
-            self._passes.append({})  # A layer was called by itself, outside of any call of the model.
+            self._passes.append({})  # The layer was called directly, outside any call of the model.
         for parts, tensor in tensors:
             if parts[: len(wanted.parts)] != wanted.parts:
                 continue
@@ -270,7 +265,7 @@ class Capture(Mapping[str, Tensor]):
 
 
 def _canonical(one_pass: Mapping[Address, Tensor]) -> dict[Address, Tensor]:
-    """Drop the number of a call that was its module's only one."""
+    """Drop the call number of modules that ran once."""
     called_again = {(key.path, key.is_input) for key in one_pass if key.call}
     return {
         key if (key.path, key.is_input) in called_again else dataclasses.replace(key, call=None): tensor
@@ -283,9 +278,10 @@ def _find(one_pass: Mapping[Address, Tensor], address: str) -> Tensor:
     if wanted in stored:
         return stored[wanted]
     if wanted in one_pass:
-        return one_pass[wanted]  # relu:0 of a relu that ran once
+        return one_pass[wanted]  # 'relu:0' where relu ran once.
     if not stored:
-        raise NotCapturedError(f"'{address}': nothing has been captured yet; call the model")
-    beneath = [str(key) for key in stored if key.path == wanted.path]
-    there = ", ".join(beneath) or closest(address, map(str, stored))
-    raise NotCapturedError(f"'{address}' was not captured; there is {there}")
+        raise NotCapturedError(f"cannot read '{address}': nothing has been captured yet; call the model first")
+    same_path = [str(key) for key in stored if key.path == wanted.path]
+    raise NotCapturedError(
+        f"'{address}' was not captured; closest: {', '.join(same_path) or closest(address, map(str, stored))}"
+    )

@@ -1,4 +1,4 @@
-"""The tensors that a module returns or is given, and their reductions."""
+"""Find the tensors in a module's output or arguments, bring their batch dimension to the front, and reduce them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Parts = tuple[str, ...]
 
 
 def tensors_in(value: Any, parts: Parts = ()) -> Iterator[tuple[Parts, Tensor]]:
-    """Find the tensors in a layer's output: nested tuples, lists, mappings, named tuples and dataclasses.
+    """Yield the tensors in nested tuples, lists, mappings, named tuples and dataclasses, with their path.
 
     Example:
         >>> [parts for parts, _ in tensors_in({"out": torch.ones(1), "aux": (torch.ones(1), None)})]
         [('out',), ('aux', '0')]
     """
     if isinstance(value, Tensor):
-        # The integers of a quantized tensor mean nothing without its scale; dequantizing is exact.
+        # A quantized tensor's integers mean nothing without its scale; dequantizing is exact.
         yield parts, value.dequantize() if value.is_quantized else value
         return
     items: Iterable[tuple[Any, Any]] = ()
@@ -40,7 +40,7 @@ def tensors_in(value: Any, parts: Parts = ()) -> Iterator[tuple[Parts, Tensor]]:
 
 
 def tensors_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Parts, Tensor]]:
-    """Find the tensors among a call's arguments; a single argument needs no name."""
+    """Return the tensors among a call's arguments; a lone argument with tensors needs no name."""
     arguments: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
     with_tensors = {name: value for name, value in arguments.items() if any(True for _ in tensors_in(value))}
     return list(tensors_in(next(iter(with_tensors.values())) if len(with_tensors) == 1 else with_tensors))
@@ -74,7 +74,7 @@ def reduce(tensor: Tensor, reduction: Reduction | None) -> Tensor:
 
 
 def batch_first(tensor: Tensor, info: TensorInfo) -> Tensor:
-    """Return a view of a layer's tensor with one row an image."""
+    """Return a view of a layer's tensor with one row per image."""
     if info.rows_per_image > 1:
         return tensor.unflatten(0, (-1, info.rows_per_image))
     assert info.batch_dim is not None
@@ -82,7 +82,7 @@ def batch_first(tensor: Tensor, info: TensorInfo) -> Tensor:
 
 
 def shares_memory(one: Tensor, other: Tensor) -> bool:
-    """Say whether writing to one tensor can change the other.
+    """Return whether writing to one tensor can change the other.
 
     Example:
         >>> maps = torch.ones(2, 3)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hookx.capture.hooks import Taps, tapped_while
+from hookx.capture.hooks import Taps, tap
 from hookx.capture.modules import modules_of
 from hookx.capture.runner import Runner
 
@@ -62,7 +62,7 @@ def find_attention(runner: Runner, pixels_NCHW: Tensor) -> list[Attention]:
         running.pop()
 
     taps = Taps(lambda path, *_: running.append(path), on_return)
-    with tapped_while(modules, taps), _Watch(on_weights):
+    with tap(modules, taps), _Watch(on_weights):
         runner.run(pixels_NCHW)
     return found
 

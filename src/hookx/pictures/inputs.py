@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from hookx.images.listing import list_images
+from hookx.options import Paths, list_paths
 from hookx.pictures.page import Pixels
 
-Images = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
-
-def list_files(images: Images) -> dict[str, str]:
+def list_files(images: Paths) -> dict[str, str]:
     """Return the file of each image key."""
-    listed = list_images([images] if isinstance(images, str | os.PathLike) else images)
+    listed = list_images(list_paths(images))
     return dict(zip(listed.keys, listed.files, strict=True))
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,12 +17,11 @@ from hookx.capture.runner import Runner
 from hookx.errors import HookxError, ImageError, LayerError, UsageError, closest
 from hookx.images.decoding import decode, failure_reason, model_input
 from hookx.layers.select import Selector, matched_paths, parse_selectors
-from hookx.models import ModelOptions
-from hookx.options import PreprocessingOptions
+from hookx.options import VisualizeOptions, takes
 from hookx.pictures.attention import find_attention
 from hookx.pictures.contents import ShownImage, ShownLayer, show_attention, show_layer
 from hookx.pictures.gallery import Gallery, draw
-from hookx.pictures.inputs import Images, list_files, show_input
+from hookx.pictures.inputs import list_files, show_input
 from hookx.pictures.look import Look
 from hookx.pictures.places import find_token_grid, probe_places
 from hookx.run.ready import ReadyModel, ready_model
@@ -31,56 +29,13 @@ from hookx.run.ready import ReadyModel, ready_model
 log = logging.getLogger("hookx")
 
 
-def visualize(
-    model: str | Sequence[str],
-    layers: str | Sequence[str],
-    images: Images,
-    *,
-    out: str | os.PathLike[str] = "maps",
-    weights: str | Sequence[str] = "default",
-    attention: bool = False,
-    channels: str = "",
-    top: int | None = None,
-    reduce: str = "",
-    colormap: str = "",
-    layout: str = "",
-    seed: int = 0,
-    weights_key: str | None = None,
-    allow_missing: Sequence[str] = (),
-    trust_checkpoint: bool = False,
-    model_args: Mapping[str, str] | None = None,
-    transform: str | None = None,
-    device: str = "auto",
-    precision: str = "fp32",
-    resize: int | None = None,
-    crop: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    interpolation: str | None = None,
-    exif: str = "ignore",
-    progress: Callable[[int], None] = lambda pictures_done: None,
-) -> Gallery:
-    """Draw the feature maps of images: one picture per layer, and an overview with one column per layer.
+@takes(VisualizeOptions)
+def visualize(options: VisualizeOptions) -> Gallery:
+    """Draw the feature maps of images: one picture per layer, and an overview with one column per depth.
 
-    Each model and each image has its own row in the overview, and its own folder if there are several. A picture that
-    hookx drew before is replaced; any other file is kept.
-
-    Args:
-        model: a model's name, or several.
-        layers: selectors. For one model: 'conv1,layer4', or a list of such. For several models: one text for each, or
-            one for all.
-        images: files and folders.
-        out: the directory for the pictures.
-        weights: one for all models, or one for each.
-        attention: draw how the heads of attention look at the image; `layers` then restricts the modules.
-        channels: which channels to draw, as in '0-63,128'; '' for all.
-        top: draw only this many, the strongest (largest norm) first.
-        reduce: 'mean', 'max' or 'norm' over the channels: one map per layer, as a heat map over the image.
-        colormap: one of matplotlib's; '' for viridis, and inferno for heat maps.
-        layout: 'nchw', 'nhwc' or 'tokens', for activations whose layout the model does not reveal.
-        progress: called with the number of pictures finished since the last call.
-
-    The other arguments are those of `extract`, and hold for all models.
+    For several models, the overview has one row per model, and weights and layers are given once for all of them or
+    once for each. Several images get a folder and a row each. Pictures that hookx drew before are replaced; other files
+    are not.
 
     Raises:
         HookxError: an argument is invalid, a file cannot be written, or no image can be read.
@@ -92,21 +47,19 @@ def visualize(
         >>> [(picture.layer, picture.shows) for picture in gallery.pictures]
         [('conv1', '64 channels of 112 × 112'), ('layer4', '512 channels of 7 × 7'), ('', '1 row, 2 layers')]
     """
-    look = Look(channels, top, reduce, colormap, layout, attention)
-    asked = pair(model, weights, layers, attention=attention)
-    options = ModelOptions(seed, weights_key, tuple(allow_missing), trust_checkpoint, dict(model_args or {}), transform)
-    preprocessing = PreprocessingOptions(resize, crop, mean, std, interpolation, exif)
-    files = list_files(images)
+    look = Look(options, options.attention)
+    asked = pair(options.model, options.weights, options.layers, attention=look.attention)
+    files = list_files(options.images)
     viewers = []
-    for ref, weights_of_ref, selectors in asked:
+    for ref, weights, selectors in asked:
         ready = ready_model(
             ref,
-            weights_of_ref,
+            weights,
             options,
-            [] if attention else selectors,
-            device=device,
-            precision=precision,
-            preprocessing=preprocessing,
+            [] if look.attention else selectors,
+            device=options.device,
+            precision=options.precision,
+            preprocessing=options,
         )
         for left_out in ready.selection.left_out.values():
             log.info("left out: %s", left_out)
@@ -114,8 +67,9 @@ def visualize(
     failures: dict[str, str] = {}
     models = [viewer.ready.loaded.name for viewer in viewers]
     shown = _show(files, viewers, failures)
-    pictures = draw(shown, Path(out), look, images=list(files), models=models, progress=progress)
-    return Gallery(str(out), pictures, failures)
+    out = Path(options.out)
+    pictures = draw(shown, out, look, images=list(files), models=models, progress=options.progress)
+    return Gallery(str(options.out), pictures, failures)
 
 
 def pair(
@@ -131,7 +85,7 @@ def pair(
     """
     models, weights, layers = ([value] if isinstance(value, str) else list(value) for value in (model, weights, layers))
     if not models:
-        raise UsageError("no model given", "name one: --model resnet18    list them: hookx list-models")
+        raise UsageError("no model is named", "name one: --model resnet18    list them: hookx list-models")
     if len(models) == 1:
         layers = [",".join(layers)]
     for flag, values in (("--weights", weights), ("--layers", layers)):
@@ -145,7 +99,7 @@ def pair(
         selectors = parse_selectors(layers[number % len(layers)] if layers else "")
         if not selectors and not attention:
             raise UsageError(
-                f"no layers given for {name}", f"name some: --layers layer4    list them: hookx list-layers {name}"
+                f"no layer of {name} is named", f"name one: --layers layer4    list them: hookx list-layers {name}"
             )
         pairs.append((name, weights[number % len(weights)] if weights else "default", selectors))
     return pairs
@@ -158,7 +112,7 @@ class _Viewer:
         self.ready, self.side_px = ready, ready.preprocessing.crop_px
         whole, bare = (Runner.of(model.module, model.forward) for model in (ready.loaded, ready.bare))
         find_grid = functools.partial(find_token_grid, whole, self.side_px)
-        self.places = probe_places(bare, self.side_px, find_grid, look.layout)
+        self.places = probe_places(bare, self.side_px, find_grid, look.options.layout)
         self.attention_paths = self._find_attention_paths(selectors) if look.attention else None
 
     def decode(self, file: str) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hookx.capture.hooks import Taps, tapped_while
+from hookx.capture.hooks import Taps, tap
 from hookx.capture.modules import modules_of
 from hookx.capture.probe import example_images, probe
 from hookx.capture.runner import ForwardIsDone, Runner
@@ -314,7 +314,7 @@ def _trace_strips(runner: Runner, side_px: int, count: int, side: int) -> TokenG
         lambda _path, _call, args, kwargs: look(tensors_given(args, kwargs)),
         lambda _path, _call, _args, _kwargs, output: look(tensors_in(output)),
     )
-    with tapped_while(modules_of(runner.module), taps), contextlib.suppress(ForwardIsDone):
+    with tap(modules_of(runner.module), taps), contextlib.suppress(ForwardIsDone):
         runner.run(pixels_NCHW)
     return found[0] if found else None
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,45 +15,25 @@ from hookx.capture.runner import Runner
 from hookx.errors import HookxError, ImageError, LayerError, ModelError, UsageError, closest
 from hookx.images.decoding import decode, failure_reason
 from hookx.layers.address import Address
-from hookx.models import LoadedModel, list_models, load_model, skeleton
+from hookx.models import LoadedModel, load_model, may_run_code, skeleton
+from hookx.options import Paths, VisualizeRunOptions, list_paths, takes
 from hookx.pictures.contents import ShownImage, show_layer
 from hookx.pictures.gallery import Gallery, draw
-from hookx.pictures.inputs import Images, list_files, show_input
+from hookx.pictures.inputs import list_files, show_input
 from hookx.pictures.look import Look
 from hookx.pictures.places import Places, TokenGrid, find_token_grid, probe_places
-from hookx.plan import Plan
+from hookx.plan import Plan, WeightsIdentity
 from hookx.read.features import Features, open_features
 
 log = logging.getLogger("hookx")
 
 
-def visualize_run(
-    path: str | os.PathLike[str],
-    keys: Sequence[str] = (),
-    layers: str | Sequence[str] = (),
-    *,
-    out: str | os.PathLike[str] = "maps",
-    images: Images = (),
-    channels: str = "",
-    top: int | None = None,
-    reduce: str = "",
-    colormap: str = "",
-    layout: str = "",
-    progress: Callable[[int], None] = lambda pictures_done: None,
-) -> Gallery:
+@takes(VisualizeRunOptions)
+def visualize_run(options: VisualizeRunOptions) -> Gallery:
     """Draw the activations that a run has stored, without its model.
 
     The layout of activations is learnt from the architecture, if it is one of torchvision's or timm's; a plan never
     makes hookx run other code. For other models it follows from the shapes, or from `layout`.
-
-    Args:
-        path: the directory that `hookx extract` wrote, finished or not.
-        keys: the images; may be omitted if there is only one.
-        layers: addresses or globs over them; all of the run if empty.
-        out: the directory for the pictures.
-        images: the folders and files that the run was given, to show the inputs.
-        channels, top, reduce, colormap, layout: see `visualize`.
-        progress: called with the number of pictures finished since the last call.
 
     Raises:
         HookxError: the run, an image or a layer does not exist.
@@ -69,13 +47,13 @@ def visualize_run(
         >>> [picture.shows for picture in gallery.pictures]
         ['64 channels of 112 × 112', '1 row, 1 layer']
     """
-    look = Look(channels, top, reduce, colormap, layout)
-    features = open_features(path, partial=True)
+    look = Look(options)
+    features = open_features(options.path, partial=True)
     plan, side_px = features.plan, features.plan.preprocessing.crop_px
-    keys = _check_keys(features, keys)
-    inputs = _prepare_inputs(plan, keys, images)
-    addresses = _match_addresses(features, layers)
-    places = _learn_places(plan, layout)
+    keys = _check_keys(features, options.keys)
+    inputs = _prepare_inputs(plan, keys, options.images)
+    addresses = _match_addresses(features, options.layers)
+    places = _learn_places(plan, options.layout)
     addresses = places.sort(addresses)
 
     def show() -> Iterator[ShownImage]:
@@ -83,8 +61,8 @@ def visualize_run(
             shown = [show_layer(address, features[address].of(key), places) for address in addresses]
             yield ShownImage(key, plan.model, plan.weights, *show_input(inputs.get(key), side_px), shown)
 
-    pictures = draw(show(), Path(out), look, images=keys, models=[plan.model], progress=progress)
-    return Gallery(str(out), pictures, {})
+    pictures = draw(show(), Path(options.out), look, images=keys, models=[plan.model], progress=options.progress)
+    return Gallery(str(options.out), pictures, {})
 
 
 def _check_keys(features: Features, keys: Sequence[str]) -> list[str]:
@@ -116,12 +94,10 @@ def _match_addresses(features: Features, layers: str | Sequence[str]) -> list[st
 def _learn_places(plan: Plan, layout: str) -> Places:
     """Learn the layout of activations from the architecture that a plan names; no weights are loaded."""
     side_px = plan.preprocessing.crop_px
-    known = plan.model in list_models() or plan.model.startswith("timm:")
     try:
-        if not known:
+        if may_run_code(plan.model):
             raise ModelError(f"{plan.model} is not built again, because that could run code")
-        published = re.fullmatch(r"\w+_Weights\.(\w+)", plan.weights)
-        bare = skeleton(plan.model, published[1] if published else "none")
+        bare = skeleton(plan.model, WeightsIdentity(plan.weights).published_name or "none")
 
         @functools.cache
         def load() -> Runner:
@@ -141,15 +117,15 @@ def _runner(model: LoadedModel) -> Runner:
     return Runner.of(model.module, model.forward)
 
 
-def _prepare_inputs(plan: Plan, keys: Sequence[str], images: Images) -> dict[str, Tensor]:
+def _prepare_inputs(plan: Plan, keys: Sequence[str], images: Paths) -> dict[str, Tensor]:
     """Prepare the images of a run again, if they are given and the plan tells how."""
-    images = [images] if isinstance(images, str | os.PathLike) else list(images)
-    if not images:
+    sources = list_paths(images)
+    if not sources:
         return {}
     if plan.preprocessing.custom:
         log.info("the inputs are not shown: the plan does not describe the model's own preprocessing in full")
         return {}
-    files = list_files(images)
+    files = list_files(sources)
     exactly = replace(plan.preprocessing, decode="exact")  # No visible difference, and it needs no GPU.
     inputs = {}
     for key in keys:

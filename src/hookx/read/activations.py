@@ -32,7 +32,7 @@ Positions: TypeAlias = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class RowIndex:
     """Which rows there are, and where: the same for every address of a run.
 
     Attributes:
@@ -89,7 +89,7 @@ class Activations:
         (torch.Size([512, 1, 1]), torch.Size([3, 512, 1, 1]), torch.Size([512, 1, 1]))
     """
 
-    def __init__(self, layer: LayerSpec, rows: Rows) -> None:
+    def __init__(self, layer: LayerSpec, rows: RowIndex) -> None:
         self.address = layer.address
         self.dtype: torch.dtype = getattr(torch, layer.dtype)
         self.shape = (len(rows.keys), *layer.shape)
@@ -214,7 +214,7 @@ class Activations:
 
 
 class _Stretch(NamedTuple):
-    """Rows that lie side by side in a shard, from `first` on: rows `start` to `stop` of what is read."""
+    """RowIndex that lie side by side in a shard, from `first` on: rows `start` to `stop` of what is read."""
 
     first: int
     start: int

@@ -12,7 +12,7 @@ import numpy as np
 from hookx.errors import NotStoredError, ShardError, StoreError, UsageError, closest
 from hookx.keys import Keys
 from hookx.plan import Plan
-from hookx.read.activations import Activations, Positions, Rows
+from hookx.read.activations import Activations, Positions, RowIndex
 from hookx.read.datasets import ActivationDataset
 from hookx.store.directory import present_shards, read_plan
 from hookx.store.record import read_record
@@ -67,7 +67,7 @@ def open_features(path: str | os.PathLike[str], *, partial: bool = False) -> Fea
                 last = key
 
     keys = Keys.pack(keys_of_rows())
-    return Features(path, plan, Rows(keys, failures, files, np.array(first_rows, dtype=np.int64)))
+    return Features(path, plan, RowIndex(keys, failures, files, np.array(first_rows, dtype=np.int64)))
 
 
 class RunKeys(Keys):
@@ -96,7 +96,7 @@ class Features(Mapping[str, Activations]):
 
     keys: RunKeys
 
-    def __init__(self, path: Path, plan: Plan, rows: Rows) -> None:
+    def __init__(self, path: Path, plan: Plan, rows: RowIndex) -> None:
         self.path, self.plan, self.rows = path, plan, rows
         self.failures = rows.failures
         self._activations = {layer.address: Activations(layer, rows) for layer in plan.layers}

@@ -11,8 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from hookx.capture.runner import MEMORY_FORMATS
-from hookx.errors import UsageError, one_of
+from hookx.errors import UsageError
 from hookx.run.cores import usable_cores
 
 # On the CPU, a batch of 16 images of up to 256 x 256 pixels, and of as many pixels if they are larger: every worker has
@@ -54,7 +53,7 @@ def chosen_workers(workers: int | None, device: torch.device) -> int:
 def chosen_batch_size(
     batch_size: int | str, device: torch.device, crop_px: int, image_count: int, bytes_per_image: int
 ) -> int:
-    """Return how many images a forward pass takes; `UsageError` for what is neither 'auto' nor 1 or more.
+    """Return how many images a forward pass takes.
 
     Example:
         >>> cpu, avgpool_bytes, conv1_bytes = torch.device("cpu"), 4 * 512, 4 * 64 * 112 * 112
@@ -70,13 +69,7 @@ def chosen_batch_size(
         by_count = max(_SMALL_BATCH_ON_CPU, image_count // _BATCHES_ON_CPU)
         by_bytes = max(_SMALL_BATCH_ON_CPU, _power_of_two(_BATCH_ON_CPU_BYTES // max(bytes_per_image, 1)))
         return max(1, min(_BATCH_ON_CPU, _BATCH_ON_CPU_PX // crop_px**2, by_count, by_bytes))
-    try:
-        images = int(batch_size)
-    except ValueError:
-        raise UsageError(f"the batch size is '{batch_size}'; it is a number, or auto") from None
-    if images < 1:
-        raise UsageError(f"the batch size is {images}; it is 1 or more")
-    return images
+    return int(batch_size)
 
 
 def _power_of_two(at_most: int) -> int:
@@ -103,7 +96,6 @@ def chosen_memory_format(
         'contiguous'
     """
     if memory_format != "auto":
-        one_of("memory format", memory_format, ["auto", *MEMORY_FORMATS])
         return memory_format
     overlap = any(
         math.prod(convolution.kernel_size) > math.prod(convolution.stride)

@@ -13,13 +13,13 @@ from torch import nn
 
 from hookx.capture.modules import module_classes, modules_of
 from hookx.capture.probe import example_images, probe
-from hookx.capture.runner import MEMORY_FORMATS, PRECISIONS, Runner
-from hookx.errors import CaptureError, HookxError, UsageError, one_of
+from hookx.capture.runner import MEMORY_FORMATS, Runner
+from hookx.errors import CaptureError, HookxError, UsageError
 from hookx.images.decoding import check_decoding
 from hookx.layers.select import Selection, Selector, matched_paths, select
 from hookx.layers.tree import Layer
 from hookx.models import LoadedModel, ModelOptions, load_model, skeleton
-from hookx.options import DECODE, EXIF, PreprocessingOptions
+from hookx.options import PreprocessingOptions
 from hookx.plan import Preprocessing
 from hookx.run.defaults import chosen_device, chosen_memory_format
 
@@ -53,9 +53,6 @@ def ready_model(
 
     Without selectors nothing is probed, and the selection is empty.
     """
-    one_of("precision", precision, list(PRECISIONS))
-    one_of("exif", preprocessing.exif, EXIF)
-    one_of("way to decode", preprocessing.decode, DECODE)
     on_device = chosen_device(device)
     bare = skeleton(model, weights, options)
     prepares = _overridden(bare.preprocessing, preprocessing)
@@ -173,13 +170,6 @@ def _overridden(preprocessing: Preprocessing, options: PreprocessingOptions) -> 
         raise UsageError(
             f"cannot crop {changed.crop_px} pixels out of {changed.resize_px}", "give both: --resize 256 --crop 224"
         )
-    if len(changed.mean) != 3 or len(changed.std) != 3 or 0.0 in changed.std:
-        raise UsageError("mean and std are three numbers each, and no std is 0", "as in --mean 0.485,0.456,0.406")
-    one_of(
-        "interpolation",
-        changed.interpolation,
-        ["nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"],
-    )
     return changed
 
 
