@@ -85,7 +85,7 @@ def draw(
         file = out / f"overview{look.suffix}{f'-{number}' if number > 1 else ''}.png"
         footer, layers = _describe_cells(rows, look), max(len(row.cells) for row in rows)
         shows = f"{len(rows)} row{'s' * (len(rows) > 1)}, {layers} layer{'s' * (layers > 1)}"
-        page = draw_overview(rows, footer, colormap=look.colormap_name)
+        page = draw_overview(rows, footer, colormap=look.colormap)
         save(page, Caption("overview", (footer,)), Picture(str(file), "", "", "", shows))
         rows.clear()
 
@@ -98,7 +98,7 @@ def draw(
             if isinstance(content, Vector):
                 page = draw_bars(content, caption, one.photo)
             else:
-                page = draw_grid(content, caption, one.photo, colormap=look.colormap_name, as_heat=look.as_heat)
+                page = draw_grid(content, caption, one.photo, colormap=look.colormap, as_heat=look.as_heat)
             file = folder / f"{_name_file(layer.address)}{look.suffix}.png"
             save(page, caption, Picture(str(file), one.image, one.model, layer.address, sentence))
             cells.append(_cell(layer, content, look))
@@ -123,23 +123,23 @@ def _cell(layer: ShownLayer, content: Maps | Vector, look: Look) -> Cell:
         if look.attention and content.on_photo:
             content = content.merge(content.values_CHW.mean(0))
         else:
-            asked = look.channels or look.top or look.attention
-            order = range(len(content.numbers)) if asked else find_strongest(content)
+            in_order = look.is_selective or look.attention
+            order = range(len(content.numbers)) if in_order else find_strongest(content)
             content = content.pick(order[:_MAX_MAPS_IN_CELL])
     return Cell(layer.address, " × ".join(map(str, layer.shape)) or "1", content, look.as_heat)
 
 
 def _describe_cells(rows: Sequence[Row], look: Look) -> str:
     own = "from its own least to its greatest value"
-    if look.attention and not look.reduce:
+    if look.attention and not look.options.reduce:
         return f"each cell: an attention, the mean of its heads, {own}, over the grey of the input"
-    if look.reduce:
+    if look.options.reduce:
         what = "heads" if look.attention else "channels"
-        return f"each cell: the {look.reduce} of a layer's {what}, {own}, over the grey of the input"
+        return f"each cell: the {look.options.reduce} of a layer's {what}, {own}, over the grey of the input"
     contents = [cell.content for row in rows for cell in row.cells]
     if not any(isinstance(content, Maps) and len(content.numbers) > 1 for content in contents):
         return f"each map {own}"
-    which = "first of the channels asked for" if look.channels or look.top else "strongest channels of a layer"
+    which = "first of the channels asked for" if look.is_selective else "strongest channels of a layer"
     return f"each cell: the {which}, {_MAX_MAPS_IN_CELL} at most, each {own}"
 
 

@@ -31,10 +31,11 @@ log = logging.getLogger("hookx")
 
 @takes(VisualizeOptions)
 def visualize(options: VisualizeOptions) -> Gallery:
-    """Draw the feature maps of images: one picture per layer, and an overview with one column per layer.
+    """Draw the feature maps of images: one picture per layer, and an overview with one column per depth.
 
-    Each model and each image has its own row in the overview, and its own folder if there are several. A picture that
-    hookx drew before is replaced; any other file is kept.
+    For several models, the overview has one row per model, and weights and layers are given once for all of them or
+    once for each. Several images get a folder and a row each. Pictures that hookx drew before are replaced; other files
+    are not.
 
     Raises:
         HookxError: an argument is invalid, a file cannot be written, or no image can be read.
@@ -46,7 +47,7 @@ def visualize(options: VisualizeOptions) -> Gallery:
         >>> [(picture.layer, picture.shows) for picture in gallery.pictures]
         [('conv1', '64 channels of 112 × 112'), ('layer4', '512 channels of 7 × 7'), ('', '1 row, 2 layers')]
     """
-    look = Look(**options.values_of(Look))
+    look = Look(options, options.attention)
     asked = pair(options.model, options.weights, options.layers, attention=look.attention)
     files = list_files(options.images)
     viewers = []
@@ -66,7 +67,8 @@ def visualize(options: VisualizeOptions) -> Gallery:
     failures: dict[str, str] = {}
     models = [viewer.ready.loaded.name for viewer in viewers]
     shown = _show(files, viewers, failures)
-    pictures = draw(shown, Path(options.out), look, images=list(files), models=models, progress=options.progress)
+    out = Path(options.out)
+    pictures = draw(shown, out, look, images=list(files), models=models, progress=options.progress)
     return Gallery(str(options.out), pictures, failures)
 
 
@@ -83,7 +85,7 @@ def pair(
     """
     models, weights, layers = ([value] if isinstance(value, str) else list(value) for value in (model, weights, layers))
     if not models:
-        raise UsageError("no model is named", "as in --model resnet18    see them: hookx list-models")
+        raise UsageError("no model is named", "name one: --model resnet18    list them: hookx list-models")
     if len(models) == 1:
         layers = [",".join(layers)]
     for flag, values in (("--weights", weights), ("--layers", layers)):
@@ -97,7 +99,7 @@ def pair(
         selectors = parse_selectors(layers[number % len(layers)] if layers else "")
         if not selectors and not attention:
             raise UsageError(
-                f"no layers given for {name}", f"name some: --layers layer4    list them: hookx list-layers {name}"
+                f"no layer of {name} is named", f"name one: --layers layer4    list them: hookx list-layers {name}"
             )
         pairs.append((name, weights[number % len(weights)] if weights else "default", selectors))
     return pairs
@@ -110,7 +112,7 @@ class _Viewer:
         self.ready, self.side_px = ready, ready.preprocessing.crop_px
         whole, bare = (Runner.of(model.module, model.forward) for model in (ready.loaded, ready.bare))
         find_grid = functools.partial(find_token_grid, whole, self.side_px)
-        self.places = probe_places(bare, self.side_px, find_grid, look.layout)
+        self.places = probe_places(bare, self.side_px, find_grid, look.options.layout)
         self.attention_paths = self._find_attention_paths(selectors) if look.attention else None
 
     def decode(self, file: str) -> Tensor:

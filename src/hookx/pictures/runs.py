@@ -16,7 +16,7 @@ from hookx.errors import HookxError, ImageError, LayerError, ModelError, UsageEr
 from hookx.images.decoding import decode, failure_reason
 from hookx.layers.address import Address
 from hookx.models import LoadedModel, load_model, may_run_code, skeleton
-from hookx.options import LookOptions, Paths, VisualizeRunOptions, list_paths, takes
+from hookx.options import Paths, VisualizeRunOptions, list_paths, takes
 from hookx.pictures.contents import ShownImage, show_layer
 from hookx.pictures.gallery import Gallery, draw
 from hookx.pictures.inputs import list_files, show_input
@@ -32,8 +32,8 @@ log = logging.getLogger("hookx")
 def visualize_run(options: VisualizeRunOptions) -> Gallery:
     """Draw the activations that a run has stored, without its model.
 
-    The layout of activations is learnt from the architecture, if a model zoo names it; a plan never makes hookx run
-    other code. For other models it follows from the shapes, or from `layout`.
+    The layout of activations is learnt from the architecture, if it is one of torchvision's or timm's; a plan never
+    makes hookx run other code. For other models it follows from the shapes, or from `layout`.
 
     Raises:
         HookxError: the run, an image or a layer does not exist.
@@ -47,13 +47,13 @@ def visualize_run(options: VisualizeRunOptions) -> Gallery:
         >>> [picture.shows for picture in gallery.pictures]
         ['64 channels of 112 × 112', '1 row, 1 layer']
     """
-    look = Look(**options.values_of(LookOptions))
+    look = Look(options)
     features = open_features(options.path, partial=True)
     plan, side_px = features.plan, features.plan.preprocessing.crop_px
     keys = _check_keys(features, options.keys)
     inputs = _prepare_inputs(plan, keys, options.images)
     addresses = _match_addresses(features, options.layers)
-    places = _learn_places(plan, look.layout)
+    places = _learn_places(plan, options.layout)
     addresses = places.sort(addresses)
 
     def show() -> Iterator[ShownImage]:
@@ -119,13 +119,13 @@ def _runner(model: LoadedModel) -> Runner:
 
 def _prepare_inputs(plan: Plan, keys: Sequence[str], images: Paths) -> dict[str, Tensor]:
     """Prepare the images of a run again, if they are given and the plan tells how."""
-    images = list_paths(images)
-    if not images:
+    sources = list_paths(images)
+    if not sources:
         return {}
     if plan.preprocessing.custom:
         log.info("the inputs are not shown: the plan does not describe the model's own preprocessing in full")
         return {}
-    files = list_files(images)
+    files = list_files(sources)
     exactly = replace(plan.preprocessing, decode="exact")  # No visible difference, and it needs no GPU.
     inputs = {}
     for key in keys:
