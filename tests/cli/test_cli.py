@@ -348,7 +348,7 @@ def test_a_module_that_is_never_called_is_an_error_that_says_why(photos: Path, t
         (["-d", "cuda:99"], UsageError, "there is no device 'cuda:99' here"),
         (["--mean", "0.5;0.5;0.5"], UsageError, "--mean '0.5;0.5;0.5' is not numbers with commas between"),
         (["--max-shard-size", "12 apples"], UsageError, "'12 apples' is not a size"),
-        (["-l", "conv1@mean"], LayerError, "here fits: @mean23 if the channels are dimension 1"),
+        (["-l", "conv1@mean"], LayerError, "for this shape: @mean23 if the channels are dimension 1"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_would_be_right(

@@ -434,7 +434,7 @@ def bad_arguments() -> Iterator[Any]:
 
     yield case(LayerError, r"no layer matches 'layer1.1.con1' in resnet18; closest: layer1", layers="layer1.1.con1")
     yield case(UsageError, "no layer is asked for", layers=" , ")
-    yield case(LayerError, "every layer asked for is excluded", exclude="fc")
+    yield case(LayerError, "--exclude leaves no layer to capture", exclude="fc")
     yield case(LayerError, "no layer matches 'fcc'", exclude="fcc")
     yield case(UsageError, "the batch size is 0", batch_size=0)
     yield case(UsageError, "the batch size is 'many'; it is a number, or auto", batch_size="many")
@@ -450,7 +450,7 @@ def bad_arguments() -> Iterator[Any]:
     yield case(UsageError, "no std is 0", std=[0.0, 1.0, 1.0])
     yield case(UsageError, "'cubic' is not a interpolation; closest: bicubic", interpolation="cubic")
     yield case(UsageError, "'rotate' is not a exif", exif="rotate")
-    yield case(ImageError, "there is no file or folder 'nowhere'", images="nowhere")
+    yield case(ImageError, "no such file or folder: 'nowhere'", images="nowhere")
 
 
 @pytest.mark.parametrize(("changes", "error", "said"), list(bad_arguments()))

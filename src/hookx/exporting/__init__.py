@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hookx.errors import LayerError, StoreError, UsageError, closest
+from hookx.errors import NotStoredError, StoreError, UsageError, closest
 from hookx.exporting.formats import (
     check_csv,
     check_table,
@@ -91,7 +91,7 @@ def export(
     Raises:
         UsageError: a suffix that is none of those, a package that is not installed, or a layer that the format cannot
             hold, such as a map in .csv.
-        LayerError: the run does not hold the layer.
+        NotStoredError: the run does not hold the layer.
         StoreError: the run is not finished, or is damaged; the target exists, or cannot be written.
 
     Example:
@@ -160,7 +160,7 @@ def _rows(features: Features, layer: str, format: _Format, progress: Callable[[i
     dtypes = {spec.address: spec.dtype for spec in plan.layers}
     address = layer if layer in dtypes else str(Address.parse(layer))
     if address not in dtypes:
-        raise LayerError(f"the run holds no '{address}'; closest: {closest(address, dtypes)}")
+        raise NotStoredError.of(f"{features.path}/", address, dtypes)
     dtype = dtypes[address]
     if dtype in format.lacks:
         log.info("%s is written as float32, which holds the same values: the format has no %s", dtype, dtype)

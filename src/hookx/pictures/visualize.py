@@ -19,7 +19,7 @@ from hookx.capture.modules import module_classes
 from hookx.capture.probe import example_images
 from hookx.capture.rows import RowCapture, stored_dtype
 from hookx.capture.runner import Runner
-from hookx.errors import HookxError, ImageError, LayerError, ModelError, UsageError, closest
+from hookx.errors import HookxError, ImageError, LayerError, ModelError, NotStoredError, UsageError, closest
 from hookx.images.decoding import decode, failure_reason, model_input
 from hookx.images.listing import list_images
 from hookx.layers.address import Address
@@ -355,7 +355,7 @@ def _addresses_of_run(features: Features, layers: str | Sequence[str]) -> list[s
     for text in filter(None, texts):
         named = [a for a in stored if a == text or Address.parse(a).path == text or fnmatchcase(a, text)]
         if not named:
-            raise LayerError(f"{features.path}/ does not hold '{text}'; closest: {closest(text, stored)}")
+            raise NotStoredError.of(f"{features.path}/", text, stored)
         found.update(dict.fromkeys(named))
     return list(found or stored)
 
