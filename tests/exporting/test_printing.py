@@ -214,7 +214,7 @@ def test_of_an_unfinished_run_cat_prints_what_is_there_and_says_why_the_rest_is_
             (tmp_path / file.name).write_bytes(file.read_bytes())
     assert cat(tmp_path, "avgpool", "i.png").stdout == cat(run, "avgpool", "i.png").stdout
     assert error_of(cat(tmp_path, "avgpool", "a.png")).endswith(
-        "\n  the run is not finished: the same hookx extract command goes on"
+        "\n  the run is not finished: the same hookx extract command resumes it"
     )
 
 

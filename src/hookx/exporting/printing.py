@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hookx.errors import HookxError, closest
+from hookx.errors import HookxError, NotStoredError
 from hookx.keys import key_bytes
 from hookx.layers.address import Address
 from hookx.read.features import open_features
@@ -41,9 +41,7 @@ def read_activation(run: Path, layer: str, key: str) -> Activation:
     features = open_features(run, partial=True)
     address = str(Address.parse(layer))
     if address not in list(features):
-        raise HookxError(
-            f"{run}/ does not hold '{layer}'; closest: {closest(address, features)}", f"all: hookx inspect {run}/"
-        )
+        raise NotStoredError.of(f"{run}/", layer, features, f"all: hookx inspect {run}/")
     keys = features.keys_of_rows
     row = bisect_left(keys, key_bytes(key), key=key_bytes)
     if row < len(keys) and keys[row] == key:
@@ -52,10 +50,9 @@ def read_activation(run: Path, layer: str, key: str) -> Activation:
         raise HookxError(f"'{key}' has no activation: it could not be read ({features.failures[key]})")
     # Comparing with each of millions would take minutes; what begins alike stands nearby.
     first = max(0, row - _KEYS_COMPARED // 2)
-    problem = f"{run}/ does not hold '{key}'; closest: {closest(key, keys[first : first + _KEYS_COMPARED])}"
-    if len(keys) + len(features.failures) < features.plan.image_count:
-        raise HookxError(problem, "the run is not finished: the same hookx extract command goes on")
-    raise HookxError(problem)
+    is_finished = len(keys) + len(features.failures) == features.plan.image_count
+    next_steps = [] if is_finished else ["the run is not finished: the same hookx extract command resumes it"]
+    raise NotStoredError.of(f"{run}/", key, keys[first : first + _KEYS_COMPARED], *next_steps)
 
 
 def to_text(values: Tensor) -> Iterator[bytes]:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hookx.capture.hooks import Taps, tap
 from hookx.capture.modules import modules_of
-from hookx.capture.runner import Runner, inference
+from hookx.capture.runner import Runner
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def find_attention(runner: Runner, pixels_NCHW: Tensor) -> list[Attention]:
         running.pop()
 
     taps = Taps(lambda path, *_: running.append(path), on_return)
-    with tap(modules, taps), inference(runner.device, runner.precision), _Watch(on_weights):
-        runner.forward(pixels_NCHW)  # In the layout of the image: another one would round differently.
+    with tap(modules, taps), _Watch(on_weights):
+        runner.run(pixels_NCHW)
     return found
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hookx.errors import NotStoredError, ShardError, StoreError, UsageError, closest
+from hookx.errors import NotStoredError, ShardError, StoreError, UsageError
 from hookx.keys import Keys
 from hookx.plan import LayerSpec
 from hookx.store.format import data_range, open_shard
@@ -36,6 +36,7 @@ class RowIndex:
     """Which rows there are and which files hold them; every address of a run shares it.
 
     Attributes:
+        path: the directory of the run.
         keys: the image key of every row, in order.
         failures: key -> reason for the images that have no row.
         files: the shards.
@@ -43,6 +44,7 @@ class RowIndex:
         chosen: the position of each row in the run, ascending; None if all rows are chosen.
     """
 
+    path: Path
     keys: Keys
     failures: Mapping[str, str]
     files: Sequence[Path]
@@ -63,7 +65,7 @@ class RowIndex:
         # Keys are sorted, so similar ones are neighbours; comparing with millions would take minutes.
         place = self.keys.place(key)
         around = self.keys[max(0, place - _KEYS_COMPARED) : place + _KEYS_COMPARED]
-        raise NotStoredError(f"there is no image '{key}' among the {len(self.keys):,}; closest: {closest(key, around)}")
+        raise NotStoredError.of(f"{self.path}/", key, around)
 
 
 class Activations:
