@@ -42,7 +42,6 @@ class HuggingFace(Zoo):
     `transformers`.
     """
 
-    distribution = "transformers"
     takes_arguments = True
 
     def owns(self, ref: str) -> bool:

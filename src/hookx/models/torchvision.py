@@ -46,8 +46,6 @@ _REFUSED = {"video": "video clips", "optical flow": "pairs of video frames"}
 class Torchvision(Zoo):
     """The models that `torchvision.models.list_models` names."""
 
-    distribution = "torchvision"
-
     def owns(self, ref: str) -> bool:
         return ref in zoo.list_models()
 
