@@ -129,6 +129,7 @@ def _send_status(child: int, connection: socket.socket) -> None:
     _, status = os.waitpid(child, 0)
     with connection:
         connection.sendall(str(status).encode())
+        connection.shutdown(socket.SHUT_RDWR)  # A process that was forked meanwhile has a copy, which stays open.
 
 
 def _become(streams: list[int], arguments: list[str], folder: str, environment: dict[str, str]) -> None:
