@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from hookx.check.verify import verify
     from hookx.exporting import export
     from hookx.models import LoadedModel, list_models, load_model
-    from hookx.pictures.visualize import Gallery, visualize, visualize_run
+    from hookx.pictures.gallery import Gallery
+    from hookx.pictures.models import visualize
+    from hookx.pictures.runs import visualize_run
     from hookx.read.activations import Activations
     from hookx.read.features import Features
     from hookx.read.features import open_features as open
@@ -30,7 +32,7 @@ _HOMES = {
     "Capture": ("hookx.capture.session", "Capture"),
     "Features": ("hookx.read.features", "Features"),
     "Join": ("hookx.read.join", "Join"),
-    "Gallery": ("hookx.pictures.visualize", "Gallery"),
+    "Gallery": ("hookx.pictures.gallery", "Gallery"),
     "LoadedModel": ("hookx.models", "LoadedModel"),
     "Summary": ("hookx.run.summary", "Summary"),
     "export": ("hookx.exporting", "export"),
@@ -42,8 +44,8 @@ _HOMES = {
     "open": ("hookx.read.features", "open_features"),
     "recompute": ("hookx.check.recompute", "recompute"),
     "verify": ("hookx.check.verify", "verify"),
-    "visualize": ("hookx.pictures.visualize", "visualize"),
-    "visualize_run": ("hookx.pictures.visualize", "visualize_run"),
+    "visualize": ("hookx.pictures.models", "visualize"),
+    "visualize_run": ("hookx.pictures.runs", "visualize_run"),
 }
 
 __all__ = [

@@ -305,7 +305,7 @@ def test_a_header_that_could_not_be_read_again_is_not_written(tmp_path: Path) ->
     plan = replace(PLAN, image_count=1)
     with RunDirectory(tmp_path, plan) as directory:
         record = ShardRecord(["x" * 40_000_000])
-        with pytest.raises(StoreError, match=r"take 40,\d+,\d+ bytes; 33,554,432 is the most\n.*--shard-images"):
+        with pytest.raises(StoreError, match=r"take 40,\d+,\d+ of at most 33,554,432 bytes\n.*--shard-images"):
             write(directory, record)
     assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
 

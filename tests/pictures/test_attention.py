@@ -1,4 +1,4 @@
-"""Attention as the models compute it, against what their own libraries say when they are asked for it."""
+"""Attention as the models compute it, compared with what their own libraries return on request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from hookx.capture.runner import Runner
 from hookx.capture.session import Capture
 from hookx.models import load_model
-from hookx.pictures.attention import _weights, attention_of
+from hookx.pictures.attention import attention_weights, find_attention
 
 
 def pixels(side_px: int = 224) -> Tensor:
@@ -42,7 +42,7 @@ class Encoder(nn.Module):
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_attention_of_multihead_attention_is_what_it_returns_when_it_is_asked(batch_first: bool) -> None:
     model = Encoder(batch_first).eval()
-    [attention] = attention_of(Runner.of(model), pixels(16))
+    [attention] = find_attention(Runner.of(model), pixels(16))
     with Capture(model, ["layer.self_attn/in"]) as capture, torch.no_grad():
         model(pixels(16))
     query, key, value = (capture[f"layer.self_attn/in/{number}"] for number in range(3))
@@ -54,7 +54,7 @@ def test_attention_of_multihead_attention_is_what_it_returns_when_it_is_asked(ba
 
 def test_attention_of_multihead_attention_is_what_its_weights_say() -> None:
     model = Encoder().eval()
-    [attention] = attention_of(Runner.of(model), pixels(16))
+    [attention] = find_attention(Runner.of(model), pixels(16))
     with Capture(model, ["layer.self_attn/in"]) as capture, torch.no_grad():
         model(pixels(16))
     projections = nn.functional.linear(
@@ -67,7 +67,7 @@ def test_attention_of_multihead_attention_is_what_its_weights_say() -> None:
 def test_attention_of_timm_is_what_its_dropout_is_given_when_nothing_is_fused() -> None:
     pytest.importorskip("timm")
     loaded = load_model("timm:vit_tiny_patch16_224", "none")
-    fused = attention_of(Runner.of(loaded.module), pixels())
+    fused = find_attention(Runner.of(loaded.module), pixels())
     unfused = copy.deepcopy(loaded.module)
     for module in unfused.modules():
         if hasattr(module, "fused_attn"):
@@ -77,7 +77,7 @@ def test_attention_of_timm_is_what_its_dropout_is_given_when_nothing_is_fused() 
     assert [attention.path for attention in fused] == [f"blocks.{number}.attn" for number in range(12)]
     for attention, dropped in zip(fused, capture.values(), strict=True):
         assert torch.allclose(attention.weights_HQK, dropped[0], atol=1e-5)
-    for one, other in zip(fused, attention_of(Runner.of(unfused), pixels()), strict=True):
+    for one, other in zip(fused, find_attention(Runner.of(unfused), pixels()), strict=True):
         assert one.path == other.path and torch.allclose(one.weights_HQK, other.weights_HQK, atol=1e-5)
 
 
@@ -95,7 +95,7 @@ def test_attention_of_transformers_is_what_it_returns_when_it_is_asked() -> None
     with torch.no_grad():
         asked = eager(pixel_values=pixels(32), output_attentions=True).attentions
     for one in (model, eager):
-        found = attention_of(Runner.of(one, functools.partial(_forward, one)), pixels(32))
+        found = find_attention(Runner.of(one, functools.partial(_forward, one)), pixels(32))
         assert len(found) == 2 and all("attention" in attention.path for attention in found)
         for attention, weights in zip(found, asked, strict=True):
             assert torch.allclose(attention.weights_HQK, weights[0], atol=1e-6)
@@ -120,14 +120,14 @@ def test_the_weights_of_a_fused_attention_give_its_output(
         mask = torch.rand(queries, keys, generator=generator) > 0.4
         mask[:, 0] = True
         arguments["attn_mask"] = mask if masked == "bool" else torch.where(mask, 0.5, -3.0)
-    weights = _weights(query, key, value, **arguments)
+    weights = attention_weights(query, key, value, **arguments)
     expanded = value.repeat_interleave(2, 1) if grouped else value
     expected = scaled_dot_product_attention(query, key, value, **arguments)
     assert torch.allclose(weights @ expanded, expected, atol=1e-5)
 
 
 def test_attention_within_windows_says_how_many_there_are() -> None:
-    found = attention_of(Runner.of(load_model("swin_t", "none").module), pixels())
+    found = find_attention(Runner.of(load_model("swin_t", "none").module), pixels())
     assert [attention.windows for attention in found[::4]] == [64, 4, 4]
     assert found[0].weights_HQK.shape == (64 * 3, 49, 49)
 
@@ -141,11 +141,13 @@ def test_a_softmax_that_is_a_module_belongs_to_the_one_that_calls_it() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.normalise(x @ x.mT)
 
-    [attention] = attention_of(Runner.of(nn.Sequential(Own())), pixels(8))
+    [attention] = find_attention(Runner.of(nn.Sequential(Own())), pixels(8))
     assert attention.path == "0"
 
 
 def test_the_softmax_of_a_classifier_or_of_a_segmentation_is_no_attention() -> None:
     classes_of_pixels = nn.Sequential(nn.Conv2d(3, 5, 1), nn.Softmax(dim=1))
     classes = nn.Sequential(nn.Flatten(), nn.Linear(192, 5), nn.Softmax(dim=-1))
-    assert attention_of(Runner.of(classes_of_pixels), pixels(8)) == attention_of(Runner.of(classes), pixels(8)) == []
+    assert (
+        find_attention(Runner.of(classes_of_pixels), pixels(8)) == find_attention(Runner.of(classes), pixels(8)) == []
+    )

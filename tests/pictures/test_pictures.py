@@ -18,22 +18,12 @@ from PIL import Image
 from torch.nn.functional import avg_pool2d, max_pool2d
 
 from hookx.errors import UsageError
-from hookx.pictures import (
-    Caption,
-    Cell,
-    Maps,
-    Pixels,
-    Row,
-    Vector,
-    bar_strip,
-    channel_grid,
-    colormap_of,
-    drawing,
-    overview,
-    png,
-)
-from hookx.pictures.colours import resized, scaled
-from hookx.pictures.page import Page, Style, width_of, wrapped
+from hookx.pictures.bars import BAR, BAR_BELOW, Vector, draw_bars
+from hookx.pictures.colours import find_colormap, resize, scale
+from hookx.pictures.grids import Maps, draw_grid
+from hookx.pictures.header import Caption
+from hookx.pictures.overview import Cell, Row, draw_overview
+from hookx.pictures.page import Page, Pixels, Style, png, width_of, wrap
 
 GREY = np.full((64, 64, 3), 100, np.uint8)
 CAPTION = Caption("layer", ("model, weights", "N,4,2,2: 4 channels of 2 × 2"))
@@ -54,7 +44,7 @@ def maps_of(values: object, on_photo: bool = True) -> Maps:
 
 
 def colour(unit: float, colormap: str = "viridis") -> tuple[int, ...]:
-    return tuple(map(int, colormap_of(colormap)(unit, bytes=True)[:3]))
+    return tuple(map(int, find_colormap(colormap)(unit, bytes=True)[:3]))
 
 
 def box_of(pixels: Pixels, wanted: tuple[int, ...]) -> tuple[slice, slice]:
@@ -68,8 +58,8 @@ def box_of(pixels: Pixels, wanted: tuple[int, ...]) -> tuple[slice, slice]:
 
 
 def grid_of(values: object) -> Pixels:
-    """Draw a grid, and cut off what stands above it: the input and the caption with its scale of colours."""
-    return channel_grid(maps_of(values), CAPTION, GREY)[185:]
+    """Draw a grid, and cut off its header: the input and the caption with its scale of colours."""
+    return draw_grid(maps_of(values), CAPTION, GREY).pixels()[185:]
 
 
 # --- grids ---------------------------------------------------------------------------------------------------------
@@ -118,8 +108,8 @@ def test_a_map_that_is_larger_than_its_cell_is_drawn_by_the_means_of_its_blocks(
     values = np.random.default_rng(0).normal(size=(2, height, width))
     if with_nan:
         values[1, -1, 0] = np.nan
-    maps = scaled(values)
-    found = resized(maps, (1, 1), (down, across))
+    maps = scale(values)
+    found = resize(maps, (1, 1), (down, across))
     block = (down, across)
     units, marked = torch.from_numpy(maps.units_CHW), torch.from_numpy(maps.marked_CHW.astype(np.float64))
     means = avg_pool2d(units, block, ceil_mode=True, count_include_pad=False).numpy()
@@ -138,7 +128,7 @@ def test_a_map_that_is_larger_than_the_page_is_shrunk_to_a_cell() -> None:
 
 def test_the_input_stands_beside_the_caption() -> None:
     photo = np.full((8, 8, 3), (250, 10, 20), np.uint8)
-    box = box_of(channel_grid(maps_of(np.ones((3, 2, 2))), CAPTION, photo), (250, 10, 20))
+    box = box_of(draw_grid(maps_of(np.ones((3, 2, 2))), CAPTION, photo).pixels(), (250, 10, 20))
     assert box[0].stop - box[0].start == box[1].stop - box[1].start >= 100
 
 
@@ -150,7 +140,7 @@ def test_a_bright_corner_of_a_map_lies_on_that_corner_of_the_image() -> None:
     heat[0, 0, 3] = 1
     photo = GREY.copy()
     photo[:16, 48:] = 200
-    pixels = channel_grid(maps_of(heat), CAPTION, photo, colormap="inferno", as_heat=True)[-480:-20]
+    pixels = draw_grid(maps_of(heat), CAPTION, photo, colormap="inferno", as_heat=True).pixels()[-480:-20]
     for beside in (pixels[:, :480], pixels[:, 480:]):  # the image, and the heat on it
         image, corner = (np.argwhere((beside[..., 0] > least) & (beside[..., 0] < 250)) for least in (20, 150))
         top, left = image.min(0)
@@ -163,7 +153,7 @@ def test_a_bright_corner_of_a_map_lies_on_that_corner_of_the_image() -> None:
 def test_heat_is_the_colour_of_its_value_over_the_grey_of_the_image() -> None:
     heat = np.zeros((1, 4, 4))
     heat[0, 0, 3] = 1
-    pixels = channel_grid(maps_of(heat), CAPTION, GREY, colormap="inferno", as_heat=True)[-480:-20]
+    pixels = draw_grid(maps_of(heat), CAPTION, GREY, colormap="inferno", as_heat=True).pixels()[-480:-20]
     mixed = tuple(round(0.35 * 100 + 0.65 * int(level)) for level in colour(1.0, "inferno"))
     box = box_of(pixels, mixed)
     assert box[0].stop - box[0].start == box[1].stop - box[1].start == 115
@@ -172,7 +162,7 @@ def test_heat_is_the_colour_of_its_value_over_the_grey_of_the_image() -> None:
 def test_what_has_no_place_in_the_image_is_never_laid_over_it() -> None:
     matrix = maps_of(np.random.default_rng(0).normal(size=(1, 49, 96)), on_photo=False)
     assert np.array_equal(
-        channel_grid(matrix, CAPTION, GREY, as_heat=True)[200:], channel_grid(matrix, CAPTION, GREY)[200:]
+        draw_grid(matrix, CAPTION, GREY, as_heat=True).pixels()[200:], draw_grid(matrix, CAPTION, GREY).pixels()[200:]
     )
 
 
@@ -180,8 +170,8 @@ def test_what_has_no_place_in_the_image_is_never_laid_over_it() -> None:
 
 
 def test_a_bar_is_as_high_as_its_value_and_hangs_down_if_that_is_negative() -> None:
-    pixels = bar_strip(Vector(np.array([1.0, 4.0, -2.0, np.nan]), (0, 1, 2, 3)), CAPTION, None)
-    up, down, marked = ((pixels == wanted).all(-1) for wanted in (drawing._BAR, drawing._BAR_BELOW, MAGENTA))
+    pixels = draw_bars(Vector(np.array([1.0, 4.0, -2.0, np.nan]), (0, 1, 2, 3)), CAPTION, None).pixels()
+    up, down, marked = ((pixels == wanted).all(-1) for wanted in (BAR, BAR_BELOW, MAGENTA))
     heights = [np.count_nonzero(column) for column in up.T if column.any()]
     assert heights[0] == pytest.approx(heights[-1] / 4, abs=1)
     assert down.sum(0).max() == pytest.approx(heights[-1] / 2, abs=1)
@@ -191,8 +181,8 @@ def test_a_bar_is_as_high_as_its_value_and_hangs_down_if_that_is_negative() -> N
 
 def test_the_bars_of_a_long_vector_are_all_there() -> None:
     for count in (1000, 2048, 5000):
-        pixels = bar_strip(Vector(np.ones(count), tuple(range(count))), CAPTION, None)
-        columns = (pixels == drawing._BAR).all(-1)[1:] & ~(pixels == drawing._BAR).all(-1)[:-1]
+        pixels = draw_bars(Vector(np.ones(count), tuple(range(count))), CAPTION, None).pixels()
+        columns = (pixels == BAR).all(-1)[1:] & ~(pixels == BAR).all(-1)[:-1]
         pitch = {1000: 3, 2048: 3, 5000: 1}[count]
         assert columns.sum() == count * (pitch - 1 if pitch > 2 else pitch)
 
@@ -209,7 +199,7 @@ def test_a_row_is_a_model_and_a_column_a_depth_also_where_rows_have_different_le
         return Cell("layer", "1 × 2 × 2", maps_of(values))
 
     rows = [Row("one", "", GREY, [cell(0, n) for n in range(3)]), Row("two", "", GREY, [cell(1, n) for n in range(2)])]
-    pixels = overview(rows, "footer")[:-60]
+    pixels = draw_overview(rows, "footer").pixels()[:-60]
     places = {
         (row, column): box_of(pixels, colour((1 + row * 3 + column) / 8))
         for row, column in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
@@ -221,7 +211,7 @@ def test_a_row_is_a_model_and_a_column_a_depth_also_where_rows_have_different_le
 
 def test_what_does_not_fit_beside_each_other_goes_on_beneath() -> None:
     cells = [Cell(f"layer{n}", "", maps_of(np.zeros((1, 2, 2)))) for n in range(34)]
-    pixels = overview([Row("resnet34", "", GREY, cells)], "footer")
+    pixels = draw_overview([Row("resnet34", "", GREY, cells)], "footer").pixels()
     columns = (pixels == colour(0.5)).all(-1)
     lines = np.count_nonzero(np.diff(columns.any(1).astype(int)) == 1)
     assert lines == 6 and pixels.shape[1] == 980
@@ -230,43 +220,32 @@ def test_what_does_not_fit_beside_each_other_goes_on_beneath() -> None:
 # --- every page ----------------------------------------------------------------------------------------------------
 
 
-class Recorder(Page):
-    """A page that remembers itself for whoever wants to measure what is on it, and spares itself the printing."""
+def text_boxes(page: Page) -> NDArray[np.float64]:
+    """Return left, top, right, bottom of every text."""
+    boxes = []
+    for text in page.texts:
+        width = width_of(text.text, text.style)
+        left = text.x - {"left": 0, "center": width / 2, "right": width}[text.align]
+        size = text.style.size_px
+        boxes.append((left, text.baseline - 0.74 * size, left + width, text.baseline + 0.2 * size))
+    return np.array(boxes)
 
-    last: Recorder
 
-    def __init__(self, width_px: int) -> None:
-        super().__init__(width_px)
-        Recorder.last = self
-
-    def pixels(self, height_px: int) -> Pixels:
-        return np.zeros((height_px, self.width_px, 3), np.uint8)
-
-    def text_boxes(self) -> NDArray[np.float64]:
-        """Return left, top, right, bottom of every text."""
-        boxes = []
-        for text in self._texts:
-            width = width_of(text.text, text.style)
-            left = text.x - {"left": 0, "center": width / 2, "right": width}[text.align]
-            size = text.style.size_px
-            boxes.append((left, text.baseline - 0.74 * size, left + width, text.baseline + 0.2 * size))
-        return np.array(boxes)
-
-    def pasted_boxes(self) -> NDArray[np.float64]:
-        return np.array([(x, y, x + p.shape[1], y + p.shape[0]) for x, y, p in self._pastes], np.float64)
+def pasted_boxes(page: Page) -> NDArray[np.float64]:
+    return np.array([(x, y, x + p.shape[1], y + p.shape[0]) for x, y, p in page.pastes], np.float64)
 
 
 def overlap(one: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Tell of every pair whether it shares more than a pixel at the edge."""
+    """Return for every pair whether it shares more than a pixel at the edge."""
     low, high = np.maximum(one[:, None, :2], other[None, :, :2]), np.minimum(one[:, None, 2:], other[None, :, 2:])
     return np.asarray((high - low > 1).all(-1))
 
 
-def check_page(pixels: Pixels) -> None:
+def check_page(page: Page) -> None:
     """No text lies on another or on pixels, nothing sticks out of the page, and the page is not absurdly high."""
-    texts, pasted = Recorder.last.text_boxes(), Recorder.last.pasted_boxes()
-    height, width = pixels.shape[:2]
-    assert width == 980 and height < 9000
+    texts, pasted = text_boxes(page), pasted_boxes(page)
+    height, width = page.height_px, page.width_px
+    assert width == 980 and 0 < height < 9000
     for boxes in (texts, pasted):
         assert (boxes[:, :2] >= 0).all() and (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
     among_texts = overlap(texts, texts)
@@ -300,10 +279,7 @@ def test_no_text_of_a_grid_lies_on_another_whatever_its_channels_sizes_and_names
     shape = (count, max(1, round(width * proportions)), width)
     values = np.random.default_rng(count).normal(size=shape) * scale
     caption = Caption(name, (name, "N,1: 1 channel"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drawing, "Page", Recorder)
-        pixels = channel_grid(maps_of(values, on_photo), caption, GREY if with_photo else None, as_heat=with_photo)
-    check_page(pixels)
+    check_page(draw_grid(maps_of(values, on_photo), caption, GREY if with_photo else None, as_heat=with_photo))
 
 
 @settings(max_examples=15)
@@ -312,9 +288,7 @@ def test_no_text_of_a_strip_of_bars_lies_on_another(count: int, in_order: bool, 
     generator = np.random.default_rng(count)
     numbers = range(count) if in_order else generator.permutation(count * 10)[:count]
     vector = Vector(generator.normal(size=count) * scale, tuple(map(int, numbers)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drawing, "Page", Recorder)
-        check_page(bar_strip(vector, Caption(name, (name,)), GREY))
+    check_page(draw_bars(vector, Caption(name, (name,)), GREY))
 
 
 @settings(max_examples=15)
@@ -323,35 +297,33 @@ def test_no_text_of_an_overview_lies_on_another(lengths: list[int], name: str, m
     values = np.random.default_rng(maps).normal(size=(maps, 3, 3))
     cells = [Cell(name, "1 × 3 × 3", maps_of(values)), Cell("fc", "9", Vector(values.ravel(), tuple(range(9 * maps))))]
     rows = [Row(name, name, GREY if with_photo else None, [cells[n % 2] for n in range(length)]) for length in lengths]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drawing, "Page", Recorder)
-        check_page(overview(rows, name))
+    check_page(draw_overview(rows, name))
 
 
 @given(NAMES, st.integers(20, 400), st.integers(1, 4))
-def test_a_wrapped_text_keeps_its_width_and_its_number_of_lines(text: str, width_px: int, most_lines: int) -> None:
+def test_a_wrapped_text_keeps_its_width_and_its_number_of_lines(text: str, width_px: int, max_lines: int) -> None:
     style = Style(11)
-    lines = wrapped(text, width_px, style, most_lines)
-    assert 1 <= len(lines) <= most_lines
+    lines = wrap(text, width_px, style, max_lines)
+    assert 1 <= len(lines) <= max_lines
     assert all(width_of(line, style) <= width_px or len(line) == 1 for line in lines)
 
 
 def test_what_a_user_has_configured_for_figures_of_their_own_does_not_reach_these() -> None:
     maps = maps_of(np.arange(12.0).reshape(3, 2, 2))
-    before = channel_grid(maps, CAPTION, GREY)
+    before = draw_grid(maps, CAPTION, GREY).pixels()
     with matplotlib.rc_context(
         {"font.size": 40, "text.color": "red", "figure.facecolor": "green", "text.hinting": "none"}
     ):
-        assert np.array_equal(channel_grid(maps, CAPTION, GREY), before)
+        assert np.array_equal(draw_grid(maps, CAPTION, GREY).pixels(), before)
 
 
 def test_a_picture_file_carries_its_pixels_and_its_caption() -> None:
-    pixels = channel_grid(maps_of(np.arange(12.0).reshape(3, 2, 2)), CAPTION, GREY)
+    pixels = draw_grid(maps_of(np.arange(12.0).reshape(3, 2, 2)), CAPTION, GREY).pixels()
     with Image.open(BytesIO(png(pixels, "layer\nN,3,2,2: 3 channels of 2 × 2"))) as image:
         assert np.array_equal(np.asarray(image), pixels)
         assert image.info["Description"] == "layer; N,3,2,2: 3 channels of 2 × 2"
 
 
 def test_a_colour_map_that_there_is_not_is_an_error_with_the_closest_names() -> None:
-    with pytest.raises(UsageError, match=r"there is no colour map 'viridus'; closest: viridis"):
-        colormap_of("viridus")
+    with pytest.raises(UsageError, match="invalid --colormap 'viridus'; closest: viridis"):
+        find_colormap("viridus")

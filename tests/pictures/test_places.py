@@ -16,14 +16,14 @@ from hookx.capture.session import Capture
 from hookx.errors import LayerError
 from hookx.layers.address import Address
 from hookx.models import load_model, skeleton
-from hookx.pictures.places import LAYOUTS, Places, TokenGrid, find_token_grid, places_of
+from hookx.pictures.places import LAYOUTS, Places, TokenGrid, find_token_grid, probe_places
 
 SIDE_PX = 16
 
 
 def places(model: nn.Module, side_px: int = SIDE_PX, layout: str = "") -> Places:
     runner = Runner.of(model.eval())
-    return places_of(runner, side_px, functools.partial(find_token_grid, runner, side_px), layout)
+    return probe_places(runner, side_px, functools.partial(find_token_grid, runner, side_px), layout)
 
 
 def folded(model: nn.Module, address: str, side_px: int = SIDE_PX) -> Tensor:
@@ -31,7 +31,7 @@ def folded(model: nn.Module, address: str, side_px: int = SIDE_PX) -> Tensor:
     with Capture(model, [address]) as capture, torch.no_grad():
         model(torch.randn(1, 3, side_px, side_px, generator=torch.Generator().manual_seed(0)))
     activation = capture[address][0]
-    return places(model, side_px).reading(Address.parse(address), tuple(activation.shape)).maps(activation)
+    return places(model, side_px).read(Address.parse(address), tuple(activation.shape)).maps(activation)
 
 
 # --- maps ----------------------------------------------------------------------------------------------------------
@@ -58,23 +58,23 @@ def test_the_dimension_that_follows_the_width_of_the_image_is_the_width_even_if_
 
 
 def test_where_a_model_takes_one_size_only_the_shapes_tell_and_if_they_do_not_that_is_said() -> None:
-    reading = places(BothWays(takes_any_size=False, channels=5)).reading
+    reading = places(BothWays(takes_any_size=False, channels=5)).read
     assert reading(Address("first"), (5, 16, 16)).roles == LAYOUTS["nchw"]
     assert reading(Address("last"), (16, 16, 5)).roles == LAYOUTS["nhwc"]
     assert not reading(Address("last"), (16, 16, 5)).note
-    ambiguous = places(BothWays(takes_any_size=False)).reading(Address("last"), (16, 16, 16))
+    ambiguous = places(BothWays(takes_any_size=False)).read(Address("last"), (16, 16, 16))
     assert ambiguous.roles == LAYOUTS["nchw"] and "--layout" in ambiguous.note
 
 
 def test_what_a_user_says_of_the_layout_comes_first() -> None:
     model = BothWays(takes_any_size=False)
-    assert places(model, layout="nhwc").reading(Address("last"), (16, 16, 16)).roles == LAYOUTS["nhwc"]
-    tokens = places(model, layout="tokens").reading(Address("elsewhere"), (17, 8))
+    assert places(model, layout="nhwc").read(Address("last"), (16, 16, 16)).roles == LAYOUTS["nhwc"]
+    tokens = places(model, layout="tokens").read(Address("elsewhere"), (17, 8))
     assert tokens.grid == TokenGrid(4, 4, tuple(range(1, 17)))
 
 
 def test_a_reduced_activation_keeps_the_meaning_of_the_dimensions_that_are_left() -> None:
-    reading = places(BothWays()).reading
+    reading = places(BothWays()).read
     assert reading(Address.parse("last@mean12"), (16,)).roles == ("channel",)
     assert reading(Address.parse("last@mean3"), (16, 16)).roles == ("height", "width")
     assert reading(Address.parse("first@max1"), (16, 16)).on_photo
@@ -82,16 +82,20 @@ def test_a_reduced_activation_keeps_the_meaning_of_the_dimensions_that_are_left(
 
 
 def test_more_dimensions_than_a_picture_has_are_an_error() -> None:
-    with pytest.raises(LayerError, match="more dimensions than a picture has"):
-        places(BothWays()).reading(Address("linear"), (2, 3, 4, 5))
+    with pytest.raises(LayerError, match=r"linear has 4 dimensions per image \(N,2,3,4,5\); a picture shows at most 3"):
+        places(BothWays()).read(Address("linear"), (2, 3, 4, 5))
+
+
+def test_a_layer_with_more_dimensions_than_a_picture_has_can_be_reduced_to_one() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Unflatten(1, (2, 2)))
+    reading = places(model).read(Address.parse("1@mean1"), (2, 16, 16))
+    assert reading.roles == LAYOUTS["nchw"]
 
 
 def test_a_model_returns_after_its_parts_and_a_part_after_what_it_holds() -> None:
     model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), nn.ReLU())
-    depths = places(model).depths()
     addresses = ["0/in", "0.0", "0.1/in", "0.1", "0", "1", "."]
-    found = sorted(depths, key=lambda address: depths[address])
-    assert [str(address) for address in found if str(address) in addresses] == addresses
+    assert places(model).sort(sorted(addresses)) == addresses
 
 
 # --- tokens --------------------------------------------------------------------------------------------------------
@@ -124,7 +128,7 @@ def test_folded_tokens_are_the_map_of_the_patch_embedding_whatever_their_order_a
     torch.manual_seed(0)
     model = Patches(order, kernel)
     assert torch.equal(folded(model, "tokens"), folded(model, "cut"))
-    reading = places(model).reading(Address("block"), (19, 6))
+    reading = places(model).read(Address("block"), (19, 6))
     assert reading.grid is not None
     assert reading.grid.without_place(19) == tuple(place for place, token in enumerate(order) if token >= 16)
 
@@ -136,12 +140,12 @@ def test_tokens_are_found_where_the_batch_comes_second() -> None:
 
 def test_tokens_that_are_mixed_before_they_are_seen_are_not_folded_unless_counting_tells() -> None:
     class_token_last = Patches([*range(16), 16], mix=True)
-    reading = places(class_token_last).reading(Address("tokens"), (17, 6))
+    reading = places(class_token_last).read(Address("tokens"), (17, 6))
     assert reading.grid is None and "not folded" in reading.note and not reading.on_photo
     class_token_last.num_prefix_tokens = 1  # type: ignore[assignment]
-    reading = places(class_token_last).reading(Address("tokens"), (17, 6))
+    reading = places(class_token_last).read(Address("tokens"), (17, 6))
     assert reading.grid == TokenGrid(4, 4, tuple(range(1, 17)))
-    no_others = places(Patches(list(range(16)), mix=True)).reading(Address("tokens"), (16, 6))
+    no_others = places(Patches(list(range(16)), mix=True)).read(Address("tokens"), (16, 6))
     assert no_others.grid == TokenGrid(4, 4, tuple(range(16)))
 
 
@@ -156,7 +160,7 @@ def test_tokens_by_tokens_are_no_map_of_the_image() -> None:
             super().forward(x)
             return self.weights(x.new_ones(len(x), 2, 17, 17) * x.mean((1, 2, 3))[:, None, None, None])
 
-    reading = places(Looks()).reading(Address("weights"), (2, 17, 17))
+    reading = places(Looks()).read(Address("weights"), (2, 17, 17))
     assert reading.roles == ("channel", "row", "column") and not reading.on_photo
 
 
@@ -196,8 +200,8 @@ def test_real_models_of_each_kind_are_read_as_they_are_built(
         return find_token_grid(Runner.of(loaded.module, loaded.forward), side_px, count, sides)
 
     runner = Runner.of(bare.module, bare.forward)
-    found = places_of(runner, side_px, lambda count, sides: find(count, tuple(sides)))
-    reading = found.reading(Address(layer), shape)
+    found = probe_places(runner, side_px, lambda count, sides: find(count, tuple(sides)))
+    reading = found.read(Address(layer), shape)
     assert found.square[Address(layer)].shape == shape and not reading.note
     assert reading.roles == LAYOUTS.get(layout, ("channel", "token"))
     assert reading.grid is None if others is None else reading.grid is not None

@@ -20,11 +20,16 @@ from typer.testing import CliRunner, Result
 import hookx
 from hookx.cli.app import app
 from hookx.errors import HookxError, ImageError, LayerError, NotStoredError, StoreError, UsageError
-from hookx.pictures import Maps, Vector, gallery
+from hookx.options import LookOptions
 from hookx.pictures.attention import Attention
-from hookx.pictures.gallery import Look, Shown, chosen, shown_activation, shown_attention
+from hookx.pictures.bars import Vector
+from hookx.pictures.contents import ShownImage, ShownLayer, show_activation, show_attention
+from hookx.pictures.gallery import draw, name_image_folders
+from hookx.pictures.grids import Maps
+from hookx.pictures.look import Look, choose
+from hookx.pictures.models import pair, visualize
 from hookx.pictures.places import LAYOUTS, Reading, TokenGrid
-from hookx.pictures.visualize import paired, visualize, visualize_run
+from hookx.pictures.runs import visualize_run
 from hookx.run.run import extract
 from kit import warm
 
@@ -32,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 SMALL: dict[str, Any] = {"weights": "none", "resize": 32, "crop": 32}
 OPTIONS = ["-w", "none", "--resize", "32", "--crop", "32"]
 
-# Models of one's own, as small as can be: one of maps, and one of tokens behind a class token.
+# Custom models, as small as possible: one with maps, and one with tokens after a class token.
 OWN_MODELS = """
 import torch
 from torch import nn
@@ -83,11 +88,11 @@ def caption_of(file: Path) -> str:
         return str(image.info["Description"])
 
 
-def nchw(values: Tensor) -> Shown:
-    return shown_activation("layer", values, Reading(LAYOUTS["nchw"]))
+def nchw(values: Tensor) -> ShownLayer:
+    return show_activation("layer", values, Reading(LAYOUTS["nchw"]))
 
 
-def maps_in(shown: Shown) -> Any:
+def maps_in(shown: ShownLayer) -> Any:
     assert isinstance(shown.content, Maps)
     return shown.content.values_CHW
 
@@ -98,20 +103,20 @@ def maps_in(shown: Shown) -> Any:
 def test_the_strongest_channels_come_first_and_what_is_not_finite_has_no_strength() -> None:
     values = torch.zeros(5, 2, 2)
     values[0], values[1, 0, 0], values[2], values[3] = 1, -9, 3, torch.tensor(float("inf"))
-    maps, sentence = chosen(nchw(values), Look(top=4))
+    maps, sentence = choose(nchw(values), Look(LookOptions(top=4)))
     assert maps.numbers == (1, 2, 0, 3) and sentence == "the 4 strongest of 5 channels of 2 × 2"
-    of_some, sentence = chosen(nchw(values), Look(channels="0,2-3", top=2))
+    of_some, sentence = choose(nchw(values), Look(LookOptions(channels="0,2-3", top=2)))
     assert of_some.numbers == (2, 0) and sentence == "the 2 strongest of 3 of 5 channels of 2 × 2: 0, 2, 3"
-    assert chosen(nchw(values), Look(top=99))[0].numbers == (1, 2, 0, 3, 4)
+    assert choose(nchw(values), Look(LookOptions(top=99)))[0].numbers == (1, 2, 0, 3, 4)
 
 
 def test_channels_keep_their_numbers_and_the_order_in_which_they_are_asked_for() -> None:
     values = torch.arange(10.0).reshape(10, 1, 1).expand(10, 2, 2)
-    maps, sentence = chosen(nchw(values), Look(channels="7,1-3"))
+    maps, sentence = choose(nchw(values), Look(LookOptions(channels="7,1-3")))
     assert isinstance(maps, Maps) and maps.numbers == (7, 1, 2, 3) and maps.values_CHW[:, 0, 0].tolist() == [7, 1, 2, 3]
     assert sentence == "4 of 10 channels of 2 × 2: 7, 1-3"
-    with pytest.raises(UsageError, match="'layer' has 10 channels, 0 to 9, and no 10"):
-        chosen(nchw(values), Look(channels="10"))
+    with pytest.raises(UsageError, match=r"--channels 10: layer has 10 channels \(0-9\)"):
+        choose(nchw(values), Look(LookOptions(channels="10")))
 
 
 @pytest.mark.parametrize(
@@ -122,33 +127,33 @@ def test_channels_keep_their_numbers_and_the_order_in_which_they_are_asked_for()
         ("norm", lambda values: torch.linalg.vector_norm(values, dim=0)),
     ],
 )
-def test_a_reduction_is_what_torch_computes_over_the_channels(reduce: str, expected: Any) -> None:
+def test_a_reduction_is_what_torch_computes_over_the_channels(reduce: Any, expected: Any) -> None:
     values = torch.randn(6, 4, 4, generator=torch.Generator().manual_seed(0))
-    maps, sentence = chosen(nchw(values), Look(reduce=reduce))
+    maps, sentence = choose(nchw(values), Look(LookOptions(reduce=reduce)))
     assert isinstance(maps, Maps) and np.allclose(maps.values_CHW, expected(values)[None].numpy())
     assert sentence == f"{reduce} of 6 channels of 4 × 4"
 
 
 def test_more_than_a_picture_shows_is_an_error_that_says_how_to_choose() -> None:
-    with pytest.raises(HookxError, match=r"has 5,000 channels, and a picture shows up to 4,096\n.*--top 256"):
-        chosen(nchw(torch.zeros(5000, 2, 2)), Look())
-    assert chosen(nchw(torch.zeros(5000, 2, 2)), Look(top=3))[0].numbers == (0, 1, 2)
+    with pytest.raises(HookxError, match=r"layer has 5,000 channels; a picture shows at most 4,096\n.*--top 256"):
+        choose(nchw(torch.zeros(5000, 2, 2)), Look(LookOptions()))
+    assert choose(nchw(torch.zeros(5000, 2, 2)), Look(LookOptions(top=3)))[0].numbers == (0, 1, 2)
 
 
 @pytest.mark.parametrize(
     ("look", "said"),
     [
-        ({"channels": "3-1"}, "'3-1' is not a range of channels"),
-        ({"channels": "a"}, "'a' is not a range of channels"),
-        ({"top": 0}, "--top is 1 or more"),
-        ({"reduce": "median"}, "'median' is not a reduction of pictures; there is: mean, max, norm"),
-        ({"layout": "hwc"}, "'hwc' is not a layout of pictures; there is: nchw, nhwc, tokens"),
-        ({"colormap": "viridus"}, "there is no colour map 'viridus'; closest: viridis"),
+        ({"channels": "3-1"}, "invalid --channels '3-1': expected numbers and ranges"),
+        ({"channels": "a"}, "invalid --channels 'a': expected numbers and ranges"),
+        ({"top": 0}, "--top must be at least 1, got 0"),
+        ({"reduce": "median"}, "invalid --reduce 'median'"),
+        ({"layout": "hwc"}, "invalid --layout 'hwc'"),
+        ({"colormap": "viridus"}, "invalid --colormap 'viridus'; closest: viridis"),
     ],
 )
 def test_a_look_that_cannot_be_meant_is_an_error_of_usage(look: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=re.escape(said)):
-        Look(**look)
+        Look(LookOptions(**look))
 
 
 # --- what is shown of an activation --------------------------------------------------------------------------------
@@ -156,7 +161,7 @@ def test_a_look_that_cannot_be_meant_is_an_error_of_usage(look: dict[str, Any], 
 
 def test_channels_last_are_shown_as_channels_first_are() -> None:
     values = torch.randn(5, 4, 4)
-    first, last = nchw(values), shown_activation("layer", values.permute(1, 2, 0), Reading(LAYOUTS["nhwc"]))
+    first, last = nchw(values), show_activation("layer", values.permute(1, 2, 0), Reading(LAYOUTS["nhwc"]))
     assert np.array_equal(maps_in(first), maps_in(last))
     assert (first.what, first.shape, last.shape) == (last.what, (5, 4, 4), (4, 4, 5))
 
@@ -164,7 +169,7 @@ def test_channels_last_are_shown_as_channels_first_are() -> None:
 @pytest.mark.parametrize("shape", [(7,), (7, 1, 1), ()])
 def test_values_without_places_are_a_vector(shape: tuple[int, ...]) -> None:
     roles = LAYOUTS["nchw"] if len(shape) == 3 else ("channel",)
-    shown = shown_activation("layer", torch.ones(shape), Reading(roles))
+    shown = show_activation("layer", torch.ones(shape), Reading(roles))
     assert isinstance(shown.content, Vector) and len(shown.content.values) == max(1, *shape, 1)
 
 
@@ -178,12 +183,12 @@ def test_an_activation_of_any_type_is_shown(dtype: str) -> None:
 
 def test_heads_look_from_the_class_token_if_there_is_one_and_otherwise_from_all_tokens() -> None:
     weights = torch.randn(3, 5, 5).softmax(-1)
-    with_class = shown_attention(Attention("attn", weights), TokenGrid(2, 2, (1, 2, 3, 4)))
+    with_class = show_attention(Attention("attn", weights), TokenGrid(2, 2, (1, 2, 3, 4)))
     assert np.allclose(maps_in(with_class), weights[:, 0, 1:].reshape(3, 2, 2))
     assert with_class.what == "heads, from token 0 (no patch) to 2 × 2 patches"
-    without = shown_attention(Attention("attn", weights[:, 1:, 1:]), TokenGrid(2, 2, (0, 1, 2, 3)))
+    without = show_attention(Attention("attn", weights[:, 1:, 1:]), TokenGrid(2, 2, (0, 1, 2, 3)))
     assert np.allclose(maps_in(without), weights[:, 1:, 1:].mean(1).reshape(3, 2, 2))
-    windows = shown_attention(Attention("attn", weights, windows=3), TokenGrid(2, 2, (1, 2, 3, 4)))
+    windows = show_attention(Attention("attn", weights, windows=3), TokenGrid(2, 2, (1, 2, 3, 4)))
     assert np.allclose(maps_in(windows), weights) and "within 3 windows" in windows.note
 
 
@@ -192,19 +197,19 @@ def test_heads_look_from_the_class_token_if_there_is_one_and_otherwise_from_all_
 
 def test_each_model_has_the_layers_in_its_place_or_all_have_the_same() -> None:
     def asked(*arguments: Any) -> list[tuple[str, str, list[str]]]:
-        return [(name, weights, [one.text for one in found]) for name, weights, found in paired(*arguments)]
+        return [(name, weights, [one.text for one in found]) for name, weights, found in pair(*arguments)]
 
     assert asked("resnet18", "none", ["conv1", "fc,bn1"]) == [("resnet18", "none", ["conv1", "fc", "bn1"])]
     assert asked(["a", "b"], ["none"], ["conv1,fc"]) == [("a", "none", ["conv1", "fc"]), ("b", "none", ["conv1", "fc"])]
     assert asked(["a", "b"], ["x", "y"], ["conv1", "fc"]) == [("a", "x", ["conv1"]), ("b", "y", ["fc"])]
-    with pytest.raises(UsageError, match="3 models and 2 times --layers: which belong to which"):
-        paired(["a", "b", "c"], "none", ["conv1", "fc"])
-    with pytest.raises(UsageError, match="2 models and 3 times --weights"):
-        paired(["a", "b"], ["x", "y", "z"], "fc")
+    with pytest.raises(UsageError, match="--layers is given 2 times for 3 models"):
+        pair(["a", "b", "c"], "none", ["conv1", "fc"])
+    with pytest.raises(UsageError, match="--weights is given 3 times for 2 models"):
+        pair(["a", "b"], ["x", "y", "z"], "fc")
     with pytest.raises(UsageError, match="no layer of resnet18 is named"):
-        paired("resnet18", "none", [])
+        pair("resnet18", "none", [])
     with pytest.raises(UsageError, match="no model is named"):
-        paired([], "none", ["fc"])
+        pair([], "none", ["fc"])
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -238,15 +243,18 @@ def test_several_images_and_models_have_folders_and_the_overview_a_row_for_each(
     assert found.pictures[-1].shows == "6 rows, 1 layer"
 
 
-def test_the_rows_of_many_images_go_on_in_a_second_overview(thumbnails: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gallery, "_ROWS_OF_AN_OVERVIEW", 2)
-    found = visualize("own.py:net", "2", thumbnails / "animals", **SMALL)
-    overviews = [(one.file, one.shows) for one in found.pictures if not one.layer]
-    assert overviews == [("maps/overview.png", "2 rows, 1 layer"), ("maps/overview-2.png", "1 row, 1 layer")]
+def test_the_rows_of_many_images_go_on_in_a_second_overview(tmp_path: Path) -> None:
+    layer = show_activation("2", torch.arange(20.0), Reading(("channel",)))
+    images = ["a.png", "b.png", "c.png"]
+    shown = [ShownImage(image, "net", "random", None, "", [layer]) for image in images]
+    found = draw(shown, tmp_path, Look(LookOptions()), images=images, models=["net"], max_rows=2)
+    overviews = [(Path(one.file).name, one.shows) for one in found if not one.layer]
+    assert overviews == [("overview.png", "2 rows, 1 layer"), ("overview-2.png", "1 row, 1 layer")]
+    assert "overview-2.png" in files_in(tmp_path)
 
 
 def test_images_of_one_name_and_keys_that_lead_elsewhere_have_folders_of_their_own_within_the_directory() -> None:
-    folders = gallery._image_folders(["a/cat.png", "a/cat.jpg", "dog.png", "../../up.png", "/etc/passwd"])
+    folders = name_image_folders(["a/cat.png", "a/cat.jpg", "dog.png", "../../up.png", "/etc/passwd"])
     assert folders == {
         "a/cat.png": "a/cat.png",
         "a/cat.jpg": "a/cat.jpg",
@@ -262,7 +270,7 @@ def test_a_picture_of_hookx_is_replaced_and_a_file_of_somebody_else_is_not(pictu
     visualize("own.py:net", "2", picture, seed=1, **SMALL)
     assert "seed 1" in caption_of(Path("maps/2.png")) and "seed 0" in before
     shutil.copy(picture, "maps/2.png")
-    with pytest.raises(StoreError, match=r"maps/2\.png is there, and hookx has not drawn it"):
+    with pytest.raises(StoreError, match=r"maps/2\.png exists and was not drawn by hookx"):
         visualize("own.py:net", "2", picture, **SMALL)
     assert Path("maps/2.png").read_bytes() == picture.read_bytes()
     assert not [name for name in files_in(Path("maps")) if name.startswith(".")]
@@ -303,7 +311,10 @@ def test_of_a_run_of_ones_own_model_no_code_is_run_and_the_layout_can_be_said(pi
     Path("own.py").write_text("raise SystemExit('this code was run')")
     result = run("features")
     assert result.exit_code == 0, result.exception
-    assert "may run code; how layers are read follows from their shapes, or from --layout" in result.stderr
+    assert (
+        "own.py:tokens is not built again, because that could run code; the layout of its layers is inferred"
+        in result.stderr
+    )
     assert re.search(r"^maps/cut.png +8 channels of 4 × 4$", result.stdout, re.MULTILINE)
     assert re.search(r"^maps/block.png +matrix of 17 × 8$", result.stdout, re.MULTILINE)
     assert "block: not folded" in result.stderr
@@ -313,15 +324,15 @@ def test_of_a_run_of_ones_own_model_no_code_is_run_and_the_layout_can_be_said(pi
 
 def test_what_a_run_does_not_hold_is_an_error_with_the_closest(mixed_folder: Path) -> None:
     extract("own.py:net", "0.0,2", mixed_folder, out="features", workers=0, **SMALL)
-    with pytest.raises(UsageError, match=r"which of the 5 images of features/\?\n.*there is: a.png, d.png"):
+    with pytest.raises(UsageError, match=r"features/ holds 5 images\n.*--image KEY, one of: a.png, d.png"):
         visualize_run("features")
     with pytest.raises(NotStoredError, match=r"'c-empty.png' could not be read: .*empty"):
         visualize_run("features", ["c-empty.png"])
-    with pytest.raises(NotStoredError, match=r"no image 'b.png' among the 5; closest: "):
+    with pytest.raises(NotStoredError, match=r"features/ does not hold 'b.png'; closest: "):
         visualize_run("features", ["b.png"])
-    with pytest.raises(LayerError, match=r"features/ does not hold '0.3'; closest: 0.0"):
+    with pytest.raises(NotStoredError, match=r"features/ does not hold '0.3'; closest: 0.0"):
         visualize_run("features", ["a.png"], "0.3")
-    with pytest.raises(ImageError, match=r"'a.png' is not among the images named"):
+    with pytest.raises(ImageError, match=r"--images does not contain 'a.png'; closest: d.png"):
         visualize_run("features", ["a.png"], images=mixed_folder / "d.png")
     assert not Path("maps").exists()
 
@@ -338,7 +349,7 @@ def test_attention_is_drawn_a_picture_a_module_and_layers_narrow_them_down(pictu
     assert len(visualize("own.py:tokens", "block", picture, attention=True, **SMALL).pictures) == 2
     with pytest.raises(LayerError, match=r"there is no attention in cut; closest: block.self_attn"):
         visualize("own.py:tokens", "cut", picture, attention=True, **SMALL)
-    with pytest.raises(HookxError, match=r"own\.py:net has no attention"):
+    with pytest.raises(HookxError, match=r"--attention: own\.py:net has no attention"):
         visualize("own.py:net", [], picture, attention=True, **SMALL)
 
 

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import threading
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator
@@ -277,6 +278,42 @@ def test_a_batch_waits_until_it_is_known_how_many_rows_are_before_it(tmp_path: P
         assert [written[start].result().first_row for start in (0, 2, 4)] == [0, 2, 3]
 
 
+def test_a_batch_is_written_once_a_gpu_has_filled_its_rows_and_not_before(tmp_path: Path) -> None:
+    plan = plan_of((LayerSpec("fc", (3,), "float32"),), 2)
+    is_filled = threading.Event()
+    with (
+        RunDirectory(tmp_path, plan) as directory,
+        ShardWriter(directory, plan.shards, 2, expected) as writer,
+    ):
+        rows = writer.rows(range(2), 2)["fc"]
+        rows[:] = float("nan")
+        written = writer.write(range(2), lambda: assert_true(is_filled.wait(10)))
+        time.sleep(0.05)
+        assert not written.done()
+        rows[:] = 5.0
+        is_filled.set()
+        writer.publish(expected(plan.shards[0]), [written])
+        writer.finish()
+    assert torch.equal(hookx.open(tmp_path)["fc"][:], torch.full((2, 3), 5.0))
+
+
+def test_what_went_wrong_with_a_gpu_is_raised_where_the_next_batch_begins(tmp_path: Path) -> None:
+    plan = plan_of((LayerSpec("fc", (3,), "float32"),), 4)
+    with (
+        RunDirectory(tmp_path, plan) as directory,
+        ShardWriter(directory, plan.shards, 2, expected) as writer,
+    ):
+        writer.rows(range(2), 2)
+        with pytest.raises(ZeroDivisionError):
+            writer.write(range(2), lambda: assert_true(1 // 0)).result()
+        with pytest.raises(ZeroDivisionError):
+            writer.rows(range(2, 4), 2)
+
+
+def assert_true(value: object) -> None:
+    assert value
+
+
 def test_what_was_known_of_a_batch_that_is_read_again_is_forgotten_with_all_behind_it(tmp_path: Path) -> None:
     plan = plan_of((LayerSpec("fc", (3,), "float32"),), 8, 6)
     with (
@@ -289,7 +326,7 @@ def test_what_was_known_of_a_batch_that_is_read_again_is_forgotten_with_all_behi
             return writer.write(positions)
 
         assert [written(range(start, start + 2), 2).result().first_row for start in (0, 2, 4)] == [0, 2, 4]
-        writer.forget(range(2, 4))  # As when the process died that had read it.
+        writer.forget(range(2, 4))  # As after a crash of the process that had read it.
         last = written(range(4, 6), 2)
         time.sleep(0.05)
         assert not last.done()
@@ -326,7 +363,7 @@ def test_a_process_that_waits_for_another_ends_when_the_run_was_killed(tmp_path:
     run_process.join()
     deadline = time.monotonic() + 10
     while waiting.exists() and waiting.read_text().split()[2] != "Z":
-        assert time.monotonic() < deadline, "it waits for ever"
+        assert time.monotonic() < deadline, "it waits forever"
         time.sleep(0.01)
 
 
@@ -386,7 +423,7 @@ def test_a_disk_that_takes_no_more_leaves_no_shard_and_the_error_says_so(tmp_pat
                 writer.finish()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        # Whoever would go on is told, and does not wait for ever.
+        # Whoever would go on is told, and does not wait forever.
         with pytest.raises(StoreError, match="File too large"):
             writer.rows(range(4, 8), 4)
     names = [plan.shard_file(plan.shards[0]), "plan.json"]

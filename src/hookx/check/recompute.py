@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import warnings
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ from hookx.models import LoadedModel, load_model, may_run_code
 from hookx.options import CheckpointOptions, ModelOptions, RecomputeOptions, list_paths, takes
 from hookx.plan import Plan, Shard, WeightsIdentity
 from hookx.run.cores import single_threaded
-from hookx.run.defaults import chosen_device
+from hookx.run.defaults import choose_device
 from hookx.run.ready import place_and_select
 from hookx.store.directory import present_shards, read_plan
 from hookx.store.format import open_shard
@@ -97,7 +99,7 @@ def recompute(options: RecomputeOptions) -> Recomputation:
     files = dict(zip(listed.keys, listed.files, strict=True))
     model_options = options.options or ModelOptions(**options.values_of(CheckpointOptions))
     loaded = _load_again(plan, options.model, options.weights, model_options)
-    runner = Runner(loaded.module, loaded.forward, chosen_device(options.device), plan.precision, plan.memory_format)
+    runner = Runner(loaded.module, loaded.forward, choose_device(options.device), plan.precision, plan.memory_format)
     targets = _find_targets(path, plan, loaded, runner)
 
     rows: list[RecomputedRow] = []
@@ -133,17 +135,13 @@ def _choose_rows(path: Path, plan: Plan, count: int, generator: random.Random) -
             rows_of[shard] = len(read_record(path, plan, shard).keys)
         except ShardError:
             continue  # `verify` reports it.
-    rows = sum(rows_of.values())
-    if not rows:
+    shards, ends = list(rows_of), list(accumulate(rows_of.values()))
+    if not ends or not ends[-1]:
         raise StoreError(f"{path}/ holds no row to compute again")
-    numbers = sorted(generator.sample(range(rows), min(count, rows)))
     chosen: dict[Shard, list[int]] = {}
-    first = 0
-    for shard, rows_here in rows_of.items():
-        here = [number - first for number in numbers if first <= number < first + rows_here]
-        if here:
-            chosen[shard] = here
-        first += rows_here
+    for number in sorted(generator.sample(range(ends[-1]), min(count, ends[-1]))):
+        place = bisect_right(ends, number)
+        chosen.setdefault(shards[place], []).append(number - ends[place] + rows_of[shards[place]])
     return chosen
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # They import torch.
     from hookx.check.inspect import Inspection
     from hookx.check.recompute import Recomputation
     from hookx.check.verify import Problem, Verification
-    from hookx.pictures.visualize import Gallery
+    from hookx.pictures.gallery import Gallery
     from hookx.run.prepare import Job
     from hookx.run.summary import Summary
 

@@ -25,7 +25,8 @@ def list_layers(options: ListLayersOptions, report: JsonOptions) -> None:
 
     bare = skeleton(options.model, options.weights, ModelOptions(**options.values_of(BuildOptions)))
     runner = Runner.of(bare.module, bare.forward)
-    layers = probe(runner, example_images(runner, bare.preprocessing.crop_px))
+    examples_NCHW = example_images(runner, bare.preprocessing.crop_px)
+    layers = probe(runner, examples_NCHW, why_never_called=bare.why_never_called)
     layers = narrowed(layers, options.model, paths=options.paths, types=options.types, depth=options.depth)
     if report.json:
         streams.print_json(documents.describe_layers(layers))

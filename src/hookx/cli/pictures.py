@@ -29,7 +29,8 @@ def visualize(options: VisualizeOptions, stored: StoredRunOptions, report: Repor
         raise UsageError("--image and --images need a run", "name its directory, as in hookx visualize features/")
     from hookx.cli import documents, streams, terminal
     from hookx.cli.progress import show_progress, talk_on_stderr
-    from hookx.pictures.visualize import visualize, visualize_run
+    from hookx.pictures.models import visualize
+    from hookx.pictures.runs import visualize_run
 
     with talk_on_stderr(report.quiet), show_progress("pictures", quiet=report.quiet) as advance:
         if is_run:

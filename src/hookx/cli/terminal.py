@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # They import torch.
     from hookx.check.recompute import Recomputation
     from hookx.check.verify import Verification
     from hookx.exporting import Export
-    from hookx.pictures.visualize import Gallery
+    from hookx.pictures.gallery import Gallery
     from hookx.run.prepare import Job
     from hookx.run.summary import Summary
 

@@ -9,11 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 TIMM, HUGGING_FACE, PYTHON = "timm:", "hf:", "python:"
-LISTED_PREFIXES = (TIMM,)  # of the zoos other than torchvision that have a list of models
+LISTED_PREFIXES = (TIMM,)  # zoos other than torchvision that have a list of models
 
 
 def may_run_code(ref: str) -> bool:
-    """Tell whether building a model may run code other than that of an installed model zoo.
+    """Return whether building a model may run code other than that of an installed model zoo.
 
     What a plan names is built without asking only if this is False: the plan may come from a stranger.
 

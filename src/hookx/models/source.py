@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def _no_reason(path: str, modules: Mapping[str, nn.Module]) -> str:
-    return ""
-
-
 @dataclass(frozen=True)
 class LoadedModel:
     """A module in eval mode on the CPU, with its preprocessing and the identity of its weights."""
@@ -42,8 +38,8 @@ class LoadedModel:
     """The modules that the weights lacked."""
     distribution: str = "torchvision"
     """The package whose version a shard records beside torch's."""
-    why_never_called: Callable[[str, Mapping[str, nn.Module]], str] = _no_reason
-    """Says why a forward pass skips the module at a path, given all modules by path; '' where it does not know."""
+    why_never_called: Callable[[str, Mapping[str, nn.Module]], str] = lambda _path, _modules: ""
+    """Returns why a forward pass skips the module at a path, given all modules by path; '' where it does not know."""
 
 
 class Source(Protocol):
@@ -56,11 +52,11 @@ class Source(Protocol):
     """Whether its models take `--model-arg`."""
 
     def owns(self, ref: str) -> bool:
-        """Tell whether a reference names one of its models."""
+        """Return whether a reference names one of its models."""
         ...
 
     def load_model(self, ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
-        """Build a model with the weights asked for; see `hookx.models.loading.load_model`."""
+        """Build a model with the requested weights; see `hookx.models.loading.load_model`."""
         ...
 
     def skeleton(self, ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:

@@ -111,5 +111,5 @@ class Zoo(Source, Protocol):
 
 
 def names_published(weights: str) -> bool:
-    """Tell whether `--weights` asks for published weights: the default ones, or some by name."""
+    """Return whether `--weights` names published weights: the default ones, or some by name."""
     return weights != "none" and not is_weights_file(weights)

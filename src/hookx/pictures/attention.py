@@ -1,8 +1,8 @@
-"""Attention maps: the weights with which a model's tokens look at each other, taken out of its own forward pass.
+"""Attention maps: the weights with which a model's tokens attend to each other, taken from its own forward pass.
 
-No model's code is known here. Whatever the module (`nn.MultiheadAttention`, timm's, transformers', one's own), in the
-end it calls PyTorch's `softmax`, or `scaled_dot_product_attention`, which keeps its weights to itself; those are
-computed again from what it was given.
+This works for any module (`nn.MultiheadAttention`, timm's, transformers', or your own): in the end each calls PyTorch's
+`softmax`, or `scaled_dot_product_attention`, which does not return its weights; those are computed again from its
+arguments.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hookx.capture.runner import Runner
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention of a forward pass: the weights of all heads, each row a query whose weights sum to 1.
+    """One attention of a forward pass: the weights of all heads; each row is a query, whose weights sum to 1.
 
     Where tokens attend within windows of the image, the heads of the first window come first, then those of the second.
     """
@@ -33,21 +33,21 @@ class Attention:
     windows: int = 1
 
 
-def attention_of(runner: Runner, pixels_NCHW: Tensor) -> list[Attention]:
-    """Return every attention of a forward pass of one image, in the order of execution; a model without has none.
+def find_attention(runner: Runner, pixels_NCHW: Tensor) -> list[Attention]:
+    """Return every attention of one image's forward pass, in the order of execution.
 
     Args:
-        runner: holds the model; the path of an attention is that of the module in which it is computed.
+        runner: holds the model; the path of an attention is that of the module that computes it.
         pixels_NCHW: one image, on the model's device.
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(d_model=8, nhead=2, batch_first=True).eval()
-        >>> [attention] = attention_of(Runner.of(layer), torch.rand(1, 5, 8))
+        >>> [attention] = find_attention(Runner.of(layer), torch.rand(1, 5, 8))
         >>> attention.path, attention.weights_HQK.shape
         ('self_attn', torch.Size([2, 5, 5]))
     """
-    assert len(pixels_NCHW) == 1, "with one image, what comes before queries and keys are heads and windows"
-    running: list[str] = []  # the modules that have been entered and have not returned
+    assert len(pixels_NCHW) == 1, "with one image, the dimensions before queries and keys are windows and heads"
+    running: list[str] = []  # the modules that were entered and have not returned
     found: list[Attention] = []
     modules = modules_of(runner.module)
 
@@ -55,7 +55,7 @@ def attention_of(runner: Runner, pixels_NCHW: Tensor) -> list[Attention]:
         path = running[-1] if running else "."
         if isinstance(modules[path], nn.Softmax) and len(running) > 1:
             path = running[-2]
-        windows = math.prod(weights.shape[:-3])  # The batch is one image: what is more is a window of it.
+        windows = math.prod(weights.shape[:-3])
         found.append(Attention(path, weights.reshape(-1, *weights.shape[-2:]).clone(), windows))
 
     def on_return(*_: Any) -> None:
@@ -68,7 +68,7 @@ def attention_of(runner: Runner, pixels_NCHW: Tensor) -> list[Attention]:
 
 
 class _Watch(TorchDispatchMode):
-    """Sees the operations of a pass, beneath all modules, and hands the weights of attention over."""
+    """Watches the operations of a forward pass, and passes on the weights of attention."""
 
     def __init__(self, on_weights: Callable[[Tensor], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -79,20 +79,19 @@ class _Watch(TorchDispatchMode):
         output = operation(*args, **kwargs)
         match operation.overloadpacket.__name__:
             case "softmax" | "_softmax" | "_safe_softmax":
-                dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-                if _is_attention(output, dim):
+                if _is_attention(output, kwargs.get("dim", args[1] if len(args) > 1 else None)):
                     self.on_weights(output)
             case "scaled_dot_product_attention":
-                self.on_weights(_weights(*args, **kwargs))
+                self.on_weights(attention_weights(*args, **kwargs))
         return output
 
 
 def _is_attention(weights: Tensor, dim: Any) -> bool:
-    """Tell attention, over the last of three or more dimensions, from the softmax of a classifier or a segmentation."""
+    """Distinguish attention, over the last of at least three dimensions, from the softmax of other models' outputs."""
     return weights.ndim in (3, 4, 5) and dim in (-1, weights.ndim - 1) and weights.shape[-1] > 1
 
 
-def _weights(
+def attention_weights(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -103,7 +102,7 @@ def _weights(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Return the weights inside of `scaled_dot_product_attention`, as its documentation computes them."""
+    """Return the weights within `scaled_dot_product_attention`, as its documentation computes them."""
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
     scores = query @ key.mT * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)

@@ -1,8 +1,8 @@
-"""Values -> colours: each map on the scale of its own range, what is not finite marked."""
+"""Values -> colours: each map on the scale of its own range; NaN and infinity are marked."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib
 import numpy as np
@@ -13,24 +13,24 @@ from PIL import Image
 from hookx.errors import UsageError, closest
 from hookx.pictures.page import Pixels
 
-MARK = (255, 0, 255)  # NaN and infinity. Magenta is in none of the maps that are made for the eye to compare.
-_PHOTO_SHARE = 0.35  # of what is seen where a heat map lies on a photograph
+MARK = (255, 0, 255)  # NaN and infinity: magenta, which no perceptually uniform colour map contains.
+_PHOTO_SHARE = 0.35  # the photograph's share of the colour where a heat map lies over it
 
 
-def colormap_of(name: str) -> Colormap:
+def find_colormap(name: str) -> Colormap:
     """Return one of matplotlib's colour maps; `UsageError` with the closest names if there is none."""
     try:
         return matplotlib.colormaps[name]
     except KeyError:
         raise UsageError(
-            f"there is no colour map '{name}'; closest: {closest(name, list(matplotlib.colormaps))}",
-            "as in viridis, magma, cividis, gray, coolwarm; matplotlib's documentation shows them all",
+            f"invalid --colormap '{name}'; closest: {closest(name, list(matplotlib.colormaps))}",
+            "any of matplotlib's, such as viridis, magma, cividis, gray or coolwarm",
         ) from None
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """Maps whose values lie between 0 and 1; each was scaled by itself.
+    """Maps whose values lie between 0 and 1, each scaled by itself.
 
     `lows` and `highs` are the extremes of each map's finite values, NaN where it has none. A constant map is 0.5.
     """
@@ -44,12 +44,17 @@ class Scaled:
     def constant(self) -> NDArray[np.bool_]:
         return self.lows == self.highs
 
+    def take(self, rows: NDArray[np.int_], columns: NDArray[np.int_]) -> Scaled:
+        """Return the values at some rows and columns of every map."""
+        units, marked = self.units_CHW[:, rows[:, None], columns], self.marked_CHW[:, rows[:, None], columns]
+        return replace(self, units_CHW=units, marked_CHW=marked)
 
-def scaled(values_CHW: NDArray[np.float64]) -> Scaled:
-    """Bring every map to its own range.
+
+def scale(values_CHW: NDArray[np.float64]) -> Scaled:
+    """Scale every map to its own range.
 
     Example:
-        >>> maps = scaled(np.array([[[2.0, 4.0]], [[7.0, 7.0]], [[np.nan, 1.0]]]))
+        >>> maps = scale(np.array([[[2.0, 4.0]], [[7.0, 7.0]], [[np.nan, 1.0]]]))
         >>> maps.units_CHW[:, 0].tolist(), maps.constant.tolist(), int(maps.marked_CHW.sum())
         ([[0.0, 1.0], [0.5, 0.5], [0.5, 0.5]], [False, True, True], 1)
     """
@@ -58,7 +63,7 @@ def scaled(values_CHW: NDArray[np.float64]) -> Scaled:
     lows = np.where(marked, np.inf, values_CHW).min((1, 2), initial=np.inf)
     highs = np.where(marked, -np.inf, values_CHW).max((1, 2), initial=-np.inf)
     lows[empty], highs[empty] = 0.0, 0.0
-    # Halved, because the distance between two finite numbers need not be one.
+    # Halved, because the difference of two finite numbers can overflow.
     spans = (highs / 2 - lows / 2)[:, None, None]
     finite = np.where(marked, lows[:, None, None], values_CHW)
     units = np.divide(finite / 2 - lows[:, None, None] / 2, spans, where=spans > 0, out=np.full(finite.shape, 0.5))
@@ -67,60 +72,54 @@ def scaled(values_CHW: NDArray[np.float64]) -> Scaled:
     return Scaled(units, marked, lows, highs)
 
 
-def resized(maps: Scaled, enlarge: tuple[int, int], shrink: tuple[int, int]) -> Scaled:
-    """Repeat every pixel `enlarge` times (downwards, across), or take the mean over blocks of `shrink` pixels.
+def resize(maps: Scaled, enlarge: tuple[int, int], shrink: tuple[int, int]) -> Scaled:
+    """Repeat every value `enlarge` times (down, across), or take the mean over blocks of `shrink` values.
 
-    A block that holds anything not finite is marked; those at the right and lower edge may be smaller.
+    A block that holds NaN or infinity is marked; blocks at the right and lower edge can be smaller.
 
     Example:
-        >>> resized(scaled(np.array([[[0.0, 4.0, 1.0, 1.0]]])), (2, 1), (1, 2)).units_CHW.tolist()
+        >>> resize(scale(np.array([[[0.0, 4.0, 1.0, 1.0]]])), (2, 1), (1, 2)).units_CHW.tolist()
         [[[0.5, 0.25], [0.5, 0.25]]]
     """
-    units, marked = maps.units_CHW, maps.marked_CHW
     if shrink != (1, 1):
-        height, width = units.shape[1:]
-        padding = ((0, 0), (0, -height % shrink[0]), (0, -width % shrink[1]))
-        sums = _sums(np.pad(np.where(marked, 0, units), padding), shrink)
-        counts = _sums(np.pad((~marked).astype(np.float64), padding), shrink)
-        marked = _sums(np.pad(marked.astype(np.float64), padding), shrink) > 0
+        marked = maps.marked_CHW
+        sums, counts = _sum_blocks(np.where(marked, 0, maps.units_CHW), shrink), _sum_blocks(~marked, shrink)
         units = np.divide(sums, counts, where=counts > 0, out=np.full(sums.shape, 0.5))
-    down, across = enlarge
-    return Scaled(
-        units.repeat(down, 1).repeat(across, 2), marked.repeat(down, 1).repeat(across, 2), maps.lows, maps.highs
-    )
+        maps = replace(maps, units_CHW=units, marked_CHW=_sum_blocks(marked, shrink) > 0)
+    rows, columns = (np.arange(n).repeat(times) for n, times in zip(maps.units_CHW.shape[1:], enlarge, strict=True))
+    return maps.take(rows, columns)
 
 
-def _sums(values_CHW: NDArray[np.float64], block: tuple[int, int]) -> NDArray[np.float64]:
+def _sum_blocks(values_CHW: NDArray[np.float64] | NDArray[np.bool_], block: tuple[int, int]) -> NDArray[np.float64]:
     channels, height, width = values_CHW.shape
-    sums: NDArray[np.float64] = values_CHW.reshape(
-        channels, height // block[0], block[0], width // block[1], block[1]
-    ).sum((2, 4))
+    padded = np.pad(values_CHW.astype(np.float64), ((0, 0), (0, -height % block[0]), (0, -width % block[1])))
+    blocks = padded.reshape(channels, -(-height // block[0]), block[0], -(-width // block[1]), block[1])
+    sums: NDArray[np.float64] = blocks.sum((2, 4))
     return sums
 
 
-def coloured(maps: Scaled, colormap: Colormap) -> Pixels:
+def colour(maps: Scaled, colormap: Colormap) -> Pixels:
     """Return maps (C, H, W) as colours (C, H, W, 3)."""
     colours: Pixels = colormap(maps.units_CHW, bytes=True)[..., :3]
     colours[maps.marked_CHW] = MARK
     return colours
 
 
-def over_photo(colours_CHW3: Pixels, photo: Pixels) -> Pixels:
-    """Lay coloured maps over the grey of a photograph, brought to their size; marks stay as they are."""
+def lay_over_photo(colours_CHW3: Pixels, photo: Pixels) -> Pixels:
+    """Lay coloured maps over the grey of a photograph, resized to fit; marks keep their colour."""
     height, width = colours_CHW3.shape[1:3]
-    grey = np.asarray(resized_photo(photo, width, height, "L"), np.float64)[..., None]
+    grey = np.asarray(resize_photo(photo, width, height, "L"), np.float64)[..., None]
     marked = (colours_CHW3 == MARK).all(-1, keepdims=True)
     blended = np.rint(_PHOTO_SHARE * grey + (1 - _PHOTO_SHARE) * colours_CHW3).astype(np.uint8)
     return np.where(marked, np.array(MARK, np.uint8), blended)
 
 
-def resized_photo(photo: Pixels, width_px: int, height_px: int, mode: str = "RGB") -> Pixels:
-    """Bring a photograph to another size."""
+def resize_photo(photo: Pixels, width_px: int, height_px: int, mode: str = "RGB") -> Pixels:
     image = Image.fromarray(photo).convert(mode)
     return np.asarray(image.resize((width_px, height_px), Image.Resampling.LANCZOS))
 
 
-def bar_of(colormap: Colormap, width_px: int, height_px: int) -> Pixels:
-    """Return a strip that shows a colour map from its least to its greatest value."""
+def colour_bar(colormap: Colormap, width_px: int, height_px: int) -> Pixels:
+    """Return a strip that shows a colour map from its lowest to its highest value."""
     strip: Pixels = colormap(np.linspace(0, 1, width_px), bytes=True)[:, :3]
     return np.broadcast_to(strip, (height_px, width_px, 3))

@@ -1,13 +1,14 @@
-"""Where in the image the values of an activation lie: learnt from the model by experiment, not guessed.
+"""Where in the image the values of an activation lie: learnt from the model by two experiments.
 
-Two experiments tell. An image twice as wide makes maps twice as wide, so the dimension that follows it is the width,
-and the one that stays is the channel. And where a strip of the image is NaN, the tokens that become NaN are those that
-saw it: strip by strip, each token of a transformer is given its place, or is shown to have none (a class token).
+An image twice as wide makes maps twice as wide: the dimension that grows is the width, and the one that stays is the
+channel. And where a strip of the image is NaN, the tokens that become NaN are those that saw it: strip by strip, each
+token of a transformer gets its place, or turns out to have none (a class token).
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,13 +26,14 @@ from hookx.errors import CaptureError, LayerError
 from hookx.layers.address import Address
 from hookx.layers.tree import Layer, TensorInfo
 
+log = logging.getLogger("hookx")
 Role = Literal["channel", "height", "width", "token", "row", "column"]
 LAYOUTS: dict[str, tuple[Role, ...]] = {
     "nchw": ("channel", "height", "width"),
     "nhwc": ("height", "width", "channel"),
     "tokens": ("token", "channel"),
 }
-_PLANES: tuple[Role, ...] = ("channel", "row", "column")
+_MAPS = (LAYOUTS["nchw"], LAYOUTS["nhwc"])
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ class TokenGrid:
     width: int
     tokens: tuple[int, ...]
 
+    @classmethod
+    def last(cls, side: int, count: int) -> TokenGrid:
+        """Return a square grid of the last tokens of a sequence."""
+        return cls(side, side, tuple(range(count - side * side, count)))
+
     def without_place(self, count: int) -> tuple[int, ...]:
         """Return the tokens of a sequence that stand for no place, such as a class token."""
         placed = set(self.tokens)
@@ -55,7 +62,7 @@ class TokenGrid:
 
 @dataclass(frozen=True)
 class Reading:
-    """What each dimension of one image's activation means; `note` is what a user should know of how it was read."""
+    """What each dimension of one image's activation means; `note` is what a user should know about that."""
 
     roles: tuple[Role, ...]
     grid: TokenGrid | None = None
@@ -68,7 +75,7 @@ class Reading:
             >>> nhwc = Reading(LAYOUTS["nhwc"])
             >>> nhwc.maps(torch.ones(7, 7, 768)).shape
             torch.Size([768, 7, 7])
-            >>> Reading(LAYOUTS["tokens"], TokenGrid(14, 14, tuple(range(1, 197)))).maps(torch.ones(197, 384)).shape
+            >>> Reading(LAYOUTS["tokens"], TokenGrid.last(14, 197)).maps(torch.ones(197, 384)).shape
             torch.Size([384, 14, 14])
         """
         roles = list(self.roles)
@@ -91,13 +98,13 @@ class Reading:
 
 @dataclass
 class Places:
-    """What two experiments showed of a model; `reading` tells of one activation where it lies.
+    """What the experiments showed about a model.
 
     Args:
         square: every layer, probed with square images.
         wide: the same with images twice as wide; empty if the model takes square ones only.
-        find_grid: the second experiment, for a number of tokens; called when there is an activation of such.
-        layout: what the user says: 'nchw', 'nhwc' or 'tokens'; '' to learn it.
+        find_grid: runs the second experiment, for a number of tokens and the sides of the model's square maps.
+        layout: set by the user: 'nchw', 'nhwc' or 'tokens'; '' to learn it.
     """
 
     square: Mapping[Address, TensorInfo]
@@ -105,26 +112,32 @@ class Places:
     find_grid: Callable[[int, Sequence[int]], TokenGrid | None]
     layout: str = ""
     _grids: dict[int, TokenGrid | None] = field(default_factory=dict)
+    _noted: set[Address] = field(default_factory=set)
 
-    def reading(self, address: Address, shape: tuple[int, ...]) -> Reading:
-        """Tell what the dimensions of a stored activation mean; `shape` is that of one image.
+    def read(self, address: Address, shape: tuple[int, ...]) -> Reading:
+        """Return what the dimensions of a stored activation mean; log its note once.
+
+        Args:
+            address: names the activation.
+            shape: its shape for one image.
 
         Raises:
             LayerError: it has more dimensions than a picture can show.
         """
-        reduction = address.reduction
-        if reduction is not None and reduction.name in ("cls", "flatten"):
-            return Reading(("channel",))
-        whole = replace(address, reduction=None)
-        found = self.square.get(whole)
-        if reduction is not None and found is not None and reduction.shape(found.shape) == shape:
-            of_whole = self._reading(whole, found.shape)
-            roles = tuple(role for dim, role in enumerate(of_whole.roles, 1) if dim not in reduction.dims)
-            return replace(of_whole, roles=roles, grid=of_whole.grid if "token" in roles else None)
-        return self._reading(whole if found is not None and found.shape == shape else None, shape)
+        if len(shape) > 3:
+            raise LayerError(
+                f"{address} has {len(shape)} dimensions per image ({','.join(map(str, ('N', *shape)))}); "
+                "a picture shows at most 3",
+                "reduce it, as in @mean2, or choose another layer",
+            )
+        reading = self._read(address, shape)
+        if reading.note and address not in self._noted:
+            log.info("%s: %s", address, reading.note)
+            self._noted.add(address)
+        return reading
 
-    def depths(self) -> dict[Address, float]:
-        """Return how deep in a forward pass each activation is had; a module returns after those within it."""
+    def sort(self, addresses: Iterable[str]) -> list[str]:
+        """Order addresses as a forward pass computes them: a module returns after the modules within it."""
         entered = {address.path: depth for depth, address in enumerate(self.square)}
         returned = dict(entered)
         for path, depth in entered.items():
@@ -134,77 +147,72 @@ class Places:
                     returned[path] = max(returned[path], depth)
         if "." in returned:
             returned["."] = len(self.square)
-        # Of those that return together, the innermost does first.
-        return {
-            address: entered[address.path] if address.is_input else returned[address.path] + 1 / (2 + len(address.path))
-            for address in self.square
-        }
 
-    def _reading(self, address: Address | None, shape: tuple[int, ...]) -> Reading:
-        match len(shape):
-            case 0 | 1:
-                return Reading(("channel",))
-            case 2:
-                return self._reading_of_tokens(address, shape)
-            case 3:
-                return self._reading_of_maps(address, shape)
-        raise LayerError(
-            f"'{address}' is {','.join(map(str, ('N', *shape)))}: more dimensions than a picture has",
-            "reduce it, as in @mean2, or choose another layer",
-        )
+        def depth_of(text: str) -> float:
+            address = replace(Address.parse(text), reduction=None)
+            if address not in self.square:
+                return 0
+            # Modules that return together do so from the innermost outwards.
+            path = address.path
+            return entered[path] if address.is_input else returned[path] + 1 / (2 + len(path))
 
-    def _reading_of_maps(self, address: Address | None, shape: tuple[int, ...]) -> Reading:
+        return sorted(addresses, key=depth_of)
+
+    def grid(self, count: int, growth: int = 0) -> TokenGrid | None:
+        """Return the places of a sequence of tokens; `growth` is how many more it has for an image twice as wide."""
+        if self.layout == "tokens":
+            return TokenGrid.last(math.isqrt(count), count)
+        if count not in self._grids:
+            self._grids[count] = self.find_grid(count, self._sides) if count > 1 else None
+        side = math.isqrt(max(growth, 0))
+        if self._grids[count] is None and growth and side * side == growth <= count:
+            return TokenGrid.last(side, count)
+        return self._grids[count]
+
+    def _read(self, address: Address, shape: tuple[int, ...]) -> Reading:
+        reduction = address.reduction
+        if reduction is not None and reduction.name in ("cls", "flatten"):
+            return Reading(("channel",))
+        whole = replace(address, reduction=None)
+        probed = self.square[whole].shape if whole in self.square else None
+        if reduction is not None and probed is not None and len(probed) <= 3 and reduction.shape(probed) == shape:
+            of_whole = self._read(whole, probed)
+            roles = tuple(role for dim, role in enumerate(of_whole.roles, 1) if dim not in reduction.dims)
+            return replace(of_whole, roles=roles, grid=of_whole.grid if "token" in roles else None)
+        if len(shape) < 2:
+            return Reading(("channel",))
+        wide = self.wide[whole].shape if probed == shape and whole in self.wide else ()
+        return self._read_tokens(shape, wide) if len(shape) == 2 else self._read_maps(shape, wide)
+
+    def _read_maps(self, shape: tuple[int, ...], wide: tuple[int, ...]) -> Reading:
         if self.layout in ("nchw", "nhwc"):
             return Reading(LAYOUTS[self.layout])
-        wide = self._wide_shape(address)
         if len(wide) == 3 and wide != shape:
-            fitting = [roles for roles in (LAYOUTS["nchw"], LAYOUTS["nhwc"]) if _follows(roles, shape, wide)]
+            fitting = [roles for roles in _MAPS if _follows_width(roles, shape, wide)]
         else:
-            # The images are square, so the maps are.
-            fitting = [
-                roles
-                for roles in (LAYOUTS["nchw"], LAYOUTS["nhwc"])
-                # Tokens by tokens, as in attention, are as square and no map.
-                if _is_square(roles, shape) and not self._is_a_sequence(shape[roles.index("height")])
-            ]
+            # Square images make square maps. Tokens by tokens, as in attention, are square as well, but not a map.
+            squares = [roles for roles in _MAPS if shape[roles.index("height")] == shape[roles.index("width")]]
+            fitting = [roles for roles in squares if not self._is_sequence(shape[roles.index("height")])]
         if len(fitting) == 1:
             return Reading(fitting[0])
         if fitting:
             return Reading(fitting[0], note="read as channel, height, width, though it could be otherwise: --layout")
-        return Reading(_PLANES, note="the last two dimensions are no places of the image")
+        return Reading(("channel", "row", "column"), note="the last two dimensions are no places of the image")
 
-    def _reading_of_tokens(self, address: Address | None, shape: tuple[int, ...]) -> Reading:
+    def _read_tokens(self, shape: tuple[int, ...], wide: tuple[int, ...]) -> Reading:
         for roles in (LAYOUTS["tokens"], LAYOUTS["tokens"][::-1]):
             dim = roles.index("token")
-            if dim and not self._is_a_sequence(shape[dim]):
+            if dim and not self._is_sequence(shape[dim]):
                 continue
-            grid = self.grid(shape[dim], self._growth(address, shape, dim))
+            growth = wide[dim] - shape[dim] if len(wide) == 2 and wide[1 - dim] == shape[1 - dim] else 0
+            grid = self.grid(shape[dim], growth)
             if grid is not None:
                 return Reading(roles, grid)
         return Reading(
             ("row", "column"), note=f"not folded: which of its {shape[0]} rows are places of the image is not known"
         )
 
-    def grid(self, count: int, growth: int = 0) -> TokenGrid | None:
-        """Return the places of a sequence of tokens; `growth` is how many more it has for an image twice as wide."""
-        if self.layout == "tokens":
-            side = math.isqrt(count)
-            return TokenGrid(side, side, tuple(range(count - side * side, count)))
-        if count not in self._grids:
-            self._grids[count] = self.find_grid(count, self._sides) if count > 1 else None
-        if self._grids[count] is None and growth and math.isqrt(growth) ** 2 == growth <= count:
-            side, others = math.isqrt(growth), count - growth
-            return TokenGrid(side, side, tuple(range(others, count)))
-        return self._grids[count]
-
-    def _growth(self, address: Address | None, shape: tuple[int, ...], dim: int) -> int:
-        wide = self._wide_shape(address)
-        return wide[dim] - shape[dim] if len(wide) == 2 and wide[1 - dim] == shape[1 - dim] else 0
-
-    def _wide_shape(self, address: Address | None) -> tuple[int, ...]:
-        return self.wide[address].shape if address is not None and address in self.wide else ()
-
-    def _is_a_sequence(self, length: int) -> bool:
+    def _is_sequence(self, length: int) -> bool:
         return any(len(info.shape) == 2 and info.shape[0] == length for info in self.square.values())
 
     @property
@@ -213,19 +221,13 @@ class Places:
         return sorted({side for one in shapes for side, other in (one[:2], one[1:]) if side == other}, reverse=True)
 
 
-def _follows(roles: tuple[Role, ...], square: tuple[int, ...], wide: tuple[int, ...]) -> bool:
-    """Tell whether dimensions of these roles answer to an image that became wider: the width grows, and only it."""
-    of = {role: (square[dim], wide[dim]) for dim, role in enumerate(roles)}
-    return (
-        of["channel"][0] == of["channel"][1] and of["height"][0] == of["width"][0] and of["width"][1] > of["height"][1]
-    )
+def _follows_width(roles: tuple[Role, ...], square: tuple[int, ...], wide: tuple[int, ...]) -> bool:
+    """Return whether, read this way, the width of a map grows with that of the image, and nothing else does."""
+    channel, height, width = (roles.index(role) for role in LAYOUTS["nchw"])
+    return square[channel] == wide[channel] and square[height] == square[width] and wide[width] > wide[height]
 
 
-def _is_square(roles: tuple[Role, ...], shape: tuple[int, ...]) -> bool:
-    return shape[roles.index("height")] == shape[roles.index("width")]
-
-
-def places_of(
+def probe_places(
     runner: Runner,
     side_px: int,
     find_grid: Callable[[int, Sequence[int]], TokenGrid | None],
@@ -235,58 +237,58 @@ def places_of(
 
     Args:
         runner: holds the model, or its skeleton without memory.
-        side_px: of its images.
+        side_px: the side of its images.
         find_grid: see `Places`.
         layout: see `Places`.
     """
     examples_NCHW = example_images(runner, side_px)
-    wide: Iterable[Layer] = ()
     square = probe(runner, examples_NCHW)
-    with contextlib.suppress(CaptureError):  # It says so if it takes square images only.
+    wide: Iterable[Layer] = ()
+    with contextlib.suppress(CaptureError):  # The model takes square images only.
         wide = probe(runner, torch.cat([examples_NCHW, examples_NCHW], 3))
-    return Places(_tensors(square), _tensors(wide), find_grid, layout)
+    return Places(_tensors_by_address(square), _tensors_by_address(wide), find_grid, layout)
 
 
-def _tensors(layers: Iterable[Layer]) -> dict[Address, TensorInfo]:
-    found: dict[Address, TensorInfo] = {}
+def _tensors_by_address(layers: Iterable[Layer]) -> dict[Address, TensorInfo]:
+    tensors: dict[Address, TensorInfo] = {}
     for layer in layers:
-        found |= layer.addresses() | layer.addresses(of_inputs=True)
-    return found
+        tensors |= layer.addresses() | layer.addresses(of_inputs=True)
+    return tensors
 
 
 def find_token_grid(runner: Runner, side_px: int, count: int, sides: Sequence[int]) -> TokenGrid | None:
     """Find the place of each of `count` tokens: the one whose strips of the image make it NaN.
 
-    One batch is made, with an image for every row and for every column of the grid, of which that strip is NaN. It
-    goes through the model until tokens are seen that are not yet mixed, before the first attention. Where a token sees
-    more than its own strips (overlapping patches), the middle of what it sees orders them all the same.
+    The batch has an image for every row and for every column of the grid, in which that strip is NaN. It goes through
+    the model until tokens appear that are not mixed yet, before the first attention. Where a token sees more than its
+    own strips (overlapping patches), the middle of what it sees still gives the order.
 
     Args:
-        runner: holds a model with real weights, whichever they are.
-        side_px: of its images.
-        count: the number of tokens, with those that stand for no place.
+        runner: holds a model with any real weights.
+        side_px: the side of its images.
+        count: the number of tokens, including those that stand for no place.
         sides: the sides of the square maps that the model makes, one of which the grid has.
 
     Returns:
-        The grid, or None if no sequence of so many tokens shows which place each has.
+        The grid, or None if no sequence of this length shows the place of each token.
     """
     side = max((side for side in sides if side * side <= count < 2 * side * side), default=0)
     if not sides:
-        side = math.isqrt(count)  # It makes no maps at all, as where patches are cut out and multiplied.
+        side = math.isqrt(count)  # The model makes no maps, as where patches are cut out and multiplied.
     if not 1 < side <= side_px:
         return None
-    grid = _experiment(runner, side_px, count, side)
+    grid = _trace_strips(runner, side_px, count, side)
     if grid is not None:
         return grid
-    # Behind an attention or a deep stem nothing tells any more but counting: all the places of a map, row by row, and
-    # before them what the model says that it puts there.
+    # After an attention or a deep stem only counting is left: the places of a map, row by row, behind as many tokens
+    # as the model says that it puts before them.
     for others in (0, getattr(runner.module, "num_prefix_tokens", 0)):
         if sides and count == others + side * side:
-            return TokenGrid(side, side, tuple(range(others, count)))
+            return TokenGrid.last(side, count)
     return None
 
 
-def _experiment(runner: Runner, side_px: int, count: int, side: int) -> TokenGrid | None:
+def _trace_strips(runner: Runner, side_px: int, count: int, side: int) -> TokenGrid | None:
     pixels_NCHW = example_images(runner, side_px)[:1].repeat(2 * side, 1, 1, 1)
     for number in range(side):
         strip = slice(number * side_px // side, (number + 1) * side_px // side)
@@ -303,10 +305,10 @@ def _experiment(runner: Runner, side_px: int, count: int, side: int) -> TokenGri
             if saw.shape[1] < 2:
                 continue
             if saw.shape[1] == count and saw.any():
-                found.extend(filter(None, [_grid_of(saw.cpu(), side)]))
-                raise ForwardIsDone  # What does not tell now is only mixed further.
+                found.extend(filter(None, [_order_tokens(saw.cpu(), side)]))
+                raise ForwardIsDone  # Later layers only mix the tokens further.
             if saw.all():
-                raise ForwardIsDone  # From here on everything has seen everything.
+                raise ForwardIsDone  # From here on every token has seen everything.
 
     taps = Taps(
         lambda _path, _call, args, kwargs: look(tensors_given(args, kwargs)),
@@ -317,8 +319,8 @@ def _experiment(runner: Runner, side_px: int, count: int, side: int) -> TokenGri
     return found[0] if found else None
 
 
-def _grid_of(saw: Tensor, side: int) -> TokenGrid | None:
-    """Order tokens by the strips they saw: first all rows of the grid, then all columns. None if they do not tell."""
+def _order_tokens(saw: Tensor, side: int) -> TokenGrid | None:
+    """Order tokens by the strips that they saw: `side` rows, then `side` columns. None if that is ambiguous."""
     rows, columns = saw[:side], saw[side:]
     placed = rows.any(0).nonzero().flatten()
     if len(placed) != side * side or not torch.equal(rows.any(0), columns.any(0)):

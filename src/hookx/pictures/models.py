@@ -1,0 +1,176 @@
+"""Models that run now -> pictures of what they make of images."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hookx.capture.modules import module_classes
+from hookx.capture.probe import example_images
+from hookx.capture.rows import RowCapture, stored_dtype
+from hookx.capture.runner import Runner
+from hookx.errors import HookxError, ImageError, LayerError, UsageError, closest
+from hookx.images.decoding import decode, failure_reason, model_input
+from hookx.layers.select import Selector, matched_paths, parse_selectors
+from hookx.options import VisualizeOptions, takes
+from hookx.pictures.attention import find_attention
+from hookx.pictures.contents import ShownImage, ShownLayer, show_attention, show_layer
+from hookx.pictures.gallery import Gallery, draw
+from hookx.pictures.inputs import list_files, show_input
+from hookx.pictures.look import Look
+from hookx.pictures.places import find_token_grid, probe_places
+from hookx.run.ready import ReadyModel, ready_model
+
+log = logging.getLogger("hookx")
+
+
+@takes(VisualizeOptions)
+def visualize(options: VisualizeOptions) -> Gallery:
+    """Draw the feature maps of images: one picture per layer, and an overview with one column per depth.
+
+    For several models, the overview has one row per model, and weights and layers are given once for all of them or
+    once for each. Several images get a folder and a row each. Pictures that hookx drew before are replaced; other files
+    are not.
+
+    Raises:
+        HookxError: an argument is invalid, a file cannot be written, or no image can be read.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as out:
+        ...     gallery = visualize("resnet18", "conv1,layer4", "images/animals", weights="none", out=out)
+        >>> [(picture.layer, picture.shows) for picture in gallery.pictures]
+        [('conv1', '64 channels of 112 × 112'), ('layer4', '512 channels of 7 × 7'), ('', '1 row, 2 layers')]
+    """
+    look = Look(options, options.attention)
+    asked = pair(options.model, options.weights, options.layers, attention=look.attention)
+    files = list_files(options.images)
+    viewers = []
+    for ref, weights, selectors in asked:
+        ready = ready_model(
+            ref,
+            weights,
+            options,
+            [] if look.attention else selectors,
+            device=options.device,
+            precision=options.precision,
+            preprocessing=options,
+        )
+        for left_out in ready.selection.left_out.values():
+            log.info("left out: %s", left_out)
+        viewers.append(_Viewer(ready, selectors, look))
+    failures: dict[str, str] = {}
+    models = [viewer.ready.loaded.name for viewer in viewers]
+    shown = _show(files, viewers, failures)
+    out = Path(options.out)
+    pictures = draw(shown, out, look, images=list(files), models=models, progress=options.progress)
+    return Gallery(str(options.out), pictures, failures)
+
+
+def pair(
+    model: str | Sequence[str], weights: str | Sequence[str], layers: str | Sequence[str], *, attention: bool = False
+) -> list[tuple[str, str, list[Selector]]]:
+    """Give each model its weights and layers: one of them for all models, or as many as there are models.
+
+    Example:
+        >>> for name, weights, selectors in pair(["vgg11", "resnet18"], "none", ["features.0", "conv1,layer4"]):
+        ...     print(name, weights, [selector.text for selector in selectors])
+        vgg11 none ['features.0']
+        resnet18 none ['conv1', 'layer4']
+    """
+    models, weights, layers = ([value] if isinstance(value, str) else list(value) for value in (model, weights, layers))
+    if not models:
+        raise UsageError("no model is named", "name one: --model resnet18    list them: hookx list-models")
+    if len(models) == 1:
+        layers = [",".join(layers)]
+    for flag, values in (("--weights", weights), ("--layers", layers)):
+        if len(values) not in (0, 1, len(models)):
+            raise UsageError(
+                f"{flag} is given {len(values)} times for {len(models)} models",
+                f"give {flag} once for all models, or once for each, in the same order",
+            )
+    pairs = []
+    for number, name in enumerate(models):
+        selectors = parse_selectors(layers[number % len(layers)] if layers else "")
+        if not selectors and not attention:
+            raise UsageError(
+                f"no layer of {name} is named", f"name one: --layers layer4    list them: hookx list-layers {name}"
+            )
+        pairs.append((name, weights[number % len(weights)] if weights else "default", selectors))
+    return pairs
+
+
+class _Viewer:
+    """Shows what one model makes of images."""
+
+    def __init__(self, ready: ReadyModel, selectors: Sequence[Selector], look: Look) -> None:
+        self.ready, self.side_px = ready, ready.preprocessing.crop_px
+        whole, bare = (Runner.of(model.module, model.forward) for model in (ready.loaded, ready.bare))
+        find_grid = functools.partial(find_token_grid, whole, self.side_px)
+        self.places = probe_places(bare, self.side_px, find_grid, look.options.layout)
+        self.attention_paths = self._find_attention_paths(selectors) if look.attention else None
+
+    def decode(self, file: str) -> Tensor:
+        return decode(file, self.ready.preprocessing, transform=self.ready.loaded.transform)[0]
+
+    def show(self, key: str, pixels_CHW: Tensor) -> ShownImage:
+        loaded, device = self.ready.loaded, self.ready.runner.device
+        pixels_NCHW = model_input(pixels_CHW.unsqueeze(0).to(device), self.ready.preprocessing)
+        layers = self._show_layers(pixels_NCHW) if self.attention_paths is None else self._show_attention(pixels_NCHW)
+        return ShownImage(key, loaded.name, loaded.weights, *show_input(pixels_CHW, self.side_px), layers)
+
+    def _show_layers(self, pixels_NCHW: Tensor) -> list[ShownLayer]:
+        targets = self.ready.selection.targets
+        rows = {
+            str(target.address): torch.empty((1, *target.shape), dtype=getattr(torch, stored_dtype(target)))
+            for target in targets
+        }
+        with RowCapture(self.ready.runner, targets) as capture:
+            capture.run(pixels_NCHW, rows)
+            capture.wait()
+        return [show_layer(address, rows[address][0], self.places) for address in self.places.sort(rows)]
+
+    def _show_attention(self, pixels_NCHW: Tensor) -> list[ShownLayer]:
+        return [
+            show_attention(one, self.places.grid(one.weights_HQK.shape[-1]) if one.windows == 1 else None)
+            for one in find_attention(self.ready.runner, pixels_NCHW)
+            if one.path in (self.attention_paths or ())
+        ]
+
+    def _find_attention_paths(self, selectors: Sequence[Selector]) -> set[str]:
+        """Return the modules that compute attention, if they are selected or lie within a selected module."""
+        model, runner = self.ready.loaded, self.ready.runner
+        paths = [one.path for one in find_attention(runner, example_images(runner, self.side_px)[:1])]
+        if not paths:
+            raise HookxError(
+                f"--attention: {model.name} has no attention; its forward pass computes no softmax over tokens",
+                "omit --attention to draw its layers",
+            )
+        if not selectors:
+            return set(paths)
+        selected = matched_paths(selectors, module_classes(model.module), model.name)
+        within = {path for path in paths for above in selected if path == above or path.startswith(f"{above}.")}
+        if not within:
+            near = closest(selected[0], dict.fromkeys(paths))
+            raise LayerError(f"there is no attention in {', '.join(selected[:3])}; closest: {near}")
+        return within
+
+
+def _show(files: Mapping[str, str], viewers: Sequence[_Viewer], failures: dict[str, str]) -> Iterator[ShownImage]:
+    """Show each image by every model; enter the images that cannot be read into `failures`."""
+    for key, file in files.items():
+        try:
+            inputs = [viewer.decode(file) for viewer in viewers]
+        except Exception as error:  # A decoder, or the user's own transform, can raise anything.
+            failures[key] = failure_reason(error)
+            log.warning("cannot read '%s': %s", key, failures[key])
+            continue
+        for viewer, pixels_CHW in zip(viewers, inputs, strict=True):
+            yield viewer.show(key, pixels_CHW)
+    if len(failures) == len(files):
+        raise ImageError("none of the images could be read")

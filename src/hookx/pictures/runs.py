@@ -1,0 +1,138 @@
+"""A stored run -> pictures of its activations, without its model."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from torch import Tensor
+
+from hookx.capture.runner import Runner
+from hookx.errors import HookxError, ImageError, ModelError, NotStoredError, UsageError, closest
+from hookx.images.decoding import decode, failure_reason
+from hookx.layers.address import Address
+from hookx.models import LoadedModel, load_model, may_run_code, skeleton
+from hookx.options import Paths, VisualizeRunOptions, list_paths, takes
+from hookx.pictures.contents import ShownImage, show_layer
+from hookx.pictures.gallery import Gallery, draw
+from hookx.pictures.inputs import list_files, show_input
+from hookx.pictures.look import Look
+from hookx.pictures.places import Places, TokenGrid, find_token_grid, probe_places
+from hookx.plan import Plan, WeightsIdentity
+from hookx.read.features import Features, open_features
+
+log = logging.getLogger("hookx")
+
+
+@takes(VisualizeRunOptions)
+def visualize_run(options: VisualizeRunOptions) -> Gallery:
+    """Draw the activations that a run has stored, without its model.
+
+    The layout of activations is learnt from the architecture, if it is one of torchvision's or timm's; a plan never
+    makes hookx run other code. For other models it follows from the shapes, or from `layout`.
+
+    Raises:
+        HookxError: the run, an image or a layer does not exist.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from hookx.run.run import extract
+        >>> with TemporaryDirectory() as out:
+        ...     _ = extract("resnet18", "conv1,fc", "images", weights="none", out=f"{out}/features")
+        ...     gallery = visualize_run(f"{out}/features", ["sky/hubble.jpg"], "conv1", out=f"{out}/maps")
+        >>> [picture.shows for picture in gallery.pictures]
+        ['64 channels of 112 × 112', '1 row, 1 layer']
+    """
+    look = Look(options)
+    features = open_features(options.path, partial=True)
+    plan, side_px = features.plan, features.plan.preprocessing.crop_px
+    keys = _check_keys(features, options.keys)
+    inputs = _prepare_inputs(plan, keys, options.images)
+    addresses = _match_addresses(features, options.layers)
+    places = _learn_places(plan, options.layout)
+    addresses = places.sort(addresses)
+
+    def show() -> Iterator[ShownImage]:
+        for key in keys:
+            shown = [show_layer(address, features[address].of(key), places) for address in addresses]
+            yield ShownImage(key, plan.model, plan.weights, *show_input(inputs.get(key), side_px), shown)
+
+    pictures = draw(show(), Path(options.out), look, images=keys, models=[plan.model], progress=options.progress)
+    return Gallery(str(options.out), pictures, {})
+
+
+def _check_keys(features: Features, keys: Sequence[str]) -> list[str]:
+    """Return the keys once each, or the only key of the run; raise an error for one that is not stored."""
+    stored = features.keys_of_rows
+    if not keys and len(stored) == 1:
+        return list(stored)
+    if not keys:
+        some = ", ".join(stored[:3]) + (", ..." if len(stored) > 3 else "")
+        raise UsageError(f"{features.path}/ holds {len(stored):,} images", f"choose with --image KEY, one of: {some}")
+    for key in keys:
+        features.rows.position(key)
+    return list(dict.fromkeys(keys))
+
+
+def _match_addresses(features: Features, layers: str | Sequence[str]) -> list[str]:
+    """Return the stored addresses that texts name: in full, by their path, or by a glob."""
+    stored = [layer.address for layer in features.plan.layers]
+    texts = [text.strip() for one in ([layers] if isinstance(layers, str) else layers) for text in one.split(",")]
+    matched: dict[str, None] = {}
+    for text in filter(None, texts):
+        named = [a for a in stored if a == text or Address.parse(a).path == text or fnmatchcase(a, text)]
+        if not named:
+            raise NotStoredError.of(f"{features.path}/", text, stored)
+        matched.update(dict.fromkeys(named))
+    return list(matched or stored)
+
+
+def _learn_places(plan: Plan, layout: str) -> Places:
+    """Learn the layout of activations from the architecture that a plan names; no weights are loaded."""
+    side_px = plan.preprocessing.crop_px
+    try:
+        if may_run_code(plan.model):
+            raise ModelError(f"{plan.model} is not built again, because that could run code")
+        bare = skeleton(plan.model, WeightsIdentity(plan.weights).published_name or "none")
+
+        @functools.cache
+        def load() -> Runner:
+            return _runner(load_model(plan.model, "none"))  # Any weights show where tokens lie.
+
+        def find_grid(count: int, sides: Sequence[int]) -> TokenGrid | None:
+            return find_token_grid(load(), side_px, count, sides)
+
+        return probe_places(_runner(bare), side_px, find_grid, layout)
+    except HookxError as error:
+        problem = str(error).splitlines()[0]
+        log.info("%s; the layout of its layers is inferred from their shapes, or set it with --layout", problem)
+        return Places({}, {}, lambda _count, _sides: None, layout)
+
+
+def _runner(model: LoadedModel) -> Runner:
+    return Runner.of(model.module, model.forward)
+
+
+def _prepare_inputs(plan: Plan, keys: Sequence[str], images: Paths) -> dict[str, Tensor]:
+    """Prepare the images of a run again, if they are given and the plan tells how."""
+    sources = list_paths(images)
+    if not sources:
+        return {}
+    if plan.preprocessing.custom:
+        log.info("the inputs are not shown: the plan does not describe the model's own preprocessing in full")
+        return {}
+    files = list_files(sources)
+    exactly = replace(plan.preprocessing, decode="exact")  # No visible difference, and it needs no GPU.
+    inputs = {}
+    for key in keys:
+        if key not in files:
+            raise ImageError(f"--images does not contain '{key}'; closest: {closest(key, files)}")
+        try:
+            inputs[key] = decode(files[key], exactly)[0]
+        except Exception as error:  # A decoder can raise anything.
+            raise ImageError(f"cannot read '{key}': {failure_reason(error)}") from None
+    return inputs
