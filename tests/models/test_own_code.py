@@ -396,7 +396,7 @@ def test_what_a_model_does_not_say_is_assumed_aloud(tmp_path: Path) -> None:
     loaded = made_by(tmp_path, "return Net()")
     assert str(loaded.preprocessing) == str(load_model("resnet18", "none").preprocessing)
     assert "does not say how to prepare images: assumed 224 pixels and ImageNet's mean and std" in loaded.notes[-1]
-    assert loaded.notes[-1].endswith("say it with --resize, --crop, --mean, --std, or with --transform")
+    assert loaded.notes[-1].endswith("override them with --resize, --crop, --mean, --std, or with --transform")
 
 
 def test_a_model_s_own_preprocessing_is_taken(tmp_path: Path, photos: Path) -> None:
