@@ -1,41 +1,43 @@
 #!/usr/bin/env python
-"""Measure hookx against what one would use otherwise, and against what the machine can do; on the CPU.
+"""Measure the speed and memory of hookx on the CPU, against six other ways and against the limits of the machine.
 
-    scripts/benchmark.py --quick                                           does everything run? a minute or two
+    scripts/benchmark.py --quick                                           a check that all parts work, 1 to 2 minutes
     scripts/benchmark.py --models resnet18 --layers pooled                 one row of the table, some minutes
-    scripts/benchmark.py --json speed.json --picture speed.svg             all of it, some hours on 2 cores
+    scripts/benchmark.py --json speed.json --picture speed.svg             the whole table, some hours on 2 cores
     scripts/benchmark.py --models resnet18 --layers pooled first --count 1000       the goal for memory
     scripts/benchmark.py --models efficientnet_b0 densenet121 convnext_tiny --layers pooled
-    scripts/benchmark.py --models regnet_y_400mf --layers stem,avgpool     a model and layers of one's own
+    scripts/benchmark.py --models regnet_y_400mf --layers stem,avgpool     any model and layers
 
-Needs the extra 'bench'. Run it on a machine that does nothing else. The contestants are the functions of
-scripts/benchmark_contestants.py; scripts/benchmark_report.py draws the picture again from the JSON.
+Install the dependencies with `scripts/setup bench`, and run it on an otherwise idle machine. The contestants are the
+functions of scripts/benchmark_contestants.py. scripts/benchmark_report.py redraws the picture from the JSON.
 
-A row of the table is a model and a set of layers. First every contestant runs once, untimed: its memory is watched,
-and all that it stored is compared with what hookx stored; one that disagrees is reported as wrong and never timed. Then
-come the rounds: in each, every contestant runs once, in turn, then the limits. Every run is a process of its own, on
-the same images (in the page cache by then), with the same random weights; its output is removed, and the disk flushed,
-before the next begins. hookx flushes its shards to the disk before it says that it is done; so does torchlens, and none
-of the others.
+A row of the table is a model and a set of layers. First, every contestant runs once, untimed: the script records its
+memory and compares everything it stored with what hookx stored. A contestant that disagrees is reported as wrong and
+not timed. Then come the rounds. In each round every contestant runs once, one after the other, and then the limits.
+Every run is a separate process on the same images (by then in the page cache) with the same random weights. Its output
+is removed and the disk is flushed before the next run. hookx and torchlens flush their output to the disk before they
+finish; the others do not.
 
-- steady: images over the seconds from 'ready' (imported, built, hooked; no image read) to 'done' (written). For hookx,
-  `seconds_total` of its own report: from where everything is checked and nothing is done.
-- whole: images over the seconds from the start of the process to its end.
-- CPU: user and system seconds of the process and all its descendants, imports included, an image.
-- memory: the peak, over the processes of the tree, of the sum of their proportional set sizes (PSS, Linux; a page that
-  two of them share counts once), or, where there is no PSS, of their unique set sizes (USS); sampled every 50 ms.
-- ratios are paired: hookx and another in the same round; the median over the rounds, and the lowest and highest.
+- steady: images divided by the seconds from 'ready' (imported, built, hooked; no image read) to 'done' (written). For
+  hookx this is `seconds_total` of its own report, which starts when all checks are done.
+- whole: images divided by the seconds from the start of the process to its exit.
+- CPU: user and system seconds per image, for the process and all its descendants, imports included.
+- memory: the peak of the summed proportional set sizes (PSS, Linux; shared pages count once) of the process tree, or of
+  the unique set sizes (USS) where there is no PSS; sampled every 50 ms.
+- ratios are paired: hookx and another contestant in the same round. The table shows the median over the rounds, and the
+  lowest and highest.
 
-The limits (scripts/benchmark_limits.py) are decode only, forward only and write only. The bound that they imply is for
-a program that wastes nothing: no core idles, nothing is done twice, the disk is busy while the cores work. Of C cores,
-decoding D images a second with all of them costs C/D core-seconds an image; forward passes C/F; and writing an image's
-bytes, t seconds by the clock, w core-seconds of the kernel's copying. All three compete for the same cores, so an image
-takes at least (C/D + C/F + w)/C = 1/D + 1/F + w/C seconds. The t - w that the writer waited for its disk compete with
-nothing, but cannot be shortened either: the disk has to take the bytes. Hence, in images a second,
+The limits (scripts/benchmark_limits.py) are decode only, forward only and write only. From them follows the bound of a
+program that wastes nothing: no core idles, nothing is done twice, and the disk is busy while the cores work. C cores
+decode D images per second in total, so decoding costs C/D core-seconds per image, and forward passes cost C/F. Writing
+the bytes of an image takes t seconds by the clock, w of them core-seconds that the kernel spends copying. All three
+compete for the same cores, so an image takes at least (C/D + C/F + w)/C = 1/D + 1/F + w/C seconds. The t - w seconds
+that the writer waits for the disk compete with nothing, but they cannot be shortened: the disk has to take the bytes.
+In images per second,
 
     bound = 1 / max(1/D + 1/F + w/C, t - w)
 
-A program can exceed it only where it decodes, computes or writes in fewer instructions than the limits do.
+A program can exceed the bound only if it decodes, computes or writes with fewer instructions than the limits do.
 """
 
 from __future__ import annotations
@@ -70,14 +72,15 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 BY_HAND = ["hand-written", "fx", "naive", "torchhook", "torchextractor", "torchlens"]
 OF_HOOKX = {"hookx": [], "hookx-bf16": ["--precision", "bf16"]}
-# Of a row's largest value. Other batch sizes, memory formats and kernels add up in another order; bf16 has 8 bits.
+# Largest accepted difference, relative to the largest value of a row. Batch sizes, memory formats and kernels change
+# the order of sums; bf16 has 8 significant bits.
 TOLERANCE = {"hookx-bf16": 0.05}
 ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
 class Model:
-    """What the sets of layers mean in a model, and how many images keep 2 cores busy for some ten seconds."""
+    """The layers in each set, and the number of images that keeps 2 cores busy for about ten seconds."""
 
     images: int
     pooled: str
@@ -111,15 +114,15 @@ MODELS = {
 }
 DEFAULT_MODELS = ["resnet18", "resnet50", "vit_b_16", "mobilenet_v3_small"]
 OTHER_IMAGES = 200
-# Most contestants hold everything in memory, some of them twice.
-BYTES_AT_MOST = 2 * 10**9
+# Most contestants hold all activations in memory, some of them twice.
+MAX_BYTES = 2 * 10**9
 
 
 # --- images --------------------------------------------------------------------------------------------------------
 
 
 def make_images(folder: Path, count: int, seed: int = 0) -> list[Path]:
-    """Make photographs of about 500 x 375 pixels out of the project's own: crops, scaled, some of them mirrored."""
+    """Make photographs of about 500 x 375 pixels: scaled and partly mirrored crops of the project's photographs."""
     choose = random.Random(seed)
     photographs = []
     for file in sorted(PHOTOGRAPHS.rglob("*.jpg")):
@@ -142,16 +145,16 @@ def make_images(folder: Path, count: int, seed: int = 0) -> list[Path]:
     return files
 
 
-def listed_images(folder: Path) -> list[Path]:
-    known = {".jpg", ".jpeg", ".png", ".webp"}
-    files = sorted(file.resolve() for file in folder.rglob("*") if file.suffix.lower() in known and file.is_file())
+def list_images(folder: Path) -> list[Path]:
+    suffixes = {".jpg", ".jpeg", ".png", ".webp"}
+    files = sorted(file.resolve() for file in folder.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
     if not files:
-        raise SystemExit(f"error: there are no images in {folder}")
+        raise SystemExit(f"error: no images in {folder}")
     return files
 
 
 def link_images(files: Sequence[Path], folder: Path) -> Path:
-    """Make a flat folder of links to the images, named so that everybody sorts them alike."""
+    """Make a flat folder of links to the images, named so that every contestant sorts them in the same order."""
     folder.mkdir()
     for number, file in enumerate(files):
         (folder / f"{number:06}{file.suffix}").symlink_to(file)
@@ -163,14 +166,14 @@ def link_images(files: Sequence[Path], folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Finished:
-    """A process that has ended, and what it took."""
+    """A process that exited, and what it used."""
 
     exit_code: int
     stdout: str
     stderr: str
     seconds: float
     cpu_seconds: float
-    peak_bytes: int | None  # if the memory was watched
+    peak_bytes: int | None  # None unless memory was watched
 
     @property
     def last_words(self) -> str:
@@ -179,13 +182,13 @@ class Finished:
 
 
 def run(command: Sequence[str], *, watch_memory: bool = False) -> Finished:
-    """Run a command to its end. Watching the memory of a process slows it down, so that run is not a timed one."""
+    """Run a command until it exits. Watching memory slows it down, so do not time that run."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HOOKX_")}
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         start, peak_bytes = time.perf_counter(), 0
         process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment)
         try:
-            # wait4 is what knows the CPU seconds of one child and of the descendants that it has waited for.
+            # Only wait4 reports the CPU seconds of a single child, including the descendants that it waited for.
             pid, status, usage = os.wait4(process.pid, os.WNOHANG if watch_memory else 0)
             while pid == 0:
                 peak_bytes = max(peak_bytes, memory_of_tree(process.pid))
@@ -210,7 +213,7 @@ def run(command: Sequence[str], *, watch_memory: bool = False) -> Finished:
 
 
 def memory_of_tree(pid: int) -> int:
-    """Return the bytes of memory that a process and its descendants have, as the docstring above counts them."""
+    """Return the memory of a process and its descendants in bytes, counted as the docstring of this file says."""
     import psutil
 
     total = 0
@@ -224,30 +227,30 @@ def memory_of_tree(pid: int) -> int:
             info = process.memory_full_info()
             total += getattr(info, "pss", info.uss)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
-            pass  # It has ended since it was listed.
+            pass  # It exited after it was listed.
     return total
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A model, layers of it, and how many images."""
+class Request:
+    """A model, some of its layers, and a number of images."""
 
     model: str
-    layers: str  # the name of a set, or selectors
+    layers: str  # name of a set, or selectors
     selectors: str
     images: int
 
 
 @dataclass(frozen=True)
-class Row(Asked):
-    """A row of the table: what is asked, and what hookx found it to be."""
+class Row(Request):
+    """A row of the table: the request, and what it means according to hookx."""
 
     addresses: tuple[str, ...]
     bytes_per_image: int
 
 
-def command_of_hookx(asked: Asked, images: Path, out: Path, *options: str) -> list[str]:
-    what = ["--model", asked.model, "--layers", asked.selectors, "--weights", "none", "--device", "cpu"]
+def command_of_hookx(request: Request, images: Path, out: Path, *options: str) -> list[str]:
+    what = ["--model", request.model, "--layers", request.selectors, "--weights", "none", "--device", "cpu"]
     return [sys.executable, "-m", "hookx", "extract", *what, "--json", *options, "--out", str(out), str(images)]
 
 
@@ -268,7 +271,7 @@ def steady_seconds(contestant: str, finished: Finished) -> float:
 
 @dataclass(frozen=True)
 class Stored:
-    """The rows of one layer in one file; bf16, which numpy does not have, as the upper halves of fp32 numbers."""
+    """The rows of one layer in one file. numpy has no bf16, so such rows are the upper halves of fp32 numbers."""
 
     values: NDArray[Any]
     is_bf16: bool
@@ -281,8 +284,8 @@ class Stored:
                 yield np.ravel(row).astype(np.float32)
 
 
-def stored(folder: Path) -> dict[str, list[Stored]]:
-    """Map every tensor of a folder's safetensors files into memory: by layer, file after file."""
+def map_stored(folder: Path) -> dict[str, list[Stored]]:
+    """Map every tensor in a folder of safetensors files into memory, by layer in the order of the files."""
     types = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "U8": "u1"}
     arrays: dict[str, list[Stored]] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -290,21 +293,21 @@ def stored(folder: Path) -> dict[str, list[Stored]]:
             header_bytes = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(header_bytes))
         header.pop("__metadata__", None)
-        for name, about in header.items():
-            offset = 8 + header_bytes + about["data_offsets"][0]
-            values: NDArray[Any] = np.memmap(file, types[about["dtype"]], "r", offset, tuple(about["shape"]))
-            # torchlens takes no slash in a name, so its script writes | instead.
-            arrays.setdefault(name.replace("|", "/"), []).append(Stored(values, about["dtype"] == "BF16"))
+        for name, entry in header.items():
+            offset = 8 + header_bytes + entry["data_offsets"][0]
+            values: NDArray[Any] = np.memmap(file, types[entry["dtype"]], "r", offset, tuple(entry["shape"]))
+            # torchlens does not allow a slash in a name, so its contestant writes | instead.
+            arrays.setdefault(name.replace("|", "/"), []).append(Stored(values, entry["dtype"] == "BF16"))
     return arrays
 
 
 def largest_difference(ours: Path, theirs: Path) -> float:
-    """Return by how much two folders of activations differ, as a share of the largest value of the row it is in.
+    """Return the largest difference between two folders of activations, relative to the largest value of its row.
 
     Raises:
-        ValueError: other layers, other shapes, or another number of rows.
+        ValueError: the layers, the shapes or the numbers of rows differ.
     """
-    a, b = stored(ours), stored(theirs)
+    a, b = map_stored(ours), map_stored(theirs)
     if a.keys() != b.keys():
         raise ValueError(f"stored {', '.join(sorted(b)) or 'nothing'} instead of {', '.join(sorted(a))}")
     largest = 0.0
@@ -317,7 +320,7 @@ def largest_difference(ours: Path, theirs: Path) -> float:
         rows, others = (itertools.chain.from_iterable(part.rows() for part in parts[address]) for parts in (a, b))
         for row, other in zip(rows, others, strict=True):
             difference, scale = float(np.abs(row - other).max(initial=0)), float(np.abs(row).max(initial=0))
-            if not difference <= 0:  # NaN is not.
+            if not difference <= 0:  # Also true for NaN.
                 largest = max(largest, difference / scale if scale > 0 and math.isfinite(difference) else math.inf)
     return largest
 
@@ -327,84 +330,85 @@ def largest_difference(ours: Path, theirs: Path) -> float:
 
 @dataclass
 class Contestant:
-    """What was measured of a contestant: once, without a clock; and in every round."""
+    """Measurements of a contestant: once untimed, then in every round."""
 
     name: str
-    status: str = "agrees"  # or 'wrong', or 'cannot'
+    status: str = "agrees"  # or 'wrong' or 'cannot'
     reason: str = ""
     largest_difference: float | None = None
     peak_bytes: int | None = None
     bytes_written: int | None = None
-    steady: list[float] = field(default_factory=list)  # images a second, by round
+    steady: list[float] = field(default_factory=list)  # images per second, by round
     whole: list[float] = field(default_factory=list)
     cpu_seconds_per_image: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A row with all its rounds."""
+    """A row and all its rounds."""
 
     row: Row
     contestants: dict[str, Contestant]
     limits: list[dict[str, dict[str, Any]]]  # by round
 
 
-def measure(asked: Asked, names: Sequence[str], rounds: int, files: Sequence[Path], seconds: float) -> Measured:
-    """Compare the contestants of a row with hookx, then time those that agree, in turn."""
+def measure(request: Request, names: Sequence[str], rounds: int, files: Sequence[Path], seconds: float) -> Measured:
+    """Compare each contestant of a row with hookx, then time those that agree in turn."""
     contestants = {name: Contestant(name) for name in dict.fromkeys(["hookx", *names])}
     others = [one for name, one in contestants.items() if name != "hookx"]
     with tempfile.TemporaryDirectory(prefix="hookx-benchmark-") as scratch:
         place = Path(scratch)
-        images, ours = link_images(files[: asked.images], place / "images"), place / "hookx"
-        talk(f"{asked.model} {asked.layers}: hookx")
-        row = first_run(contestants["hookx"], asked, images, ours)
+        images, ours = link_images(files[: request.images], place / "images"), place / "hookx"
+        log(f"{request.model} {request.layers}: hookx")
+        row = run_reference(contestants["hookx"], request, images, ours)
         check_disk(row, place)
         for contestant in others:
-            talk(f"{asked.model} {asked.layers}: does {contestant.name} agree?")
+            log(f"{request.model} {request.layers}: comparing {contestant.name}")
             check(contestant, row, images, place / "out", ours)
             remove(place / "out")
         for shard in ours.glob("*.safetensors"):
-            shard.unlink()  # plan.json remains, for the limits.
+            shard.unlink()  # plan.json stays, because the limits read it.
         os.sync()
 
         def limits(*options: str) -> dict[str, dict[str, Any]]:
             script = [str(SCRIPTS / "benchmark_limits.py"), "--run", str(ours), "--seconds", str(seconds)]
             finished = run([sys.executable, *script, *options, str(images)])
             if finished.exit_code:
-                raise SystemExit(f"error: the limits cannot be measured: {finished.last_words}")
+                raise SystemExit(f"error: cannot measure the limits: {finished.last_words}")
             return dict(json.loads(finished.stdout))
 
         by_round: list[dict[str, dict[str, Any]]] = []
         for number in range(1, rounds + 1):
             for contestant in contestants.values():
                 if contestant.status == "agrees":
-                    talk(f"{row.model} {row.layers}: round {number} of {rounds}, {contestant.name}")
+                    log(f"{row.model} {row.layers}: round {number} of {rounds}, {contestant.name}")
                     time_once(contestant, row, images, place / "out")
                     remove(place / "out")
-            talk(f"{row.model} {row.layers}: round {number} of {rounds}, limits")
-            # Which kind of forward pass is the fastest is found out in the first round.
+            log(f"{row.model} {row.layers}: round {number} of {rounds}, limits")
+            # The first round finds the fastest kind of forward pass; the others repeat only that one.
             by_round.append(limits(*(["--pass", by_round[0]["forward"]["pass"]] if by_round else [])))
             os.sync()
     return Measured(row, contestants, by_round)
 
 
-def first_run(hookx: Contestant, asked: Asked, images: Path, out: Path) -> Row:
-    """Run hookx once; note its memory. What it stores is what the others are compared with."""
-    finished = run(command_of_hookx(asked, images, out), watch_memory=True)
+def run_reference(hookx: Contestant, request: Request, images: Path, out: Path) -> Row:
+    """Run hookx once and record its memory. Its output is the reference for the others."""
+    finished = run(command_of_hookx(request, images, out), watch_memory=True)
     if finished.exit_code:
         raise SystemExit(finished.stderr.strip())
     hookx.peak_bytes, hookx.bytes_written = finished.peak_bytes, bytes_in(out)
     document = json.loads(finished.stdout)
     addresses = tuple(layer["address"] for layer in document["layers"])
-    return Row(**asdict(asked), addresses=addresses, bytes_per_image=document["bytes"] // asked.images)
+    return Row(**asdict(request), addresses=addresses, bytes_per_image=document["bytes"] // request.images)
 
 
 def check(contestant: Contestant, row: Row, images: Path, out: Path, ours: Path) -> None:
-    """Run a contestant once; note its memory, and whether what it stored is what hookx stored."""
+    """Run a contestant once; record its memory and whether it stored the same values as hookx."""
     if contestant.name in BY_HAND:
-        out.mkdir()  # hookx makes its own.
+        out.mkdir()  # hookx creates its own.
+        # torchlens is the only one that does not hold all activations in memory.
         if contestant.name != "torchlens" and (lacking := bytes_lacking(row)) > 0:
-            contestant.status, contestant.reason = "cannot", f"holds everything in memory, {lacking:,} bytes too much"
+            contestant.status, contestant.reason = "cannot", f"needs {lacking:,} bytes more memory than is available"
             return
     finished = run(command_of(contestant.name, row, images, out), watch_memory=True)
     if finished.exit_code:
@@ -440,7 +444,7 @@ def bytes_in(folder: Path) -> int:
 
 
 def bytes_lacking(row: Row) -> int:
-    """Return how many bytes of memory are lacking for all activations twice (a list, and it joined) and a process."""
+    """Return how much memory is missing to hold all activations twice (a list, and its concatenation) and 1 GiB."""
     import psutil
 
     return int(2 * row.images * row.bytes_per_image + 2**30 - psutil.virtual_memory().available)
@@ -450,18 +454,18 @@ def check_disk(row: Row, folder: Path) -> None:
     needed, free = row.images * row.bytes_per_image, shutil.disk_usage(folder).free
     if needed > free:
         raise SystemExit(
-            f"error: {row.model} {row.layers} needs {needed:,} bytes more in {folder.parent}, which has {free:,}\n"
-            "  fewer images: --count    another disk: TMPDIR=..."
+            f"error: {row.model} {row.layers} needs {needed:,} bytes in {folder.parent}; only {free:,} are free\n"
+            "  use fewer images: --count N    or another disk: TMPDIR=..."
         )
 
 
 def remove(folder: Path) -> None:
-    """Remove an output, and let the disk come to rest: nobody's bytes are written in another's time."""
+    """Remove an output and flush the disk, so that no contestant waits for the writes of another."""
     shutil.rmtree(folder, ignore_errors=True)
     os.sync()
 
 
-def talk(text: str) -> None:
+def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -469,7 +473,7 @@ def talk(text: str) -> None:
 
 
 def document_of(measured: Measured) -> dict[str, Any]:
-    """Return a row's figures as plain JSON values."""
+    """Return the measurements of a row as plain JSON values."""
     contestants: dict[str, dict[str, Any]] = {}
     for name, one in measured.contestants.items():
         contestants[name] = {
@@ -507,7 +511,7 @@ def document_of(measured: Measured) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Say where the figures come from."""
+    """Describe the machine and the versions that the figures come from."""
     import psutil
 
     cpuinfo = Path("/proc/cpuinfo")
@@ -534,38 +538,42 @@ def selectors_of(model: str, layers: str) -> str:
     if layers not in SETS:
         return layers
     if model not in MODELS:
-        raise SystemExit(f"error: what is '{layers}' in {model}? name its layers")
+        raise SystemExit(
+            f"error: the set '{layers}' is not defined for {model}: name its layers, as in --layers conv1,avgpool"
+        )
     return MODELS[model].layers(layers)
 
 
 def image_count(model: str, selectors: str, files: Sequence[Path]) -> int:
-    """Decide for how many images a row is measured, where nobody said."""
+    """Choose the number of images for a row if --count does not give it."""
     count = MODELS[model].images if model in MODELS else OTHER_IMAGES
-    with tempfile.TemporaryDirectory() as nowhere:
-        one_image = Asked(model, "", selectors, 1)
-        finished = run(command_of_hookx(one_image, files[0], Path(nowhere) / "out", "--dry-run"))
+    with tempfile.TemporaryDirectory() as folder:
+        one_image = Request(model, "", selectors, 1)
+        finished = run(command_of_hookx(one_image, files[0], Path(folder) / "out", "--dry-run"))
     if finished.exit_code:
         raise SystemExit(finished.stderr.strip())
-    return max(1, min(count, BYTES_AT_MOST // json.loads(finished.stdout)["bytes_to_write"], len(files)))
+    return max(1, min(count, MAX_BYTES // json.loads(finished.stdout)["bytes_to_write"], len(files)))
 
 
 def main() -> int:
-    """Measure the rows that the command line names; print each when it is finished."""
+    """Measure the rows named on the command line; print each one as soon as it is finished."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    of_sets = f"sets ({', '.join(SETS)}), or addresses with commas; default all sets"
-    parser.add_argument("--models", nargs="+", metavar="MODEL", help=f"default {' '.join(DEFAULT_MODELS)}")
-    parser.add_argument("--layers", nargs="+", metavar="SET", help=of_sets)
+    sets_help = f"sets ({', '.join(SETS)}), or comma-separated addresses; default: all sets"
+    parser.add_argument("--models", nargs="+", metavar="MODEL", help=f"default: {' '.join(DEFAULT_MODELS)}")
+    parser.add_argument("--layers", nargs="+", metavar="SET", help=sets_help)
     names = [*OF_HOOKX, *BY_HAND]
-    parser.add_argument("--contestants", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="photographs of your own; default: they are made")
-    parser.add_argument("--count", type=int, help="images a run; default: some ten seconds' worth, at most 2 GB")
-    parser.add_argument("--rounds", type=int, help="default 3")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the table: .svg or .png")
-    parser.add_argument("--quick", action="store_true", help="8 images, 1 round, one row: do all parts work?")
+    parser.add_argument(
+        "--contestants", nargs="+", choices=names, metavar="NAME", help=f"default: all of {', '.join(names)}"
+    )
+    parser.add_argument("--images", type=Path, metavar="DIR", help="your own photographs; default: generated ones")
+    parser.add_argument("--count", type=int, help="images per run; default: enough for about ten seconds, at most 2 GB")
+    parser.add_argument("--rounds", type=int, help="default: 3")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the table to FILE, .svg or .png")
+    parser.add_argument("--quick", action="store_true", help="one row, 8 images, 1 round: check that all parts work")
     arguments = parser.parse_args()
-    # Ends like Ctrl-C does: with the process that runs, and with gigabytes of outputs, removed.
+    # Exit as after Ctrl-C: stop the running process and remove gigabytes of output.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     quick = arguments.quick
     models = arguments.models or (["resnet18"] if quick else DEFAULT_MODELS)
@@ -575,25 +583,25 @@ def main() -> int:
     try:
         document: dict[str, Any] = {"machine": machine(), "rounds": rounds, "images": str(arguments.images or "made")}
     except ModuleNotFoundError as error:
-        raise SystemExit(f"error: {error.name} is not installed; it comes with the extra 'bench'") from None
+        raise SystemExit(f"error: {error.name} is not installed: run scripts/setup bench") from None
 
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="hookx-photographs-") as folder:
         if arguments.images:
-            files = listed_images(arguments.images)
+            files = list_images(arguments.images)
             if count and count > len(files):
-                raise SystemExit(f"error: --count is {count}, and {arguments.images} holds {len(files)} images")
+                raise SystemExit(f"error: --count is {count}, but {arguments.images} holds only {len(files)} images")
         else:
             most = max(MODELS[model].images if model in MODELS else OTHER_IMAGES for model in models)
             files = make_images(Path(folder), count or most)
         for model, layers in itertools.product(models, sets):
             selectors = selectors_of(model, layers)
             images = count or image_count(model, selectors, files)
-            asked, seconds = Asked(model, layers, selectors, images), 0.2 if quick else 3.0
-            measured = measure(asked, arguments.contestants or names, rounds, files, seconds)
+            request, seconds = Request(model, layers, selectors, images), 0.2 if quick else 3.0
+            measured = measure(request, arguments.contestants or names, rounds, files, seconds)
             rows.append(document_of(measured))
             print(table_of(rows[-1]), flush=True)
-            # After every row: what hours have measured survives an interruption.
+            # Write after every row, so that an interruption does not lose hours of measurements.
             document |= {"rows": rows, "goals": goals_of(rows)}
             if arguments.json:
                 arguments.json.write_text(json.dumps(document, indent=2) + "\n")

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Store activations without hookx, as one would otherwise: the contestants of scripts/benchmark.py, one a function.
+"""Store activations without hookx: the contestants of scripts/benchmark.py, one function for each.
 
     scripts/benchmark_contestants.py hand-written --model resnet18 --layers conv1,avgpool --out there/ images/
 
-Each takes every file of a flat folder, in the order of the names, through a model with random weights (seed 0), and
-leaves safetensors files in the output directory: one tensor per layer, a row per image. It prints one JSON line: the
-seconds between 'ready' (imported, built, hooked; no image read yet) and 'done' (written).
+Each contestant runs the files of a flat folder, in the order of their names, through a model with random weights (seed
+0) and writes safetensors files to the output directory: one tensor per layer, one row per image. It prints one line of
+JSON: the seconds between 'ready' (imported, built, hooked; no image read yet) and 'done' (written).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 @dataclass(frozen=True)
 class Wanted:
-    """One layer, as hookx would address it: `layer1`, `layer2@mean23`, `encoder.ln@cls`, `classifier/in`."""
+    """One layer, addressed as in hookx: `layer1`, `layer2@mean23`, `encoder.ln@cls`, `classifier/in`."""
 
     address: str
     path: str
@@ -44,25 +44,25 @@ class Wanted:
     dimensions: tuple[int, ...]
 
     @classmethod
-    def of(cls, address: str) -> Wanted:
+    def parse(cls, address: str) -> Wanted:
         match = re.fullmatch(r"([\w.]+)(/in)?(?:@(cls|mean)(\d*))?", address)
         if not match:
-            raise SystemExit(f"no contestant knows what '{address}' is")
+            raise SystemExit(f"error: the contestants do not support the address '{address}'")
         path, is_input, reduction, dimensions = match.groups(default="")
         return cls(address, path, bool(is_input), reduction, tuple(map(int, dimensions)))
 
     def operation(self, before: dict[str, str]) -> str:
-        """Name the layer for a tool that knows what operations return, and so not what a module is given.
+        """Name the layer for a tool that captures the outputs of operations, and not the inputs of modules.
 
         Args:
-            before: by module, what the tool calls the operation that gives the module its input.
+            before: the operation that produces the input of a module, by the path of the module.
         """
         if self.is_input and self.path not in before:
-            raise SystemExit(f"it is not known here which operation comes before {self.path}")
+            raise SystemExit(f"error: the operation before {self.path} is not known")
         return before[self.path] if self.is_input else self.path
 
     def reduce(self, activation: Tensor) -> Tensor:
-        """Return the activation, or, if a reduction is asked for, a new and smaller tensor."""
+        """Return the activation, reduced to a new, smaller tensor if the address says so."""
         match self.reduction:
             case "mean":
                 return activation.mean(self.dimensions)
@@ -72,7 +72,7 @@ class Wanted:
 
 
 class Photographs(Dataset[Tensor]):
-    """The files of a folder, decoded and prepared as was published with the model's weights."""
+    """The images in a folder, preprocessed as published with the weights of a model."""
 
     def __init__(self, folder: Path, model: str) -> None:
         self.files = sorted(folder.iterdir())
@@ -92,7 +92,7 @@ class Photographs(Dataset[Tensor]):
 
 @dataclass
 class Task:
-    """What every contestant is given. It calls `ready` once, when its preparations are over."""
+    """The input of a contestant, which calls `ready` once, when its preparations are done."""
 
     model: nn.Module
     wanted: list[Wanted]
@@ -104,20 +104,20 @@ class Task:
         self.ready_at = time.perf_counter()
 
     def save(self, chunks: dict[str, list[Tensor]]) -> None:
-        """Join what the batches gave and write one file; a layer's pieces are let go as soon as they are joined."""
+        """Concatenate the batches and write one file; free the batches of a layer as soon as they are concatenated."""
         rows = {address: torch.cat(chunks.pop(address)) for address in list(chunks)}
         names = json.dumps([file.name for file in self.photographs.files])
         save_file(rows, self.out / "activations.safetensors", metadata={"keys": names})
 
 
 def build(model: str) -> nn.Module:
-    """Build a model with the random weights that everyone has."""
+    """Build a model with the random weights that all contestants share."""
     torch.manual_seed(0)
     return get_model(model, weights=None).eval()
 
 
 def clone_hooks(model: nn.Module, wanted: Iterable[Wanted]) -> dict[str, list[Tensor]]:
-    """Hook the wanted layers; return the lists into which every pass will put its clones."""
+    """Hook the wanted layers; return the lists to which every pass appends its clones."""
     chunks: dict[str, list[Tensor]] = {}
 
     def hook(one: Wanted) -> None:
@@ -141,7 +141,7 @@ def clone_hooks(model: nn.Module, wanted: Iterable[Wanted]) -> dict[str, list[Te
 
 
 def hand_written(task: Task) -> None:
-    """Run what somebody competent writes in an afternoon: a DataLoader, inference mode, hooks that clone, one file."""
+    """Run what a competent engineer writes in an afternoon: DataLoader, inference mode, cloning hooks, one file."""
     chunks = clone_hooks(task.model, task.wanted)
     task.ready()
     with torch.inference_mode():
@@ -151,7 +151,7 @@ def hand_written(task: Task) -> None:
 
 
 def naive(task: Task) -> None:
-    """Run the plain loop: one process, small batches."""
+    """Run a plain loop: one process, small batches."""
     chunks = clone_hooks(task.model, task.wanted)
     task.ready()
     with torch.inference_mode():
@@ -162,12 +162,12 @@ def naive(task: Task) -> None:
 
 
 def fx(task: Task) -> None:
-    """Run torchvision's feature extractor: the model, traced, and cut after the last node asked for."""
+    """Run torchvision's feature extractor: the traced model, cut after the last requested node."""
     from torchvision.models.feature_extraction import create_feature_extractor
 
     nodes = {one.operation({"classifier": "flatten"}): one for one in task.wanted}
     if len(nodes) < len(task.wanted):
-        raise SystemExit("a node can be asked for once only")
+        raise SystemExit("error: fx cannot return a node twice")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "NOTE: The nodes obtained by tracing the model in eval mode")
         extractor = create_feature_extractor(task.model, list(nodes))
@@ -182,7 +182,7 @@ def fx(task: Task) -> None:
 
 
 def torchhook(task: Task) -> None:
-    """Run TorchHook as in its quick start, with the loader around it: https://github.com/zzaiyan/TorchHook."""
+    """Run TorchHook as in its quick start, with a DataLoader: https://github.com/zzaiyan/TorchHook."""
     from torchhook import HookManager
 
     manager = HookManager(task.model)
@@ -203,7 +203,7 @@ def torchhook(task: Task) -> None:
 
 
 def torchextractor(task: Task) -> None:
-    """Run torchextractor as in its README, with the loader around it: https://github.com/antoinebrl/torchextractor."""
+    """Run torchextractor as in its README, with a DataLoader: https://github.com/antoinebrl/torchextractor."""
     from torchextractor import Extractor
 
     inputs_of = {one.path for one in task.wanted if one.is_input}
@@ -224,7 +224,7 @@ def torchextractor(task: Task) -> None:
 
 
 def torchlens(task: Task) -> None:
-    """Run torchlens' extraction of a data set into a directory: https://github.com/johnmarktaylor91/torchlens."""
+    """Run torchlens' `extract_dataset` into a directory: https://github.com/johnmarktaylor91/torchlens."""
     import torchlens as tl
 
     pools = {
@@ -232,10 +232,10 @@ def torchlens(task: Task) -> None:
         ("mean", (1,)): {"preset": "token_mean", "unmasked": True},  # An image has no padded tokens.
         ("cls", ()): "cls",
     }
-    # A name in a torchlens file has no slash.
+    # torchlens does not allow a slash in a name.
     layers = {one.address.replace("/", "|"): one.operation({"classifier": "flatten_1"}) for one in task.wanted}
     pool = {one.address: pools[one.reduction, one.dimensions] for one in task.wanted if one.reduction}
-    # "Any iterable of unbatched samples works": this one is decoded by as many processes as cores.
+    # torchlens: "Any iterable of unbatched samples works". This one decodes in one process per core.
     samples = DataLoader(task.photographs, batch_size=None, num_workers=CORES)
     task.ready()
     tl.extract_dataset(
@@ -258,21 +258,21 @@ def main() -> int:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("contestant", choices=CONTESTANTS)
-    parser.add_argument("--model", required=True, help="a name of torchvision")
-    parser.add_argument("--layers", required=True, help="addresses, with commas between them")
-    parser.add_argument("--out", type=Path, required=True, help="an empty directory")
-    parser.add_argument("images", type=Path, help="a flat folder")
+    parser.add_argument("--model", required=True, help="a torchvision model")
+    parser.add_argument("--layers", required=True, help="comma-separated addresses")
+    parser.add_argument("--out", type=Path, required=True, help="an empty output directory")
+    parser.add_argument("images", type=Path, help="a flat folder of images")
     arguments = parser.parse_args()
     task = Task(
         build(arguments.model),
-        [Wanted.of(address) for address in arguments.layers.split(",")],
+        [Wanted.parse(address) for address in arguments.layers.split(",")],
         Photographs(arguments.images, arguments.model),
         arguments.out,
     )
     try:
         CONTESTANTS[arguments.contestant](task)
     except ModuleNotFoundError as error:
-        raise SystemExit(f"{error.name} is not installed; it comes with the extra 'bench'") from None
+        raise SystemExit(f"error: {error.name} is not installed: run scripts/setup bench") from None
     print(json.dumps({"seconds": time.perf_counter() - task.ready_at}))
     return 0
 

@@ -1,18 +1,17 @@
 #!/usr/bin/env python
-"""Measure what the machine can do of each part of an extraction alone: the limits of scripts/benchmark.py.
+"""Measure how fast the machine can do each part of an extraction alone: the limits of scripts/benchmark.py.
 
     scripts/benchmark_limits.py --run features/ --seconds 3 images/
 
-`--run` is a finished run of hookx over these images with `--weights none`: it says which model, which layers, which
-shards. Prints one JSON line:
+`--run` is a finished run of hookx over these images with `--weights none`; its plan gives the model, the layers and the
+shards. The script prints one line of JSON:
 
-- decode: images/s that as many single-threaded processes as cores decode and prepare, with no model beside them.
-- forward: images/s that as many single-threaded processes as cores take through the model, on random pixels, up to the
-  last layer asked for, in memory that they keep; the best of two memory formats and two sizes of batch, or of those
-  that `--pass` names.
-- write: images/s of the run's shards, the same bytes in as many files, by write() and fsync(), through the page cache
-  or past it, whichever is faster; and the CPU seconds that an image's bytes take.
-- hookx_write: the same by hookx's own writer, in as many processes as cores, checksums and records included.
+- decode: images/s that one single-threaded process per core decodes and preprocesses, without a model.
+- forward: images/s that one single-threaded process per core computes up to the last requested layer, on random pixels
+  and with reused memory; the best of two memory formats and two batch sizes, or of those that `--pass` names.
+- write: images/s when the shards of the run, the same bytes in as many files, are written with write() and fsync(),
+  through the page cache or past it, whichever is faster; and the CPU seconds per image.
+- hookx_write: the same with hookx's writer in one process per core, including checksums and records.
 """
 
 from __future__ import annotations
@@ -41,28 +40,28 @@ from hookx.plan import Plan, Shard
 from hookx.run.cores import keep_freed_memory
 from hookx.store.directory import RunDirectory, read_plan
 from hookx.store.record import ShardRecord
-from hookx.store.writer import BatchWriter, ShardWriter
+from hookx.store.writer import ShardWriter
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 PASSES = [f"{layout},{batch}" for layout in LAYOUTS for batch in (4, 16)]
 
 
-def side_by_side(work: Callable[[int], Callable[[], int]], seconds: float) -> float:
-    """Repeat a step in as many single-threaded processes as cores; return the images a second of all together.
+def run_on_all_cores(work: Callable[[int], Callable[[], int]], seconds: float) -> float:
+    """Repeat a step in one single-threaded process per core; return their images per second in total.
 
     Args:
-        work: makes, in process number 0, 1, ..., the step; the step returns how many images it has finished.
-        seconds: for which every process repeats its step, after doing it once.
+        work: returns the step for process number 0, 1, ...; a step returns the number of images it finished.
+        seconds: how long every process repeats its step, after one untimed step.
     """
     context = multiprocessing.get_context("fork")
-    everyone_is_ready, rates = context.Barrier(CORES), context.SimpleQueue()
+    all_ready, rates = context.Barrier(CORES), context.SimpleQueue()
 
     def repeat(number: int) -> None:
         torch.set_num_threads(1)
         keep_freed_memory()
         step, images = work(number), 0
         step()
-        everyone_is_ready.wait()
+        all_ready.wait()
         start = time.perf_counter()
         while time.perf_counter() - start < seconds:
             images += step()
@@ -74,7 +73,7 @@ def side_by_side(work: Callable[[int], Callable[[], int]], seconds: float) -> fl
     for process in processes:
         process.join()
         if process.exitcode:
-            raise SystemExit("a process of the limits died")
+            raise SystemExit(f"error: a process exited with {process.exitcode}")
     return sum(rates.get() for _ in processes)
 
 
@@ -91,18 +90,18 @@ def decode(photographs: Photographs, seconds: float) -> dict[str, Any]:
 
         return step
 
-    return {"images_per_second": side_by_side(work, seconds)}
+    return {"images_per_second": run_on_all_cores(work, seconds)}
 
 
 # --- forward -------------------------------------------------------------------------------------------------------
 
 
 class Reached(BaseException):
-    """The last layer asked for has returned."""
+    """Stops a forward pass after the last requested layer."""
 
 
 def end_after(model: nn.Module, wanted: list[Wanted], pixels_NCHW: Tensor) -> None:
-    """Hook a model so that a pass raises `Reached` after the last of these layers, in the order of execution."""
+    """Hook a model so that a pass raises `Reached` after the last of these layers in execution order."""
     order: list[Wanted] = []
 
     def hook(one: Wanted, then: Callable[[], None]) -> Any:
@@ -139,13 +138,13 @@ def forward(name: str, wanted: list[Wanted], passes: list[str], seconds: float) 
                         mine(pixels)
                 except Reached:
                     return batch
-                raise AssertionError("the pass went on after the last layer")
+                raise AssertionError("the pass continued after the last layer")
 
             return step
 
-        return side_by_side(work, seconds)
+        return run_on_all_cores(work, seconds)
 
-    rates = {of: rate_of(of.split(",")[0], int(of.split(",")[1])) for of in passes}
+    rates = {name: rate_of(name.split(",")[0], int(name.split(",")[1])) for name in passes}
     best = max(rates, key=rates.__getitem__)
     return {"images_per_second": rates[best], "pass": best, "of": rates}
 
@@ -175,7 +174,7 @@ class Stopwatch:
 
 
 def random_rows(plan: Plan) -> dict[str, Tensor]:
-    """Return the tensors of the largest shard, filled with what no disk can compress."""
+    """Return the tensors of the largest shard, filled with random bytes that no disk can compress."""
     rows, generator = max(map(len, plan.shards)), torch.Generator().manual_seed(0)
     return {
         layer.address: torch.randint(256, (rows, layer.bytes_per_image), dtype=torch.uint8, generator=generator)
@@ -199,7 +198,7 @@ def write(plan: Plan, buffer: dict[str, Tensor], folder: Path) -> dict[str, Any]
 
 def write_directly(plan: Plan, buffer: dict[str, Tensor], folder: Path) -> dict[str, Any]:
     bytes_at_once = 64 * 2**20
-    memory = mmap.mmap(-1, bytes_at_once)  # begins at a page, as such writes must
+    memory = mmap.mmap(-1, bytes_at_once)  # O_DIRECT needs a page-aligned buffer.
     memory.write(next(iter(buffer.values())).flatten().view(torch.uint8)[:bytes_at_once].numpy().tobytes())
     stopwatch = Stopwatch()
     with stopwatch.running():
@@ -218,38 +217,36 @@ def hookx_write(plan: Plan, buffer: dict[str, Tensor], folder: Path) -> dict[str
         return ShardRecord([f"{n:06}.jpg" for n in range(shard.start, shard.stop)], sizes_bytes=[1] * len(shard))
 
     context = multiprocessing.get_context("fork")
-    stopwatch, everyone_is_ready = Stopwatch(), context.Barrier(CORES + 1)
+    stopwatch, all_ready = Stopwatch(), context.Barrier(CORES + 1)
     queues = [context.SimpleQueue() for _ in range(CORES)]
     batches = [positions for shard in plan.shards for positions in shard.batches(plan.batch_size)]
 
     def work(number: int) -> None:
         torch.set_num_threads(1)
         keep_freed_memory()
-        mine, writes = batches[number::CORES], writer.batches
-        for positions in mine[:2]:  # As many as a worker has places for: that memory is touched, and not all zeros.
-            for address, rows in writes.rows(positions, len(positions)).items():
+        mine = batches[number::CORES]
+        for positions in mine[:2]:  # A worker reuses memory for two batches: touch it, and fill it with nonzero bytes.
+            for address, rows in writer.rows(positions, len(positions)).items():
                 rows[:] = buffer[address][: len(rows)]
-        everyone_is_ready.wait()
+        all_ready.wait()
         for positions in mine:
             if positions not in mine[:2]:
-                writes.rows(positions, len(positions))
-            writes.write(positions).add_done_callback(lambda written: queues[number].put(written.result()))
-        writes.close()
+                writer.rows(positions, len(positions))
+            writer.write(positions).add_done_callback(lambda written: queues[number].put(written.result()))
+        writer.close()
 
     with (
         RunDirectory(folder / "run", plan) as directory,
-        ShardWriter(BatchWriter(directory, plan.shards, plan.batch_size, record), processes=CORES) as writer,
+        ShardWriter(directory, plan.shards, plan.batch_size, record, processes=CORES) as writer,
     ):
         processes = [context.Process(target=work, args=(number,)) for number in range(CORES)]
         for process in processes:
             process.start()
-        everyone_is_ready.wait()
+        all_ready.wait()
         with stopwatch.running():
             next_queue = itertools.cycle(queues)
             for shard in plan.shards:
-                for _ in shard.batches(plan.batch_size):
-                    writer.add(next(next_queue).get())
-                writer.publish(record(shard))
+                writer.publish(record(shard), [next(next_queue).get() for _ in shard.batches(plan.batch_size)])
             writer.finish()
         for process in processes:
             process.join()
@@ -257,29 +254,30 @@ def hookx_write(plan: Plan, buffer: dict[str, Tensor], folder: Path) -> dict[str
 
 
 def main() -> int:
-    """Measure every limit once, one after the other."""
+    """Measure each limit once."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, required=True, help="the directory of a run; only its plan.json is read")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for decode, and for every kind of forward pass")
-    parser.add_argument("--pass", dest="passes", action="append", choices=PASSES, help="repeatable; default all")
-    parser.add_argument("images", type=Path, help="a flat folder")
+    parser.add_argument("--run", type=Path, required=True, help="directory of a run; only plan.json is read")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time for decode and for each kind of forward pass")
+    parser.add_argument("--pass", dest="passes", action="append", choices=PASSES, help="repeatable; default: all")
+    parser.add_argument("images", type=Path, help="a flat folder of images")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     plan = read_plan(arguments.run)
-    wanted = [Wanted.of(layer.address) for layer in plan.layers]
+    wanted = [Wanted.parse(layer.address) for layer in plan.layers]
     limits = {
         "decode": decode(Photographs(arguments.images, plan.model), arguments.seconds),
         "forward": forward(plan.model, wanted, arguments.passes or PASSES, arguments.seconds),
     }
-    buffer, of_writing = random_rows(plan), {}
+    buffer, writing = random_rows(plan), {}
     for writer in (write, write_directly, hookx_write):
-        # Beside the run, so on the disk that it went to; what is removed before the next begins need not be flushed.
-        with tempfile.TemporaryDirectory(dir=arguments.run) as folder, suppress(OSError):  # It may know no O_DIRECT.
-            of_writing[writer.__name__] = writer(plan, buffer, Path(folder))
-        os.sync()  # What was removed keeps a disk busy, too.
-    limits["hookx_write"] = of_writing.pop("hookx_write")
-    limits["write"] = min(of_writing.values(), key=lambda of: float(of["seconds_per_image"]))
+        # In the directory of the run, so on the same disk; removed before the next begins, so that it is not flushed.
+        # The file system may not support O_DIRECT.
+        with tempfile.TemporaryDirectory(dir=arguments.run) as folder, suppress(OSError):
+            writing[writer.__name__] = writer(plan, buffer, Path(folder))
+        os.sync()  # Removing files keeps the disk busy, too.
+    limits["hookx_write"] = writing.pop("hookx_write")
+    limits["write"] = min(writing.values(), key=lambda figures: float(figures["seconds_per_image"]))
     print(json.dumps(limits))
     return 0
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Show what scripts/benchmark.py has measured: ratios, goals, a table and a picture.
+"""Show the measurements of scripts/benchmark.py: ratios, goals, a table and a picture.
 
-    scripts/benchmark_report.py speed.json                         the table again
-    scripts/benchmark_report.py speed.json --picture speed.png     and the picture
+    scripts/benchmark_report.py speed.json                         print the table
+    scripts/benchmark_report.py speed.json --picture speed.png     and draw the picture
 
-What the figures mean stands in the docstring of scripts/benchmark.py.
+The docstring of scripts/benchmark.py defines the figures.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HOOKX = ("hookx", "hookx-bf16")
 
 @dataclass(frozen=True)
 class Goal:
-    """How many times as fast as something hookx means to be, on 2 cores."""
+    """A speed that hookx aims for on 2 cores: at least this many times as fast as something else."""
 
     model: str
     layers: str
@@ -33,13 +33,13 @@ class Goal:
 
 GOALS = [
     Goal("resnet18", layers, against, at_least)
-    for layers, by_against in {
+    for layers, goals in {
         "pooled": {"hand-written": 1.6, "bound": 0.9, "fastest other": 1.5},
         "first+pooled": {"hand-written": 2.2, "bound": 0.85, "fastest other": 2.0},
         "early": {"hand-written": 3.5, "bound": 0.85, "fastest other": 2.3},
         "first": {"hand-written": 5.0, "bound": 0.8, "fastest other": 3.0, "write only": 0.9},
     }.items()
-    for against, at_least in by_against.items()
+    for against, at_least in goals.items()
 ]
 
 
@@ -48,7 +48,7 @@ GOALS = [
 
 @dataclass(frozen=True)
 class Spread:
-    """One number of every round."""
+    """A figure over all rounds."""
 
     median: float
     lowest: float
@@ -60,16 +60,16 @@ class Spread:
         return cls(statistics.median(rounds), min(rounds), max(rounds), tuple(rounds))
 
     def __str__(self) -> str:
-        return f"{short(self.median)} ({short(self.lowest)}-{short(self.highest)})"
+        return f"{format_number(self.median)} ({format_number(self.lowest)}-{format_number(self.highest)})"
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
-    """Divide round by round, so that what slowed the machine down in a round slowed both."""
+    """Divide round by round: what slowed the machine down in a round slowed both."""
     return Spread.of([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
 def bound_of(limits: Mapping[str, Mapping[str, Any]], cores: int) -> float:
-    """Return the images a second of a program that wastes nothing, as scripts/benchmark.py derives it."""
+    """Return the images per second of a program that wastes nothing; scripts/benchmark.py derives the formula."""
     write_cpu = limits["write"]["cpu_seconds_per_image"]
     on_the_cores = (
         1 / limits["decode"]["images_per_second"] + 1 / limits["forward"]["images_per_second"] + write_cpu / cores
@@ -78,7 +78,7 @@ def bound_of(limits: Mapping[str, Mapping[str, Any]], cores: int) -> float:
 
 
 def ratios_of(contestants: Mapping[str, Any], limits: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return how many times as fast as each contestant that agrees hookx is, as its bound, and as the fastest other."""
+    """Return the speed of hookx relative to each contestant that agrees, the fastest of them, and the bound."""
 
     def rates(name: str, how: str) -> tuple[float, ...]:
         return tuple(contestants[name]["images_per_second"][how]["rounds"])
@@ -100,7 +100,7 @@ def ratios_of(contestants: Mapping[str, Any], limits: Mapping[str, Any]) -> dict
 
 
 def goals_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return those goals that the measured rows can decide, each with what was measured."""
+    """Return the goals that the measured rows decide, each with its measurement."""
     by_name = {(row["model"], row["layers"]): row for row in rows}
     decided = []
     for goal in GOALS:
@@ -110,7 +110,7 @@ def goals_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             decided.append({**asdict(goal), "measured": measured, "met": measured >= goal.at_least})
     first, pooled = by_name.get(("resnet18", "first")), by_name.get(("resnet18", "pooled"))
     if first and pooled and first["images"] >= 1000 and "hand-written" in pooled["contestants"]:
-        # What is stored of the pooled layer is next to nothing: this is a model and a loader.
+        # The pooled activations are tiny, so this is the memory of a model and a loader.
         without_activations = pooled["contestants"]["hand-written"]["peak_bytes"]
         peak_bytes, two_shards = first["contestants"]["hookx"]["peak_bytes"], 2 * 512 * 2**20
         if without_activations:
@@ -123,18 +123,18 @@ def goals_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def sentence_of(goal: Mapping[str, Any]) -> str:
     what = f"{goal['model']} {goal['layers']}, hookx/{goal['against']}"
     verdict = "met" if goal["met"] else "missed"
-    return f"goal {verdict}: {what} {short(goal['measured'])} (at least {short(goal['at_least'])})"
+    return f"goal {verdict}: {what} {format_number(goal['measured'])} (at least {format_number(goal['at_least'])})"
 
 
 # --- the table -----------------------------------------------------------------------------------------------------
 
 
-def short(value: float) -> str:
-    """Write a number with three digits or more: '1,284', '46.2', '0.91'."""
+def format_number(value: float) -> str:
+    """Format a number with at least three digits: '1,284', '46.2', '0.91'."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def sized(size_bytes: float | None) -> str:
+def format_bytes(size_bytes: float | None) -> str:
     if size_bytes is None:
         return "-"
     for unit, factor in (("GB", 1e9), ("MB", 1e6)):
@@ -144,7 +144,7 @@ def sized(size_bytes: float | None) -> str:
 
 
 def table_of(row: Mapping[str, Any]) -> str:
-    """Return a row's figures as text: a line a contestant, then the limits."""
+    """Format a row as text: one line per contestant, then the limits."""
 
     def spread(values: Mapping[str, Any]) -> str:
         return str(Spread(values["median"], values["lowest"], values["highest"], ()))
@@ -160,9 +160,9 @@ def table_of(row: Mapping[str, Any]) -> str:
                 name,
                 *(spread(rates[how]) for how in ("steady", "whole")),
                 *(spread(ratios[how]) if ratios else "-" for how in ("steady", "whole")),
-                short(one["cpu_seconds_per_image"]["median"]),
-                sized(one["peak_bytes"]),
-                sized(one["bytes_written"]),
+                format_number(one["cpu_seconds_per_image"]["median"]),
+                format_bytes(one["peak_bytes"]),
+                format_bytes(one["bytes_written"]),
             ]
         )
     for name, values in row["limits"].items():
@@ -171,12 +171,12 @@ def table_of(row: Mapping[str, Any]) -> str:
     widths = [max(len(line[column]) for line in lines if len(line) > max(2, column)) for column in range(len(lines[0]))]
     texts = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip() for line in lines]
     title = f"{row['model']}, {row['layers']}: {row['selectors']}; {row['images']} images, "
-    return "\n".join([title + f"{sized(row['bytes_per_image'])} each", *texts, ""])
+    return "\n".join([title + f"{format_bytes(row['bytes_per_image'])} each", *texts, ""])
 
 
 # --- the picture ---------------------------------------------------------------------------------------------------
 
-# Colours, markers and grey that can be told apart on white and on black, also by the colour-blind.
+# Colours and markers that are distinct on white and on black, also for colour-blind readers.
 _MARKS = {
     "hookx": ("#e8542c", "o"),
     "hand-written": ("#3b8fd9", "s"),
@@ -190,7 +190,7 @@ _GREY = "#808080"
 
 
 def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Draw a line a row: images a second of each contestant, as a share of the bound. Transparent around it."""
+    """Draw each row as a line: the images per second of each contestant, relative to the bound. No background."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -217,7 +217,11 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
                     )
             hookx = row["contestants"]["hookx"]["images_per_second"]["steady"]["median"]
             axes.annotate(
-                f"{short(hookx)} images/s", (1.02, line), xycoords=("axes fraction", "data"), va="center", fontsize=10
+                f"{format_number(hookx)} images/s",
+                (1.02, line),
+                xycoords=("axes fraction", "data"),
+                va="center",
+                fontsize=10,
             )
         axes.axvline(1, color=_GREY, linewidth=1.5, linestyle="--", zorder=0)
         axes.set_yticks(range(len(rows)), [f"{row['model']}  {row['layers']}" for row in rows])
@@ -233,10 +237,10 @@ def draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 
 def main() -> int:
-    """Print the table of a file of figures, and draw its picture."""
+    """Print the table of a JSON file and draw its picture."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("figures", type=Path, help="what scripts/benchmark.py wrote as --json")
+    parser.add_argument("figures", type=Path, help="JSON file from scripts/benchmark.py --json")
     parser.add_argument("--picture", type=Path, metavar="FILE", help=".svg or .png")
     arguments = parser.parse_args()
     rows = json.loads(arguments.figures.read_text())["rows"]

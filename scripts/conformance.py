@@ -7,9 +7,9 @@
     scripts/conformance.py --kind timm          a model of each of timm's families, about 3 minutes; needs timm
 
 The second route shares no code with the capture: the model's own forward, with each output cloned as it returns; and,
-where torch.fx can trace the model, torchvision's feature extractor, asked for one node at a time. Comparison is bit for
-bit. On the same pass the usual hook, `store[...] = output.detach()`, is held to the same measure. Exits with 1 if
-anything is wrong or missed.
+where torch.fx can trace the model, torchvision's feature extractor, which returns one node at a time. Comparison is bit
+for bit. The usual hook, `store[...] = output.detach()`, is compared on the same pass. Exits with 1 if anything is wrong
+or missed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from hookx.capture.probe import probe
 from hookx.capture.rows import RowCapture, stored_dtype
 from hookx.capture.runner import Runner
 from hookx.layers.select import parse_selectors, select
-from hookx.models import forward_of, list_models
+from hookx.models import list_models
+from hookx.models.torchvision import forward_of
 
 BATCH = 2
 FX_NODES = 2

@@ -29,7 +29,7 @@ START = r"(?:\A|(?<=[.:;?!])\s+|\n\s*\n\s*|\|\s*)"
 BANNED = {
     START + r"Of ": "start with the subject: 'Of several types ...' -> 'One of the types ...'",
     r"[:;] of (?!course)": "name the thing: 'seed: of random weights' -> 'seed: seed for the random weights'",
-    r"(?:\A|[,;(]\s?)of which\b": "'and ... of them', or a new sentence",
+    r"(?:\A|[,;(]\s?)of which\b(?! \d)": "'and ... of them', or a new sentence",
     r"\bas of (?:a|an|the|all|any|each|every)\b": "'like that of', or name the thing",
     r"(?<!here\s)\b(?:is|are|was|were) no (?!longer|more|less|fewer|better|worse|different|\w+er than)": "'is not a'",
     r"(?<!here\s)\b(?:is|are) (?:\d\S*|one|two) or more\b": "'must be at least N, got M'",
@@ -43,7 +43,7 @@ BANNED = {
     r"\b(?:some|any|every|no)body's\b": "name the owner: the user's, another process's",
     r"\bone's own\b": "'your own', 'custom'",
     r"\b(?:is|are|was|were) told as\b": "'is reported as'",
-    r"\basked for\b": "'requested', or name the flag",
+    r"(?<!you\s)(?<!user\s)\basked for\b": "'requested', or name the flag",
     r"\bbe had\b": "'is available', 'can be loaded'",
     r"\b(?:can|may|could) be without\b": "'may lack'",
     r"\bknows? no\b": "'has no', 'does not support'",
@@ -51,7 +51,7 @@ BANNED = {
     r"\bwithout a word\b": "'silently'",
     r"\botherwise than\b": "'differently from'",
     r"\bonce only\b": "'only once'",
-    r"\b(?:a|one) (?:line|row|picture|file|function|column|page|process|task|name|shard) an? \w+": "'one line per image'",
+    r"\b(?:a|one) (?:line|row|picture|file|function|column|page|process|task|shard) an? \w+": "'one line per image'",
     r", also (?:after|if|on|inside|when|where|while)\b": "'even if', 'including'",
     r"\b(?:is|are) well[.,;]": "'is intact', 'is still usable'",
     r"\b(?:processe?|worker|decoder|parent)s? (?:had |has |have )?(?:dies?|died)\b": "processes exit or crash",
@@ -66,9 +66,8 @@ BANNED = {
     r"\bstands? (?:above|below|beside|beneath|there)\b": "'is', 'is listed'",
     r"\b(?:wherein|whence|thence|thereof|therein|thereby|whereof|hitherto|lest)\b": "archaic",
 }
-BANNED_IN_COMMENTS = {r"\Aof\b": "name the thing, or 'for', 'per'"}
-BANNED_IN_DOCSTRINGS = BANNED_IN_COMMENTS | {r"\A\s*(?:Tell|Say)\b": "'Return whether', 'Report', 'Warn that'"}
-BANNED_NAME = re.compile(r"\b[A-Z_]+_AT_(?:MOST|LEAST)\b")
+BANNED_IN_DOCSTRINGS = BANNED | {r"\A\s*(?:Tell|Say)\b": "'Return whether', 'Report', 'Warn that'"}
+BANNED_IN_NAMES = {r"\A[A-Z_]+_AT_(?:MOST|LEAST)\Z": "'MAX_...' or 'MIN_...'"}
 
 
 @dataclass(frozen=True)
@@ -92,11 +91,11 @@ def read_comments(source: str) -> Iterator[Passage]:
         if token.type == tokenize.COMMENT:
             line = token.start[0]
             if line != last + 1 or token.line.strip() != token.string:
-                yield Passage(first, "\n".join(lines), BANNED | BANNED_IN_COMMENTS)
+                yield Passage(first, "\n".join(lines), BANNED)
                 first, lines = line, []
             lines.append(token.string.lstrip("#! "))
             last = line
-    yield Passage(first, "\n".join(lines), BANNED | BANNED_IN_COMMENTS)
+    yield Passage(first, "\n".join(lines), BANNED)
 
 
 def read_strings(source: str, *, with_messages: bool) -> Iterator[Passage]:
@@ -113,7 +112,7 @@ def read_strings(source: str, *, with_messages: bool) -> Iterator[Passage]:
             continue
         if node in docstrings:
             text = re.sub(r"(?m)^ *(>>>|\.\.\. ).*$", "", text)
-            yield Passage(node.lineno, text, BANNED | BANNED_IN_DOCSTRINGS)
+            yield Passage(node.lineno, text, BANNED_IN_DOCSTRINGS)
         elif with_messages and " " in text:
             yield Passage(node.lineno, text, BANNED)
 
@@ -127,24 +126,28 @@ def read_markdown(text: str) -> Iterator[Passage]:
     yield Passage(1, re.sub(r"`[^`\n]+`", "CODE", text), BANNED)
 
 
+def read_names(source: str) -> Iterator[Passage]:
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.NAME:
+            yield Passage(token.start[0], token.string, BANNED_IN_NAMES)
+
+
 def read_passages(file: Path, source: str) -> Iterator[Passage]:
     if file.suffix == ".md":
         yield from read_markdown(source)
-    elif file.suffix == ".py" or source.startswith("#!/usr/bin/env python"):
+    elif file.suffix == ".py":
+        yield from read_names(source)
         yield from read_comments(source)
         yield from read_strings(source, with_messages="src" in file.parts)
     else:
         for number, line in enumerate(source.splitlines(), 1):
             if line.lstrip().startswith("#"):
-                yield Passage(number, line.lstrip(" #!"), BANNED | BANNED_IN_COMMENTS)
+                yield Passage(number, line.lstrip(" #!"), BANNED)
 
 
 def find_banned(file: Path, source: str) -> list[tuple[int, str, str]]:
     """Return the line, the words and the advice for each banned construction in a file, by line."""
-    found = [
-        (source.count("\n", 0, name.start()) + 1, name[0], "'MAX_...' or 'MIN_...'")
-        for name in re.finditer(BANNED_NAME, source if file.suffix != ".md" else "")
-    ]
+    found: list[tuple[int, str, str]] = []
     for passage in read_passages(file, source):
         for pattern, advice in passage.banned.items():
             for match in compile_pattern(pattern).finditer(passage.text):

@@ -1,4 +1,4 @@
-"""Photographs for the tests: the project's own, as they are and as thumbnails that a network runs through at once."""
+"""Fixtures for all tests: the project's photographs, full size and as thumbnails that a network processes quickly."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from PIL import Image
 
 from kit import ROOT, warm
 
-# Idle threads of a forward pass spin by default, and take the cores from the other processes of a test.
+# By default, idle OpenMP threads spin and take the cores from the other processes of a test.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-settings.register_profile("any machine", deadline=None)  # A busy one is slow, and not wrong.
+settings.register_profile("any machine", deadline=None)  # A busy machine is slow, not wrong.
 settings.load_profile("any machine")
 
 
@@ -24,19 +24,19 @@ def pytest_configure() -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # Not in a process that this one has started to share the tests.
+    if not hasattr(config, "workerinput"):  # Only in the main process, not in the workers of pytest-xdist.
         warm.end()
 
 
 @pytest.fixture(scope="session")
 def photos() -> Path:
-    """Return the folder of the eight photographs."""
+    """Return the folder of eight photographs."""
     return ROOT / "images"
 
 
 @pytest.fixture(scope="session")
 def thumbnails(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of 24 small pictures, lossless, in subfolders: three different crops of every photograph."""
+    """Return a folder of 24 small PNG files in subfolders: three crops of each photograph."""
     folder = tmp_path_factory.mktemp("thumbnails")
     for file in sorted(photos.rglob("*.jpg")):
         (folder / file.parent.name).mkdir(exist_ok=True)
@@ -50,7 +50,7 @@ def thumbnails(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mixed_folder(thumbnails: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of five pictures between four files that no decoder can read, in the order of their names."""
+    """Return a folder of five readable and four unreadable images, which alternate when sorted by name."""
     folder = tmp_path_factory.mktemp("mixed")
     pictures = sorted(thumbnails.rglob("*.png"))
     for name, picture in zip(("a", "d", "e", "g", "i"), pictures, strict=False):
@@ -64,6 +64,6 @@ def mixed_folder(thumbnails: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the HOOKX_* variables of whoever runs the tests out of them."""
+    """Remove HOOKX_* variables, which would change the defaults that the tests rely on."""
     for name in [name for name in os.environ if name.startswith("HOOKX_")]:
         monkeypatch.delenv(name)

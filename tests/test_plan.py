@@ -182,7 +182,7 @@ def test_a_text_that_is_no_plan_is_refused(text: str) -> None:
 
 
 def test_a_plan_json_that_was_edited_by_hand_is_refused() -> None:
-    with pytest.raises(StoreError, match="its fingerprint does not belong to its contents"):
+    with pytest.raises(StoreError, match="its fingerprint does not match its contents"):
         Plan.from_json(PLAN.to_json().replace('"fp32"', '"bf16"'))
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import difflib
 import os.path
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
@@ -127,7 +127,7 @@ def closest(name: str, names: Iterable[str], count: int = 3) -> str:
     return ", ".join((matches or names)[:count])
 
 
-def one_of(what: str, value: str, known: Sequence[str]) -> None:
-    """Raise `UsageError` for a value that is not among those that are known."""
-    if value not in known:
-        raise UsageError(f"'{value}' is not a {what}; closest: {closest(value, known, len(known))}")
+def one_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -26,11 +26,11 @@ from hookx.check.inspect import inspect
 from hookx.check.verify import verify
 from hookx.cli.app import app
 from hookx.errors import HookxError, StoreError
-from hookx.plan import LayerSpec, Plan, Preprocessing
+from hookx.plan import LayerSpec, Plan, Preprocessing, ValueCounts
 from hookx.store.directory import RunDirectory, read_plan
 from hookx.store.files import write_whole
 from hookx.store.record import ShardRecord
-from hookx.store.writer import BatchWriter, ShardWriter
+from hookx.store.writer import ShardWriter
 from kit.shards import publish
 
 PLAN = Plan(
@@ -72,10 +72,9 @@ def put_metadata(path: Path, **changes: str | None) -> None:
 def write(directory: RunDirectory, record: ShardRecord) -> None:
     """Write the first shard as a run does."""
     positions = range(len(record.keys))
-    with ShardWriter(BatchWriter(directory, directory.plan.shards, len(positions), lambda _: record)) as writer:
-        writer.batches.rows(positions, len(positions))
-        writer.add(writer.batches.write(positions))
-        writer.publish(record)
+    with ShardWriter(directory, directory.plan.shards, len(positions), lambda _: record) as writer:
+        writer.rows(positions, len(positions))
+        writer.publish(record, [writer.write(positions)])
         writer.finish()
 
 
@@ -84,7 +83,7 @@ def put_bytes(path: Path, header: bytes, data: bytes = b"", claims: int | None =
 
 
 def is_refused_by_every_reader(path: Path) -> str:
-    """Check that every reader ends with one error that names the shard; return what `verify` says of it."""
+    """Check that every reader ends with one error that names the shard; return what `verify` says about it."""
     for read in (hookx.open, inspect):
         with pytest.raises(StoreError, match=re.escape(SHARD)):
             read(path)
@@ -306,7 +305,7 @@ def test_a_header_that_could_not_be_read_again_is_not_written(tmp_path: Path) ->
     plan = replace(PLAN, image_count=1)
     with RunDirectory(tmp_path, plan) as directory:
         record = ShardRecord(["x" * 40_000_000])
-        with pytest.raises(StoreError, match=r"take 40,\d+,\d+ bytes; 33,554,432 is the most\n.*--shard-images"):
+        with pytest.raises(StoreError, match=r"take 40,\d+,\d+ of at most 33,554,432 bytes\n.*--shard-images"):
             write(directory, record)
     assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
 
@@ -389,7 +388,9 @@ def test_no_name_acts_on_a_terminal_or_begins_a_line_of_its_own(tmp_path: Path, 
         preprocessing=replace(PLAN.preprocessing, interpolation=evil),
     )
     path = tmp_path / "features"
-    record = ShardRecord([evil, evil], made={evil: evil}, counts={evil: {"all_zero": 1, evil: 2}}, sizes_bytes=[1])
+    record = ShardRecord(
+        [evil, evil], made={evil: evil}, counts=ValueCounts({evil: {"all_zero": 1, evil: 2}}), sizes_bytes=[1]
+    )
     with RunDirectory(path, plan) as directory:
         publish(directory, plan.shards[0], {evil: torch.zeros(2, 3)}, record)
         directory.publish_index()
@@ -403,7 +404,7 @@ def test_no_name_acts_on_a_terminal_or_begins_a_line_of_its_own(tmp_path: Path, 
 
 
 def test_an_error_that_quotes_a_name_cannot_act_on_a_terminal_either(path: Path) -> None:
-    from hookx.cli.report import printable
+    from hookx.cli.streams import printable
 
     (path / SHARD).write_text("")
     path = path.rename(path.parent / "\x1b[2J\nerror: gone")

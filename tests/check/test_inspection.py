@@ -15,21 +15,21 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import hookx
-from hookx.check import inspect as inspection
-from hookx.check.inspect import inspect
+from hookx.check.inspect import Moments, inspect
 from hookx.cli.app import app
 from hookx.errors import ShardError, StoreError
 from hookx.plan import DTYPES, LayerSpec, Plan, Preprocessing
 from hookx.run.run import extract
 from hookx.store.directory import RunDirectory
 from hookx.store.record import ShardRecord
+from kit.files import files_opened
 from kit.shards import publish
 
 PREPROCESSING = Preprocessing(256, 224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear")
 
 
 def write(path: Path, values: Tensor, rows_per_shard: int, shards: int | None = None) -> Plan:
-    """Write a run with one layer, of which the first shards are there."""
+    """Write a run with one layer, or only its first shards."""
     dtype = str(values.dtype).removeprefix("torch.")
     layers = (LayerSpec("layer", tuple(values.shape[1:]), dtype),)
     plan = Plan(
@@ -66,11 +66,10 @@ def features(mixed_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @given(
     st.sampled_from(["float64", "float32", "bfloat16", "int16", "bool", "complex64"]),
     st.lists(st.floats(-1e6, 1e6) | st.sampled_from([0.0, float("nan"), float("inf")]), min_size=1, max_size=40),
-    st.integers(1, 7),
-    st.sampled_from([1, 24, 2**24]),
+    st.integers(1, 41),
 )
 def test_statistics_are_those_that_numpy_computes_from_all_values_at_once(
-    tmp_path_factory: pytest.TempPathFactory, dtype: str, numbers: list[float], rows_per_shard: int, at_once: int
+    dtype: str, numbers: list[float], values_per_piece: int
 ) -> None:
     whole_numbers = not dtype.startswith(("float", "bfloat", "complex"))
     values = (
@@ -79,14 +78,12 @@ def test_statistics_are_those_that_numpy_computes_from_all_values_at_once(
         else (torch.tensor(numbers, dtype=torch.float64))
     )
     values = values.to(getattr(torch, dtype))
-    path = tmp_path_factory.mktemp("run")
-    write(path, values, rows_per_shard)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inspection, "_BYTES_AT_ONCE", at_once)
-        found = inspect(path, statistics=True).layers[0].statistics
+    moments = Moments()
+    for piece in values.split(values_per_piece):
+        moments.add(piece)
+    found = moments.statistics()
     flat = (torch.view_as_real(values) if values.is_complex() else values).flatten().double().numpy()
     finite = flat[np.isfinite(flat)]
-    assert found is not None
     assert (found.values, found.zeros, found.non_finite) == (flat.size, (flat == 0).sum(), flat.size - finite.size)
     if finite.size:
         assert (found.minimum, found.maximum) == (finite.min(), finite.max())
@@ -95,6 +92,16 @@ def test_statistics_are_those_that_numpy_computes_from_all_values_at_once(
         assert found.deviation == pytest.approx(finite.std(), rel=1e-9, abs=1e-9 * scale)
     else:
         assert (found.mean, found.deviation, found.minimum, found.maximum) == (None,) * 4
+
+
+def test_shards_that_are_read_in_several_pieces_count_every_value_once(tmp_path: Path) -> None:
+    values = torch.arange(5 * 2**21).reshape(5, 2**21)  # Rows of 16 MiB, in shards of two.
+    write(tmp_path, values, rows_per_shard=2)
+    found = inspect(tmp_path, statistics=True).layers[0].statistics
+    count = values.numel()
+    assert found is not None and (found.values, found.zeros) == (count, 1)
+    assert (found.minimum, found.maximum) == (0, count - 1) and found.mean == pytest.approx((count - 1) / 2, rel=1e-12)
+    assert found.deviation == pytest.approx(((count**2 - 1) / 12) ** 0.5, rel=1e-12)
 
 
 def test_a_small_deviation_about_a_large_mean_is_not_lost(tmp_path: Path) -> None:
@@ -115,9 +122,12 @@ def test_statistics_of_a_real_run_are_those_of_what_is_read_back(features: Path)
         assert found.zeros == (values == 0).sum()
 
 
-def test_without_statistics_no_activation_is_read(features: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspection, "open_shard", None)
-    assert [layer.statistics for layer in inspect(features).layers] == [None] * 3
+def test_without_statistics_only_the_header_of_each_shard_is_read(features: Path) -> None:
+    with files_opened() as names:
+        layers = inspect(features).layers
+    shards = sorted(file.name for file in features.glob("shard-*"))
+    assert [layer.statistics for layer in layers] == [None] * 3
+    assert sorted(name for name in names if name.startswith("shard-")) == shards
 
 
 # --- progress ------------------------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ from hookx.check.recompute import recompute
 from hookx.check.verify import Problem, verify
 from hookx.cli.app import app
 from hookx.errors import HookxError, StoreError, UsageError
-from hookx.models import ModelOptions
 from hookx.run.run import extract
 from hookx.store.directory import RunDirectory, read_plan
 from hookx.store.record import ShardRecord, read_record
@@ -91,13 +90,13 @@ def test_the_command_prints_what_it_found_and_exits_with_0_or_1(run: Path) -> No
     result = CliRunner().invoke(app, ["verify", str(run)])
     assert result.exit_code == 1
     assert f"{SHARDS[1]} is missing\n" in result.stdout
-    assert "note: plan.json.bak is no file of this run\n" in result.stdout
+    assert "note: plan.json.bak is not part of this run\n" in result.stdout
     document = json.loads(CliRunner().invoke(app, ["verify", str(run), "--json"]).stdout)
     assert (document["ok"], document["shards_whole"]) == (False, 2)
     assert document["problems"] == [{"file": SHARDS[1], "what": "is missing"}]
 
 
-def test_what_is_no_directory_is_an_error_and_an_empty_one_has_no_plan(tmp_path: Path) -> None:
+def test_what_is_not_a_directory_is_an_error_and_an_empty_one_has_no_plan(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="there is no directory"):
         verify(tmp_path / "absent")
     assert "holds no run of hookx" in problems_of(tmp_path)["plan.json"]
@@ -117,7 +116,7 @@ def test_leavings_and_foreign_files_are_mentioned_and_are_no_error(run: Path) ->
 def test_a_name_that_no_plan_has_is_found(run: Path) -> None:
     plan = run / "plan.json"
     plan.write_text(plan.read_text().replace('"notes"', '"ootes"'))
-    assert "altered, or is of a later hookx: it holds 'ootes'" in problems_of(run)["plan.json"]
+    assert "altered, or written by a later hookx: it holds 'ootes'" in problems_of(run)["plan.json"]
 
 
 @given(st.data())
@@ -127,7 +126,7 @@ def test_one_flipped_bit_anywhere_is_found_and_its_file_is_named(
     name = data.draw(st.sampled_from([*SHARDS, "plan.json", "index.csv", "failures.csv"]))
     content = bytearray((whole / name).read_bytes())
     position = data.draw(st.integers(0, len(content) - 1))
-    # The batch size changes values by rounding only, and is no part of the fingerprint.
+    # The batch size changes values by rounding only, and is not part of the fingerprint.
     if name == "plan.json" and content[position : position + 1].isdigit() and position > content.index(b'"chosen"'):
         return
     content[position] ^= 1 << data.draw(st.integers(0, 7))
@@ -145,7 +144,7 @@ def test_a_flipped_byte_in_the_data_names_the_layer(run: Path) -> None:
     content = bytearray((run / SHARDS[2]).read_bytes())
     content[-1] ^= 1
     (run / SHARDS[2]).write_bytes(content)
-    assert re.fullmatch(r"is damaged: 'fc' does not have the checksum .*", problems_of(run)[SHARDS[2]])
+    assert re.fullmatch(r"is damaged: 'fc' does not match the checksum .*", problems_of(run)[SHARDS[2]])
 
 
 def test_a_truncated_or_prolonged_shard_is_named(run: Path) -> None:
@@ -211,7 +210,7 @@ def test_a_table_that_does_not_say_what_the_shards_say_is_named_with_the_line(ru
     (run / name).write_text("".join(lines[:-1]))
     assert f"in line {len(lines)}" in problems_of(run)[name]
     (run / name).write_text("".join([*lines, "x"]))
-    assert problems_of(run) == {name: f"goes on after the {len(lines)} lines that follow from the shards"}
+    assert problems_of(run) == {name: f"continues after the {len(lines)} lines derived from the shards"}
     (run / name).unlink()
     assert problems_of(run) == {name: "is missing"}
 
@@ -220,13 +219,13 @@ def test_failures_that_no_shard_has_are_named(thumbnails: Path, tmp_path: Path) 
     extract("resnet18", "fc", thumbnails / "sky", out=tmp_path, weights="none", **SMALL)
     assert verify(tmp_path).is_whole
     (tmp_path / "failures.csv").write_text("key,reason\n")
-    assert problems_of(tmp_path) == {"failures.csv": "is there, and no shard has a failure"}
+    assert problems_of(tmp_path) == {"failures.csv": "exists, but no shard has failures"}
 
 
 def test_an_edited_plan_is_named(run: Path) -> None:
     text = (run / "plan.json").read_text()
     (run / "plan.json").write_text(text.replace('"image_count": 9', '"image_count": 8'))
-    assert problems_of(run) == {"plan.json": "was altered: its fingerprint does not belong to its contents"}
+    assert problems_of(run) == {"plan.json": "was altered: its fingerprint does not match its contents"}
     (run / "plan.json").unlink()
     assert "cannot read plan.json" in problems_of(run)["plan.json"]
 
@@ -244,7 +243,7 @@ def test_a_shard_with_other_images_than_the_plan_lists_is_found_though_its_check
     run: Path, change: Callable[[dict[str, torch.Tensor], ShardRecord], None]
 ) -> None:
     forge(run, 1, change)
-    assert problems_of(run)["plan.json"] == "lists other images (names or sizes) than the shards hold"
+    assert problems_of(run)["plan.json"] == "lists images (names or sizes) other than those in the shards"
 
 
 def test_rows_and_failures_are_a_partition_of_the_list_in_its_order(run: Path, whole: Path) -> None:
@@ -264,11 +263,11 @@ def test_rows_and_failures_are_a_partition_of_the_list_in_its_order(run: Path, w
     assert problems_of(run) == {SHARDS[0]: "holds the image 'a.png' twice"}
     shutil.copy(whole / SHARDS[0], run / SHARDS[0])
     forge(run, 0, turn)
-    assert "holds its images in another order" in problems_of(run)[SHARDS[0]]
+    assert "does not hold its images in the order of their keys" in problems_of(run)[SHARDS[0]]
     forge(run, 2, begin_early)
     assert "does not come after" in problems_of(run)[SHARDS[2]]
     forge(run, 1, forget_sizes)
-    assert problems_of(run)[SHARDS[1]] == "tells the sizes of 2 images, and holds 3"
+    assert problems_of(run)[SHARDS[1]] == "records the sizes of 2 images, but holds 3"
 
 
 # --- true ----------------------------------------------------------------------------------------------------------
@@ -310,7 +309,7 @@ def test_a_row_that_is_not_what_the_layer_returns_is_named_though_its_checksum_f
     assert document["recomputed"]["rows_with_same_bits"] == 4
 
 
-def test_rounding_is_no_problem_and_its_size_is_told(run: Path, mixed_folder: Path) -> None:
+def test_rounding_is_not_a_problem_and_its_size_is_told(run: Path, mixed_folder: Path) -> None:
     def round_off(tensors: dict[str, torch.Tensor], record: ShardRecord) -> None:
         tensors["fc"] *= 1 + 1e-6
 
@@ -336,7 +335,7 @@ def test_an_image_that_is_gone_or_changed_is_named(whole: Path, mixed_folder: Pa
     (images / "i.png").write_bytes((images / "i.png").read_bytes() + b"\0")
     again = recompute(whole, 100, images)
     said = [problem.what for problem in again.problems]
-    assert any("needs the image 'd.png', which is not among those named" in what for what in said)
+    assert any("needs the image 'd.png', which is not in --images" in what for what in said)
     assert any("needs the image 'i.png': changed since it was listed" in what for what in said)
     assert "a.png" in [row.key for row in again.rows]
 
@@ -358,7 +357,7 @@ def test_weights_from_a_file_have_to_be_the_same_file(mixed_folder: Path, tmp_pa
 def test_recompute_needs_images_and_rows_and_a_run(whole: Path, mixed_folder: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["verify", str(whole), "--recompute", "1"])
     assert isinstance(result.exception, UsageError) and "--images" in str(result.exception)
-    with pytest.raises(UsageError, match="0 rows"):
+    with pytest.raises(UsageError, match="--recompute must be at least 1, got 0"):
         recompute(whole, 0, mixed_folder)
     with pytest.raises(HookxError, match="no such file or folder: "):
         recompute(whole, 1, tmp_path / "absent")
@@ -384,10 +383,9 @@ def test_a_model_of_ones_own_is_computed_again_if_it_is_named_again(thumbnails: 
     )
     ref, arguments, out = f"{code}:tiny", {"width": "5"}, tmp_path / "own"
     extract(ref, "0", thumbnails, out=out, weights="none", crop=32, resize=32, model_args=arguments, workers=0)
-    options = ModelOptions(model_args=arguments)
     with pytest.raises(UsageError, match="building it may run code"):
-        recompute(out, 3, thumbnails, options=options)
-    again = recompute(out, 3, thumbnails, model=ref, options=options)
+        recompute(out, 3, thumbnails, model_args=arguments)
+    again = recompute(out, 3, thumbnails, model=ref, model_args=arguments)
     assert again.problems == () and again.rows_with_same_bits == 3
     with pytest.raises(UsageError, match="and not 'resnet18'"):
-        recompute(out, 3, thumbnails, model="resnet18", options=options)
+        recompute(out, 3, thumbnails, model="resnet18", model_args=arguments)

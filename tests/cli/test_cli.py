@@ -345,9 +345,17 @@ def test_a_module_that_is_never_called_is_an_error_that_says_why(photos: Path, t
     [
         (["-m", "resnet81"], ModelError, "no model is called 'resnet81'; closest: resnet18"),
         (["-w", "IMAGENET1K_V9"], ModelError, "resnet18 has no weights 'IMAGENET1K_V9'; it has: IMAGENET1K_V1"),
-        (["-d", "cuda:99"], UsageError, "there is no device 'cuda:99' here"),
-        (["--mean", "0.5;0.5;0.5"], UsageError, "--mean '0.5;0.5;0.5' is not numbers with commas between"),
-        (["--max-shard-size", "12 apples"], UsageError, "'12 apples' is not a size"),
+        (["-d", "cuda:99"], UsageError, "invalid --device 'cuda:99': this machine has cpu"),
+        (
+            ["--mean", "0.5;0.5;0.5"],
+            UsageError,
+            "invalid --mean '0.5;0.5;0.5': give three numbers, as in 0.485,0.456,0.406",
+        ),
+        (
+            ["--max-shard-size", "12 apples"],
+            UsageError,
+            "invalid --max-shard-size '12 apples': write it as in 512MiB, 2GB or 4096",
+        ),
         (["-l", "conv1@mean"], LayerError, "for this shape: @mean23 if the channels are dimension 1"),
     ],
 )
@@ -525,7 +533,7 @@ import os, signal, sys
 
 class Interrupts:
     def find_spec(self, name, *_):
-        if name == "hookx.cli.report":
+        if name == "hookx.cli.terminal":
             try:
                 os.kill(os.getpid(), signal.SIGINT)
             except BaseException:

@@ -8,12 +8,12 @@ import itertools
 import json
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,14 @@ from typer.testing import CliRunner
 import hookx
 from hookx.cli.app import app
 from hookx.errors import NotStoredError, StoreError, UsageError
-from hookx.exporting import export, matlab
-from hookx.exporting import rows as rows_module
+from hookx.exporting import export, select_rows
+from hookx.exporting.formats import FORMATS
+from hookx.exporting.matlab import MAX_VARIABLE_BYTES, check_mat
+from hookx.exporting.rows import Rows
+from hookx.keys import Keys
 from hookx.plan import DTYPES, LayerSpec, Plan, Preprocessing
+from hookx.read.activations import RowIndex
+from hookx.read.features import Features
 from hookx.store.directory import RunDirectory
 from hookx.store.record import ShardRecord
 from kit import warm
@@ -95,6 +100,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     return write_run(tmp_path / "features", {"fc": torch.arange(20.0).reshape(10, 2)})
+
+
+def promise(run: Path, layer: LayerSpec) -> Features:
+    """Open a run as if it held two rows of a layer that no test could write; reading them would fail."""
+    features = hookx.open(run)
+    rows = RowIndex(features.path, Keys.pack([b"a.jpg", b"b.jpg"]), {}, features.rows.files[:1], np.array([0, 2]))
+    return Features(run, replace(features.plan, layers=(layer,)), rows)
 
 
 def stored(run: Path, layer: str) -> Array:
@@ -293,15 +305,12 @@ def test_no_shape_cut_or_size_of_a_block_changes_what_is_read_back(
     keys = [*(f"{row}.jpg" for row in range(rows)), *UNREADABLE]
     write_run(folder / "features", {"layer": values}, keys, rows_per_shard)
     if suffix == ".parquet" and 0 in shape:
-        with pytest.raises(UsageError, match="layer has no values, and tables hold some"):
+        with pytest.raises(UsageError, match="layer has no values to put in a table"):
             export(folder / "features", "layer", folder / "a.parquet")
         return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows_module, "_BLOCK_BYTES", block_bytes)
-        patch.setattr(rows_module, "_BLOCK_ROWS", 5)
-        patch.setattr(matlab, "_PASS_BYTES", block_bytes)
-        advances: list[int] = []
-        export(folder / "features", "layer", folder / f"a{suffix}", progress=advances.append)
+    advances: list[int] = []
+    selected = select_rows(hookx.open(folder / "features"), "layer", FORMATS[suffix], advances.append)
+    FORMATS[suffix].write(folder / f"a{suffix}", replace(selected, max_block_bytes=block_bytes, max_block_rows=5))
     if suffix == ".parquet" and not rows:
         assert parquet.read_table(folder / "a.parquet").num_rows == 0
         return
@@ -367,30 +376,6 @@ def test_the_formats_that_can_say_so_say_where_the_rows_come_from(run: Path, tmp
     assert {name: metadata[name.encode()].decode() for name in expected} == expected
 
 
-@settings(max_examples=40)
-@given(
-    st.sampled_from([dtype for dtype in DTYPES if dtype not in ("bfloat16", "float16")]),
-    st.lists(st.integers(1, 4), min_size=1, max_size=4),
-    st.integers(1, 9),
-    st.integers(1, 200),
-)
-def test_a_mat_file_is_after_its_first_line_byte_for_byte_what_scipy_writes(
-    tmp_path_factory: pytest.TempPathFactory, dtype: str, shape: list[int], rows: int, pass_bytes: int
-) -> None:
-    folder = tmp_path_factory.mktemp("mat")
-    values = random_tensor((rows, *shape), dtype)
-    keys = [f"{'é' * row}.jpg" for row in range(rows)]
-    run = write_run(folder / "features", {"layer": values}, keys)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matlab, "_PASS_BYTES", pass_bytes)
-        export(run, "layer", folder / "a.mat")
-    origin = {"layer": "layer", "model": "net", "weights": "none", "fingerprint": hookx.open(run).plan.fingerprint}
-    variables = {"activations": values.numpy(), "keys": np.array(keys, dtype=object)[:, None], **origin}
-    by_the_other = io.BytesIO()
-    scipy.io.savemat(by_the_other, variables)
-    assert (folder / "a.mat").read_bytes()[124:] == by_the_other.getvalue()[124:]
-
-
 # --- whole or absent -----------------------------------------------------------------------------------------------
 
 
@@ -400,9 +385,9 @@ def names_in(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_an_export_killed_half_way_leaves_no_target_and_the_next_one_removes_its_leavings(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+    tmp_path: Path, suffix: str
 ) -> None:
-    monkeypatch.setattr(rows_module, "_BLOCK_ROWS", 3)
+    run = write_run(tmp_path / "features", {"fc": torch.randn(20_000, 2)}, rows_per_shard=20_000)  # two blocks
     target, half_way = tmp_path / f"a{suffix}", tmp_path / "half way"
 
     def stop_half_way(_rows: int) -> None:
@@ -410,27 +395,29 @@ def test_an_export_killed_half_way_leaves_no_target_and_the_next_one_removes_its
         time.sleep(100)
 
     def export_half_way() -> None:
-        export(small, "fc", target, progress=stop_half_way)
+        export(run, "fc", target, progress=stop_half_way)
 
     with forked(export_half_way):
         wait_for(half_way.exists)
     half_way.unlink()
     assert names_in(tmp_path) == {"features", f".a{suffix}.aside"}
-    export(small, "fc", target)
+    export(run, "fc", target)
     assert names_in(tmp_path) == {"features", target.name, *(["a.keys.csv"] if suffix == ".npy" else [])}
 
 
 def test_an_export_killed_between_the_keys_and_the_array_is_finished_by_the_next_one(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Path, tmp_path: Path
 ) -> None:
-    rename = Path.rename
+    renamed: list[str] = []
 
-    def rename_and_die(path: Path, other: Path) -> None:
-        rename(path, other)
-        os.kill(os.getpid(), signal.SIGKILL)
+    def die_at_the_second_rename(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "os.rename":
+            renamed.append(str(arguments[1]))
+            if len(renamed) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def export_and_die() -> None:
-        monkeypatch.setattr(Path, "rename", rename_and_die)
+        sys.addaudithook(die_at_the_second_rename)
         export(small, "fc", tmp_path / "a.npy")
 
     with forked(export_and_die):
@@ -467,7 +454,7 @@ def test_a_disk_that_takes_no_more_leaves_nothing_and_the_error_says_so(tmp_path
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         for _ in range(3):  # HDF5 would not survive a second time.
-            with pytest.raises(StoreError, match=rf"cannot write .*/a{suffix}: File too large\n  mend that, and run"):
+            with pytest.raises(StoreError, match=rf"cannot write .*/a{suffix}: File too large\n  fix that, then run"):
                 export(run, "fc", tmp_path / f"a{suffix}")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -475,20 +462,18 @@ def test_a_disk_that_takes_no_more_leaves_nothing_and_the_error_says_so(tmp_path
     export(run, "fc", tmp_path / f"a{suffix}")
 
 
-def test_a_disk_that_is_too_small_is_known_before_anything_is_written(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=79))
-    with pytest.raises(StoreError, match=r"the activations need 80 bytes and .* has 79 free\n  choose another --to"):
-        export(small, "fc", tmp_path / "a.npy", progress=lambda _: pytest.fail("something was written"))
+def test_a_disk_that_is_too_small_is_known_before_anything_is_written(small: Path, tmp_path: Path) -> None:
+    features = promise(small, LayerSpec("fc", (2**60,), "uint8"))
+    error = rf"the activations need {2**61:,} bytes and .* has [\d,]+ free\n  choose another --to"
+    with pytest.raises(StoreError, match=error):
+        export(features, "fc", tmp_path / "a.npy")
     assert names_in(tmp_path) == {"features"}
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_what_exists_is_never_overwritten(small: Path, tmp_path: Path, suffix: str) -> None:
     target = tmp_path / f"a{suffix}"
-    error = rf"a{suffix} exists already\n  remove it, or choose another --to"
+    error = rf"a{suffix} already exists\n  remove it, or choose another name"
     makes: list[Callable[[], None]] = [target.touch, target.mkdir, lambda: target.symlink_to("nowhere")]
     for make in makes:
         make()
@@ -506,7 +491,7 @@ def test_the_keys_of_another_export_are_not_overwritten_either(small: Path, tmp_
     same = (tmp_path / "a.keys.csv").read_text()
     for other in ("key\nsomething else\n", f"{same}one more\n", same[:-1]):
         (tmp_path / "a.keys.csv").write_text(other)
-        with pytest.raises(StoreError, match=r"a\.keys\.csv exists already"):
+        with pytest.raises(StoreError, match=r"a\.keys\.csv already exists"):
             export(small, "fc", tmp_path / "a.npy")
         assert (tmp_path / "a.keys.csv").read_text() == other and not (tmp_path / "a.npy").exists()
 
@@ -550,23 +535,26 @@ def test_memory_does_not_grow_with_the_run(tmp_path: Path, rows: int) -> None:
     write_run(tmp_path / "large", {"fc": torch.zeros(rows, 512)}, rows_per_shard=20_000)  # 82 MB or 410 MB
     program = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 import hookx
-from hookx.exporting import matlab, rows
+from hookx.exporting import select_rows
+from hookx.exporting.formats import FORMATS
 
 def megabytes(field):
     return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) // 1000
 
-rows._BLOCK_BYTES, matlab._PASS_BYTES = 2**21, 2**24
 features = hookx.open("large")
 for suffix in sys.argv[1:]:
     hookx.export("small", "fc", "small" + suffix)  # It loads what the format needs.
     Path("/proc/self/clear_refs").write_text("5")  # The peak begins anew.
     before = megabytes("VmRSS")
-    hookx.export(features, "fc", "large" + suffix)
+    rows = select_rows(features, "fc", FORMATS[suffix])
+    FORMATS[suffix].write(Path("large" + suffix), replace(rows, max_block_bytes=2**21))
     print(suffix, megabytes("VmHWM") - before)
 """
-    suffixes = [suffix for suffix in SUFFIXES if suffix != ".csv"]  # It would take minutes.
+    # A .csv file would take minutes, and scipy writes a .mat file from memory.
+    suffixes = [suffix for suffix in SUFFIXES if suffix not in (".csv", ".mat")]
     done = subprocess.run(
         [sys.executable, "-c", program, *suffixes], cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True
     )
@@ -614,30 +602,42 @@ def test_a_map_is_no_vector_and_the_error_names_reductions_that_fit(tmp_path: Pa
         export(run, "conv1@mean2", tmp_path / "a.csv")
 
 
-def test_what_is_too_large_for_a_mat_file_is_refused_before_anything_is_written(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(matlab, "_VARIABLE_BYTES_AT_MOST", 79)
+def test_what_is_too_large_for_a_mat_file_is_refused_before_anything_is_written(small: Path, tmp_path: Path) -> None:
+    features = promise(small, LayerSpec("fc", (2**30,), "uint8"))
     with pytest.raises(
-        UsageError, match=r"\.mat holds 2 GiB at most, and fc of 10 images takes 80 bytes\n  choose .h5"
+        UsageError, match=r"\.mat holds at most 2 GiB, and fc of 2 images takes 2,147,483,648 bytes\n  choose .h5"
     ):
-        export(small, "fc", tmp_path / "a.mat")
-    monkeypatch.setattr(matlab, "_VARIABLE_BYTES_AT_MOST", 300)
-    with pytest.raises(UsageError, match="the keys of the run take more than"):
-        export(small, "fc", tmp_path / "a.mat")
+        export(features, "fc", tmp_path / "a.mat")
     assert names_in(tmp_path) == {"features"}
+
+
+def test_a_mat_file_is_as_large_as_matlab_can_read_and_its_keys_count_too(small: Path) -> None:
+    features = promise(small, LayerSpec("fc", (MAX_VARIABLE_BYTES // 2,), "uint8"))
+    rows = Rows(features.keys, features["fc"], np.dtype(np.uint8), {"layer": "fc"})
+    check_mat(rows)
+    numbers = replace(rows, activations=promise(small, LayerSpec("fc", (), "uint8"))["fc"])
+    check_mat(replace(numbers, keys=["k" * 2**26] * 31))
+    with pytest.raises(
+        UsageError, match=r"\.mat holds at most 2 GiB, and the keys of 32 images take more\n  choose .h5"
+    ):
+        check_mat(replace(numbers, keys=["k" * 2**26] * 32))
 
 
 @pytest.mark.parametrize(
     ("suffix", "package", "extra"),
-    [(".parquet", "pyarrow", "parquet"), (".h5", "h5py", "hdf5"), (".zarr", "zarr", "zarr")],
+    [
+        (".parquet", "pyarrow", "parquet"),
+        (".h5", "h5py", "hdf5"),
+        (".zarr", "zarr", "zarr"),
+        (".mat", "scipy", "matlab"),
+    ],
 )
 def test_without_a_package_the_error_names_the_extra_and_the_basic_formats_need_none(
     small: Path, tmp_path: Path, suffix: str, package: str, extra: str
 ) -> None:
     program = (
         "import sys; sys.modules.update(dict.fromkeys(['pyarrow', 'h5py', 'zarr', 'scipy', 'pandas']))\n"
-        "import hookx; [hookx.export('features', 'fc', f'b.{suffix}') for suffix in ('npy', 'npz', 'mat', 'csv')]\n"
+        "import hookx; [hookx.export('features', 'fc', f'b.{suffix}') for suffix in ('npy', 'npz', 'csv')]\n"
         f"sys.argv = ['hookx', 'export', 'features', '--layer', 'fc', '--to', 'a{suffix}']\n"
         "from hookx.cli import main; main()"
     )
@@ -647,7 +647,7 @@ def test_without_a_package_the_error_names_the_extra_and_the_basic_formats_need_
         f"error: {suffix} files need {package}, which is not installed\n"
         f"  install it as an extra of hookx: pip install 'hookx-vision[{extra}]'\n"
     )
-    assert names_in(tmp_path) == {"features", "b.npy", "b.keys.csv", "b.npz", "b.mat", "b.csv"}
+    assert names_in(tmp_path) == {"features", "b.npy", "b.keys.csv", "b.npz", "b.csv"}
 
 
 def test_a_run_that_is_not_finished_is_refused_unless_it_is_asked_for(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 import hookx
 from hookx.cli.app import app
 from hookx.errors import HookxError, UsageError
-from hookx.exporting.text import Activation, as_bytes, as_json, as_text
+from hookx.exporting.printing import Activation, to_bytes, to_json, to_text
 from hookx.plan import DTYPES
 from kit import warm
 
@@ -47,12 +47,12 @@ def error_of(result: Result) -> str:
 
 
 def text_of(values: Tensor) -> str:
-    return b"".join(as_text(values)).decode()
+    return b"".join(to_text(values)).decode()
 
 
 def document_of(values: Tensor) -> dict[str, Any]:
     document: dict[str, Any] = json.loads(
-        b"".join(as_json(Activation("a.jpg", "conv1", values))), parse_constant=pytest.fail
+        b"".join(to_json(Activation("a.jpg", "conv1", values))), parse_constant=pytest.fail
     )
     return document
 
@@ -112,7 +112,7 @@ def test_the_json_is_valid_and_gives_every_number_again_with_its_shape_and_type(
 
 @given(activations())
 def test_the_bytes_are_those_of_the_tensor(values: Tensor) -> None:
-    assert b"".join(as_bytes(values)) == values.flatten().view(torch.uint8).numpy().tobytes()
+    assert b"".join(to_bytes(values)) == values.flatten().view(torch.uint8).numpy().tobytes()
 
 
 def test_a_number_is_the_shortest_that_gives_its_own_type_again() -> None:
@@ -163,7 +163,7 @@ def test_a_vector_is_a_number_a_line_and_maps_are_rows_with_blank_lines_between(
 @pytest.mark.parametrize("shape", [(16, 128, 128), (256 * 1024,), (1024, 256)])
 def test_printing_a_large_map_takes_the_memory_of_a_few_rows(shape: tuple[int, ...]) -> None:
     activation = Activation("a.jpg", "conv1", torch.randn(shape))
-    for pieces in (as_text(activation.values), as_json(activation)):
+    for pieces in (to_text(activation.values), to_json(activation)):
         tracemalloc.start()
         written = sum(map(len, pieces))
         _, peak_bytes = tracemalloc.get_traced_memory()

@@ -1,4 +1,4 @@
-"""Files that are no images, odd images, and images that hang or crash their decoder: one row or one failure each."""
+"""Odd images, files that are not images, and images that hang or crash their decoder: one row or one failure each."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ from hookx.cli.app import app
 from hookx.errors import ImageError
 from hookx.images.decoding import decode
 from hookx.images.listing import ImageList, list_images
+from hookx.run.batch import Batch
 from hookx.run.run import extract
-from hookx.run.workers import Batch, _WorkerStart, batches
+from hookx.run.worker import InHand, Worker
+from hookx.run.workers import batches
 from kit.pictures import CHELSEA, PLAIN, SMALL, four_by_four, no_longer_than, process_ids
 
 Outcome = Tensor | str  # the pixels of an image, or the reason why there are none
@@ -101,7 +103,7 @@ def grey_of(file: Path) -> list[int]:
     return [int(value) for value in red.flatten()]
 
 
-# --- files that are no images --------------------------------------------------------------------------------------
+# --- files that are not images -------------------------------------------------------------------------------------
 
 
 def make_socket(file: Path) -> None:
@@ -519,7 +521,7 @@ def test_a_process_that_is_killed_from_outside_is_not_blamed_on_its_image(tmp_pa
     time.sleep(0.3)
     [process_id] = process_ids() - before
     os.kill(process_id, signal.SIGKILL)
-    with no_longer_than(20), pytest.raises(ImageError, match=r"a worker died: SIGKILL\n .*memory"):
+    with no_longer_than(20), pytest.raises(ImageError, match=r"a worker exited unexpectedly: SIGKILL\n .*memory"):
         next(some)
     assert process_ids() == before
 
@@ -629,10 +631,10 @@ def test_a_process_that_hangs_does_not_outlive_a_parent_that_was_killed(tmp_path
 
 def test_a_process_whose_parent_was_killed_before_it_began_ends_at_once() -> None:
     fork = multiprocessing.get_context("fork")
-    start = _WorkerStart(lambda: None, torch.zeros((1, 2), dtype=torch.long))
+    worker = Worker(list_images([CHELSEA]), [], SMALL, None, None, {}, InHand(1, 60.0), lambda: None)
 
     def begin_as_the_child_of_another() -> None:
-        process = fork.Process(target=start, args=(0,))
+        process = fork.Process(target=worker.start, args=(0,))
         process.start()
         process.join()
         sys.exit(10 + (process.exitcode or 0))

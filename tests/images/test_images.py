@@ -35,7 +35,8 @@ from hookx.images.decoding import decode
 from hookx.images.listing import SUFFIXES, Files, ImageList, list_images, measure
 from hookx.keys import Keys, images_sha256
 from hookx.plan import Preprocessing, Shard
-from hookx.run.workers import Batch, batches
+from hookx.run.batch import Batch
+from hookx.run.workers import batches
 from kit.pictures import CHELSEA, PHOTOGRAPHS, PLAIN, SMALL, UPRIGHT, four_by_four, no_longer_than, process_ids
 from kit.second_route import input_of
 
@@ -643,7 +644,7 @@ def test_a_killed_decoding_process_is_an_error_where_the_next_batch_is_asked_for
     with no_longer_than(60):
         os.kill(min(process_ids() - before), signal.SIGKILL)
         time.sleep(0.3)  # The consumer is at work; it hears of it when it comes back.
-        with pytest.raises(ImageError, match=r"a worker died: .*\n  .*try fewer --workers or a smaller"):
+        with pytest.raises(ImageError, match=r"a worker exited unexpectedly: .*\n  .*try fewer --workers or a smaller"):
             list(some)
     assert process_ids() == before
 

@@ -1,4 +1,4 @@
-"""What several tests share: small nets, shards, a hub, a second route, and processes that start warm."""
+"""Helpers that several tests share: small networks, shards, a hub, a second route, and processes that start fast."""
 
 from pathlib import Path
 

@@ -1,11 +1,12 @@
-"""Processes that need not import first what takes seconds: they are forked from one that has.
+"""Commands that start fast, because they are forked from a process that has already imported torch.
 
-A command that begins with `warm.python("torch")` or `warm.python("command")`, instead of `sys.executable`, is a process
-of its own like any other, with its own working directory, environment, arguments and standard streams. Only signals do
-not reach it: what ends it, or looks at how Python starts, begins with `sys.executable`.
+The suite starts some 200 Python processes, and importing torch and torchvision takes each about 3 seconds of CPU time.
+A command line that begins with `warm.python("torch")` or `warm.python("command")` instead of `sys.executable` still
+runs as a process with its own working directory, environment, arguments and standard streams. Signals do not reach it,
+so tests about signals or about how Python starts use `sys.executable`.
 
-This file is also the program that such a command runs: it hands everything to the process that was warmed up, which is
-started by whoever needs it first, and passes on how the fork ended.
+This file is also the program that such a command runs. It passes its arguments, environment and streams to a server,
+which the first caller starts, and exits as the server's fork exited.
 """
 
 import array
@@ -14,17 +15,17 @@ import os
 import socket
 import sys
 
-_FOLDER = "TESTS_WARM_FOLDER"  # the variable that names it
+_FOLDER = "TESTS_WARM_FOLDER"  # the environment variable with the folder of the servers
 _IMPORTED = {"torch": ["torch", "torchvision", "hookx.cli", "hookx.pictures.visualize"], "command": ["hookx.cli"]}
 
 
 def python(what: str) -> list[str]:
-    """Return how to start Python, with torch or with just the command imported already."""
+    """Return the beginning of a command line: Python with either torch or only the command line already imported."""
     return [sys.executable, "-I", "-S", os.path.abspath(__file__), begin(), what]
 
 
 def path(what: str = "torch") -> str:
-    """Return a PATH on which `hookx` is such a process, beside whatever belongs to this Python."""
+    """Return a PATH on which `hookx` starts fast; the other programs of this environment are on it too."""
     import shlex
     import tempfile
 
@@ -40,7 +41,7 @@ def path(what: str = "torch") -> str:
 
 
 def begin() -> str:
-    """Return the folder that all processes of these tests share from now on."""
+    """Create the folder that all processes of this test session share, unless it exists; return it."""
     if _FOLDER not in os.environ:
         import tempfile
 
@@ -49,7 +50,7 @@ def begin() -> str:
 
 
 def end() -> None:
-    """End what was started since `begin`."""
+    """Kill the servers and remove their folder."""
     import shutil
     import signal
 
@@ -62,20 +63,21 @@ def end() -> None:
         shutil.rmtree(folder)
 
 
-# --- the process that is started -----------------------------------------------------------------------------------
+# --- the client ----------------------------------------------------------------------------------------------------
 
 
-def _ask(folder: str, what: str, arguments: list[str]) -> int:
-    """Have a fork do what this process was started for; return how it ended, as `os.waitpid` tells."""
-    asked = json.dumps([arguments, os.getcwd(), dict(os.environ)]).encode("utf-8", "surrogateescape")
-    with _connected(folder, what) as connection:
+def _request(folder: str, what: str, arguments: list[str]) -> int:
+    """Run the arguments in a fork of the server; return its status, as `os.waitpid` does."""
+    request = json.dumps([arguments, os.getcwd(), dict(os.environ)]).encode("utf-8", "surrogateescape")
+    with _connect(folder, what) as connection:
         streams = array.array("i", [0, 1, 2])
-        connection.sendmsg([len(asked).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
-        connection.sendall(asked)
-        return int(connection.makefile().read() or 1 << 8)
+        connection.sendmsg([len(request).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+        connection.sendall(request)
+        # Read a line, not to the end: a later fork, such as the next process of a pipe, also holds the connection open.
+        return int(connection.makefile().readline() or 1 << 8)
 
 
-def _connected(folder: str, what: str) -> socket.socket:
+def _connect(folder: str, what: str) -> socket.socket:
     import fcntl
     import subprocess
 
@@ -84,7 +86,7 @@ def _connected(folder: str, what: str) -> socket.socket:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not os.path.exists(f"{name}.pid"):
             command = [sys.executable, os.path.abspath(__file__), "--serve", name, *_IMPORTED[what]]
-            nothing = subprocess.DEVNULL  # None of this process's streams: they would stay open.
+            nothing = subprocess.DEVNULL  # A server that inherits a pipe keeps it open for its readers.
             server = subprocess.Popen(
                 command, stdin=nothing, stdout=subprocess.PIPE, stderr=nothing, start_new_session=True, cwd="/"
             )
@@ -96,14 +98,14 @@ def _connected(folder: str, what: str) -> socket.socket:
     return connection
 
 
-# --- the process that was warmed up --------------------------------------------------------------------------------
+# --- the server ----------------------------------------------------------------------------------------------------
 
 
 def _serve(name: str, modules: list[str]) -> None:
     import importlib
     import threading
 
-    sys.path.pop(0)  # Where this file is; a fork has its own.
+    sys.path.pop(0)  # The folder of this file; each fork adds its own.
     for module in modules:
         importlib.import_module(module)
     with socket.socket(socket.AF_UNIX) as listening:
@@ -114,24 +116,24 @@ def _serve(name: str, modules: list[str]) -> None:
         while True:
             connection, _ = listening.accept()
             size, streams, _, _ = socket.recv_fds(connection, 8, 3)
-            asked = connection.makefile("rb").read(int.from_bytes(size, "big"))
-            if (fork := os.fork()) == 0:
+            request = connection.makefile("rb").read(int.from_bytes(size, "big"))
+            if (child := os.fork()) == 0:
                 listening.close()
                 connection.close()
-                _become(streams, *json.loads(asked))
+                _become(streams, *json.loads(request))
             for stream in streams:
                 os.close(stream)
-            threading.Thread(target=_tell_how_it_ended, args=(fork, connection)).start()
+            threading.Thread(target=_send_status, args=(child, connection)).start()
 
 
-def _tell_how_it_ended(fork: int, connection: socket.socket) -> None:
-    _, status = os.waitpid(fork, 0)
+def _send_status(child: int, connection: socket.socket) -> None:
+    _, status = os.waitpid(child, 0)
     with connection:
-        connection.sendall(str(status).encode())
+        connection.sendall(f"{status}\n".encode())
 
 
 def _become(streams: list[int], arguments: list[str], folder: str, environment: dict[str, str]) -> None:
-    """Go on as `python ARGUMENTS...` would, and never return."""
+    """Continue as `python ARGUMENTS...` would, and never return."""
     import atexit
     import io
     import runpy
@@ -144,10 +146,10 @@ def _become(streams: list[int], arguments: list[str], folder: str, environment: 
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    written = [io.BufferedWriter(io.FileIO(number, "w", closefd=False)) for number in (1, 2)]
+    outputs = [io.BufferedWriter(io.FileIO(number, "w", closefd=False)) for number in (1, 2)]
     sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)))
-    sys.stdout = io.TextIOWrapper(written[0], line_buffering=os.isatty(1))
-    sys.stderr = io.TextIOWrapper(written[1], errors="backslashreplace", line_buffering=True)
+    sys.stdout = io.TextIOWrapper(outputs[0], line_buffering=os.isatty(1))
+    sys.stderr = io.TextIOWrapper(outputs[1], errors="backslashreplace", line_buffering=True)
     code: object = 0
     try:
         if arguments[0] == "-c":
@@ -172,7 +174,7 @@ def _become(streams: list[int], arguments: list[str], folder: str, environment: 
     try:
         sys.stdout.flush()
     except OSError:
-        code = 120  # As Python ends where nobody reads what it printed.
+        code = 120  # Python's exit code when standard output is a closed pipe.
     os._exit(int(code or 0))
 
 
@@ -180,7 +182,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "--serve":
         _serve(sys.argv[2], sys.argv[3:])
     else:
-        status = _ask(sys.argv[1], sys.argv[2], sys.argv[3:])
+        status = _request(sys.argv[1], sys.argv[2], sys.argv[3:])
         if os.WIFSIGNALED(status):
             os.kill(os.getpid(), os.WTERMSIG(status))
         sys.exit(os.waitstatus_to_exitcode(status))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import hashlib
 import json
 import os
@@ -34,9 +35,9 @@ from hookx.errors import HookxError, ModelError
 from hookx.layers.select import parse_selectors, select
 from hookx.layers.tree import Layer
 from hookx.models import LoadedModel, ModelOptions, load_model, skeleton
-from hookx.models import torchvision as torchvision_zoo
 from hookx.models.checkpoints import Weights, kind_of, read_weights
 from hookx.models.fitting import without_prefix
+from hookx.models.torchvision import Torchvision
 
 NET = "shufflenet_v2_x0_5"  # small, with batch norm, its classifier called fc
 State = dict[str, Tensor]
@@ -115,7 +116,7 @@ def test_the_ordinary_weights_are_taken_and_their_moving_average_is_mentioned(tm
     model = load(file)
     assert has(model, state_of(1))
     assert model.notes[1] == (
-        "w.pth.tar also holds 'state_dict_ema' (a moving average): --weights-key state_dict_ema takes it"
+        "w.pth.tar also holds 'state_dict_ema' (a moving average); to load it: --weights-key state_dict_ema"
     )
     averaged = load(file, weights_key="state_dict_ema")
     assert has(averaged, state_of(2)) and averaged.weights == f"{sha256_of(file)} (state_dict_ema)"
@@ -126,7 +127,7 @@ def test_the_ordinary_weights_are_taken_and_their_moving_average_is_mentioned(tm
 def test_of_two_equal_sets_of_weights_none_is_chosen(names: tuple[str, str], tmp_path: Path) -> None:
     file = saved({names[0]: state_of(1), names[1]: state_of(2), "epoch": 1}, tmp_path / "w.pth")
     assert error_of(file) == (
-        f"'{file}' holds several sets of weights: {names[0]}, {names[1]}\n  choose one, as in --weights-key {names[0]}"
+        f"'{file}' holds several sets of weights: {names[0]}, {names[1]}\n  choose one: --weights-key {names[0]}"
     )
     assert has(load(file, weights_key=names[1]), state_of(2))
 
@@ -149,7 +150,7 @@ def test_a_key_that_is_not_there_is_an_error_with_the_closest(tmp_path: Path) ->
 def test_what_is_no_tensor_among_the_tensors_is_left_out_and_said(tmp_path: Path) -> None:
     model = load(saved({"state_dict": state_of() | {"metric.steps": 5}}, tmp_path / "w.pth"))
     assert has(model, state_of())
-    assert model.notes == ("weights in w.pth: taken from 'state_dict'; left out what is no tensor: metric.steps",)
+    assert model.notes == ("weights in w.pth: taken from 'state_dict'; left out metric.steps (not tensors)",)
 
 
 # --- formats -------------------------------------------------------------------------------------------------------
@@ -200,7 +201,7 @@ def test_a_lightning_checkpoint_is_read_with_its_settings_unread(tmp_path: Path)
     model = load(file)
     assert has(model, state_of())
     assert model.notes == (
-        "weights in epoch=3.ckpt: taken from 'state_dict'; the prefix 'model.' taken off; "
+        "weights in epoch=3.ckpt: taken from 'state_dict'; prefix 'model.' removed; "
         "left out 1 tensor under 'criterion'",
     )
     assert model.weights == f"{sha256_of(file)} (state_dict; without model.; left out criterion)"
@@ -254,14 +255,14 @@ def test_an_index_reaches_no_file_outside_its_own_folder(place: str, tmp_path: P
     place = place.format(absolute=outside)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": dict.fromkeys(state_of(), place)}))
-    assert error_of(index) == f"'{index}' names '{place}' as a shard; a shard is a file beside its index"
+    assert error_of(index) == f"'{index}' names '{place}' as a shard; shards must be files beside their index"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "[" * 10_000])
 def test_a_malformed_index_is_an_error_that_names_it(text: str, tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(text)
-    assert error_of(index).startswith(f"'{index}' is no index of shards: ")
+    assert error_of(index).startswith(f"'{index}' is not an index of shards: ")
 
 
 def test_shards_that_are_not_what_their_index_says_are_an_error(tmp_path: Path) -> None:
@@ -288,7 +289,7 @@ def test_the_prefix_of_a_wrapper_comes_off(prefix: str, tmp_path: Path) -> None:
     assert has(model, state_of())
     compiled = "_orig_mod." * ("_orig_mod." in prefix)
     taken = compiled + prefix.replace("_orig_mod.", "")
-    assert model.notes == (f"weights in w.pth: the prefix '{taken}' taken off",)
+    assert model.notes == (f"weights in w.pth: prefix '{taken}' removed",)
     assert model.weights == f"{sha256_of(file)} (without {taken})"
 
 
@@ -317,7 +318,7 @@ def test_what_stands_beside_the_prefix_is_left_out_as_a_whole_and_said(tmp_path:
     model = load(file)
     assert has(model, state_of())
     assert model.notes == (
-        "weights in w: taken from 'model'; the prefix 'module.backbone.' taken off; "
+        "weights in w: taken from 'model'; prefix 'module.backbone.' removed; "
         "left out 2 tensors under 'module.projector'; left out 1 tensor under 'queue'",
     )
 
@@ -336,7 +337,7 @@ def test_a_classifier_beside_the_backbone_is_not_taken_for_the_models_own(tmp_pa
     state = {("" if name.startswith("fc.") else "backbone.") + name: tensor for name, tensor in state_of().items()}
     file = saved({"state_dict": state}, tmp_path / "w.pth")
     message = error_of(file)
-    assert f"'{file}' has fc.weight beside 'backbone.', where the other tensors of {NET} are; whether" in message
+    assert f"'{file}' has fc.weight outside 'backbone.', which holds the other tensors of {NET}; it may" in message
     assert message.endswith("--weights-key state_dict.backbone --allow-missing fc")
     model = load(file, weights_key="state_dict.backbone", allow_missing=("fc",))
     assert model.random_paths == ("fc",)
@@ -347,7 +348,7 @@ def test_of_two_networks_under_two_prefixes_none_is_chosen(tmp_path: Path) -> No
     file = saved({"state_dict": both}, tmp_path / "w.pth")
     message = error_of(file)
     assert f"holds the tensors of {NET} 2 times: under module.encoder_k., module.encoder_q." in message
-    assert message.endswith("choose one, as in --weights-key state_dict.module.encoder_k")
+    assert message.endswith("choose one: --weights-key state_dict.module.encoder_k")
     assert has(load(file, weights_key="state_dict.module.encoder_k"), state_of(2))
 
 
@@ -382,16 +383,16 @@ def test_what_may_be_missing_stays_random_and_is_named(tmp_path: Path) -> None:
     file = saved(headless, tmp_path / "w.pth")
     assert error_of(file).splitlines()[1:] == [
         "  missing (2): fc.weight, fc.bias",
-        "  if random values will do there: --allow-missing fc",
+        "  to leave them random: --allow-missing fc",
     ]
     for pattern in ("fc", "fc.*", "f*", "fc.weight,fc.bias"):
         model = load(file, allow_missing=(pattern,), seed=7)
         assert model.random_paths == ("fc",)
         assert has(model, headless | {name: state_of(7)[name] for name in ("fc.weight", "fc.bias")})
-        assert model.notes == ("random, because w.pth lacks them: fc",)
+        assert model.notes == ("random (seed 7), because w.pth lacks them: fc",)
         assert model.weights == f"{sha256_of(file)}; random (seed 7): fc"
     assert "missing (1): fc.bias" in error_of(file, allow_missing=("fc.weight",))
-    with pytest.raises(HookxError, match="--allow-missing 'fx' names nothing in shufflenet_v2_x0_5; closest: fc"):
+    with pytest.raises(HookxError, match="--allow-missing 'fx' matches nothing in shufflenet_v2_x0_5; closest: fc"):
         load(file, allow_missing=("fx",))
 
 
@@ -402,7 +403,7 @@ def test_what_may_be_missing_and_is_there_is_taken(tmp_path: Path) -> None:
 
 def test_a_file_of_another_architecture_than_it_names_says_so(tmp_path: Path) -> None:
     file = saved({"arch": "squeezenet1_1", "state_dict": state_of(name="squeezenet1_1")}, tmp_path / "w.pth")
-    assert error_of(file).endswith("\n  the file says that its architecture is squeezenet1_1")
+    assert error_of(file).endswith("\n  the file names the architecture squeezenet1_1")
 
 
 def test_position_embeddings_of_another_size_are_an_error_and_are_not_resized(tmp_path: Path) -> None:
@@ -410,9 +411,9 @@ def test_position_embeddings_of_another_size_are_an_error_and_are_not_resized(tm
         shapes = {name: tensor.shape for name, tensor in get_model("vit_b_16", image_size=384).state_dict().items()}
     one = torch.zeros(1)  # A storage of one number: the shapes are all that counts here.
     weights = Weights(Path("w.pt"), {name: one.expand(shape) for name, shape in shapes.items()})
-    _, variant = torchvision_zoo._fitted("vit_b_16", weights)
-    assert variant == {}
     file = saved(dict(weights.state), tmp_path / "w.pth")
+    _, fitted = Torchvision().find("vit_b_16", "none").fit(dataclasses.replace(weights, file=file))
+    assert fitted.variant == {}
     assert "other shape (1): encoder.pos_embedding (1, 577, 768) instead of (1, 197, 768)" in error_of(file, "vit_b_16")
 
 
@@ -443,7 +444,7 @@ def test_the_classifier_is_built_for_the_classes_in_the_file_and_it_is_said(
     model = load(file, name)
     assert has(model, state)
     assert model.forward(torch.rand(2, 3, 64, 64)).shape == (2, 7)
-    assert model.notes[-1] == f"{name} is built for 7 classes, as the classifier in w.pth is"
+    assert model.notes[0] == f"{name} is built for 7 classes, as the classifier in w.pth is"
     bones = skeleton(name, str(file))
     assert bones.forward(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 7)
 
@@ -461,10 +462,10 @@ FAMILIES = [
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_built_for_the_classes_in_a_file(name: str) -> None:
     variant: dict[str, Any] = {"num_classes": 5}
-    entry = torchvision_zoo._entry(name)
-    bare = torchvision_zoo._bare(name, entry, **variant).state_dict()
-    weights, found = torchvision_zoo._fitted(name, Weights(Path("w.pt"), under("module.", bare)))
-    assert found == variant and weights.state.keys() == bare.keys()
+    model = Torchvision().find(name, "none")
+    bare = dataclasses.replace(model, variant=variant).build_bare().state_dict()
+    weights, fitted = model.fit(Weights(Path(__file__), under("module.", bare)))
+    assert fitted.variant == variant and weights.state.keys() == bare.keys()
 
 
 def test_another_width_is_not_taken_for_another_number_of_classes(tmp_path: Path) -> None:
@@ -509,9 +510,9 @@ def test_a_checkpoint_that_names_its_architecture_is_enough(zipped: bool, tmp_pa
     assert has(model, state_of(classes=10))
     assert model.name == NET and model.weights == f"{sha256_of(file)} (state_dict; without module.)"
     assert model.notes == (
-        f"checkpoint.pth.tar says that its architecture is {NET}, taken to be torchvision's",
-        "weights in checkpoint.pth.tar: taken from 'state_dict'; the prefix 'module.' taken off",
+        f"checkpoint.pth.tar names the architecture {NET}, taken to be torchvision's",
         f"{NET} is built for 10 classes, as the classifier in checkpoint.pth.tar is",
+        "weights in checkpoint.pth.tar: taken from 'state_dict'; prefix 'module.' removed",
     )
     bones = skeleton(str(file))
     assert {tensor.device.type for tensor in bones.module.state_dict().values()} == {"meta"}
@@ -535,7 +536,7 @@ def test_a_checkpoint_that_names_no_architecture_is_an_error_that_says_how_to(tm
 def test_a_file_as_the_model_takes_no_other_weights(tmp_path: Path) -> None:
     file = saved({"arch": NET, "state_dict": state_of()}, tmp_path / "w.pth")
     for weights in ("none", "IMAGENET1K_V1", str(file)):
-        assert f"'{file}' holds its own weights, and --weights {weights} asks" in model_error_of(file, weights)
+        assert f"'{file}' holds its own weights; --weights {weights} asks" in model_error_of(file, weights)
 
 
 def test_a_missing_file_as_the_model_is_an_error_that_names_it(tmp_path: Path) -> None:
@@ -559,9 +560,7 @@ def test_a_pickled_module_is_refused_with_the_global_that_was_blocked(zipped: bo
     file = saved(module, tmp_path / "model.pth", _use_new_zipfile_serialization=zipped)
     for message in (error_of(file), model_error_of(file)):
         assert "could run code (blocked: torchvision.models.shufflenetv2.ShuffleNetV2)\n" in message
-        assert message.endswith(
-            "or, if you trust whoever made the file with all that you may do here: --trust-checkpoint"
-        )
+        assert message.endswith("or, if you trust its author to run any code as you: --trust-checkpoint")
 
 
 @pytest.mark.parametrize("wrap", [lambda module: module, nn.DataParallel, lambda module: {"model": module, "epoch": 1}])
@@ -573,8 +572,8 @@ def test_a_trusted_pickled_module_is_the_model(wrap: Callable[[nn.Module], objec
     assert not any(part.training for part in model.module.modules())
     assert model.weights.startswith(sha256_of(file)) and model.name == "model.pth"
     assert model.notes == (
-        "model.pth could run code of its own while it was read: --trust-checkpoint allows it",
-        "model.pth does not say how images are prepared; ImageNet's default is taken: resize 256 (bilinear), crop 224, "
+        "model.pth was allowed to run code while it was read (--trust-checkpoint)",
+        "model.pth does not say how to prepare images; assumed ImageNet's default: resize 256 (bilinear), crop 224, "
         "mean 0.485,0.456,0.406, std 0.229,0.224,0.225",
     )
     assert module_classes(skeleton(str(file), options=ModelOptions(trust_checkpoint=True)).module) == module_classes(
@@ -687,7 +686,9 @@ def test_torchscript_is_refused_because_its_interpreter_calls_no_hooks(tmp_path:
     file = tmp_path / "model.pt"
     torch.jit.save(scripted(), str(file))
     for message in (error_of(file), error_of(file, trust_checkpoint=True), model_error_of(file)):
-        assert "is a TorchScript archive, which hookx does not read: its modules run inside TorchScript's" in message
+        assert (
+            "is a TorchScript archive, which hookx does not read: TorchScript's interpreter calls no hooks" in message
+        )
     module = torch.jit.load(str(file))
     with pytest.raises(RuntimeError, match="not supported on ScriptModules"):
         module.get_submodule("0").register_forward_hook(lambda *_: None)
@@ -812,7 +813,7 @@ def test_an_exported_program_is_prepared_for_at_the_size_of_its_example_and_it_i
     model = load_trusted(program)
     assert model.preprocessing.crop_px == 32 and model.preprocessing.resize_px == 37
     assert model.weights == sha256_of(program) and model.name == "small.pt2"
-    assert any("ImageNet's default is taken, at the size of its example input: resize 37" in n for n in model.notes)
+    assert any("assumed ImageNet's default at the size of its example input: resize 37" in n for n in model.notes)
     assert any("nn.Identity" in note for note in model.notes)
 
 
@@ -840,13 +841,13 @@ class Sum(nn.Module):
 @pytest.mark.parametrize(
     ("build", "shapes", "dynamic", "says"),
     [
-        (Small, [(2, 3, 8, 8)], None, "takes batches of exactly 2 images\n  export it so: torch.export.export("),
+        (Small, [(2, 3, 8, 8)], None, "takes batches of exactly 2 images\n  export it with torch.export.export("),
         (Small, [(1, 3, 8, 8)], None, "takes batches of exactly 1 image\n"),
         (Small, [(4, 3, 8, 8)], ({0: torch.export.Dim("N", min=4)},), "takes batches of 4 to any number of images\n"),
         (Sum, [(4, 3, 8, 8)] * 2, ({0: torch.export.Dim("N")},) * 2, "takes 2 inputs; hookx gives one batch of images"),
         (nn.ReLU, [(4, 3)], ANY_NUMBER, "hookx gives torch.float32 (N, 3, height, width)"),
-        (nn.ReLU, [(4, 3, 8, 9)], ANY_NUMBER, "takes images of 3 channels, 8 x 9; hookx gives square RGB images"),
-        (nn.ReLU, [(4, 1, 8, 8)], ANY_NUMBER, "takes images of 1 channels, 8 x 8; hookx gives square RGB images"),
+        (nn.ReLU, [(4, 3, 8, 9)], ANY_NUMBER, "takes images with 3 channels, 8 x 9; hookx gives square RGB images"),
+        (nn.ReLU, [(4, 1, 8, 8)], ANY_NUMBER, "takes images with 1 channels, 8 x 8; hookx gives square RGB images"),
     ],
 )
 def test_a_program_for_anything_but_batches_of_images_is_an_error_that_says_what_it_takes(
@@ -903,7 +904,7 @@ def test_a_damaged_exported_program_is_an_error_that_names_it(program: Path, tmp
 
 
 def test_an_exported_program_is_no_file_of_weights(program: Path) -> None:
-    assert f"write --model {program} instead of --weights" in error_of(program, trust_checkpoint=True)
+    assert f"pass it as --model {program}" in error_of(program, trust_checkpoint=True)
     assert kind_of(program) == "exported program"
 
 

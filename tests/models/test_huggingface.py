@@ -250,7 +250,7 @@ def test_a_processor_whose_images_have_several_shapes_is_refused(tmp_path: Path)
     ref = save(tmp_path, "vit", processor=False)
     transformers.DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}).save_pretrained(tmp_path)
     message = error_of(ref)
-    assert message.startswith("DetrImageProcessor") and "makes a tensor (3, 64, 85)" in message
+    assert message.startswith("DetrImageProcessor") and "returned a float32 tensor of shape (3, 64, 85)" in message
     given = ModelOptions(transform="python:torchvision.models:ResNet18_Weights.DEFAULT.transforms")
     assert load_model(ref, options=given).preprocessing.resize_px == 256
 
@@ -261,7 +261,7 @@ def test_a_processor_whose_images_have_several_shapes_is_refused(tmp_path: Path)
 def test_of_a_model_of_images_and_texts_it_is_the_vision_tower_and_that_is_said(refs: dict[str, str]) -> None:
     loaded = load_model(refs["clip"])
     assert type(loaded.module).__name__ == "CLIPVisionModel"
-    assert loaded.notes[0] == "of a model of images and texts, the vision tower: CLIPVisionModel"
+    assert loaded.notes[0] == f"{refs['clip']} takes images and texts; used its vision tower, CLIPVisionModel"
     assert "text_model (" in loaded.notes[1] and "logit_scale (1 tensor)" in loaded.notes[1]
     tower = transformers.CLIPVisionModel.from_pretrained(refs["clip"].removeprefix("hf:"))
     own = dict(tower.named_parameters())
@@ -269,7 +269,7 @@ def test_of_a_model_of_images_and_texts_it_is_the_vision_tower_and_that_is_said(
 
 
 def test_a_model_of_texts_is_refused(refs: dict[str, str]) -> None:
-    assert "(BertModel) takes input_ids, and hookx gives a model images alone" in error_of(refs["bert"])
+    assert "(BertModel) takes input_ids; hookx gives a model images only" in error_of(refs["bert"])
     with pytest.raises(ModelError, match="takes input_ids"):
         skeleton(refs["bert"])
 
@@ -286,9 +286,9 @@ def test_folders_that_hold_no_model_are_errors(refs: dict[str, str], tmp_path: P
     assert "cannot be loaded as ViTForImageClassification: " in error_of(f"hf:{folder}")
     (folder / "config.json").write_text('{"model_type": "unheard_of"}')
     message = error_of(f"hf:{folder}")
-    assert f"hf:{folder} is no model that transformers {transformers.__version__} knows: " in message
+    assert f"transformers {transformers.__version__} does not know the model hf:{folder}: " in message
     (folder / "config.json").write_text("{")
-    assert "is no model that transformers" in error_of(f"hf:{folder}")
+    assert "does not know the model" in error_of(f"hf:{folder}")
     # Code of the repository's own is never run, and nobody is asked whether it should be.
     (folder / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}')
     (folder / "mine.py").write_text(f"open({str(tmp_path / 'it ran')!r}, 'w')")
@@ -298,7 +298,7 @@ def test_folders_that_hold_no_model_are_errors(refs: dict[str, str], tmp_path: P
 def test_other_weights_and_arguments_than_there_are_are_errors(refs: dict[str, str]) -> None:
     assert "has no weights 'IMAGENET1K_V1'; it has: default\n" in error_of(refs["vit"], "IMAGENET1K_V1")
     assert "takes no argument 'width'; closest: attn_implementation" in error_of(refs["vit"], model_args={"width": "1"})
-    with pytest.raises(ModelError, match="cannot be listed: only torchvision's models and timm's have a list"):
+    with pytest.raises(ModelError, match="cannot be listed: only torchvision and timm have a list of models"):
         list_models("hf:*")
 
 
@@ -329,10 +329,10 @@ def test_names_that_the_hub_does_not_know_are_errors(
     (tmp_path / "hub" / "somebody" / "empty" / "README.md").touch()
     with hub(tmp_path / "hub", monkeypatch):
         message = error_of("hf:facebook/dinov3-smal")
-        assert "there is no repository 'facebook/dinov3-smal' on the Hugging Face hub, or it is private\n" in message
+        assert "the Hugging Face hub has no repository 'facebook/dinov3-smal', or it is private\n" in message
         assert "its authors ask you to accept their terms first\n" in error_of("hf:somebody/gated")
         assert "the repository somebody/empty has none of the files config.json" in error_of("hf:somebody/empty")
-    assert "'a/b/c' is no name of a repository on the Hugging Face hub" in error_of("hf:a/b/c")
+    assert "'a/b/c' is not a valid repository name on the Hugging Face hub" in error_of("hf:a/b/c")
 
 
 def test_without_a_network_the_error_comes_after_one_attempt_and_says_what_will_do(
@@ -344,7 +344,7 @@ def test_without_a_network_the_error_comes_after_one_attempt_and_says_what_will_
     assert message.startswith(
         "config.json for hf:facebook/dinov2-small is not in the cache and could not be downloaded: "
     )
-    assert message.endswith("a folder that save_pretrained wrote will do: --model hf:./folder")
+    assert message.endswith("use a folder that save_pretrained wrote: --model hf:./folder")
 
 
 def test_without_transformers_the_error_names_the_extra() -> None:

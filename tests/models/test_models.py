@@ -23,7 +23,7 @@ from torchvision.models import get_model, get_model_weights
 from hookx import Capture
 from hookx.errors import ModelError
 from hookx.models import ModelOptions, list_models, load_model, skeleton
-from hookx.models import torchvision as torchvision_zoo
+from hookx.models.torchvision import Torchvision
 from kit.second_route import input_of
 
 PHOTOGRAPHS = [Path(__file__).parents[2] / "images" / name for name in ("animals/chelsea.jpg", "people/camera.jpg")]
@@ -77,12 +77,12 @@ def test_every_model_of_torchvision_is_listed_with_its_kind() -> None:
     assert sorted(torchvision.models.list_models(module=torchvision.models)) == CLASSIFIERS
 
 
-@pytest.mark.parametrize(("kind", "takes"), [("video", "clips of video"), ("optical flow", "pairs of video frames")])
+@pytest.mark.parametrize(("kind", "takes"), [("video", "video clips"), ("optical flow", "pairs of video frames")])
 def test_a_model_that_takes_no_still_images_is_refused_with_what_it_takes(kind: str, takes: str) -> None:
     refused = [name for name in list_models() if list_models()[name] == kind]
     assert refused
     for name in refused:
-        assert error_of(name, "none") == f"{name} takes {takes}, and hookx reads still images"
+        assert error_of(name, "none") == f"{name} takes {takes}; hookx reads still images"
 
 
 @pytest.mark.parametrize(("name", "message"), [("resnet81", "closest: resnet18"), ("ResNet18", "closest: resnet18")])
@@ -176,7 +176,7 @@ def test_a_file_that_holds_no_state_dict_is_an_error_that_says_what_it_holds(
     content: object, is_shown: str, tmp_path: Path
 ) -> None:
     torch.save(content, tmp_path / "w.pt")
-    assert f"is not a plain state dict (name -> tensor), but {is_shown}\n" in error_of("resnet18", tmp_path / "w.pt")
+    assert f"is not a state dict (name -> tensor); found {is_shown}\n" in error_of("resnet18", tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth"])
@@ -259,7 +259,7 @@ def test_a_cached_file_that_cannot_be_used_is_an_error_that_says_to_remove_it(
     write(file, {"fc.weight": torch.ones(3)}) if content is None else file.write_bytes(content)
     message = error_of("resnet18")
     assert message.startswith("the cached weights for resnet18 (IMAGENET1K_V1) cannot be used: ")
-    assert message.endswith(f"remove {file}, and run again")
+    assert message.endswith(f"remove {file} and run again")
 
 
 # --- preprocessing -------------------------------------------------------------------------------------------------
@@ -329,10 +329,11 @@ def test_a_vision_transformer_is_built_for_the_images_of_its_weights() -> None:
 
 @pytest.mark.parametrize("name", ["googlenet", "resnet50"])
 def test_a_file_of_published_weights_is_recognised_by_its_hash(name: str) -> None:
+    model = Torchvision().find(name, "default")
     for entry in get_model_weights(name):
         beginning = entry.url.rsplit("-", 1)[1].split(".")[0]
-        assert torchvision_zoo._recognised(name, beginning.ljust(64, "0")) is entry
-    assert torchvision_zoo._recognised(name, "0" * 64) is None
+        assert model.recognize(beginning.ljust(64, "0")) is entry
+    assert model.recognize("0" * 64) is None
 
 
 def test_an_image_transform_inside_the_model_is_off_for_a_file_of_unknown_weights(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_the_factory_is_called_once_for_the_layers_and_the_run(tmp_path: Path) -
 def test_what_a_wrapper_runs_without_hooks_is_taken_out_of_it(tmp_path: Path) -> None:
     loaded = made_by(tmp_path, "return torch.compile(nn.DataParallel(Net()))")
     assert type(loaded.module).__name__ == "Net"
-    assert "taken out of its OptimizedModule" in loaded.notes[0] and "its DataParallel" in loaded.notes[1]
+    assert "unwrapped from its OptimizedModule" in loaded.notes[0] and "its DataParallel" in loaded.notes[1]
 
 
 # --- the state it is in --------------------------------------------------------------------------------------------
@@ -151,12 +151,12 @@ def test_parameters_on_another_device_are_moved_to_the_cpu_and_it_is_said(tmp_pa
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return Net().to('meta')", "has parameters on the meta device, where there are no numbers: conv.weight"),
+        ("return Net().to('meta')", "has parameters on the meta device, which have no values: conv.weight"),
         ("return nn.Sequential(nn.LazyConv2d(4, 1))", "has lazy parameters, which get their shapes in a first forward"),
-        ("Net()", "returns None, and not an nn.Module; does it end with 'return model'?"),
-        ("return Net(), 3", "returns a tuple of Net, int, and not an nn.Module\n  return the model alone"),
-        ("return Net().state_dict()", "returns an OrderedDict, and not an nn.Module"),
-        ("return Net", "returns a type, and not an nn.Module"),
+        ("Net()", "returns None; expected an nn.Module; does it end with 'return model'?"),
+        ("return Net(), 3", "returns a tuple of Net, int; expected an nn.Module\n  return only the model"),
+        ("return Net().state_dict()", "returns an OrderedDict; expected an nn.Module"),
+        ("return Net", "returns a type; expected an nn.Module"),
         ("raise KeyError('width')", "fails: KeyError: 'width' (net.py, line "),
         ("import sys; sys.exit(4)", "fails: SystemExit: 4 (net.py, line "),
         ("return nn.Conv2d(3, -1, 1)", "fails: RuntimeError: Trying to create tensor with negative dimension -1"),
@@ -164,7 +164,7 @@ def test_parameters_on_another_device_are_moved_to_the_cpu_and_it_is_said(tmp_pa
             "net = Net(); net.norm.train = lambda mode=True: net.norm; return net",
             "stays in training mode after eval(): norm",
         ),
-        ("net = Net(); net.input_size = (3, 64, 32); return net", "takes images of 64 x 32 pixels, and hookx makes"),
+        ("net = Net(); net.input_size = (3, 64, 32); return net", "takes images of 64 x 32 pixels; hookx makes"),
     ],
 )
 def test_what_a_factory_does_wrong_is_an_error(body: str, message: str, tmp_path: Path) -> None:
@@ -179,16 +179,16 @@ def test_what_a_factory_does_wrong_is_an_error(body: str, message: str, tmp_path
 def test_names_that_lead_to_nothing_are_errors_that_say_what_there_is(tmp_path: Path) -> None:
     file = write(tmp_path, "number = 3\n")
     assert f"'{file}' has no 'Nett'; closest: Net" in error_of(f"{file}:Nett")
-    assert f"{file}:number is an int, and neither a factory nor an nn.Module" in error_of(f"{file}:number")
+    assert f"{file}:number is an int; expected a factory or an nn.Module" in error_of(f"{file}:number")
     assert (
         error_of(file)
-        == f"'{file}' does not name a factory\n  write {file}:factory, or the name of a class or of a model in it"
+        == f"'{file}' does not name a factory\n  write {file}:factory, where factory can also be a class or a model"
     )
     assert "write python:numpy:factory" in error_of("python:numpy")
     assert error_of(f"{tmp_path}/none.py:Net") == f"there is no file '{tmp_path}/none.py'"
     message = error_of("python:no_such_package.nets:small")
     assert "there is no module 'no_such_package' for python:no_such_package.nets:small\n" in message
-    assert "a file is named path/to/file.py:factory" in message
+    assert "write a file as path/to/file.py:factory" in message
     assert f"{file}:Net has no weights 'IMAGENET1K_V1'; it has: default" in error_of(f"{file}:Net", "IMAGENET1K_V1")
 
 
@@ -308,14 +308,14 @@ def test_arguments_that_are_missing_unknown_or_of_another_type_are_errors(tmp_pa
     file = write(tmp_path, "def factory(width: int, depth, *, name='x'):\n    return Net(width)\nwhole = Net()\n")
     ref = f"{file}:factory"
     assert error_of(ref) == (
-        f"{ref} needs arguments: width (int), depth\n  give them: --model-arg width=... --model-arg depth=..."
+        f"{ref} needs arguments: width (int), depth\n  pass them: --model-arg width=... --model-arg depth=..."
     )
     given = {"width": "4", "depth": "1"}
     assert f"{ref} takes no argument 'widht'; closest: width" in error_of(ref, model_args={**given, "widht": "4"})
     assert f"{ref}: --model-arg width=4.5 is not (int): " in error_of(ref, model_args={**given, "width": "4.5"})
     wrong = error_of(f"{file}:Net", model_args={"act": "gelu"})
     assert "--model-arg act=gelu is not (Act): one of relu, tanh" in wrong
-    assert "is a model and no factory, so it takes no --model-arg width" in error_of(f"{file}:whole", model_args=given)
+    assert "is a model, not a factory, so it takes no --model-arg width" in error_of(f"{file}:whole", model_args=given)
     assert "resnet18 takes no --model-arg" in error_of("resnet18", "none", model_args=given)
 
 
@@ -395,7 +395,7 @@ def test_the_size_of_the_images_is_found_from_the_model(says: str, side_px: int,
 def test_what_a_model_does_not_say_is_assumed_aloud(tmp_path: Path) -> None:
     loaded = made_by(tmp_path, "return Net()")
     assert str(loaded.preprocessing) == str(load_model("resnet18", "none").preprocessing)
-    assert "does not say how it wants its images: assumed 224 pixels and ImageNet's mean and std" in loaded.notes[-1]
+    assert "does not say how to prepare images: assumed 224 pixels and ImageNet's mean and std" in loaded.notes[-1]
     assert loaded.notes[-1].endswith("say it with --resize, --crop, --mean, --std, or with --transform")
 
 
@@ -475,13 +475,16 @@ def test_a_transform_of_ones_own_replaces_the_preprocessing_of_any_model(model: 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("random", "is random: of one image it makes other pixels at every call\n  leave out what only training needs"),
-        ("sizes", "makes a tensor (3, 32, 42), float32, of an image of 320 x 240 pixels; it has to be (3, side, side)"),
-        ("grows", "gives images of 20 x 20 and 32 x 32 pixels, and a batch holds images of one size"),
-        ("doubles", "makes a tensor (3, 8, 8), float64, of an image"),
-        ("pictures", "makes no tensor of an image, but this: Image; it has to be (3, side, side), float32"),
+        ("random", "is random: it returns different pixels for the same image\n  remove what only training needs"),
+        (
+            "sizes",
+            "returned a float32 tensor of shape (3, 32, 42) for an image of 320 x 240 pixels; expected a float32",
+        ),
+        ("grows", "returns images of 20 x 20 and 32 x 32 pixels; a batch needs a single size"),
+        ("doubles", "returned a float64 tensor of shape (3, 8, 8) for an image"),
+        ("pictures", "returned Image; expected a float32 tensor of shape (3, side, side)"),
         ("fails", "fails on an RGB image of 320 x 240 pixels: AttributeError: 'Image' object has no attribute"),
-        ("nothing", "returns None, and not what turns an image into pixels\n  it is a factory: called without"),
+        ("nothing", "returns None; expected a function of an RGB image (PIL)\n  --transform names a factory"),
         ("Net.forward", "needs arguments: self, x"),
         ("no_such", "has no 'no_such'"),
     ],

@@ -126,7 +126,7 @@ def test_a_size_of_ones_own_is_the_size_of_the_images() -> None:
 
 
 def test_images_that_are_not_square_are_refused() -> None:
-    with pytest.raises(ModelError, match="net takes images of 1024 x 768 pixels, and hookx makes square ones"):
+    with pytest.raises(ModelError, match="net takes images of 1024 x 768 pixels; hookx makes square ones"):
         square_side_px((3, 1024, 768), "net")
 
 
@@ -253,7 +253,9 @@ def test_unknown_names_are_errors_with_the_names_there_are() -> None:
 
 def test_arguments_that_do_not_fit_are_errors() -> None:
     assert "cannot be built with widht=3: " in error_of("timm:resnet10t", widht="3")
-    assert "is said by --weights" in error_of("timm:resnet10t", pretrained="true")
+    assert "choose the weights of timm:resnet10t.c3_in1k with --weights" in error_of(
+        "timm:resnet10t", pretrained="true"
+    )
     assert "hookx takes the whole model, and RGB images" in error_of("timm:resnet10t", in_chans="1")
 
 

@@ -201,7 +201,7 @@ def test_each_model_has_the_layers_in_its_place_or_all_have_the_same() -> None:
         paired(["a", "b", "c"], "none", ["conv1", "fc"])
     with pytest.raises(UsageError, match="2 models and 3 times --weights"):
         paired(["a", "b"], ["x", "y", "z"], "fc")
-    with pytest.raises(UsageError, match="no layer of resnet18 is asked for"):
+    with pytest.raises(UsageError, match="no layer of resnet18 is named"):
         paired("resnet18", "none", [])
     with pytest.raises(UsageError, match="no model is named"):
         paired([], "none", ["fc"])
@@ -384,11 +384,11 @@ def test_images_that_cannot_be_read_are_named_and_the_others_drawn(mixed_folder:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "no image is named"),
-        (["cat.jpg", "--image", "cat.jpg"], "--image and --images choose from a run"),
-        (["features", "-m", "resnet18"], "features is a run, whose model is known"),
-        (["features", "--attention"], "features is a run, whose model is known"),
-        (["cat.jpg", "-m", "resnet18", "-l", "conv1", "--top", "0"], "--top is 1 or more"),
+        ([], "no images are named"),
+        (["cat.jpg", "--image", "cat.jpg"], "--image and --images need a run"),
+        (["features", "-m", "resnet18"], "features is a run, whose model does not run again"),
+        (["features", "--attention"], "features is a run, whose model does not run again"),
+        (["cat.jpg", "-m", "resnet18", "-l", "conv1", "--top", "0"], "--top must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_meant_is_an_error_of_usage(arguments: list[str], said: str) -> None:

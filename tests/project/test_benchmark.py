@@ -1,4 +1,4 @@
-"""The benchmark: what it compares, counts and divides, and a whole run of it on eight images."""
+"""The benchmark: what it compares, counts and divides, and a complete run on eight images."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def limits() -> Any:
 
 @pytest.fixture
 def ours(tmp_path: Path) -> Path:
-    """Return a folder of two layers, 5 rows of each, in two shards."""
+    """Return a folder of two layers with 5 rows each, in two shards."""
     rows = {"conv1": torch.randn(5, 4, 3, 3), "avgpool": torch.randn(5, 7)}
     (tmp_path / "ours").mkdir()
     for number, part in enumerate((slice(0, 3), slice(3, 5))):
@@ -60,10 +60,10 @@ def ours(tmp_path: Path) -> Path:
 
 
 def theirs(benchmark: Any, ours: Path, change: Any = lambda rows: None) -> Path:
-    """Return a folder with one file of the same rows, after a change."""
+    """Return a folder with the same rows in one file, after a change."""
     rows = {
         address: torch.cat([torch.from_numpy(part.values.copy()) for part in parts])
-        for address, parts in benchmark.stored(ours).items()
+        for address, parts in benchmark.map_stored(ours).items()
     }
     change(rows)
     folder = ours.parent / "theirs"
@@ -76,7 +76,7 @@ def test_the_same_rows_agree_however_they_are_cut_into_files(benchmark: Any, our
     assert benchmark.largest_difference(ours, theirs(benchmark, ours)) == 0
 
 
-def test_rounding_is_a_small_difference_and_one_other_value_a_large_one(benchmark: Any, ours: Path) -> None:
+def test_rounding_is_a_small_difference(benchmark: Any, ours: Path) -> None:
     def rounded(rows: dict[str, Tensor]) -> None:
         rows["conv1"] *= 1 + 1e-6
 
@@ -88,12 +88,12 @@ def test_rounding_is_a_small_difference_and_one_other_value_a_large_one(benchmar
     "change",
     [
         lambda rows: rows["conv1"][4, 0, 0].fill_(9.0),
-        lambda rows: rows.update(conv1=rows["conv1"].relu()),  # what an in-place ReLU leaves behind
+        lambda rows: rows.update(conv1=rows["conv1"].relu()),  # values after an in-place ReLU
         lambda rows: rows.update(avgpool=rows["avgpool"].flip(0)),  # rows of other images
         lambda rows: rows["avgpool"][1, 1].fill_(torch.nan),
     ],
 )
-def test_other_values_are_beyond_rounding(benchmark: Any, ours: Path, change: Any) -> None:
+def test_other_values_differ_by_more_than_rounding(benchmark: Any, ours: Path, change: Any) -> None:
     assert benchmark.largest_difference(ours, theirs(benchmark, ours, change)) > 100 * benchmark.ROUNDING
 
 
@@ -105,7 +105,7 @@ def test_other_values_are_beyond_rounding(benchmark: Any, ours: Path, change: An
         (lambda rows: rows.update(avgpool=rows["avgpool"][..., None]), r"is \[5, 7, 1\] instead of \[5, 7\]"),
     ],
 )
-def test_other_layers_and_shapes_are_no_agreement(benchmark: Any, ours: Path, change: Any, problem: str) -> None:
+def test_other_layers_or_shapes_do_not_agree(benchmark: Any, ours: Path, change: Any, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         benchmark.largest_difference(ours, theirs(benchmark, ours, change))
 
@@ -129,7 +129,7 @@ def test_ratios_are_paired_so_a_slow_round_does_not_spread_them(report: Any) -> 
     assert report.paired([10.0, 1.0, 10.0], [1.0, 1.0, 10.0]).median == 1.0
 
 
-def test_the_bound_is_of_three_works_on_the_same_cores_and_of_a_disk(report: Any) -> None:
+def test_the_bound_is_that_of_the_cores_or_of_the_disk(report: Any) -> None:
     def bound(write_seconds: float, write_cpu_seconds: float) -> float:
         writing = {"seconds_per_image": write_seconds, "cpu_seconds_per_image": write_cpu_seconds}
         alone = {"decode": {"images_per_second": 100.0}, "forward": {"images_per_second": 100.0}, "write": writing}
@@ -137,15 +137,15 @@ def test_the_bound_is_of_three_works_on_the_same_cores_and_of_a_disk(report: Any
 
     assert bound(0.0, 0.0) == pytest.approx(50)
     assert bound(0.04, 0.04) == pytest.approx(1 / (0.01 + 0.01 + 0.04 / 2)), "writing costs core-seconds"
-    assert bound(0.015, 0.0) == pytest.approx(50), "a disk that is waited for less than the cores work costs nothing"
-    assert bound(0.1, 0.0) == pytest.approx(10), "a disk that is slower than the cores decides"
+    assert bound(0.015, 0.0) == pytest.approx(50), "a disk that is faster than the cores costs nothing"
+    assert bound(0.1, 0.0) == pytest.approx(10), "a disk that is slower than the cores is the bound"
 
 
-@given(decode=rates, forward=rates, write=rates, of_it_cpu=st.floats(0, 1), cores=st.integers(1, 64))
+@given(decode=rates, forward=rates, write=rates, cpu_share=st.floats(0, 1), cores=st.integers(1, 64))
 def test_no_bound_is_above_a_limit(
-    report: Any, decode: float, forward: float, write: float, of_it_cpu: float, cores: int
+    report: Any, decode: float, forward: float, write: float, cpu_share: float, cores: int
 ) -> None:
-    writing = {"seconds_per_image": 1 / write, "cpu_seconds_per_image": of_it_cpu / write}
+    writing = {"seconds_per_image": 1 / write, "cpu_seconds_per_image": cpu_share / write}
     alone = {"decode": {"images_per_second": decode}, "forward": {"images_per_second": forward}, "write": writing}
     bound = report.bound_of(alone, cores)
     assert 0 < bound <= min(decode, forward) * (1 + 1e-9)
@@ -153,7 +153,7 @@ def test_no_bound_is_above_a_limit(
     assert bound <= report.bound_of(nothing_written, cores)
 
 
-def test_goals_are_decided_by_the_rows_that_were_measured(report: Any) -> None:
+def test_measured_rows_decide_goals(report: Any) -> None:
     def row(layers: str, **ratios: float) -> dict[str, Any]:
         by_name = {name.replace("_", " "): {"steady": {"median": ratio}} for name, ratio in ratios.items()}
         peaks = {"hookx": {"peak_bytes": 1_500_000_000}, "hand-written": {"peak_bytes": 600_000_000}}
@@ -166,14 +166,14 @@ def test_goals_are_decided_by_the_rows_that_were_measured(report: Any) -> None:
         ("pooled", "fastest other", False),
         ("first", "bound", False),
     ]
-    # 600 MB and two shards of 512 MiB are more than 1,500 MB.
+    # 600 MB plus two shards of 512 MiB are more than 1,500 MB.
     assert "memory" in decided[-1]["against"] and decided[-1]["met"]
 
 
 # --- images, processes and limits ----------------------------------------------------------------------------------
 
 
-def test_the_images_it_makes_are_the_same_every_time_and_of_imagenets_size(benchmark: Any, tmp_path: Path) -> None:
+def test_generated_images_are_always_the_same_and_have_the_size_of_imagenets(benchmark: Any, tmp_path: Path) -> None:
     made = []
     for name in ("once", "again"):
         (tmp_path / name).mkdir()
@@ -182,11 +182,11 @@ def test_the_images_it_makes_are_the_same_every_time_and_of_imagenets_size(bench
     for file in sorted((tmp_path / "once").iterdir()):
         with Image.open(file) as image:
             assert image.format == "JPEG" and 350 <= min(image.size) <= 400 and 475 <= max(image.size) <= 525
-    images = benchmark.link_images(benchmark.listed_images(tmp_path / "once")[:3], tmp_path / "three")
+    images = benchmark.link_images(benchmark.list_images(tmp_path / "once")[:3], tmp_path / "three")
     assert [file.name for file in sorted(images.iterdir())] == ["000000.jpg", "000001.jpg", "000002.jpg"]
 
 
-def test_the_cpu_seconds_of_a_run_include_those_of_its_children(benchmark: Any) -> None:
+def test_the_cpu_seconds_of_a_run_include_its_children(benchmark: Any) -> None:
     burn = "import time\nwhile time.process_time() < 0.5: pass"
     finished = benchmark.run(
         [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burn!r}])"]
@@ -214,7 +214,7 @@ def test_a_forward_pass_of_the_limits_ends_after_the_last_layer_in_the_order_of_
     model, ran = Backwards(), []
     for name, module in model.named_children():
         module.register_forward_hook(lambda _m, _i, _o, name=name: ran.append(name))
-    limits.end_after(model, [limits.Wanted.of(address) for address in ("second", "first@mean1")], torch.zeros(1, 3))
+    limits.end_after(model, [limits.Wanted.parse(address) for address in ("second", "first@mean1")], torch.zeros(1, 3))
     ran.clear()
     with pytest.raises(limits.Reached):
         model(torch.zeros(1, 3))
@@ -228,7 +228,7 @@ def test_a_forward_pass_of_the_limits_ends_after_the_last_layer_in_the_order_of_
 def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
     """Return what a quick run prints, and the figures that it writes.
 
-    bn1 is overwritten by the ReLU that follows it, so fx's graph, which hands out references, gives it wrong.
+    The ReLU after bn1 works in place, so fx, which returns references, returns wrong values for bn1.
     """
     pytest.importorskip("psutil")
     file = tmp_path_factory.mktemp("benchmark") / "speed.json"
@@ -255,11 +255,11 @@ def test_a_quick_run_measures_everything_it_promises(quick: tuple[str, dict[str,
     assert row["limits"]["bound"]["median"] < row["limits"]["forward only"]["median"]
     assert set(row["ratios"]) == {"hand-written", "fastest other", "bound", "write only"}
     assert row["ratios"]["fastest other"]["name"] == "hand-written"
-    assert document["goals"] == []  # None is about bn1.
+    assert document["goals"] == []  # No goal is about bn1.
     assert all(line in printed for line in ("hookx", "hand-written", "decode only", "bound"))
 
 
-def test_a_contestant_that_stores_other_values_is_called_wrong_and_not_timed(
+def test_a_contestant_that_stores_other_values_is_reported_as_wrong_and_not_timed(
     quick: tuple[str, dict[str, Any]],
 ) -> None:
     printed, document = quick
@@ -268,7 +268,7 @@ def test_a_contestant_that_stores_other_values_is_called_wrong_and_not_timed(
     assert "fx              wrong: differs by" in printed
 
 
-def test_the_report_can_be_had_again_from_the_figures(quick: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+def test_the_report_can_be_printed_again_from_the_figures(quick: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     printed, document = quick
     figures, light_and_dark = tmp_path / "speed.json", tmp_path / "speed.png"
@@ -285,7 +285,7 @@ def test_the_report_can_be_had_again_from_the_figures(quick: tuple[str, dict[str
 def test_a_contestant_stores_what_hookx_stores(benchmark: Any, name: str, tmp_path: Path) -> None:
     if name != "naive":
         pytest.importorskip(name)
-    images = benchmark.link_images(benchmark.listed_images(SCRIPTS.parent / "images"), tmp_path / "images")
+    images = benchmark.link_images(benchmark.list_images(SCRIPTS.parent / "images"), tmp_path / "images")
     hookx.extract("resnet18", "conv1,layer2@mean23", images, weights="none", out=tmp_path / "ours")
     (tmp_path / "theirs").mkdir()
     row = benchmark.Row("resnet18", "", "", 8, ("conv1", "layer2@mean23"), 0)

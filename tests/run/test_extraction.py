@@ -433,23 +433,27 @@ def bad_arguments() -> Iterator[Any]:
         return pytest.param(changes, error, said, id=next(iter(changes)) + "=" + str(next(iter(changes.values()))))
 
     yield case(LayerError, r"no layer matches 'layer1.1.con1' in resnet18; closest: layer1", layers="layer1.1.con1")
-    yield case(UsageError, "no layer is asked for", layers=" , ")
+    yield case(UsageError, "no layer is named", layers=" , ")
     yield case(LayerError, "--exclude leaves no layer to capture", exclude="fc")
     yield case(LayerError, "no layer matches 'fcc'", exclude="fcc")
-    yield case(UsageError, "the batch size is 0", batch_size=0)
-    yield case(UsageError, "the batch size is 'many'; it is a number, or auto", batch_size="many")
-    yield case(UsageError, "'nhwc' is not a memory format; closest: ", memory_format="nhwc")
-    yield case(UsageError, "'fastest' is not a way to decode; closest: fast", decode="fastest")
-    yield case(UsageError, "the shard images are 0", shard_images=0)
-    yield case(UsageError, "'fp8' is not a precision; closest: fp", precision="fp8")
-    yield case(UsageError, "'int8' is not a dtype", dtype="int8")
-    yield case(UsageError, "there is no device 'tpu' here; there is: cpu", device="tpu")
-    yield case(UsageError, "'much' is not a size", max_shard_size="much")
-    yield case(UsageError, "cannot crop 64 pixels out of 32", crop=64)
-    yield case(UsageError, "three numbers", mean=[0.5])
-    yield case(UsageError, "no std is 0", std=[0.0, 1.0, 1.0])
-    yield case(UsageError, "'cubic' is not a interpolation; closest: bicubic", interpolation="cubic")
-    yield case(UsageError, "'rotate' is not a exif", exif="rotate")
+    yield case(UsageError, "--batch-size must be at least 1, got 0", batch_size=0)
+    yield case(UsageError, "--batch-size must be a whole number or auto, got 'many'", batch_size="many")
+    yield case(
+        UsageError, "invalid --memory-format 'nhwc': choose contiguous, channels_last, auto", memory_format="nhwc"
+    )
+    yield case(UsageError, "invalid --decode 'fastest': choose exact, fast, nvjpeg", decode="fastest")
+    yield case(UsageError, "--shard-images must be at least 1, got 0", shard_images=0)
+    yield case(UsageError, "invalid --precision 'fp8': choose fp32, bf16, fp16", precision="fp8")
+    yield case(UsageError, "invalid --dtype 'int8': choose fp64, fp32, fp16, bf16", dtype="int8")
+    yield case(UsageError, "invalid --device 'tpu': this machine has cpu", device="tpu")
+    yield case(UsageError, "invalid --max-shard-size 'much': write it as in 512MiB, 2GB or 4096", max_shard_size="much")
+    yield case(UsageError, "--crop 64 is larger than --resize 32", crop=64)
+    yield case(UsageError, "invalid --mean '0.5': give three numbers", mean=[0.5])
+    yield case(UsageError, "invalid --std '0.0,1.0,1.0': no deviation can be 0", std=[0.0, 1.0, 1.0])
+    yield case(
+        UsageError, "invalid --interpolation 'cubic': choose nearest, nearest-exact, bilinear", interpolation="cubic"
+    )
+    yield case(UsageError, "invalid --exif 'rotate': choose ignore, apply", exif="rotate")
     yield case(ImageError, "no such file or folder: 'nowhere'", images="nowhere")
 
 

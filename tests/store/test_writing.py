@@ -14,7 +14,7 @@ import signal
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,12 +29,11 @@ import hookx
 from hookx.check.verify import verify
 from hookx.errors import StoreError
 from hookx.plan import DTYPES, LayerSpec, Plan, Shard
-from hookx.store import shard_file as writing
 from hookx.store.directory import RunDirectory, finished_shards
 from hookx.store.files import aside_of
 from hookx.store.record import ShardRecord
-from hookx.store.shard_file import Written
-from hookx.store.writer import BatchWriter, ShardWriter
+from hookx.store.shard_file import Tuning, Written, open_direct
+from hookx.store.writer import ShardWriter
 from kit.runs import ALL_DTYPES, MAPS, bits, forked, plan_of, random_rows, same_bits, wait_for
 
 LARGE = (LayerSpec("conv1", (64, 1000), "float32"), LayerSpec("mask", (3,), "bool"), LayerSpec("fc", (7,), "float64"))
@@ -49,7 +48,13 @@ def expected(shard: Shard) -> ShardRecord:
 
 
 def write(
-    path: Path, plan: Plan, batch_size: int, unreadable: Collection[int] = (), reason: str = "cut", workers: int = 0
+    path: Path,
+    plan: Plan,
+    batch_size: int,
+    unreadable: Collection[int] = (),
+    reason: str = "cut",
+    workers: int = 0,
+    tuning: Tuning = Tuning(),
 ) -> dict[str, Tensor]:
     """Write a run of random activations by the real writer; return those of the images that could be read."""
     values = random_rows(plan, plan.image_count)
@@ -58,7 +63,7 @@ def write(
     def readable(positions: range) -> list[int]:
         return [position for position in positions if position not in unreadable]
 
-    def fill(writer: BatchWriter, positions: range) -> Future[Written]:
+    def fill(writer: ShardWriter, positions: range) -> Future[Written]:
         read = readable(positions)
         for address, rows in writer.rows(positions, len(read)).items():
             rows[:] = values[address][read]
@@ -66,16 +71,16 @@ def write(
 
     with (
         RunDirectory(path, plan) as directory,
-        ShardWriter(BatchWriter(directory, plan.shards, batch_size, expected), processes=max(1, workers)) as writer,
-        filled_by(workers, directory, batches, functools.partial(fill, writer.batches)) as filled,
+        ShardWriter(directory, plan.shards, batch_size, expected, processes=max(1, workers), tuning=tuning) as writer,
+        filled_by(workers, directory, batches, functools.partial(fill, writer)) as filled,
     ):
         for shard in plan.shards:
-            record = ShardRecord(sizes_bytes=[1] * len(shard))
+            record, written = ShardRecord(sizes_bytes=[1] * len(shard)), []
             for positions in shard.batches(batch_size):
-                writer.add(next(filled))
+                written.append(next(filled))
                 record.keys += map(key_of, readable(positions))
                 record.failures += [(key_of(position), reason) for position in positions if position in unreadable]
-            writer.publish(record)
+            writer.publish(record, written)
         writer.finish()
         directory.publish_index()
     return {address: tensor[readable(range(plan.image_count))] for address, tensor in values.items()}
@@ -180,13 +185,11 @@ def test_every_tensor_in_a_shard_begins_at_a_multiple_of_its_elements_size(tmp_p
 
 @pytest.mark.parametrize("unreadable", [(), (0,), (9, 10), (39,), range(8, 16)])
 def test_pieces_that_go_to_the_disk_past_the_page_cache_are_stored_as_they_were(
-    tmp_path: Path, unreadable: Collection[int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, unreadable: Collection[int]
 ) -> None:
     plan = plan_of(LARGE, 40, 23)
     values = write(tmp_path / "direct", plan, 8, unreadable, workers=3)
-    monkeypatch.setattr(writing, "_MOVED_AT_ONCE_BYTES", 100_000)
-    monkeypatch.setattr(writing, "_opened_direct", lambda _: None)  # as of a file system that knows no such writes
-    write(tmp_path / "cached", plan, 8, unreadable)
+    write(tmp_path / "cached", plan, 8, unreadable, tuning=Tuning(move_bytes=100_000, direct=False))
     features = hookx.open(tmp_path / "direct")
     assert all(same_bits(features[address][:], tensor) for address, tensor in values.items())
     for shard in plan.shards:
@@ -196,7 +199,7 @@ def test_pieces_that_go_to_the_disk_past_the_page_cache_are_stored_as_they_were(
 
 def test_most_of_a_large_batch_is_not_in_the_page_cache_when_it_is_written(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
-    if writing._opened_direct(tmp_path / "empty") is None:
+    if open_direct(tmp_path / "empty") is None:
         pytest.skip("this file system writes everything through the page cache")
     plan = plan_of((LayerSpec("conv1", (64, 1000), "float32"),), 80)  # 20 MB
     write(tmp_path / "run", plan, 20)
@@ -219,31 +222,40 @@ def test_a_run_of_many_batches_takes_the_memory_of_two_and_mixes_none_of_them_up
     places = set()
     with (
         RunDirectory(tmp_path, plan) as directory,
-        ShardWriter(BatchWriter(directory, plan.shards, 2, expected)) as writer,
+        ShardWriter(directory, plan.shards, 2, expected) as writer,
     ):
         for shard in plan.shards:
+            written = []
             for positions in shard.batches(2):
-                rows = writer.batches.rows(positions, 2)["conv1"]
+                rows = writer.rows(positions, 2)["conv1"]
                 places.add(rows.data_ptr() // 20_000)
                 rows[:] = torch.tensor(positions)[:, None]
-                writer.add(writer.batches.write(positions))
-            writer.publish(expected(shard))
+                written.append(writer.write(positions))
+            writer.publish(expected(shard), written)
         writer.finish()
     assert len(places) <= 4  # Rows may begin in either of two such ranges.
     assert torch.equal(hookx.open(tmp_path)["conv1"][:][:, 0], torch.arange(40.0))
 
 
-@pytest.mark.parametrize(("at_once", "batch_size", "places"), [(1, 10, 2), (3, 10, 4), (1, 11, 1), (3, 11, 3)])
+@pytest.mark.parametrize(("at_once", "batch_size", "in_memory"), [(1, 10, 2), (3, 10, 4), (1, 11, 1), (3, 11, 3)])
 def test_activations_that_only_wait_for_the_disk_have_a_limit_of_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int, batch_size: int, places: int
+    tmp_path: Path, at_once: int, batch_size: int, in_memory: int
 ) -> None:
     plan = plan_of(LARGE, 100)
-    monkeypatch.setattr("hookx.store.writer._SPARE_BYTES", 10 * plan.bytes_per_image)
+    tuning = Tuning(spare_bytes=10 * plan.bytes_per_image)
+    batches = list(plan.shards[0].batches(batch_size))
     with (
         RunDirectory(tmp_path, plan) as directory,
-        ShardWriter(BatchWriter(directory, plan.shards, batch_size, expected, at_once=at_once)) as writer,
+        ShardWriter(directory, plan.shards, batch_size, expected, filled_at_once=at_once, tuning=tuning) as writer,
+        ThreadPoolExecutor() as pool,
     ):
-        assert writer.batches._free.qsize() == places
+        for positions in batches[:in_memory]:
+            writer.rows(positions, len(positions))
+        waiting = pool.submit(writer.rows, batches[in_memory], 1)
+        time.sleep(0.05)
+        assert not waiting.done()
+        writer.write(batches[0]).result()
+        waiting.result(timeout=10)
 
 
 # --- processes -----------------------------------------------------------------------------------------------------
@@ -253,14 +265,13 @@ def test_a_batch_waits_until_it_is_known_how_many_rows_are_before_it(tmp_path: P
     plan = plan_of((LayerSpec("fc", (3,), "float32"),), 6)
     with (
         RunDirectory(tmp_path, plan) as directory,
-        ShardWriter(BatchWriter(directory, plan.shards, 2, expected)) as writer,
+        ShardWriter(directory, plan.shards, 2, expected) as writer,
     ):
-        batches = writer.batches
         written = {}
         for start in (4, 2, 0):
             positions = range(start, start + 2)
-            batches.rows(positions, 1 if start == 2 else 2)["fc"][:] = start
-            written[start] = batches.write(positions)
+            writer.rows(positions, 1 if start == 2 else 2)["fc"][:] = start
+            written[start] = writer.write(positions)
             time.sleep(0.05)
             assert written[start].done() == (start == 0)
         assert [written[start].result().first_row for start in (0, 2, 4)] == [0, 2, 3]
@@ -270,16 +281,15 @@ def test_what_was_known_of_a_batch_that_is_read_again_is_forgotten_with_all_behi
     plan = plan_of((LayerSpec("fc", (3,), "float32"),), 8, 6)
     with (
         RunDirectory(tmp_path, plan) as directory,
-        ShardWriter(BatchWriter(directory, plan.shards, 2, expected)) as writer,
+        ShardWriter(directory, plan.shards, 2, expected) as writer,
     ):
-        batches = writer.batches
 
         def written(positions: range, rows: int) -> Future[Written]:
-            batches.rows(positions, rows)["fc"][:] = 0.0
-            return batches.write(positions)
+            writer.rows(positions, rows)["fc"][:] = 0.0
+            return writer.write(positions)
 
         assert [written(range(start, start + 2), 2).result().first_row for start in (0, 2, 4)] == [0, 2, 4]
-        batches.forget(range(2, 4))  # As when the process died that had read it.
+        writer.forget(range(2, 4))  # As after a crash of the process that had read it.
         last = written(range(4, 6), 2)
         time.sleep(0.05)
         assert not last.done()
@@ -296,13 +306,13 @@ def test_a_process_that_waits_for_another_ends_when_the_run_was_killed(tmp_path:
     def run() -> None:
         with (
             RunDirectory(tmp_path, plan) as directory,
-            ShardWriter(BatchWriter(directory, plan.shards, 1, expected)) as writer,
+            ShardWriter(directory, plan.shards, 1, expected) as writer,
         ):
 
             def wait() -> None:
                 ready.put(os.getpid())
-                writer.batches.rows(waits_for, 1)
-                writer.batches.write(waits_for).result()
+                writer.rows(waits_for, 1)
+                writer.write(waits_for).result()
 
             multiprocessing.get_context("fork").Process(target=wait).start()
             time.sleep(60)
@@ -316,7 +326,7 @@ def test_a_process_that_waits_for_another_ends_when_the_run_was_killed(tmp_path:
     run_process.join()
     deadline = time.monotonic() + 10
     while waiting.exists() and waiting.read_text().split()[2] != "Z":
-        assert time.monotonic() < deadline, "it waits for ever"
+        assert time.monotonic() < deadline, "it waits forever"
         time.sleep(0.01)
 
 
@@ -327,22 +337,22 @@ def test_a_process_of_a_killed_run_writes_nothing_into_the_file_of_the_run_after
     def run() -> None:
         with (
             RunDirectory(tmp_path, plan) as directory,
-            ShardWriter(BatchWriter(directory, plan.shards, 1, expected)) as writer,
+            ShardWriter(directory, plan.shards, 1, expected) as writer,
         ):
 
             def write_late() -> None:
                 directory.release()
                 ready.put(os.getpid())
-                writer.batches.rows(range(1), 1)["fc"][:] = 13
+                writer.rows(range(1), 1)["fc"][:] = 13
                 go_on.wait()
-                writer.batches.write(range(1)).result()
+                writer.write(range(1)).result()
 
             multiprocessing.get_context("fork").Process(target=write_late).start()
             time.sleep(60)
 
     with forked(run):
         late = Path(f"/proc/{ready.get()}/stat")
-    with RunDirectory(tmp_path, plan) as directory, ShardWriter(BatchWriter(directory, plan.shards, 1, expected)):
+    with RunDirectory(tmp_path, plan) as directory, ShardWriter(directory, plan.shards, 1, expected):
         go_on.set()
         wait_for(lambda: not late.exists() or late.read_text().split()[2] == "Z")
         assert [file.stat().st_size for file in tmp_path.glob(".shard-*")] == [0, 0]
@@ -351,11 +361,11 @@ def test_a_process_of_a_killed_run_writes_nothing_into_the_file_of_the_run_after
 # --- whole or absent -----------------------------------------------------------------------------------------------
 
 
-def fill(writer: ShardWriter, shard: Shard) -> None:
-    """Add a shard of whatever memory holds, in one batch."""
+def fill(writer: ShardWriter, shard: Shard) -> list[Future[Written]]:
+    """Write a shard of whatever memory holds, in one batch."""
     positions = range(shard.start, shard.stop)
-    writer.batches.rows(positions, len(shard))
-    writer.add(writer.batches.write(positions))
+    writer.rows(positions, len(shard))
+    return [writer.write(positions)]
 
 
 @pytest.mark.parametrize("layer", [LayerSpec("conv1", (64, 1024), "float32"), LayerSpec("conv1", (512, 1024), "int8")])
@@ -364,23 +374,21 @@ def test_a_disk_that_takes_no_more_leaves_no_shard_and_the_error_says_so(tmp_pat
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with (
         RunDirectory(tmp_path, plan) as directory,
-        ShardWriter(BatchWriter(directory, plan.shards, 4, expected)) as writer,
+        ShardWriter(directory, plan.shards, 4, expected) as writer,
     ):
-        fill(writer, plan.shards[0])
-        writer.publish(expected(plan.shards[0]))
+        writer.publish(expected(plan.shards[0]), fill(writer, plan.shards[0]))
         writer.finish()
         # The limit is what stops the second, not something else.
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         try:
-            fill(writer, plan.shards[1])
-            writer.publish(expected(plan.shards[1]))
+            writer.publish(expected(plan.shards[1]), fill(writer, plan.shards[1]))
             with pytest.raises(StoreError, match=r"cannot write .*shard-00001-of-00002.safetensors: File too large"):
                 writer.finish()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        # Whoever would go on is told, and does not wait for ever.
+        # Whoever would go on is told, and does not wait forever.
         with pytest.raises(StoreError, match="File too large"):
-            writer.batches.rows(range(4, 8), 4)
+            writer.rows(range(4, 8), 4)
     names = [plan.shard_file(plan.shards[0]), "plan.json"]
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(names)
 
@@ -389,9 +397,8 @@ def test_a_shard_handed_over_before_an_error_is_still_written_and_one_that_was_n
     plan = plan_of(MAPS, 6, 3)
     first, second = plan.shards
     with pytest.raises(ZeroDivisionError), RunDirectory(tmp_path, plan) as directory:
-        with ShardWriter(BatchWriter(directory, plan.shards, 3, expected)) as writer:
-            fill(writer, first)
-            writer.publish(expected(first))
+        with ShardWriter(directory, plan.shards, 3, expected) as writer:
+            writer.publish(expected(first), fill(writer, first))
             fill(writer, second)
             _ = 1 // 0
     assert finished_shards(tmp_path, plan) == [Shard(0, 0, 3)]
@@ -410,10 +417,10 @@ def test_an_interruption_at_any_moment_leaves_nothing_half_written(tmp_path: Pat
     try:
         for moment in range(300):
             with RunDirectory(tmp_path, plan) as directory, contextlib.suppress(Interruption):
-                batches = BatchWriter(directory, plan.shards, 1, expected)
+                writer = ShardWriter(directory, plan.shards, 1, expected, processes=30)
                 interrupted += 1
                 signal.setitimer(signal.ITIMER_REAL, 1e-6 + moment * 1e-5)
-                with ShardWriter(batches, processes=30):
+                with writer:
                     signal.setitimer(signal.ITIMER_REAL, 0)
                 interrupted -= 1
             assert sorted(file.name for file in tmp_path.iterdir()) == ["plan.json"]
@@ -430,7 +437,7 @@ def test_a_file_that_cannot_be_made_leaves_no_other(tmp_path: Path) -> None:
         aside.mkdir()
         with (
             pytest.raises(StoreError, match="cannot write"),
-            ShardWriter(BatchWriter(directory, plan.shards, 2, expected)),
+            ShardWriter(directory, plan.shards, 2, expected),
         ):
             pass
     assert {file.name for file in tmp_path.iterdir()} == {"plan.json", aside.name}
@@ -442,10 +449,10 @@ def test_a_process_killed_between_two_batches_leaves_no_shard_and_the_next_run_b
     def write_half() -> None:
         with (
             RunDirectory(tmp_path, plan) as directory,
-            ShardWriter(BatchWriter(directory, plan.shards, 2, expected)) as writer,
+            ShardWriter(directory, plan.shards, 2, expected) as writer,
         ):
-            writer.batches.rows(range(2), 2)
-            writer.batches.write(range(2)).result()
+            writer.rows(range(2), 2)
+            writer.write(range(2)).result()
             (tmp_path / "half").touch()
             time.sleep(60)
 
@@ -472,11 +479,8 @@ def interrupted_writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield lengths
 
 
-def test_what_the_system_writes_in_parts_is_written_to_the_end(
-    tmp_path: Path, interrupted_writes: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(writing, "_opened_direct", lambda _: None)
+def test_what_the_system_writes_in_parts_is_written_to_the_end(tmp_path: Path, interrupted_writes: list[int]) -> None:
     plan = plan_of((LayerSpec("conv1", (999,), "float32"),), 4)
-    values = write(tmp_path, plan, 2)
+    values = write(tmp_path, plan, 2, tuning=Tuning(direct=False))
     assert len(interrupted_writes) > 16
     assert same_bits(hookx.open(tmp_path)["conv1"][:], values["conv1"])

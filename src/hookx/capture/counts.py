@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hookx.plan import ValueCounts
+
 
 class ValueCounter:
-    """Counts per address over many passes, on the device of the values.
-
-    'non_finite' and 'all_zero' count images, 'overflowed' and 'flushed' values that the stored type made infinite or
-    zero.
-    """
+    """Collects `ValueCounts` over many passes, on the device of the values."""
 
     def __init__(self) -> None:
         self._sums: dict[str, dict[str, list[Tensor]]] = {}
@@ -41,11 +39,11 @@ class ValueCounter:
         # The sums are read once a shard: reading one now would wait for the GPU.
         self._of_pass += [(address, kind, where.sum()) for kind, where in found.items()]
 
-    def take(self) -> dict[str, dict[str, int]]:
-        """Return the counts since the last call by address and kind, without zeros."""
+    def take(self) -> ValueCounts:
+        """Return the counts since the last call."""
         counts = {
             address: {kind: count for kind, sums in by_kind.items() if (count := sum(map(int, sums)))}
             for address, by_kind in self._sums.items()
         }
         self._sums.clear()
-        return {address: by_kind for address, by_kind in counts.items() if by_kind}
+        return ValueCounts({address: by_kind for address, by_kind in counts.items() if by_kind})

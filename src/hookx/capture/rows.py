@@ -18,6 +18,7 @@ from hookx.capture.tensors import Parts, batch_first, dtype_name, reduce, shares
 from hookx.errors import CaptureError, LayerError
 from hookx.layers.address import Address
 from hookx.layers.tree import Target
+from hookx.plan import ValueCounts
 
 
 def stored_dtype(target: Target) -> str:
@@ -88,8 +89,8 @@ class RowCapture:
         if self._copies is not None:
             self._copies.wait(self.passes if passes is None else passes)
 
-    def take_counts(self) -> dict[str, dict[str, int]]:
-        """Return what `ValueCounter` counted since the last call, by address and kind, without zeros."""
+    def take_counts(self) -> ValueCounts:
+        """Return what was remarkable in the values since the last call."""
         return self._counter.take()
 
     @property

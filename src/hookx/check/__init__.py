@@ -1,1 +1,1 @@
-"""Is a run whole, is it true, and what does it hold?"""
+"""Check a run: is it whole (verify), is it true (recompute), and what does it hold (inspect)?"""

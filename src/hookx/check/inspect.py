@@ -1,4 +1,4 @@
-"""What a run holds, finished or not: its plan, how far it has come, and what its activations are like."""
+"""Show what a run holds, finished or not: its plan, its progress and statistics of its activations."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookx.plan import LayerSpec, Plan
-from hookx.store.directory import INDEX, finished_shards, read_plan
+from hookx.plan import LayerSpec, Plan, ValueCounts
+from hookx.store.directory import INDEX, present_shards, read_plan
 from hookx.store.format import open_shard
 from hookx.store.record import Totals, read_record
 
 _BYTES_AT_ONCE = 16 * 2**20
-_VALUES_AT_ONCE = 2**15  # They stay in the cache of a core, and torch does not wake its other threads for them.
+_VALUES_AT_ONCE = 2**15  # Few enough to stay in a core's cache, and for torch to use a single thread.
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one layer's values over all rows; mean to maximum of the finite ones, and None where there are none.
+    """Statistics of one layer's values over all rows.
 
-    A complex value counts as two. `deviation` is the root of the mean squared distance from the mean.
+    Mean, deviation (the root of the mean squared distance from the mean), minimum and maximum cover the finite values
+    and are None if there are none. A complex value counts as two.
     """
 
     values: int
@@ -40,7 +41,7 @@ class Statistics:
 @dataclass(frozen=True)
 class InspectedLayer:
     address: str
-    shape: tuple[int, ...]  # (rows, *shape of one image), as far as the run has come
+    shape: tuple[int, ...]  # (rows so far, *shape of one image)
     dtype: str
     bytes: int
     statistics: Statistics | None
@@ -48,7 +49,7 @@ class InspectedLayer:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A run as it lies in its directory."""
+    """What the directory of a run holds."""
 
     path: str
     plan: Plan
@@ -57,10 +58,10 @@ class Inspection:
     rows: int
     failures: int
     rotations_ignored: int
-    bytes: int  # of activations
+    bytes: int  # activations only
     layers: tuple[InspectedLayer, ...]
-    counts: dict[str, dict[str, int]]  # address -> what was remarkable in its values -> how often
-    made: tuple[dict[str, Any], ...]  # the different ways in which shards were made
+    counts: ValueCounts
+    made: tuple[dict[str, Any], ...]  # how the shards were made, without repetition
 
     @property
     def is_finished(self) -> bool:
@@ -73,16 +74,16 @@ def inspect(
     statistics: bool = False,
     progress: Callable[[int], None] = lambda shards_read: None,
 ) -> Inspection:
-    """Look at a run, whether or not it is finished.
+    """Describe a run, finished or not.
 
     Args:
         path: the directory that `hookx extract` wrote.
-        statistics: describe the values of every layer, in double precision. That reads every activation, 16 MiB (or
-            one row) in memory at a time; without it only the shards' headers are read.
+        statistics: compute statistics of every layer in double precision. This reads every activation, 16 MiB (or one
+            row, if larger) at a time; otherwise only the shards' headers are read.
         progress: called with the number of shards read since the last call.
 
     Raises:
-        StoreError: there is no run, or a shard is damaged (`verify` names all that are).
+        StoreError: the directory holds no run, or a shard is damaged (`verify` reports all that are).
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -97,24 +98,24 @@ def inspect(
     """
     path = Path(path)
     plan = read_plan(path)
-    finished = finished_shards(path, plan)
+    shards = present_shards(path, plan)
     totals = Totals()
     made: list[dict[str, Any]] = []
-    moments = {layer.address: _Moments() for layer in plan.layers}
-    for shard in finished:
+    moments = {layer.address: Moments() for layer in plan.layers}
+    for shard in shards:
         record = read_record(path, plan, shard)
         totals.add(record)
         if record.made not in made:
             made.append(record.made)
         if statistics:
             for layer in plan.layers:
-                for values in _pieces(path / plan.shard_file(shard), layer, len(record.keys)):
+                for values in _read_pieces(path / plan.shard_file(shard), layer, len(record.keys)):
                     moments[layer.address].add(values)
         progress(1)
     return Inspection(
         path=str(path),
         plan=plan,
-        shards_finished=len(finished),
+        shards_finished=len(shards),
         has_index=(path / INDEX).exists(),
         rows=totals.rows,
         failures=totals.failures,
@@ -135,7 +136,7 @@ def inspect(
     )
 
 
-def _pieces(file: Path, layer: LayerSpec, rows: int) -> Iterator[Tensor]:
+def _read_pieces(file: Path, layer: LayerSpec, rows: int) -> Iterator[Tensor]:
     rows_at_once = max(1, _BYTES_AT_ONCE // max(1, layer.bytes_per_image))
     with open_shard(file) as opened:
         tensor = opened.get_slice(layer.address)
@@ -143,19 +144,19 @@ def _pieces(file: Path, layer: LayerSpec, rows: int) -> Iterator[Tensor]:
             yield tensor[start : min(start + rows_at_once, rows)]
 
 
-class _Moments:
-    """Count, mean and squared distances of a stream of values, combined piece by piece without cancellation.
+class Moments:
+    """Count, mean and squared distances of a stream of values, updated piece by piece without cancellation.
 
     Source: Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances" (1979).
     """
 
     def __init__(self) -> None:
         self.values = self.finite = self.zeros = 0
-        self.mean = self.squares = 0.0  # the latter: the sum of squared distances from the mean
+        self.mean = self.squares = 0.0  # squares: the sum of squared distances from the mean
         self.minimum, self.maximum = math.inf, -math.inf
 
     def add(self, piece: Tensor) -> None:
-        """Take in a piece of any shape and type."""
+        """Add values of any shape and type."""
         values = (torch.view_as_real(piece) if piece.is_complex() else piece).flatten()
         self.values += values.numel()
         self.zeros += values.numel() - int(values.count_nonzero())
@@ -164,7 +165,7 @@ class _Moments:
 
     def _add(self, values: Tensor) -> None:
         minimum, maximum = map(float, values.aminmax())
-        if not (math.isfinite(minimum) and math.isfinite(maximum)):  # NaN is both the least and the greatest.
+        if not (math.isfinite(minimum) and math.isfinite(maximum)):  # aminmax returns NaN if there is one.
             values = values[values.isfinite()]
             if not values.numel():
                 return
@@ -178,7 +179,7 @@ class _Moments:
         self.finite = total
 
     def statistics(self) -> Statistics:
-        """Return what was taken in so far."""
+        """Return the statistics of the values so far."""
         some = self.finite > 0
         return Statistics(
             values=self.values,

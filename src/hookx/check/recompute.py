@@ -1,11 +1,10 @@
-"""Is a run true? The model runs again on some of its rows, in the batches in which they were computed."""
+"""Run the model again on some rows of a run, in the batches they were computed in, and compare."""
 
 from __future__ import annotations
 
-import os
 import random
-import re
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,23 +20,25 @@ from hookx.images.decoding import check_decoding, decode, decode_jpegs, failure_
 from hookx.images.listing import list_images
 from hookx.keys import key_bytes
 from hookx.layers.select import Selector
-from hookx.models import LoadedModel, ModelOptions, list_models, load_model
-from hookx.plan import LayerSpec, Plan, Shard
+from hookx.layers.tree import Target
+from hookx.models import LoadedModel, load_model, may_run_code
+from hookx.options import CheckpointOptions, ModelOptions, RecomputeOptions, list_paths, takes
+from hookx.plan import Plan, Shard, WeightsIdentity
 from hookx.run.cores import single_threaded
-from hookx.run.defaults import chosen_device
+from hookx.run.defaults import choose_device
 from hookx.run.ready import place_and_select
 from hookx.store.directory import present_shards, read_plan
 from hookx.store.format import open_shard
 from hookx.store.record import ShardRecord, read_record
 
-# Another order of the same sums, as a share of the row's largest magnitude. Between devices the arithmetic differs too
-# (TensorFloat-32 has the 10 bits of a half).
-_ROUNDING, _ROUNDING_OF_HALVES = 1e-4, 2e-2
+# Largest deviations that rounding explains, as a share of the row's largest magnitude. Sums in another order differ
+# slightly; another device also has other arithmetic (TensorFloat-32 has the 10 bits of a half).
+_MAX_ROUNDING, _MAX_ROUNDING_OF_HALVES = 1e-4, 2e-2
 
 
 @dataclass(frozen=True)
 class RecomputedRow:
-    """One row, and for every address its largest deviation, as a share of the row's largest magnitude; 0: same bits."""
+    """One row, and its largest deviation at each address, as a share of the row's largest magnitude; 0: same bits."""
 
     file: str
     row: int
@@ -47,7 +48,7 @@ class RecomputedRow:
 
 @dataclass(frozen=True)
 class Recomputation:
-    """The rows that were computed again, and what is wrong with them: a deviation beyond rounding, a missing image."""
+    """The rows that were computed again, and their problems: deviations beyond rounding, missing or changed images."""
 
     device: str
     rows: tuple[RecomputedRow, ...]
@@ -56,40 +57,24 @@ class Recomputation:
     @property
     def deviations(self) -> dict[str, float]:
         """The largest deviation of each address."""
-        return {address: max(row.deviations[address] for row in self.rows) for address in self.rows[0].deviations}
+        addresses = self.rows[0].deviations if self.rows else ()
+        return {address: max(row.deviations[address] for row in self.rows) for address in addresses}
 
     @property
     def rows_with_same_bits(self) -> int:
         return sum(not any(row.deviations.values()) for row in self.rows)
 
 
-def recompute(
-    path: str | os.PathLike[str],
-    count: int,
-    images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
-    *,
-    model: str | None = None,
-    weights: str | None = None,
-    device: str = "cpu",
-    seed: int | None = None,
-    options: ModelOptions = ModelOptions(),
-) -> Recomputation:
+@takes(RecomputeOptions)
+def recompute(options: RecomputeOptions) -> Recomputation:
     """Run the model again on random rows of a run, each in the batch it was computed in, and compare.
 
-    Args:
-        path: the directory that `hookx extract` wrote.
-        count: how many rows; all of them, if there are fewer.
-        images: the folders and files that the run was given.
-        model: the run's model again; needed unless it is one of torchvision's, because building it may run code, and
-            that a plan alone shall not decide.
-        weights: the file of the weights, if the run took them from a file; it has to be the same one.
-        device: where to compute.
-        seed: of the choice of rows; None for another choice each time.
-        options: what else the run was told of its model.
+    A model that no zoo names has to be named again, because building it may run code, which a plan alone must not
+    decide.
 
     Raises:
-        HookxError: the run, its model, its weights or the images are not to be had. Rows that deviate are no exception
-            but in the result.
+        HookxError: the run, its model, its weights or its images cannot be loaded. Rows that deviate do not raise; the
+            result lists them.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -100,80 +85,57 @@ def recompute(
         >>> again.problems, sorted(again.deviations)
         ((), ['avgpool', 'conv1'])
     """
-    if count < 1:
-        raise UsageError(f"{count} rows to compute again; it is 1 or more")
-    path = Path(path)
+    if options.count < 1:
+        raise UsageError(f"--recompute must be at least 1, got {options.count}")
+    if options.options is not None:
+        warnings.warn("recompute(options=...) is deprecated: give its fields as arguments", DeprecationWarning, 3)
+    path = Path(options.path)
     plan = read_plan(path)
-    if plan.precision not in PRECISIONS:
-        raise StoreError(f"{path}/ was computed in '{plan.precision}', which this hookx does not know")
-    if plan.memory_format not in MEMORY_FORMATS:
-        raise StoreError(f"{path}/ was computed in '{plan.memory_format}', which this hookx does not know")
-    chosen = _choose(path, plan, count, random.Random(seed))
-    listed = list_images([images] if isinstance(images, str | os.PathLike) else images)
+    _check_known(path, plan)
+    chosen = _choose_rows(path, plan, options.count, random.Random(options.seed))
+    listed = list_images(list_paths(options.images))
     files = dict(zip(listed.keys, listed.files, strict=True))
-    loaded = _load_again(plan, model, weights, options)
-    on_device = chosen_device(device)
-    if loaded.cpu_only and on_device.type != "cpu":
-        raise UsageError(f"{plan.model} has integer layers that run on the CPU only", "write --device cpu")
-    check_decoding(plan.preprocessing, on_device)
-    runner = Runner(loaded.module, loaded.forward, on_device, plan.precision, plan.memory_format)
-    selectors = [Selector.parse(layer.address) for layer in plan.layers]
-    selection = place_and_select(loaded, runner, selectors, crop_px=plan.preprocessing.crop_px)
-    if {str(target.address): target.shape for target in selection.targets} != {
-        layer.address: layer.shape for layer in plan.layers
-    }:
-        raise StoreError(f"{plan.model} does not have the layers and shapes of {path}/")
+    model_options = options.options or ModelOptions(**options.values_of(CheckpointOptions))
+    loaded = _load_again(plan, options.model, options.weights, model_options)
+    runner = Runner(loaded.module, loaded.forward, choose_device(options.device), plan.precision, plan.memory_format)
+    targets = _find_targets(path, plan, loaded, runner)
 
     rows: list[RecomputedRow] = []
     problems: list[Problem] = []
     with (
-        single_threaded() if on_device.type == "cpu" else nullcontext(),
-        RowCapture(runner, selection.targets) as capture,
+        single_threaded() if runner.device.type == "cpu" else nullcontext(),
+        RowCapture(runner, targets) as capture,
     ):
-        for shard, numbers in chosen.items():
-            file, record = plan.shard_file(shard), read_record(path, plan, shard)
-            for batch in _batches(plan, shard, record, numbers):
-                try:
-                    pixels_NCHW = torch.stack(
-                        [_pixels_CHW(key, files, record, plan, loaded, on_device) for key in batch.keys]
-                    )
-                except StoreError as error:
-                    problems += [Problem(file, f"row {row:,}: {error}") for row in batch.rows]
-                    continue
-                computed = _computed(capture, pixels_NCHW, plan)
-                for row in batch.rows:
-                    key = record.keys[row]
-                    place = batch.keys.index(key)
-                    deviations = {
-                        layer.address: _deviation(_stored(path / file, layer, row), computed[layer.address][place])
-                        for layer in plan.layers
-                    }
-                    rows.append(RecomputedRow(file, row, key, deviations))
-                    on_another_device = str(record.made.get("device")).split(":")[0].split()[0] != on_device.type
-                    for layer in plan.layers:
-                        allowed = _rounding(plan, layer, on_another_device)
-                        if not deviations[layer.address] <= allowed:
-                            problems.append(
-                                Problem(
-                                    file,
-                                    f"row {row:,} ('{key}') is not what {layer.address} returns: it deviates by "
-                                    f"{deviations[layer.address]:.1e} of its largest value (rounding: {allowed:.0e})",
-                                )
-                            )
-    return Recomputation(str(on_device), tuple(rows), tuple(problems))
+        for batch in _find_batches(path, plan, chosen):
+            try:
+                pixels_NCHW = _decode_again(batch, files, plan, loaded, runner.device)
+            except StoreError as error:
+                problems += [Problem(batch.file, f"row {row:,}: {error}") for row in batch.rows]
+                continue
+            computed = _compute(capture, pixels_NCHW, plan)
+            compared = [_compare(path, plan, batch, row, computed) for row in batch.rows]
+            rows += compared
+            problems += _deviating(compared, plan, batch, runner.device)
+    return Recomputation(str(runner.device), tuple(rows), tuple(problems))
 
 
-def _choose(path: Path, plan: Plan, count: int, generator: random.Random) -> dict[Shard, list[int]]:
-    """Choose rows out of all whole shards; in each, their numbers in order."""
+def _check_known(path: Path, plan: Plan) -> None:
+    for value, known in ((plan.precision, PRECISIONS), (plan.memory_format, MEMORY_FORMATS)):
+        if value not in known:
+            raise StoreError(f"{path}/ was computed in '{value}', which this version of hookx does not support")
+
+
+def _choose_rows(path: Path, plan: Plan, count: int, generator: random.Random) -> dict[Shard, list[int]]:
+    """Choose random rows from all readable shards; return the row numbers of each shard, in order."""
     rows_of: dict[Shard, int] = {}
     for shard in present_shards(path, plan):
         try:
             rows_of[shard] = len(read_record(path, plan, shard).keys)
         except ShardError:
-            continue  # `verify` names it.
+            continue  # `verify` reports it.
     rows = sum(rows_of.values())
     if not rows:
-        raise StoreError(f"{path}/ holds no row that could be computed again")
+        raise StoreError(f"{path}/ holds no row to compute again")
     numbers = sorted(generator.sample(range(rows), min(count, rows)))
     chosen: dict[Shard, list[int]] = {}
     first = 0
@@ -186,20 +148,20 @@ def _choose(path: Path, plan: Plan, count: int, generator: random.Random) -> dic
 
 
 def _load_again(plan: Plan, model: str | None, weights: str | None, options: ModelOptions) -> LoadedModel:
-    """Build the run's model with the run's weights; what a plan says is never taken for a path, nor as code to run."""
-    zoo = plan.model in list_models()
-    if model is None and not zoo and not plan.model.startswith("timm:"):
+    """Build the run's model with the run's weights; a plan alone never names a path to read or code to run."""
+    needs_trust, identity = may_run_code(plan.model), WeightsIdentity(plan.weights)
+    if model is None and needs_trust:
         raise UsageError(
             f"the model of this run is '{plan.model}', and building it may run code",
             f"if you trust it, name it yourself: --model {plan.model}",
         )
     if model is not None and plan.model not in (model, Path(model).name):
         raise UsageError(f"the model of this run is '{plan.model}', and not '{model}'")
-    if seeded := re.match(r"random \(seed (\d{1,18})\)", plan.weights):
-        weights, options = weights or "none", replace(options, seed=int(seeded[1]))
-    elif published := re.fullmatch(r"\w+_Weights\.(\w+)", plan.weights):
-        weights = weights or published[1]
-    elif zoo and weights is None:
+    if identity.seed is not None:
+        weights, options = weights or "none", replace(options, seed=identity.seed)
+    elif identity.published_name:
+        weights = weights or identity.published_name
+    elif weights is None and not needs_trust and not plan.weights.startswith(plan.model):
         raise UsageError(f"the weights of this run are a file ({plan.weights})", "name it: --weights FILE")
     loaded = load_model(model or plan.model, weights or "default", options)
     if loaded.weights != plan.weights:
@@ -207,50 +169,72 @@ def _load_again(plan: Plan, model: str | None, weights: str | None, options: Mod
     return loaded
 
 
+def _find_targets(path: Path, plan: Plan, loaded: LoadedModel, runner: Runner) -> list[Target]:
+    """Place the model on its device and find the run's layers in it."""
+    if loaded.cpu_only and runner.device.type != "cpu":
+        raise UsageError(f"{plan.model} has integer layers that run on the CPU only", "write --device cpu")
+    check_decoding(plan.preprocessing, runner.device)
+    selectors = [Selector.parse(layer.address) for layer in plan.layers]
+    targets = place_and_select(loaded, runner, selectors, crop_px=plan.preprocessing.crop_px).targets
+    shapes = {layer.address: layer.shape for layer in plan.layers}
+    if {str(target.address): target.shape for target in targets} != shapes:
+        raise StoreError(f"{plan.model} does not have the layers and shapes of {path}/")
+    return targets
+
+
 @dataclass(frozen=True)
 class _Batch:
-    keys: list[str]  # of the images that went through the model together
-    rows: list[int]  # those of them that are to be compared
+    """Images of one shard that went through the model together."""
+
+    file: str
+    record: ShardRecord
+    sizes_bytes: dict[str, int]  # key -> size when the run listed the images of the shard
+    keys: list[str]
+    rows: list[int]  # those to compare
 
 
-def _batches(plan: Plan, shard: Shard, record: ShardRecord, numbers: Sequence[int]) -> Iterator[_Batch]:
-    """Find the batches of some rows: cut at multiples of the batch size, and what could not be read left out."""
-    made_with = record.made.get("batch_size")
-    batch_size = made_with if isinstance(made_with, int) and made_with > 0 else plan.batch_size
-    row_of = {key: row for row, key in enumerate(record.keys)}
-    keys = _keys_in_order(record)
-    wanted = set(numbers)
-    for positions in shard.batches(batch_size):
-        together = [key for key in keys[positions.start - shard.start : positions.stop - shard.start] if key in row_of]
-        rows = [row_of[key] for key in together if row_of[key] in wanted]
-        if rows:
-            yield _Batch(together, rows)
+def _find_batches(path: Path, plan: Plan, chosen: dict[Shard, list[int]]) -> Iterator[_Batch]:
+    """Yield the batches of the chosen rows: cut at multiples of the batch size, without unreadable images."""
+    for shard, numbers in chosen.items():
+        record, wanted = read_record(path, plan, shard), set(numbers)
+        made_with = record.made.get("batch_size")
+        batch_size = made_with if isinstance(made_with, int) and made_with > 0 else plan.batch_size
+        row_of = {key: row for row, key in enumerate(record.keys)}
+        keys = sorted([*record.keys, *(key for key, _ in record.failures)], key=key_bytes)
+        sizes_bytes = dict(zip(keys, record.sizes_bytes, strict=False))
+        for positions in shard.batches(batch_size):
+            in_batch = [
+                key for key in keys[positions.start - shard.start : positions.stop - shard.start] if key in row_of
+            ]
+            rows = [row_of[key] for key in in_batch if row_of[key] in wanted]
+            if rows:
+                yield _Batch(plan.shard_file(shard), record, sizes_bytes, in_batch, rows)
 
 
-def _keys_in_order(record: ShardRecord) -> list[str]:
-    return sorted([*record.keys, *(key for key, _ in record.failures)], key=key_bytes)
-
-
-def _pixels_CHW(
-    key: str, files: dict[str, str], record: ShardRecord, plan: Plan, loaded: LoadedModel, device: torch.device
+def _decode_again(
+    batch: _Batch, files: dict[str, str], plan: Plan, loaded: LoadedModel, device: torch.device
 ) -> Tensor:
-    # Keys are looked up among the images that the user named, and never opened as paths.
-    if key not in files:
-        raise StoreError(f"its batch needs the image '{key}', which is not among those named")
-    sizes_bytes = dict(zip(_keys_in_order(record), record.sizes_bytes, strict=False))
-    try:
-        pixels_CHW, _ = decode(files[key], plan.preprocessing, sizes_bytes.get(key), loaded.transform)
-        if pixels_CHW.ndim == 1:
-            (decoded,) = decode_jpegs([pixels_CHW], plan.preprocessing, device)
-            if not isinstance(decoded, Tensor):
-                raise decoded
-            return decoded
-        return pixels_CHW.to(device)
-    except Exception as error:  # As in a run: whatever a decoder raises.
-        raise StoreError(f"its batch needs the image '{key}': {failure_reason(error)}") from None
+    """Return the pixels of a batch; `StoreError` for an image that is missing, has changed or cannot be read."""
+
+    def decode_image(key: str) -> Tensor:
+        # Look keys up among the images that the user named; never open them as paths.
+        if key not in files:
+            raise StoreError(f"its batch needs the image '{key}', which is not in --images")
+        try:
+            pixels_CHW, _ = decode(files[key], plan.preprocessing, batch.sizes_bytes.get(key), loaded.transform)
+            if pixels_CHW.ndim > 1:
+                return pixels_CHW.to(device)
+            (decoded,) = decode_jpegs([pixels_CHW], plan.preprocessing, device)  # It is a JPEG file, for the GPU.
+            if isinstance(decoded, Tensor):
+                return decoded
+            raise decoded
+        except Exception as error:  # Decoders can raise anything.
+            raise StoreError(f"its batch needs the image '{key}': {failure_reason(error)}") from None
+
+    return torch.stack([decode_image(key) for key in batch.keys])
 
 
-def _computed(capture: RowCapture, pixels_NCHW: Tensor, plan: Plan) -> dict[str, Tensor]:
+def _compute(capture: RowCapture, pixels_NCHW: Tensor, plan: Plan) -> dict[str, Tensor]:
     computed = {
         layer.address: torch.empty((len(pixels_NCHW), *layer.shape), dtype=getattr(torch, layer.dtype))
         for layer in plan.layers
@@ -260,15 +244,37 @@ def _computed(capture: RowCapture, pixels_NCHW: Tensor, plan: Plan) -> dict[str,
     return computed
 
 
-def _stored(file: Path, layer: LayerSpec, row: int) -> Tensor:
-    with open_shard(file) as opened:
-        rows: Tensor = opened.get_slice(layer.address)[row : row + 1]
-    return rows[0]
+def _compare(path: Path, plan: Plan, batch: _Batch, row: int, computed: dict[str, Tensor]) -> RecomputedRow:
+    """Compare a stored row with what was computed for its image."""
+    key = batch.record.keys[row]
+    position = batch.keys.index(key)
+    deviations = {}
+    with open_shard(path / batch.file) as opened:
+        for layer in plan.layers:
+            stored = opened.get_slice(layer.address)[row : row + 1]
+            deviations[layer.address] = _deviation(stored[0], computed[layer.address][position])
+    return RecomputedRow(batch.file, row, key, deviations)
+
+
+def _deviating(rows: Sequence[RecomputedRow], plan: Plan, batch: _Batch, device: torch.device) -> Iterator[Problem]:
+    """Report the deviations that rounding does not explain."""
+    made_on = str(batch.record.made.get("device")).partition(":")[0].partition(" ")[0]
+    for row in rows:
+        for layer in plan.layers:
+            halves = plan.precision != "fp32" or layer.dtype in ("float16", "bfloat16")
+            allowed = _MAX_ROUNDING_OF_HALVES if halves or made_on != device.type else _MAX_ROUNDING
+            deviation = row.deviations[layer.address]
+            if not deviation <= allowed:
+                yield Problem(
+                    row.file,
+                    f"row {row.row:,} ('{row.key}') is not what {layer.address} returns: it deviates by "
+                    f"{deviation:.1e} of its largest value (rounding: {allowed:.0e})",
+                )
 
 
 def _deviation(stored: Tensor, computed: Tensor) -> float:
-    """Return the largest difference as a share of the largest magnitude; infinite where only one is finite."""
-    one, other = (_as_float64(tensor) for tensor in (stored, computed))
+    """Return the largest difference as a share of the largest magnitude; infinity where only one is finite."""
+    one, other = (_to_float64(tensor) for tensor in (stored, computed))
     same = (one == other) | (one.isnan() & other.isnan())
     if bool(same.all()):
         return 0.0
@@ -277,10 +283,5 @@ def _deviation(stored: Tensor, computed: Tensor) -> float:
     return float(difference.max()) / magnitude if magnitude else float("inf")
 
 
-def _as_float64(tensor: Tensor) -> Tensor:
+def _to_float64(tensor: Tensor) -> Tensor:
     return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).flatten().to(torch.float64)
-
-
-def _rounding(plan: Plan, layer: LayerSpec, on_another_device: bool) -> float:
-    halves = plan.precision != "fp32" or layer.dtype in ("float16", "bfloat16")
-    return _ROUNDING_OF_HALVES if halves or on_another_device else _ROUNDING

@@ -1,4 +1,4 @@
-"""Is a run whole? Plan, shards and tables are held against each other, and everything that is wrong is named."""
+"""Check that a run is whole: compare its plan, shards and tables, and report everything that is wrong."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from hookx.store.files import ASIDE
 from hookx.store.format import checksum, open_shard
 from hookx.store.record import ShardRecord, read_record
 
-_NOTES_AT_MOST = 20
+_MAX_NOTES = 20
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with one file of the directory, as the rest of a sentence that begins with its name."""
+    """What is wrong with one file of the directory; `what` completes a sentence that begins with the file's name."""
 
     file: str
     what: str
@@ -32,14 +32,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found. Notes are about files that do not belong to the run; they are no error."""
+    """What `verify` found. Notes concern files that do not belong to the run; they are not errors."""
 
     path: str
-    shards: int  # of the plan
+    shards: int  # in the plan
     shards_whole: int
-    rows: int  # in those
+    rows: int  # in readable shards, like failures and bytes
     failures: int
-    bytes: int  # of activations whose checksums agree
+    bytes: int
     problems: tuple[Problem, ...]
     notes: tuple[Problem, ...] = ()
 
@@ -49,19 +49,18 @@ class Verification:
 
 
 def verify(path: str | os.PathLike[str], *, progress: Callable[[int], None] = lambda shards_read: None) -> Verification:
-    """Read a run once, a shard at a time, and name everything that is wrong with it.
+    """Read a run once, one shard at a time, and report everything that is wrong with it.
 
-    Checked: the plan belongs to its fingerprint, and every shard to the plan; every shard is there, under its name,
-    with the tensors, shapes and types planned; rows and failures are the listed images (key and size), each once, in
-    order; the checksums, taken while the shards were written, agree; index.csv and failures.csv say what the shards
-    say.
+    Checked: the plan matches its fingerprint, and every shard matches the plan; every shard exists, under its name,
+    with the planned tensors, shapes and types; rows and failures are the listed images (key and size), each once and
+    in order; the checksums taken while the shards were written match; index.csv and failures.csv match the shards.
 
     Args:
         path: the directory that `hookx extract` wrote.
         progress: called with the number of shards read since the last call.
 
     Raises:
-        StoreError: there is no such directory. What is wrong inside of it is in the result.
+        StoreError: the directory does not exist. Problems inside it are in the result.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -106,7 +105,7 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int], None] = la
     problems += foreign
     if whole == len(plan.shards):
         if images.sha256 != plan.images_sha256:
-            problems.append(Problem(PLAN, "lists other images (names or sizes) than the shards hold"))
+            problems.append(Problem(PLAN, "lists images (names or sizes) other than those in the shards"))
         problems += _wrong_tables(path, plan)
     elif (path / INDEX).exists():
         notes.insert(0, Problem(INDEX, "was not compared, because not all shards are whole"))
@@ -123,7 +122,7 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int], None] = la
 
 
 def _missing(plan: Plan, present: list[Shard]) -> Iterator[Problem]:
-    # A run of missing shards is one problem: a plan may promise any number of them.
+    # Consecutive missing shards are one problem, because a plan can promise any number of shards.
     expected = 0
     for number in [*(shard.number for shard in present), len(plan.shards)]:
         if number > expected:
@@ -136,7 +135,7 @@ def _missing(plan: Plan, present: list[Shard]) -> Iterator[Problem]:
 
 
 class _ImageList:
-    """The list of images, as the shards tell it: its digest, and the last key so far."""
+    """The list of images, put together from the shards: its digest, and the last key so far."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
@@ -147,19 +146,19 @@ class _ImageList:
         return self._digest.hexdigest()
 
     def problems_with(self, shard: Shard, record: ShardRecord) -> Iterator[str]:
-        """Go on with one shard's images, rows and failures together, which stand in the order of their keys."""
+        """Add the images of the next shard, rows and failures alike, and report those out of order."""
         failed = [key for key, _ in record.failures]
         keys = sorted(record.keys + failed, key=key_bytes)
         if sorted(record.keys, key=key_bytes) != record.keys or sorted(failed, key=key_bytes) != failed:
-            yield "holds its images in another order than that of their keys"
+            yield "does not hold its images in the order of their keys"
         for one, other in pairwise(keys):
             if one == other:
                 yield f"holds the image '{one}' twice"
         if self._last_key is not None and key_bytes(keys[0]) <= key_bytes(self._last_key):
-            yield f"begins with the image '{keys[0]}', which does not come after '{self._last_key}' of an earlier shard"
+            yield f"begins with the image '{keys[0]}', which does not come after '{self._last_key}' in an earlier shard"
         self._last_key = keys[-1]
         if len(record.sizes_bytes) != len(shard):
-            yield f"tells the sizes of {len(record.sizes_bytes)} images, and holds {len(shard)}"
+            yield f"records the sizes of {len(record.sizes_bytes)} images, but holds {len(shard)}"
             return
         self._digest.update(image_lines(zip(keys, record.sizes_bytes, strict=True)))
 
@@ -168,44 +167,43 @@ def _changed_tensors(file: Path, plan: Plan, record: ShardRecord) -> Iterator[st
     with open_shard(file) as opened:
         for layer in plan.layers:
             try:
-                # The tensor lies in the mapped file, so no more of it is in memory than the system sees fit.
+                # The tensor is the mapped file, so the system decides how much of it is in memory.
                 found = checksum(opened.get_tensor(layer.address))
             except (SafetensorError, RuntimeError) as error:
                 yield f"is damaged: '{layer.address}' cannot be read: {error}"
                 continue
             if found != record.checksums.get(layer.address):
-                yield f"is damaged: '{layer.address}' does not have the checksum that was taken while it was written"
+                yield f"is damaged: '{layer.address}' does not match the checksum taken when it was written"
 
 
 def _other_files(path: Path, plan: Plan, present: list[Shard]) -> tuple[list[Problem], list[Problem]]:
-    """Return the shards that are not of this plan, and notes about everything else that is not of the run."""
+    """Return problems about shards that are not in the plan, and notes about all other files foreign to the run."""
     known = {PLAN, INDEX, FAILURES, *(plan.shard_file(shard) for shard in present)}
     foreign, notes = [], []
     for name in sorted(entry.name for entry in os.scandir(path) if entry.name not in known):
         if name.startswith("shard-") and name.endswith(".safetensors"):
             foreign.append(Problem(name, f"is not one of the {len(plan.shards):,} shards of this plan"))
         elif name.startswith(".") and name.endswith(ASIDE):
-            notes.append(Problem(name, "is being written, or was left by a run that was killed"))
+            notes.append(Problem(name, "is being written, or was left by a killed run"))
         else:
-            notes.append(Problem(name, "is no file of this run"))
-    if len(notes) > _NOTES_AT_MOST:
-        more = len(notes) - _NOTES_AT_MOST
-        notes[_NOTES_AT_MOST:] = [Problem(f"and {more:,} more", "that are no files of this run")]
+            notes.append(Problem(name, "is not part of this run"))
+    if len(notes) > _MAX_NOTES:
+        more = len(notes) - _MAX_NOTES
+        notes[_MAX_NOTES:] = [Problem(f"and {more:,} more", "that are not part of this run")]
     return foreign, notes
 
 
 def _wrong_tables(path: Path, plan: Plan) -> Iterator[Problem]:
     tables = derived_tables(path, plan)
     for name, lines in tables.items():
-        what = _difference(path / name, lines)
-        if what:
+        if what := _difference(path / name, lines):
             yield Problem(name, what)
     if FAILURES not in tables and (path / FAILURES).exists():
-        yield Problem(FAILURES, "is there, and no shard has a failure")
+        yield Problem(FAILURES, "exists, but no shard has failures")
 
 
 def _difference(table: Path, lines: Iterator[bytes]) -> str:
-    """Say where a table differs from what follows from the shards; never more than a line of it is in memory."""
+    """Return how a table differs from the lines derived from the shards, '' if it does not; reads line by line."""
     if not table.is_file():
         return "is missing"
     number = 0
@@ -214,4 +212,4 @@ def _difference(table: Path, lines: Iterator[bytes]) -> str:
             if file.read(len(line)) != line:
                 should_be = line.decode("utf-8", "surrogateescape").rstrip("\n")
                 return f"differs from the shards in line {number:,}, which should be: {should_be}"
-        return f"goes on after the {number:,} lines that follow from the shards" if file.read(1) else ""
+        return f"continues after the {number:,} lines derived from the shards" if file.read(1) else ""

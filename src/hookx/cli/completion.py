@@ -1,7 +1,7 @@
-"""What could follow on a command line: names of models, layers, weights, and what a run holds.
+"""What a shell offers: names of models, layers and weights, and what a run holds.
 
-A shell asks at every press of the key, so nothing here imports torch but for what only a built model can tell, its
-layers and its weights; and that is remembered.
+A shell asks at every press of the tab key, so torch is imported only for what a built model alone can tell, its layers
+and its weights, and the answer is kept in the user's cache.
 """
 
 from __future__ import annotations
@@ -16,29 +16,22 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hookx.layers.address import Address
 from hookx.layers.select import Selector
+from hookx.models.names import LISTED_PREFIXES, distribution_of, may_run_code, torchvision_names
 from hookx.plan import Plan
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = ("fp32", "bf16", "fp16")
-DTYPES = ("fp32", "fp16", "bf16")
-MEMORY_FORMATS = ("auto", "contiguous", "channels_last")
-LAYOUTS = ("nchw", "nhwc", "tokens")
-CHANNEL_REDUCTIONS = ("mean", "max", "norm")
-_KEYS_AT_MOST = 1000
-_TIMM = "timm:"
-_BASH_BREAKS = re.compile(r"[:=@]+")  # Of readline's own, those that addresses, models and options hold.
+_MAX_KEYS = 1000
+_BASH_BREAKS = re.compile(r"[:=@]+")  # where readline cuts words, as far as addresses, models and options hold it
 
 
 def answer(command: Callable[[], object]) -> NoReturn:
-    """Run a command that a shell asks for completions; where anything goes wrong, there are none."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # A warning would be written into the line that is being typed.
+    """Answer a shell that asks for completions; offer none if anything goes wrong."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # A warning would appear in the line that is being typed.
     is_bash, untouched, is_quoted = os.environ["_HOOKX_COMPLETE"] == "complete_bash", "", False
     output, exit_code = io.StringIO(), 1
     try:
@@ -57,9 +50,9 @@ def answer(command: Callable[[], object]) -> NoReturn:
 
 
 def _join_words_of_bash() -> tuple[str, bool]:
-    """Join the words that bash has cut at ':', '=' and '@', for Typer to read.
+    """Join the words that bash cut at ':', '=' and '@', as Typer expects them.
 
-    Returns what stands before the piece that bash will replace, and whether that piece is in quotes.
+    Returns what precedes the piece that bash will replace, and whether that piece is quoted.
     """
     words, current = os.environ["COMP_WORDS"].split("\n"), int(os.environ["COMP_CWORD"])
     joined, untouched = [""], ""
@@ -70,38 +63,29 @@ def _join_words_of_bash() -> tuple[str, bool]:
         untouched = joined[-1] + (word if is_break else "")
         joined[-1] += word
     os.environ.update(COMP_WORDS="\n".join(joined[1:]), COMP_CWORD=str(len(joined) - 2))
-    untouched = untouched.removesuffix("@")  # It counts among what follows it.
+    untouched = untouched.removesuffix("@")  # bash replaces it with what follows it
     if untouched.startswith("-"):
-        untouched = untouched.partition("=")[2]  # Typer completes the value of --layers=..., without the option.
+        untouched = untouched.partition("=")[2]  # Typer completes the value of --layers=... alone
     return untouched, words[current].startswith(("'", '"'))
 
 
 def models(incomplete: str) -> Iterable[str]:
-    """Name the models of torchvision; timm's where 'timm:' is begun."""
-    if incomplete.startswith(_TIMM):
-        return _remembered("timm", _names_of_timm)
-    return _names_of_torchvision()
+    """Return the names of torchvision's models, or of the zoo whose prefix is typed."""
+    for prefix in LISTED_PREFIXES:
+        if incomplete.startswith(prefix):
+            return _remembered(prefix, lambda: _list_models(f"{prefix}*"))  # noqa: B023
+    return torchvision_names()
 
 
 def weights(model: str | None, incomplete: str) -> Iterable[str]:
-    """Name the weights of a model, and what every model can have."""
+    """Return the names of a model's weights, and those that every model has."""
     return ["default", "none", *(_known_of(model)["weights"] if model else ())]
 
 
-def _names_of_torchvision() -> Iterator[str]:
-    """Read what torchvision registers out of its source: importing it takes seconds."""
-    spec = find_spec("torchvision")
-    assert spec is not None and spec.origin is not None
-    for file in Path(spec.origin).parent.glob("models/**/*.py"):
-        for registered in file.read_text().split("\n@register_model(")[1:]:
-            if name := re.match(r'(?:name=)?"(\w+)"', registered) or re.search(r"^def (\w+)", registered, re.MULTILINE):
-                yield name[1]
-
-
-def _names_of_timm() -> list[str]:
+def _list_models(pattern: str) -> list[str]:
     from hookx.models import list_models
 
-    return list(list_models(f"{_TIMM}*"))
+    return list(list_models(pattern))
 
 
 def _known_of(model: str) -> dict[str, Any]:
@@ -114,17 +98,16 @@ def _known_of(model: str) -> dict[str, Any]:
         classes = module_classes(skeleton(model, "none").module)
         return {"classes": classes, "weights": [name for name, _ in weights_of(model)]}
 
-    # What else can be named may run code, ask the network, or change.
-    if not re.fullmatch(rf"(?:{_TIMM})?[\w.]+", model) or (":" not in model and model not in _names_of_torchvision()):
+    # Other references may run code, use the network, or change.
+    if may_run_code(model) or not re.fullmatch(r"(\w+:)?[\w.]+", model):
         return {"classes": {}, "weights": []}
     known: dict[str, Any] = _remembered(model, build)
     return known
 
 
 def _remembered(name: str, find_out: Callable[[], Any]) -> Any:
-    """Return what was found out once with these versions, or find it out and keep it in the user's cache."""
-    packages = ["torch", "timm" if name.startswith("timm") else "torchvision"]
-    versions = "-".join(f"{package}-{version(package)}" for package in packages)
+    """Return what these versions found out before, or find it out and keep it in the user's cache."""
+    versions = "-".join(f"{package}-{version(package)}" for package in ("torch", distribution_of(name)))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     file = cache / "hookx" / versions / f"{name.replace(':', '-')}.json"
     with contextlib.suppress(OSError, ValueError):
@@ -139,13 +122,13 @@ def _remembered(name: str, find_out: Callable[[], Any]) -> Any:
 
 
 def layers(model: str | None, incomplete: str) -> Iterable[str]:
-    """Name the layers of a model that the last selector of a list can become, and 'type:' with its classes."""
+    """Complete the last selector of a list with a model's layers, or with its classes after 'type:'."""
     classes: dict[str, str] = _known_of(model)["classes"] if model else {}
     return _in_list(incomplete, lambda selector: _selectors(classes, selector))
 
 
 def classes(model: str | None, incomplete: str) -> Iterable[str]:
-    """Name the classes of a model's modules, with commas between."""
+    """Complete the last name of a list with the classes of a model's modules."""
     found = dict.fromkeys(_known_of(model)["classes"].values()) if model else {}
     return _in_list(incomplete, lambda _: found)
 
@@ -159,29 +142,29 @@ def _selectors(classes: dict[str, str], begun: str) -> Iterator[str]:
     if begun and "type:".startswith(begun[:5]):
         yield from dict.fromkeys(f"type:{class_name}" for class_name in classes.values())
     if re.search(r"[*?]", begun):
-        # A glob stays as it is, and what is below the modules that it names is offered: layer*.0.co -> layer*.0.conv1
+        # A glob stays as it is; offer what is below the modules that it matches: layer*.0.co -> layer*.0.conv1
         above = begun.rpartition(".")[0]
         below = (path.rpartition(".")[2] for path in Selector.parse(f"{above}.*").paths(classes)) if above else ()
         yield from dict.fromkeys(f"{above}.{Address(name)}" for name in below)
-    # One name more than is typed: all 713 paths of a densenet201 help nobody.
+    # Offer one level more than is typed: all 713 paths of a densenet201 help nobody.
     yield from (str(Address(path)) for path in classes if path.count(".") <= begun.count(".") + 1)
 
 
 def addresses(run: str | Path | None, incomplete: str) -> Iterable[str]:
-    """Name the activations that a run holds."""
+    """Return the addresses that a run holds."""
     plan = Plan.from_json((Path(run or "features") / "plan.json").read_text())
     return (layer.address for layer in plan.layers)
 
 
 def layers_or_addresses(model: str | None, run: str | Path | None, incomplete: str) -> Iterable[str]:
-    """Name the layers of the model that is named, or, if none is, what a run holds, with commas between."""
+    """Complete the last name of a list with a model's layers or, without a model, with what a run holds."""
     return layers(model, incomplete) if model else _in_list(incomplete, lambda _: addresses(run, ""))
 
 
 def keys(run: str | Path | None, incomplete: str) -> Iterable[str]:
-    """Name the images of a finished run: up to a thousand, and the last, so that what all have in common is known."""
+    """Return keys of a finished run: up to a thousand, and the last one, so that their common prefix is right."""
     with open(Path(run or "features") / "index.csv", newline="", errors="surrogateescape") as index:
         rows = csv.reader(index)
         next(rows)
         begun = (key for key, *_ in rows if key.startswith(incomplete) and key.isprintable())
-        return [*islice(begun, _KEYS_AT_MOST), *deque(begun, 1)]
+        return [*islice(begun, _MAX_KEYS), *deque(begun, 1)]

@@ -1,4 +1,4 @@
-"""What is installed: the versions that a report of a mistake needs, without waiting for torch."""
+"""The versions that a bug report needs, without importing torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of hookx and what it stands on; of CUDA, what torch was built for and what is here.
+    """Return the versions of hookx and its dependencies, the CUDA that torch was built for, and the devices here.
 
     Example:
         >>> list(versions())
@@ -22,7 +22,7 @@ def versions() -> dict[str, str]:
 
 
 def _cuda() -> str:
-    # torch/version.py is text that the build wrote; importing it would import all of torch.
+    # Read torch/version.py as text: importing it would import all of torch.
     spec = find_spec("torch")
     assert spec is not None and spec.origin is not None
     built_for = re.search(r"^cuda\b.*= '(.+)'", (Path(spec.origin).parent / "version.py").read_text(), re.MULTILINE)
@@ -35,7 +35,7 @@ def _cuda() -> str:
 
 
 def cuda_devices() -> tuple[str, list[str]]:
-    """Ask the driver for the newest CUDA that it can run, and the names of the devices that it shows.
+    """Return the newest CUDA that the driver can run, and the names of its devices.
 
     Source: https://docs.nvidia.com/cuda/cuda-driver-api
     """

@@ -1,4 +1,4 @@
-"""The rows of one layer, as numpy sees them, a bounded block at a time and each with its key."""
+"""The rows of one layer as numpy arrays, a bounded block at a time, each row with its key."""
 
 from __future__ import annotations
 
@@ -18,9 +18,6 @@ from hookx.read.activations import Activations
 
 log = logging.getLogger("hookx")
 
-_BLOCK_BYTES = 16 * 2**20
-_BLOCK_ROWS = 2**14  # A row can be a single number, and its key is longer than that.
-
 
 @dataclass(frozen=True)
 class Rows:
@@ -28,23 +25,27 @@ class Rows:
 
     Attributes:
         keys: the image key of every row.
-        dtype: the numpy type that is written; it holds every value of the stored one.
-        origin: where the rows come from, as names and texts that any format can hold.
-        advance: called with a number of rows, once for each row.
+        dtype: the numpy type to write; it holds every value of the stored type.
+        origin: the layer, model, weights and fingerprint of the run, as text that every format can hold.
+        advance: called with the number of rows read since the last call.
+        max_block_bytes: a block is at most this large, or a single row.
+        max_block_rows: a second bound, because a row can be smaller than its key.
     """
 
     keys: Sequence[str]
     activations: Activations
     dtype: np.dtype[np.generic]
     origin: Mapping[str, str]
-    advance: Callable[[int], None]
+    advance: Callable[[int], None] = lambda rows_read: None
+    max_block_bytes: int = 16 * 2**20
+    max_block_rows: int = 2**14
 
     def __len__(self) -> int:
         return len(self.keys)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Return (rows, *shape of one image)."""
+        """The shape of all rows together: (rows, *shape of one image)."""
         return self.activations.shape
 
     @property
@@ -61,29 +62,28 @@ class Rows:
 
     @property
     def rows_per_block(self) -> int:
-        return min(_BLOCK_ROWS, max(1, _BLOCK_BYTES // max(1, self.bytes_per_row)))
+        return min(self.max_block_rows, max(1, self.max_block_bytes // max(1, self.bytes_per_row)))
 
     def spans(self) -> Iterator[slice]:
-        """Cut the rows into blocks of some 16 MiB, or of one row if that is larger."""
+        """Yield the rows of each block, in order."""
         for start in range(0, len(self), self.rows_per_block):
             yield slice(start, min(start + self.rows_per_block, len(self)))
 
-    def blocks(self, *, is_last_pass: bool = True) -> Iterator[tuple[slice, NDArray[np.generic]]]:
-        """Read the rows, a block at a time; a format that reads them more than once reports its last pass only."""
-        wider = getattr(torch, self.dtype.name)
+    def blocks(self) -> Iterator[tuple[slice, NDArray[np.generic]]]:
+        """Read the rows one block at a time, and report each block once the next is asked for."""
+        dtype = getattr(torch, self.dtype.name)
         for span in self.spans():
-            yield span, self.activations[span].to(wider).numpy()
-            if is_last_pass:
-                self.advance(span.stop - span.start)
+            yield span, self.activations[span].to(dtype).numpy()
+            self.advance(span.stop - span.start)
 
     @cached_property
     def keys_are_text(self) -> bool:
-        """Whether all file names are UTF-8, as nearly all are; if not, what can hold text only holds their bytes."""
+        """Whether every file name is valid UTF-8, as nearly all are; formats that hold only text get bytes if not."""
         if any(re.search("[\udc80-\udcff]", key) for key in self.keys):
             log.info("some file names are not UTF-8, so the keys are written as bytes")
             return False
         return True
 
     def texts(self, span: slice) -> list[str] | list[bytes]:
-        """Return the keys of some rows as texts or, where not every key of the run is one, as bytes."""
+        """Return the keys of some rows as text, or as bytes if not every key of the run is valid UTF-8."""
         return list(self.keys[span]) if self.keys_are_text else list(map(key_bytes, self.keys[span]))

@@ -1,4 +1,4 @@
-"""Files of weights, as they are found -> the tensors in them. No code in a file runs unless it is trusted to."""
+"""Weights files of every kind -> the tensors in them. No code in a file runs unless the file is trusted."""
 
 from __future__ import annotations
 
@@ -17,93 +17,90 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hookx.errors import ModelError, closest
-from hookx.models.loaded import one_line
+from hookx.errors import ModelError, closest, one_line
 from hookx.options import ModelOptions
+from hookx.plan import WeightsIdentity
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".pt2", ".ckpt", ".tar", ".bin", ".index.json")
 
-# What training scripts call the weights, the likeliest first; and their moving averages.
+# What training scripts call the weights, most likely first, and their moving averages.
 _ORDINARY = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module")
 _AVERAGED = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "ema_model", "model_ema_state_dict", "params_ema")
 _PAIR = ("teacher", "student")
-_NAMES_OF_ARCHITECTURES = ("arch", "architecture", "model_name")
+_ARCHITECTURE_KEYS = ("arch", "architecture", "model_name")
 
+TRUST = "or, if you trust its author to run any code as you: --trust-checkpoint"
 _SAVE_WEIGHTS = "save the weights alone: torch.save(model.state_dict(), 'weights.pt')"
 
 
 def is_weights_file(weights: str) -> bool:
+    """Tell whether `--weights` names a file, which need not exist, rather than published weights."""
     return weights.lower().endswith(_SUFFIXES) or os.sep in weights or Path(weights).is_file()
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a file, and what was unwrapped to get at them.
-
-    `entry` is the name under which they stood ('' if the file is a plain state dict), `prefix` what was taken off their
-    names, `left_out` what stood beside the prefix: group -> tensors. `others` could have been chosen instead.
-    """
+    """The tensors of a file, and what was unwrapped to get at them."""
 
     file: Path
     state: Mapping[str, Any]
-    architecture: str = ""  # that the file names
+    architecture: str = ""
+    """The architecture that the file names."""
     entry: str = ""
+    """The key that held them; '' if the file is a plain state dict."""
     prefix: str = ""
+    """What was removed from their names."""
     left_out: Mapping[str, int] | None = None
+    """What was outside the prefix: group -> number of tensors."""
     others: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()  # what is no tensor, among the tensors
+    """The entries that could have been chosen instead."""
+    ignored: tuple[str, ...] = ()
+    """The entries among the tensors that are not tensors."""
     ran_code: bool = False
 
     @property
-    def identity(self) -> str:
-        """What a plan records: the file's SHA-256, and what was unwrapped.
-
-        For shards it is the digest of the index and of every shard.
-        """
-        parts = [
-            self.entry,
-            f"without {self.prefix}" if self.prefix else "",
-            f"left out {', '.join(self.left_out)}" if self.left_out else "",
-        ]
-        unwrapped = "; ".join(part for part in parts if part)
-        return f"sha256:{sha256_of(self.file)}" + (f" ({unwrapped})" if unwrapped else "")
+    def identity(self) -> WeightsIdentity:
+        """The digest of the file, or of an index and its shards, and what was unwrapped."""
+        without = f"without {self.prefix}" if self.prefix else ""
+        left_out = f"left out {', '.join(self.left_out)}" if self.left_out else ""
+        return WeightsIdentity.of_file(sha256_of(self.file), self.entry, without, left_out)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences for the user; the first says in one line what was unwrapped."""
+        """Sentences for the user; the first one sums up what was unwrapped."""
         unwrapped = [
             f"taken from '{self.entry}'" if self.entry else "",
-            f"the prefix '{self.prefix}' taken off" if self.prefix else "",
-            *(f"left out {_tensors(count)} under '{group}'" for group, count in (self.left_out or {}).items()),
-            f"left out what is no tensor: {', '.join(self.ignored[:3])}" if self.ignored else "",
+            f"prefix '{self.prefix}' removed" if self.prefix else "",
+            *(f"left out {_count_tensors(count)} under '{group}'" for group, count in (self.left_out or {}).items()),
+            f"left out {', '.join(self.ignored[:3])} (not tensors)" if self.ignored else "",
         ]
-        sentence = "; ".join(part for part in unwrapped if part)
+        sentence = "; ".join(filter(None, unwrapped))
         others = ", ".join(f"'{name}'" for name in self.others)
         what = " (a moving average)" if self.others and set(self.others) <= set(_AVERAGED) else ""
         found = [
             f"weights in {self.file.name}: {sentence}" if sentence else "",
-            f"{self.file.name} also holds {others}{what}: --weights-key {self.others[0]} takes it"
+            f"{self.file.name} also holds {others}{what}; to load it: --weights-key {self.others[0]}"
             if self.others
             else "",
             trusted_note(self.file) if self.ran_code else "",
         ]
-        return tuple(note for note in found if note)
+        return tuple(filter(None, found))
 
 
 def read_weights(file: str, options: ModelOptions = ModelOptions(), *, shapes_only: bool = False) -> Weights:
-    """Read a file of weights, and take the state dict out of whatever it is nested in.
+    """Read a weights file, and find the state dict in whatever it is nested in.
 
     Args:
-        file: .safetensors, an index of shards (.index.json), or what `torch.save` wrote, in any suffix.
+        file: .safetensors, an index of shards (.index.json), or anything that `torch.save` wrote, whatever its suffix.
         options: which entry to take, and whether the file is trusted to run code.
-        shapes_only: the values are not asked for, so the disk need not be read.
+        shapes_only: map the file rather than read its values.
 
     Raises:
-        ModelError: the file cannot be read safely, holds no weights, or holds several and none was chosen.
+        ModelError: the file cannot be read safely, holds no weights, or holds several sets and none was chosen.
     """
     path = Path(file)
     content = read_content(path, trust=options.trust_checkpoint, shapes_only=shapes_only)
-    found = chosen(content.value, options.weights_key, path)
+    found = choose(content.value, options.weights_key, path)
     state = found.value.state_dict() if isinstance(found.value, nn.Module) else found.value
     return Weights(
         file=path,
@@ -117,15 +114,15 @@ def read_weights(file: str, options: ModelOptions = ModelOptions(), *, shapes_on
 
 
 def architecture_of(content: Any) -> str:
-    """Return the architecture that a checkpoint names, as the PyTorch ImageNet example's do; '' if it does not."""
+    """Return the architecture that a checkpoint names, as those of PyTorch's ImageNet example do; otherwise ''."""
     if not isinstance(content, Mapping):
         return ""
-    names = (content.get(key) for key in _NAMES_OF_ARCHITECTURES)
+    names = (content.get(key) for key in _ARCHITECTURE_KEYS)
     return next((name for name in names if isinstance(name, str) and name), "")
 
 
 def trusted_note(file: Path) -> str:
-    return f"{file.name} could run code of its own while it was read: --trust-checkpoint allows it"
+    return f"{file.name} was allowed to run code while it was read (--trust-checkpoint)"
 
 
 @lru_cache(maxsize=64)
@@ -135,7 +132,7 @@ def _sha256_of_version(path: Path, size_bytes: int, modified_ns: int) -> str:
 
 
 def sha256_of(path: Path) -> str:
-    """Return a file's SHA-256; of an index of shards, that of the digests of the index and of every shard."""
+    """Return a file's SHA-256; for an index of shards, the SHA-256 of the digests of all its files."""
 
     def digest_of(file: Path) -> str:
         status = file.stat()
@@ -153,28 +150,28 @@ def sha256_of(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A state dict or a module, the entry of the file that it is, and those that it was preferred to."""
+    """A state dict or a module, its entry in the file, and the entries that were passed over."""
 
     value: Any
     entry: str = ""
     others: tuple[str, ...] = ()
 
 
-def chosen(content: Any, key: str | None, file: Path) -> Chosen:
-    """Find the weights in a file's contents: those under a key, or the ones that there is no doubt about."""
+def choose(content: Any, key: str | None, file: Path) -> Chosen:
+    """Find the weights in a file's contents: those under a key, or the only plausible ones."""
     if key is None:
-        return _without_doubt(content, "", file)
-    value = _at(content, key)
+        return _choose_only(content, "", file)
+    value = _follow(content, key)
     if value is None:
-        names = _names_of_entries(content)
+        names = _entry_names(content)
         raise ModelError(
             f"'{file}' has no entry '{key}'" + (f"; closest: {closest(key, names)}" if names else ""),
             *([f"its entries: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"] if names else []),
         )
-    return _without_doubt(value, key, file)
+    return _choose_only(value, key, file)
 
 
-def _without_doubt(value: Any, entry: str, file: Path) -> Chosen:
+def _choose_only(value: Any, entry: str, file: Path) -> Chosen:
     if isinstance(value, nn.Module) or _is_state(value):
         return Chosen(value, entry)
     found = _entries(value)
@@ -183,21 +180,21 @@ def _without_doubt(value: Any, entry: str, file: Path) -> Chosen:
     if not found:
         inside = f"entry '{entry}' of '{file}'" if entry else f"'{file}'"
         what = f"keys: {', '.join(map(str, list(value)[:5]))}" if isinstance(value, Mapping) else type(value).__name__
-        raise ModelError(f"{inside} is not a plain state dict (name -> tensor), but {what}", _SAVE_WEIGHTS)
+        raise ModelError(f"{inside} is not a state dict (name -> tensor); found {what}", _SAVE_WEIGHTS)
     if not ordinary and len(found) > 1:
         raise ModelError(
             f"'{file}' holds several sets of weights: {', '.join(dotted + name for name in found)}",
-            f"choose one, as in --weights-key {dotted}{next(iter(found))}",
+            f"choose one: --weights-key {dotted}{next(iter(found))}",
         )
     name = (ordinary or list(found))[0]
-    inner = _without_doubt(found[name], dotted + name, file)
-    # Of the entries with unknown names some are a loss or an optimizer; those are not worth a word.
+    inner = _choose_only(found[name], dotted + name, file)
+    # Entries with unknown names can be a loss or an optimizer; do not mention those.
     known = [other for other in (*_ORDINARY, *_AVERAGED, *_PAIR) if other in found and other != name]
     return Chosen(inner.value, inner.entry, (*(dotted + other for other in known), *inner.others))
 
 
 def _entries(value: Any) -> dict[str, Any]:
-    """Return the entries of a checkpoint that hold weights: under a name known for it, also deeper down."""
+    """Return the entries of a checkpoint that hold weights, directly or below an entry with a known name."""
     if not isinstance(value, Mapping):
         return {}
     known = {*_ORDINARY, *_AVERAGED, *_PAIR}
@@ -210,7 +207,7 @@ def _entries(value: Any) -> dict[str, Any]:
 
 
 def _is_entry_of_state(value: Any) -> bool:
-    # A quantized layer keeps its packed weights in a tuple, and its type beside them.
+    # A quantized layer stores its packed weights in a tuple, and their dtype beside it.
     return isinstance(value, Tensor | torch.dtype) or (
         isinstance(value, tuple) and any(isinstance(item, Tensor) for item in value)
     )
@@ -225,15 +222,15 @@ def _is_state(value: Any) -> bool:
     )
 
 
-def _at(value: Any, key: str) -> Any:
-    """Follow a dotted key through nested entries, and, where those end, through the names of tensors."""
+def _follow(value: Any, key: str) -> Any:
+    """Follow a dotted key through nested entries and on into the names of tensors."""
     if not isinstance(value, Mapping):
         return None
     if key in value:
         return value[key]
     for name, inner in value.items():
         is_above = isinstance(name, str) and key.startswith(f"{name}.")
-        if is_above and (found := _at(inner, key.removeprefix(f"{name}."))) is not None:
+        if is_above and (found := _follow(inner, key.removeprefix(f"{name}."))) is not None:
             return found
     under = {
         name.removeprefix(f"{key}."): inner
@@ -243,10 +240,10 @@ def _at(value: Any, key: str) -> Any:
     return under or None
 
 
-def _names_of_entries(content: Any) -> list[str]:
+def _entry_names(content: Any) -> list[str]:
     if not isinstance(content, Mapping):
         return []
-    # The names of a state dict's tensors are too many; their first parts are entries, too.
+    # A state dict has too many names to list; the first parts of names are entries as well.
     return list(dict.fromkeys(str(name).split(".")[0] if _is_state(content) else str(name) for name in content))
 
 
@@ -262,20 +259,24 @@ class Content:
 
 
 def read_content(path: Path, *, trust: bool = False, shapes_only: bool = False) -> Content:
-    """Read whatever a file holds; `ModelError` if it cannot be read without running its code, and is not trusted."""
+    """Read whatever a file holds.
+
+    Raises:
+        ModelError: the file cannot be read, or reading it could run code and it is not trusted.
+    """
     if not path.is_file():
         raise ModelError(f"there is no weights file '{path}'")
     match kind_of(path):
         case "exported program":
             raise ModelError(
-                f"'{path}' is an exported program, which is a model with its weights",
-                f"write --model {path} instead of --weights",
+                f"'{path}' is an exported program: a model together with its weights",
+                f"pass it as --model {path}",
             )
         case "TorchScript":
             raise ModelError(
-                f"'{path}' is a TorchScript archive, which hookx does not read: its modules run inside TorchScript's "
-                "interpreter, which calls no hooks, and loading it can run code",
-                "export the model instead: torch.export.save(torch.export.export(model, ...), 'model.pt2')",
+                f"'{path}' is a TorchScript archive, which hookx does not read: TorchScript's interpreter calls no "
+                "hooks, and loading the archive can run code",
+                "export the model: torch.export.save(torch.export.export(model, ...), 'model.pt2')",
                 "or " + _SAVE_WEIGHTS,
             )
     try:
@@ -286,12 +287,12 @@ def read_content(path: Path, *, trust: bool = False, shapes_only: bool = False) 
         return _read_pickle(path, trust=trust, shapes_only=shapes_only)
     except ModelError:
         raise
-    except Exception as error:  # Any bytes can stand in a file; each reader has its own exceptions for them.
-        raise ModelError(f"cannot read weights from '{path}': {_what_was_refused(error)}", _SAVE_WEIGHTS) from None
+    except Exception as error:  # A file can hold any bytes, and each reader has its own exceptions.
+        raise ModelError(f"cannot read weights from '{path}': {_summarize(error)}", _SAVE_WEIGHTS) from None
 
 
 def kind_of(path: Path) -> str:
-    """Tell by its contents whether a file is an 'exported program', 'TorchScript', or ''."""
+    """Tell from a file's contents whether it is an 'exported program', 'TorchScript', or neither ('')."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.partition("/")[2] for name in archive.namelist()} | set(archive.namelist())
@@ -309,17 +310,17 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Read an index of shards: name of a tensor -> file. A file outside the index's own folder is refused."""
+    """Read an index of shards: name of a tensor -> file. A file outside the index's folder is refused."""
     try:
         mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         well_formed = isinstance(mapping, dict) and all(isinstance(file, str) for file in mapping.values())
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         well_formed = False
     if not well_formed or not mapping:
-        raise ModelError(f"'{index}' is no index of shards: it has no 'weight_map' from names of tensors to files")
+        raise ModelError(f"'{index}' is not an index of shards: it has no 'weight_map' from tensor names to files")
     for file in mapping.values():
         if file in ("", ".", "..") or "\0" in file or re.search(r"[/\\]", file):
-            raise ModelError(f"'{index}' names '{file}' as a shard; a shard is a file beside its index")
+            raise ModelError(f"'{index}' names '{file}' as a shard; shards must be files beside their index")
     return dict(mapping)
 
 
@@ -330,15 +331,15 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         content = read_content(index.parent / name).value
         expected = {key for key, file in mapping.items() if file == name}
         if not isinstance(content, Mapping) or set(content) != expected:
-            raise ModelError(f"'{index.parent / name}' does not hold the tensors that '{index.name}' says it does")
+            raise ModelError(f"'{index.parent / name}' does not hold the tensors that '{index.name}' lists for it")
         state.update(content)
     return {key: state[key] for key in mapping}
 
 
 class _Unread:
-    """Stands for an object that a checkpoint carries beside its weights, and that nobody looks at.
+    """A placeholder for an object that a checkpoint carries beside its weights.
 
-    The safe reader calls this in place of the class that the file names, so that class is not even imported.
+    The safe reader calls this in place of the class that the file names, so that class is never imported.
     """
 
     def __new__(cls, *_: Any, **__: Any) -> _Unread:
@@ -355,7 +356,7 @@ def _empty_dict(*_: Any) -> dict[Any, Any]:
     return {}
 
 
-# The bookkeeping that training scripts leave in their checkpoints: settings, metrics, states of random generators.
+# What training scripts leave in their checkpoints: settings, metrics, states of random generators.
 _BOOKKEEPING = (
     *("argparse.Namespace", "types.SimpleNamespace"),
     *("numpy.dtype", "numpy.ndarray"),
@@ -381,10 +382,10 @@ def _read_pickle(path: Path, *, trust: bool, shapes_only: bool) -> Content:
     stand_ins: list[Any] = [(_Unread, name) for name in _BOOKKEEPING]
     stand_ins += [(_empty_dict, name) for name in _BOOKKEEPING_DICTS]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Of old pickle protocols and moved sources; what matters is an error.
+        warnings.simplefilter("ignore")  # About old pickle protocols and moved sources.
         try:
             with torch.serialization.safe_globals(stand_ins):
-                # A mapped file is read where it is looked at; only values are worth the copy, and need the checks.
+                # Mapping reads only what is accessed; values are read whole, which also checks them.
                 mapped = shapes_only and zipfile.is_zipfile(path)
                 return Content(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
         except Exception as error:
@@ -393,22 +394,22 @@ def _read_pickle(path: Path, *, trust: bool, shapes_only: bool) -> Content:
             if trust:
                 return Content(torch.load(path, map_location="cpu", weights_only=False), ran_code=True)
             raise ModelError(
-                f"cannot read weights from '{path}': {_what_was_refused(error)}",
+                f"cannot read weights from '{path}': {_summarize(error)}",
                 _SAVE_WEIGHTS,
-                "or, if you trust whoever made the file with all that you may do here: --trust-checkpoint",
+                TRUST,
             ) from None
 
 
-def _what_was_refused(error: Exception) -> str:
-    """Say in a line why a file cannot be read; torch's own message is a page."""
+def _summarize(error: Exception) -> str:
+    """Summarize in one line why torch's safe reader refused a file; its own message fills a page."""
     text = str(error)
     if "Weights only load failed" not in text:
         return one_line(error)
     if blocked := re.search(r"GLOBAL (\S+) (?:was not|whose)", text) or re.search(r"but got (<.+>)", text):
-        return f"holds more than tensors, and reading it could run code (blocked: {blocked[1]})"
+        return f"it holds more than tensors, and reading it could run code (blocked: {blocked[1]})"
     reason = re.search(r"WeightsUnpickler error:\s*(.+)", text)
     return f"torch's safe reader refuses it: {reason[1] if reason else one_line(error)}"
 
 
-def _tensors(count: int) -> str:
+def _count_tensors(count: int) -> str:
     return "1 tensor" if count == 1 else f"{count} tensors"

@@ -1,7 +1,7 @@
-"""Files of the Hugging Face hub: from its cache, or downloaded, or an error that says which and why.
+"""Files of the Hugging Face hub, from its cache or downloaded.
 
-What is in the cache is taken as it is, and the hub is not asked whether there is something newer: a run can then be
-finished without a network, and with the weights that it began with.
+A cached file is used without asking the hub for a newer one, so that a run can finish without a network and with the
+weights that it began with.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hookx.errors import ModelError
-from hookx.models.loaded import one_line
+from hookx.errors import ModelError, one_line
 
 log = logging.getLogger("hookx")
 
@@ -23,7 +22,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 
 
 def cached_file(repository: str, names: Sequence[str], revision: str | None = None) -> Path | None:
-    """Return the first of some files of a repository that is in the cache."""
+    """Return the first of a repository's files that is in the cache."""
     from huggingface_hub import try_to_load_from_cache
 
     for name in names:
@@ -34,25 +33,25 @@ def cached_file(repository: str, names: Sequence[str], revision: str | None = No
 
 
 def is_known_to_be_absent(repository: str, name: str, revision: str | None = None) -> bool:
-    """Tell whether the cache remembers that a repository has no such file."""
+    """Tell whether the cache records that a repository has no such file."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repository, name, revision=revision)
     return found is not None and not isinstance(found, str)
 
 
-def fetched_file(
+def fetch_file(
     what: str, repository: str, names: Sequence[str], revision: str | None, *next_steps: str, required: bool = True
 ) -> Path | None:
-    """Return the first of some files that a repository has, downloaded if it is not in the cache.
+    """Return the first of some files that a repository has; download it unless it is in the cache.
 
     Args:
         what: the model, for messages.
-        repository: its name on the hub, as in 'facebook/dinov2-small'.
-        names: of files, the best first.
-        revision: a branch, a tag or a commit; None is the main branch.
+        repository: its name on the hub: 'facebook/dinov2-small'.
+        names: of the files, preferred ones first.
+        revision: a branch, a tag or a commit; None for the main branch.
         next_steps: what an error advises.
-        required: whether it is an error if the repository has none of them; otherwise None is returned.
+        required: raise an error if the repository has none of the files; otherwise return None.
     """
     from huggingface_hub import HfApi, hf_hub_download
 
@@ -60,7 +59,7 @@ def fetched_file(
         found = cached_file(repository, names, revision)
         if found or (not required and all(is_known_to_be_absent(repository, name, revision) for name in names)):
             return found
-        # Asked once: to download at once would try each file six times, for half a minute, before it gives up.
+        # Ask once: downloading right away would try each file six times, for half a minute, before giving up.
         info = HfApi().model_info(repository, revision=revision, timeout=_TIMEOUT_SECONDS)
         there = {sibling.rfilename for sibling in info.siblings or ()}
         name = next((name for name in names if name in there), None)
@@ -68,26 +67,26 @@ def fetched_file(
             log.info("downloading %s of %s", name, repository)
             return Path(hf_hub_download(repository, name, revision=revision))
     except Exception as error:  # Names, permissions, sockets, proxies, disks: each has its own exceptions.
-        raise _cannot_be_had(what, repository, names, revision, error, next_steps) from None
+        raise _explain(what, repository, names, revision, error, next_steps) from None
     if required:
         raise ModelError(f"{what}: the repository {repository} has none of the files {', '.join(names)}", *next_steps)
     return None
 
 
-def with_shards(what: str, repository: str, file: Path, revision: str | None, *next_steps: str) -> Path:
-    """Return a file of weights; if it is an index, after fetching the shards that it names."""
+def fetch_shards(what: str, repository: str, file: Path, revision: str | None, *next_steps: str) -> Path:
+    """Return a weights file; if it is an index, fetch the shards that it names first."""
     if file.name.endswith(".index.json"):
         for name in sorted(set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())):
-            fetched_file(what, repository, [name], revision, *next_steps)
+            fetch_file(what, repository, [name], revision, *next_steps)
     return file
 
 
 def commit_of(file: Path) -> str:
-    """Return the commit that a file of the cache belongs to; it is the name of its folder."""
+    """Return the commit that a cached file belongs to, which is the name of its folder."""
     return file.parts[file.parts.index("snapshots") + 1]
 
 
-def _cannot_be_had(
+def _explain(
     what: str,
     repository: str,
     names: Sequence[str],
@@ -98,9 +97,9 @@ def _cannot_be_had(
     missing = f"weights for {what} are" if names[0] in WEIGHTS else f"{names[0]} for {what} is"
     match type(error).__name__:
         case "HFValidationError":
-            return ModelError(f"'{repository}' is no name of a repository on the Hugging Face hub", *next_steps)
+            return ModelError(f"'{repository}' is not a valid repository name on the Hugging Face hub", *next_steps)
         case "RepositoryNotFoundError":
-            problem = f"there is no repository '{repository}' on the Hugging Face hub, or it is private"
+            problem = f"the Hugging Face hub has no repository '{repository}', or it is private"
             return ModelError(f"{what}: {problem}", "if it is yours: hf auth login", *next_steps)
         case "RevisionNotFoundError":
             return ModelError(f"{what}: the repository {repository} has no revision '{revision}'", *next_steps)
@@ -112,7 +111,7 @@ def _cannot_be_had(
 
 @contextlib.contextmanager
 def tensors_only() -> Iterator[None]:
-    """Make every `torch.load` in a library read tensors alone, so that no pickle runs code."""
+    """Make every `torch.load` in a library read only tensors, so that no pickle runs code."""
     names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
     os.environ[names[0]] = "1"

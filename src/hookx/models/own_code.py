@@ -1,7 +1,7 @@
-"""One's own code: a factory in an installed module or in a file -> its model, or a transform of images.
+"""The user's code: a factory in an installed module or in a file -> its model, or a transform of images.
 
-The code runs in this process and may do anything, so everything that can be wrong with what it returns is looked for.
-What it prints goes to standard error, because standard output is for data.
+The code runs in this process and can return anything, so its result is checked thoroughly. Standard output is for data,
+so what the code prints goes to standard error.
 """
 
 from __future__ import annotations
@@ -26,88 +26,73 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from hookx.errors import HookxError, ModelError, closest
-from hookx.models import preprocessing
+from hookx.errors import HookxError, ModelError, closest, one_line
 from hookx.models.arguments import arguments_for
 from hookx.models.checkpoints import is_weights_file, read_weights
-from hookx.models.fitting import load_weights, notes_on_types, without_prefix
-from hookx.models.loaded import LoadedModel, imagenet_preprocessing, one_line
+from hookx.models.fitting import Filled, fill, without_prefix
+from hookx.models.names import PYTHON
+from hookx.models.preprocessing import from_timm_config, imagenet_preprocessing, square_side_px, try_transform
+from hookx.models.source import LoadedModel, Source
 from hookx.options import ModelOptions
-from hookx.plan import Preprocessing
+from hookx.plan import Preprocessing, WeightsIdentity
+from hookx.plan.weights import describe_arguments
 
-PREFIX = "python:"
-
-_SIDE_PX = 224  # of an image for a model that does not say
-_CONFIG_OF_TIMM = {"input_size", "mean", "std"}
-_NAMES_OF_INPUT_SIZE = ("input_size", "image_size", "img_size")
-
-
-def is_own_code(ref: str) -> bool:
-    """Tell whether a name is that of a factory, in a module or in a file.
-
-    Example:
-        >>> [is_own_code(ref) for ref in ("python:torchvision.models:resnet18", "nets/small.py:Net", "resnet18")]
-        [True, True, False]
-    """
-    return ref.startswith(PREFIX) or bool(re.search(r"\.py(:|$)", ref))
+_DEFAULT_SIDE_PX = 224
+_TIMM_CONFIG_KEYS = {"input_size", "mean", "std"}
+_INPUT_SIZE_NAMES = ("input_size", "image_size", "img_size")
 
 
-def load_model(ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
-    """Call a factory for its model.
+class OwnCode(Source):
+    """Factories: 'python:package.module:factory' or 'path/to/file.py:factory'.
 
-    Args:
-        ref: 'python:package.module:factory' or 'path/to/file.py:factory'. A factory is a function or a class that
-            returns an `nn.Module`; an `nn.Module` itself will do.
-        weights: 'default' (as the factory made them), 'none' (said to be random), or a file. In any case
-            `torch.manual_seed(seed)` comes before the factory.
-        options: `model_args` are the factory's arguments, read as its annotations say.
-
-    Raises:
-        ModelError: the code cannot be imported, fails, or returns something else than a model that can be run.
+    A factory is a function or a class that returns an `nn.Module`, or an `nn.Module` itself. The arguments of
+    `--model-arg` are parsed as its annotations say. `torch.manual_seed(seed)` is called before the factory.
 
     Example:
         >>> options = ModelOptions(model_args={"num_classes": "10"})
-        >>> model = load_model("python:torchvision.models:squeezenet1_1", "none", options)
+        >>> model = OwnCode().load_model("python:torchvision.models:squeezenet1_1", "none", options)
         >>> model.weights[:76], model.module.classifier[1].out_channels
         ('random (seed 0), python:torchvision.models:squeezenet1_1(num_classes=10) sha', 10)
     """
-    is_file = _check_weights(ref, weights)
-    # A skeleton that was made before is the model itself: what a factory prints or downloads, it does once.
-    built = _waiting.pop(_key(ref, options), None) or _built(ref, options)
-    notes = list(built.notes)
-    random_paths: tuple[str, ...] = ()
-    if is_file:
-        found = read_weights(weights, options)
-        found = without_prefix(found, built.module.state_dict().keys(), ref)
-        random_paths = load_weights(built.module, found, ref, options.allow_missing)
-        identity = f"{built.name} {found.identity}"
-        notes += [*found.notes, *notes_on_types(built.module, found)]
-        if random_paths:
-            kept = f"as the factory made them: {', '.join(random_paths)}"
-            identity += f"; {kept} (sha256:{state_sha256(built.module)})"
-            notes.append(f"{kept}, because {found.file.name} lacks them")
-    else:
-        seed = f"random (seed {options.seed}), " if weights == "none" else ""
-        identity = f"{seed}{built.name} sha256:{state_sha256(built.module)}"
-    return _loaded(built, identity, notes, random_paths)
 
+    takes_arguments = True
 
-def skeleton(ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
-    """Call a factory for its model, and keep that for the `load_model` that follows."""
-    _check_weights(ref, weights)
-    key = _key(ref, options)
-    if key not in _waiting:
-        _waiting.clear()
-        _waiting[key] = _built(ref, options)
-    return _loaded(_waiting[key], "none", _waiting[key].notes, ())
+    def __init__(self) -> None:
+        self._skeletons: dict[object, _Built] = {}  # at most one, which no `load_model` has taken yet
 
+    def owns(self, ref: str) -> bool:
+        """Tell whether a name is that of a factory, in a module or in a file.
 
-def with_transform(loaded: LoadedModel, transform: str | None) -> LoadedModel:
-    """Replace a model's preprocessing by one's own: 'python:package.module:factory', or a factory in a file."""
-    if transform is None:
-        return loaded
-    prepares, function = _transform(transform)
-    return dataclasses.replace(loaded, preprocessing=prepares, transform=function)
+        Example:
+            >>> [OwnCode().owns(ref) for ref in ("python:torchvision.models:resnet18", "nets/small.py:Net", "resnet18")]
+            [True, True, False]
+        """
+        return ref.startswith(PYTHON) or bool(re.search(r"\.py(:|$)", ref))
+
+    def load_model(self, ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
+        _check_weights(ref, weights)
+        # A skeleton built before is the model itself: what a factory prints or downloads, it does once.
+        built = self._skeletons.pop(_key(ref, options), None) or _build(ref, options)
+        if not is_weights_file(weights):
+            seed = options.seed if weights == "none" else None
+            return built.finish(
+                Filled(built.module, WeightsIdentity.of_factory(built.call, state_sha256(built.module), seed))
+            )
+        found = without_prefix(read_weights(weights, options), built.module.state_dict().keys(), ref)
+        filled = fill(built.module, found, ref, options, "as the factory made them")
+        identity = filled.identity.loaded_into(built.call)
+        if filled.random_paths:
+            identity = identity.with_state(state_sha256(built.module))
+        return built.finish(dataclasses.replace(filled, identity=identity))
+
+    def skeleton(self, ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
+        """Build the model, and keep it for the `load_model` that follows."""
+        _check_weights(ref, weights)
+        key = _key(ref, options)
+        if key not in self._skeletons:
+            self._skeletons = {key: _build(ref, options)}
+        built = self._skeletons[key]
+        return built.finish(Filled(built.module, WeightsIdentity("none")))
 
 
 # --- building ------------------------------------------------------------------------------------------------------
@@ -118,105 +103,98 @@ class _Built:
     """What a factory returned, ready to run."""
 
     ref: str
-    name: str  # with the arguments that it was called with
+    call: str
+    """The name with the arguments of the factory."""
     module: nn.Module
     preprocessing: Preprocessing
     transform: Callable[[Any], Tensor] | None
     notes: tuple[str, ...]
 
-
-_waiting: dict[object, _Built] = {}  # skeletons that no `load_model` has taken yet; one at the most
+    def finish(self, filled: Filled) -> LoadedModel:
+        return LoadedModel(
+            name=self.ref,
+            module=self.module,
+            preprocessing=self.preprocessing,
+            weights=str(filled.identity),
+            forward=_print_to_stderr(self.module),
+            transform=self.transform,
+            notes=(*self.notes, *filled.notes),
+            random_paths=filled.random_paths,
+        )
 
 
 def _key(ref: str, options: ModelOptions) -> object:
-    file, _ = _parsed(ref)
+    file, _ = _parse_ref(ref)
     state = file.stat() if isinstance(file, Path) and file.is_file() else None
     version = (state.st_mtime_ns, state.st_size) if state else ()
     return ref, tuple(sorted(options.model_args.items())), options.seed, options.transform, version
 
 
-def _check_weights(ref: str, weights: str) -> bool:
-    """Return whether the weights are a file."""
-    is_file = is_weights_file(weights)
-    if weights not in ("default", "none") and not is_file:
+def _check_weights(ref: str, weights: str) -> None:
+    if weights not in ("default", "none") and not is_weights_file(weights):
         raise ModelError(
             f"{ref} has no weights '{weights}'; it has: default (as the factory makes them)",
-            "also: none (said to be random), or a file (.safetensors, .pt, .pth)",
+            "also: none (recorded as random), or a file (.safetensors, .pt, .pth)",
         )
-    return is_file
 
 
-def _built(ref: str, options: ModelOptions) -> _Built:
-    torch.manual_seed(options.seed)  # A model can be made while its module is imported.
-    found = _found(ref)
-    if isinstance(found, nn.Module):
+def _build(ref: str, options: ModelOptions) -> _Built:
+    torch.manual_seed(options.seed)  # A module can build a model while it is imported.
+    factory = _import_factory(ref)
+    if isinstance(factory, nn.Module):
         if options.model_args:
             name = next(iter(options.model_args))
-            raise ModelError(f"{ref} is a model and no factory, so it takes no --model-arg {name}")
-        made: Any = found
+            raise ModelError(f"{ref} is a model, not a factory, so it takes no --model-arg {name}")
+        made: Any = factory
     else:
-        arguments, keywords = arguments_for(found, options.model_args, ref)
+        arguments, keywords = arguments_for(factory, options.model_args, ref)
         torch.manual_seed(options.seed)
         with _running(f"{ref} fails", _folder(ref)):
-            made = found(*arguments, **keywords)
-    said = ", ".join(f"{name}={text}" for name, text in sorted(options.model_args.items()))
-    name = f"{ref}({said})" if said else ref
-    module, notes = _ready(made, ref)
+            made = factory(*arguments, **keywords)
+    call = f"{ref}({describe_arguments(options.model_args)})" if options.model_args else ref
+    module, notes = _make_ready(made, ref)
     if options.transform is not None:
-        return _Built(ref, name, module, imagenet_preprocessing(), None, tuple(notes))
-    prepares, transform, aloud = _preprocessing(module, ref)
-    return _Built(ref, name, module, prepares, transform, (*notes, *aloud))
+        return _Built(ref, call, module, imagenet_preprocessing(), None, tuple(notes))
+    preprocessing, transform, more = _find_preprocessing(module, ref)
+    return _Built(ref, call, module, preprocessing, transform, (*notes, *more))
 
 
-def _ready(made: Any, ref: str) -> tuple[nn.Module, list[str]]:
+def _make_ready(made: Any, ref: str) -> tuple[nn.Module, list[str]]:
     """Check what a factory returned; return it in eval mode on the CPU, and what was done to it."""
     if not isinstance(made, nn.Module):
-        what = type(made).__name__
+        what = _a(type(made).__name__)
         if isinstance(made, tuple):
             what += f" of {', '.join(type(item).__name__ for item in made)}"
         forgotten = "; does it end with 'return model'?" if made is None else ""
-        raise ModelError(f"{ref} returns {_a(what)}, and not an nn.Module{forgotten}", "return the model alone")
+        raise ModelError(f"{ref} returns {what}; expected an nn.Module{forgotten}", "return only the model")
     notes = []
     while type(made).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
         # Their copies of the modules run without the hooks.
-        notes.append(f"{ref}: taken out of its {type(made).__name__}")
+        notes.append(f"{ref}: unwrapped from its {type(made).__name__}")
         made = made._orig_mod if type(made).__name__ == "OptimizedModule" else made.module
     tensors = {**dict(made.named_parameters()), **dict(made.named_buffers())}
     if lazy := [name for name, tensor in tensors.items() if is_lazy(tensor)]:
         raise ModelError(
-            f"{ref} has lazy parameters, which get their shapes in a first forward pass: {_some(lazy)}",
+            f"{ref} has lazy parameters, which get their shapes in a first forward pass: {_list_some(lazy)}",
             "make that pass in the factory",
         )
     if empty := [name for name, tensor in tensors.items() if tensor.device.type == "meta"]:
-        raise ModelError(f"{ref} has parameters on the meta device, where there are no numbers: {_some(empty)}")
+        raise ModelError(f"{ref} has parameters on the meta device, which have no values: {_list_some(empty)}")
     devices = sorted({str(tensor.device) for tensor in tensors.values()} - {"cpu"})
     if devices:
-        notes.append(f"{ref}: moved from {', '.join(devices)} to the CPU; the device is chosen by --device")
+        notes.append(f"{ref}: moved from {', '.join(devices)} to the CPU; choose the device with --device")
         made = made.cpu()
     if training := [path or "." for path, module in made.named_modules() if module.training]:
-        some = f" ({_some(training)} {'was' if len(training) == 1 else 'were'} in training mode)"
+        some = f" ({_list_some(training)} {'was' if len(training) == 1 else 'were'} in training mode)"
         notes.append(f"{ref}: put into eval mode" + ("" if made.training else some))
         made = made.eval()
     if stubborn := [path or "." for path, module in made.named_modules() if module.training]:
-        raise ModelError(f"{ref} stays in training mode after eval(): {_some(stubborn)}", "look at its train method")
+        raise ModelError(f"{ref} stays in training mode after eval(): {_list_some(stubborn)}", "check its train method")
     return made, notes
 
 
-def _loaded(built: _Built, identity: str, notes: Any, random_paths: tuple[str, ...]) -> LoadedModel:
-    return LoadedModel(
-        name=built.ref,
-        module=built.module,
-        preprocessing=built.preprocessing,
-        weights=identity,
-        forward=_talking_on_stderr(built.module),
-        transform=built.transform,
-        notes=tuple(notes),
-        random_paths=random_paths,
-    )
-
-
 def state_sha256(module: nn.Module) -> str:
-    """Return the digest of a state dict: of every tensor's name, type, shape and numbers.
+    """Return the SHA-256 of a state dict: of every tensor's name, dtype, shape and values.
 
     Example:
         >>> state_sha256(nn.Identity())[:12]
@@ -237,103 +215,96 @@ def state_sha256(module: nn.Module) -> str:
 # --- what it expects of an image -----------------------------------------------------------------------------------
 
 
-def _preprocessing(
+def _find_preprocessing(
     module: nn.Module, ref: str
 ) -> tuple[Preprocessing, Callable[[Any], Tensor] | None, tuple[str, ...]]:
-    """Return what a model says of its images; where it says nothing, what is assumed, aloud."""
+    """Return what a model says about its images; if it says nothing, assume ImageNet's preprocessing and say so."""
     given = getattr(module, "preprocessing", None)
     if isinstance(given, Preprocessing):
         return given, None, ()
     if given is not None:
-        return *_usable(given, f"the attribute 'preprocessing' of {ref}"), ()
-    config = next(
-        (
-            config
-            for name in ("pretrained_cfg", "default_cfg")
-            if isinstance(config := getattr(module, name, None), Mapping) and set(config) >= _CONFIG_OF_TIMM
-        ),
-        None,
-    )
-    if config is not None:
-        usual = {"crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic"}
-        if (simple := preprocessing.from_timm_config({**usual, **config}, ref)) is not None:
-            return simple, None, ()
+        return *_check_transform(given, f"the attribute 'preprocessing' of {ref}"), ()
+    for name in ("pretrained_cfg", "default_cfg"):
+        config = getattr(module, name, None)
+        if isinstance(config, Mapping) and set(config) >= _TIMM_CONFIG_KEYS:
+            usual = {"crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic"}
+            if (simple := from_timm_config({**usual, **config}, ref)) is not None:
+                return simple, None, ()
+            break
     side_px = _side_px(module, ref)
-    assumed = imagenet_preprocessing(side_px or _SIDE_PX)
-    size = "" if side_px else f" {_SIDE_PX} pixels and"
-    return (
-        assumed,
-        None,
-        (
-            f"{ref} does not say how it wants its images: assumed{size} ImageNet's mean and std ({assumed}); "
-            "say it with --resize, --crop, --mean, --std, or with --transform",
-        ),
+    assumed = imagenet_preprocessing(side_px or _DEFAULT_SIDE_PX)
+    size = "" if side_px else f" {_DEFAULT_SIDE_PX} pixels and"
+    note = (
+        f"{ref} does not say how to prepare images: assumed{size} ImageNet's mean and std ({assumed}); "
+        "override them with --resize, --crop, --mean, --std, or with --transform"
     )
+    return assumed, None, (note,)
 
 
 def _side_px(module: nn.Module, ref: str) -> int | None:
     for holder in (module, getattr(module, "default_cfg", None), getattr(module, "config", None)):
-        for name in _NAMES_OF_INPUT_SIZE:
+        for name in _INPUT_SIZE_NAMES:
             size = holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
             if isinstance(size, int | list | tuple | Mapping) and not isinstance(size, bool):
-                return preprocessing.square_side_px(size, ref)
+                return square_side_px(size, ref)
     return None
 
 
 @functools.lru_cache(maxsize=8)
-def _transform(ref: str) -> tuple[Preprocessing, Callable[[Any], Tensor] | None]:
-    found = _found(ref)
+def load_transform(ref: str) -> tuple[Preprocessing, Callable[[Any], Tensor] | None]:
+    """Call the factory of a transform; return what a plan records, and the transform if a plan cannot express it."""
+    found = _import_factory(ref)
     if isinstance(found, type | functools.partial) or hasattr(found, "__code__"):
         arguments, keywords = arguments_for(found, {}, ref)
         with _running(f"{ref} fails", _folder(ref)):
             found = found(*arguments, **keywords)
     if not callable(found):
         raise ModelError(
-            f"{ref} returns {_a(type(found).__name__)}, and not what turns an image into pixels",
-            "it is a factory: called without arguments, it returns a function of an RGB image (PIL)",
+            f"{ref} returns {_a(type(found).__name__)}; expected a function of an RGB image (PIL)",
+            "--transform names a factory, which is called without arguments and returns that function",
         )
-    return _usable(found, ref)
+    return _check_transform(found, ref)
 
 
-def _usable(transform: Any, source: str) -> tuple[Preprocessing, Callable[[Any], Tensor] | None]:
+def _check_transform(transform: Any, source: str) -> tuple[Preprocessing, Callable[[Any], Tensor] | None]:
     if not callable(transform):
-        raise ModelError(f"{source} is {_a(type(transform).__name__)}, and not a function of an image")
+        raise ModelError(f"{source} is {_a(type(transform).__name__)}; expected a function of an image")
     with contextlib.redirect_stdout(sys.stderr):
-        prepares, function = preprocessing.of_transform(transform, source)
-    return prepares, function and _talking_on_stderr(function)
+        preprocessing, function = try_transform(transform, source)
+    return preprocessing, function and _print_to_stderr(function)
 
 
-def _talking_on_stderr(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def talks(argument: Any) -> Any:
+def _print_to_stderr(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def call(argument: Any) -> Any:
         with contextlib.redirect_stdout(sys.stderr):
             return function(argument)
 
-    return talks
+    return call
 
 
 # --- importing -----------------------------------------------------------------------------------------------------
 
 
-def _parsed(ref: str) -> tuple[Path | str, str]:
-    """Split a name into the file or module, and what is looked for in it."""
-    where, colon, name = ref.removeprefix(PREFIX).rpartition(":")
+def _parse_ref(ref: str) -> tuple[Path | str, str]:
+    """Split a reference into a file or module, and a name in it."""
+    where, colon, name = ref.removeprefix(PYTHON).rpartition(":")
     if not colon or not where or not all(part.isidentifier() for part in name.split(".")):
-        whole = ref if ref.startswith(PREFIX) else ref.rpartition(".py")[0] + ".py"
+        whole = ref if ref.startswith(PYTHON) else ref.rpartition(".py")[0] + ".py"
         raise ModelError(
             f"'{ref}' does not name a factory",
-            f"write {whole.rstrip(':')}:factory, or the name of a class or of a model in it",
+            f"write {whole.rstrip(':')}:factory, where factory can also be a class or a model",
         )
     return (Path(where).expanduser(), name) if where.endswith(".py") else (where, name)
 
 
 def _folder(ref: str) -> str:
-    where, _ = _parsed(ref)
+    where, _ = _parse_ref(ref)
     return str(where.resolve().parent) if isinstance(where, Path) else os.getcwd()
 
 
-def _found(ref: str) -> Any:
-    """Import the code of a name, and return what the name stands for."""
-    where, name = _parsed(ref)
+def _import_factory(ref: str) -> Any:
+    """Import the code that a reference names, and return what the reference stands for."""
+    where, name = _parse_ref(ref)
     if isinstance(where, Path) and not where.is_file():
         raise ModelError(f"there is no file '{where}'")
     with _running(f"'{where}' cannot be imported", _folder(ref)):
@@ -343,7 +314,7 @@ def _found(ref: str) -> Any:
             if isinstance(where, str) and error.name and f"{where}.".startswith(f"{error.name}."):
                 raise ModelError(
                     f"there is no module '{error.name}' for {ref}",
-                    "it has to be installed, or lie in the working directory; a file is named path/to/file.py:factory",
+                    "install it, or put it into the working directory; write a file as path/to/file.py:factory",
                 ) from None
             raise
     module = found
@@ -355,18 +326,18 @@ def _found(ref: str) -> Any:
             similar = f"; closest: {closest(part, own)}" if own else ""
             raise ModelError(f"'{where}' has no '{name}'{similar}") from None
     if not callable(found):
-        raise ModelError(f"{ref} is {_a(type(found).__name__)}, and neither a factory nor an nn.Module")
+        raise ModelError(f"{ref} is {_a(type(found).__name__)}; expected a factory or an nn.Module")
     return found
 
 
 def _import_file(file: Path) -> ModuleType:
-    # Not under its own name: 'resnet.py' or 'queue.py' must not stand in for a module that is installed.
+    # Not under its own name: 'resnet.py' or 'queue.py' must not replace an installed module.
     path = file.resolve()
     name = f"hookx_file_{re.sub(r'[^0-9a-zA-Z]', '_', path.stem)}_{hashlib.sha256(bytes(path)).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # Dataclasses and pickles look for the module of their class there.
+    sys.modules[name] = module  # Where dataclasses and pickle look up a class's module.
     writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         spec.loader.exec_module(module)
@@ -380,17 +351,17 @@ def _import_file(file: Path) -> ModuleType:
 
 @contextlib.contextmanager
 def _running(what: str, folder: str) -> Iterator[None]:
-    """Run somebody's code: what it prints goes to standard error, what it raises becomes an error that says where."""
-    with _importable(folder), _stdout_is_stderr():
+    """Run the user's code: send what it prints to standard error, and turn what it raises into an error with a line."""
+    with _importable(folder), _stdout_to_stderr():
         try:
             yield
         except HookxError:
             raise
-        except (Exception, SystemExit) as error:  # Any code can raise anything; some modules call sys.exit.
-            raise ModelError(f"{what}: {type(error).__name__}: {one_line(error)}{_where(error)}") from error
+        except (Exception, SystemExit) as error:  # Code can raise anything, and some modules call sys.exit.
+            raise ModelError(f"{what}: {type(error).__name__}: {one_line(error)}{_locate(error)}") from error
 
 
-def _where(error: BaseException) -> str:
+def _locate(error: BaseException) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({Path(error.filename).name}, line {error.lineno})"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
@@ -401,9 +372,9 @@ def _where(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _importable(folder: str) -> Iterator[None]:
-    """Put a folder in front of the import path, as Python does for a script; afterwards it is the last one.
+    """Put a folder first on the import path, as Python does for a script, and last afterwards.
 
-    It stays there, because code may import more when it runs.
+    The folder stays on the path because code may import more when it runs.
     """
     sys.path.insert(0, folder)
     try:
@@ -416,8 +387,8 @@ def _importable(folder: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stdout_is_stderr() -> Iterator[None]:
-    """Send to standard error what Python, compiled code, or a process begun here writes to standard output."""
+def _stdout_to_stderr() -> Iterator[None]:
+    """Send what Python, compiled code and child processes write to standard output to standard error."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = os.dup(1)
@@ -434,5 +405,5 @@ def _a(noun: str) -> str:
     return "None" if noun == "NoneType" else f"{'an' if noun[0] in 'aeiouAEIOU' else 'a'} {noun}"
 
 
-def _some(names: list[str]) -> str:
+def _list_some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f", and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,4 +1,4 @@
-"""What prepares an image for a model of any source -> what a plan says of it, and the callable that does it."""
+"""How any source prepares images -> what a plan records, and the callable that does it if a plan cannot say it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,27 @@ from torch import Tensor
 from torchvision.transforms._presets import ImageClassification
 from torchvision.transforms.functional import to_pil_image
 
-from hookx.errors import ModelError
-from hookx.models.loaded import one_line
+from hookx.errors import ModelError, one_line
 from hookx.plan import Preprocessing
 
-# Wider than high and higher than wide: what keeps an image's proportions gives two shapes.
+# One landscape, one portrait: a transform that keeps proportions returns two shapes.
 _EXAMPLE_SIZES_PX = ((320, 240), (200, 333))
+
+
+def imagenet_preprocessing(side_px: int = 224) -> Preprocessing:
+    """Return what most image classifiers were trained with, for a model that does not say.
+
+    Example:
+        >>> str(imagenet_preprocessing())
+        'resize 256 (bilinear), crop 224, mean 0.485,0.456,0.406, std 0.229,0.224,0.225'
+    """
+    return Preprocessing(
+        resize_px=round(side_px * 256 / 224),
+        crop_px=side_px,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        interpolation="bilinear",
+    )
 
 
 def square_side_px(size: Any, name: str) -> int:
@@ -26,12 +41,12 @@ def square_side_px(size: Any, name: str) -> int:
         size = [size[key] for key in ("height", "width") if key in size] or list(size.values())
     sides = [int(length) for length in (size if isinstance(size, list | tuple | torch.Size) else [size])][-2:]
     if len(set(sides)) != 1 or sides[0] < 1:
-        raise ModelError(f"{name} takes images of {' x '.join(map(str, sides))} pixels, and hookx makes square ones")
+        raise ModelError(f"{name} takes images of {' x '.join(map(str, sides))} pixels; hookx makes square ones")
     return sides[0]
 
 
 def from_timm_config(config: Mapping[str, Any], name: str) -> Preprocessing | None:
-    """Return what timm's data configuration says, or None if it is more than resizing and cropping the centre.
+    """Return what timm's data configuration says, or None if it asks for more than resizing and a centre crop.
 
     Example:
         >>> config = {"input_size": (3, 224, 224), "crop_pct": 0.9, "interpolation": "bicubic", "crop_mode": "center"}
@@ -50,36 +65,37 @@ def from_timm_config(config: Mapping[str, Any], name: str) -> Preprocessing | No
     )
 
 
-def of_transform(
+def try_transform(
     transform: Any, source: str, description: str = ""
 ) -> tuple[Preprocessing, Callable[[Any], Tensor] | None]:
-    """Try a transform on two images; return what a plan says of it, and the transform if a plan cannot say it all.
+    """Try a transform on two images; return what a plan records, and the transform if a plan cannot express it.
 
     Args:
         transform: turns an RGB image (PIL) into pixels (3, side, side), float32.
         source: where it comes from, for messages and for the plan.
-        description: what it does, the same words in every process; its `repr` if empty.
+        description: what it does, in the same words in every process; its `repr` if empty.
 
     Raises:
-        ModelError: it fails, returns something else, or other pixels at every call.
+        ModelError: it fails, returns something else, or returns different pixels at every call.
     """
     if isinstance(transform, ImageClassification) and len(transform.crop_size) == len(transform.resize_size) == 1:
-        return _of_preset(transform), None
+        return from_preset(transform), None
     sides_px = {_side_px(transform, size, source) for size in _EXAMPLE_SIZES_PX}
     if len(sides_px) > 1:
         raise ModelError(
-            f"{source} gives images of {' and '.join(f'{side} x {side}' for side in sorted(sides_px))} pixels, "
-            "and a batch holds images of one size"
+            f"{source} returns images of {' and '.join(f'{side} x {side}' for side in sorted(sides_px))} pixels; "
+            "a batch needs a single size"
         )
     side_px = sides_px.pop()
-    custom = f"{source}: {description or _stable(repr(transform))}"
+    custom = f"{source}: {description or _drop_addresses(repr(transform))}"
     return Preprocessing(side_px, side_px, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear", custom=custom), transform
 
 
-def _of_preset(preset: Any) -> Preprocessing:
+def from_preset(preset: Any, crop_px: int | None = None) -> Preprocessing:
+    """Return what a preset of torchvision does; one that does not crop resizes to `crop_px`."""
     return Preprocessing(
         resize_px=preset.resize_size[0],
-        crop_px=preset.crop_size[0],
+        crop_px=crop_px or preset.crop_size[0],
         mean=tuple(preset.mean),
         std=tuple(preset.std),
         interpolation=preset.interpolation.value,
@@ -91,32 +107,28 @@ def _side_px(transform: Callable[[Any], Any], size_px: tuple[int, int], source: 
     width, height = size_px
     noise = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     example = to_pil_image(noise)
+    size = f"{width} x {height} pixels"
     try:
         pixels, again = transform(example.copy()), transform(example.copy())
-    except Exception as error:  # It is somebody's code.
+    except Exception as error:  # The user's code can raise anything.
         raise ModelError(
-            f"{source} fails on an RGB image of {width} x {height} pixels: {type(error).__name__}: {one_line(error)}"
+            f"{source} fails on an RGB image of {size}: {type(error).__name__}: {one_line(error)}"
         ) from error
-    what = f"{width} x {height} pixels"
+    expected = "expected a float32 tensor of shape (3, side, side)"
     if not isinstance(pixels, Tensor):
-        made = type(pixels).__name__
-        raise ModelError(
-            f"{source} makes no tensor of an image, but this: {made}; it has to be (3, side, side), float32"
-        )
+        raise ModelError(f"{source} returned {type(pixels).__name__}; {expected}")
     if pixels.dtype != torch.float32 or pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.shape[1] != pixels.shape[2]:
         shape = ", ".join(map(str, pixels.shape))
         dtype = str(pixels.dtype).removeprefix("torch.")
-        raise ModelError(
-            f"{source} makes a tensor ({shape}), {dtype}, of an image of {what}; it has to be (3, side, side), float32"
-        )
+        raise ModelError(f"{source} returned a {dtype} tensor of shape ({shape}) for an image of {size}; {expected}")
     if not torch.equal(pixels, again):
         raise ModelError(
-            f"{source} is random: of one image it makes other pixels at every call",
-            "leave out what only training needs: random crops, flips, colours",
+            f"{source} is random: it returns different pixels for the same image",
+            "remove what only training needs: random crops, flips, colours",
         )
     return int(pixels.shape[1])
 
 
-def _stable(text: str) -> str:
-    """Return a `repr` without what differs between processes: addresses in memory."""
+def _drop_addresses(text: str) -> str:
+    """Return a `repr` without memory addresses, which differ between processes."""
     return " ".join(re.sub(r" at 0x[0-9a-fA-F]+", "", text).split())

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,18 +22,17 @@ from hookx.images.decoding import decode, failure_reason, model_input
 from hookx.images.listing import list_images
 from hookx.layers.address import Address
 from hookx.layers.select import Selector, matched_paths, parse_selectors
-from hookx.models import ModelOptions, list_models, load_model, skeleton
-from hookx.options import PreprocessingOptions
+from hookx.models import load_model, may_run_code, skeleton
+from hookx.options import LookOptions, Paths, VisualizeOptions, VisualizeRunOptions, list_paths, takes
 from hookx.pictures import Pixels
 from hookx.pictures.attention import attention_of
 from hookx.pictures.gallery import Look, Picture, Seen, Shown, drawn, shown_activation, shown_attention
 from hookx.pictures.places import Places, TokenGrid, find_token_grid, places_of
-from hookx.plan import Plan
+from hookx.plan import Plan, WeightsIdentity
 from hookx.read.features import Features, open_features
 from hookx.run.ready import ReadyModel, ready_model
 
 log = logging.getLogger("hookx")
-Images = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 
 @dataclass(frozen=True)
@@ -47,56 +44,13 @@ class Gallery:
     failures: dict[str, str]
 
 
-def visualize(
-    model: str | Sequence[str],
-    layers: str | Sequence[str],
-    images: Images,
-    *,
-    out: str | os.PathLike[str] = "maps",
-    weights: str | Sequence[str] = "default",
-    attention: bool = False,
-    channels: str = "",
-    top: int | None = None,
-    reduce: str = "",
-    colormap: str = "",
-    layout: str = "",
-    seed: int = 0,
-    weights_key: str | None = None,
-    allow_missing: Sequence[str] = (),
-    trust_checkpoint: bool = False,
-    model_args: Mapping[str, str] | None = None,
-    transform: str | None = None,
-    device: str = "auto",
-    precision: str = "fp32",
-    resize: int | None = None,
-    crop: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    interpolation: str | None = None,
-    exif: str = "ignore",
-    progress: Callable[[int], None] = lambda pictures_done: None,
-) -> Gallery:
-    """Draw the feature maps of images: a picture a layer, and an overview with a column a depth.
+@takes(VisualizeOptions)
+def visualize(options: VisualizeOptions) -> Gallery:
+    """Draw the feature maps of images: one picture per layer, and an overview with one column per depth.
 
-    Several models give an overview with a row a model. Several images have a folder and a row each. A picture that
-    hookx drew before is replaced; a file that it did not draw is not.
-
-    Args:
-        model: a model's name, or several.
-        layers: selectors. Of one model: 'conv1,layer4', or a list of such. Of several models: one text for each, or
-            one for all.
-        images: files and folders.
-        out: the directory for the pictures.
-        weights: of all models, or of each.
-        attention: draw how the heads of attention look at the image; `layers` then narrows down of which modules.
-        channels: which channels to draw, as in '0-63,128'; '' for all.
-        top: draw only so many, the strongest first: those with the largest norm.
-        reduce: 'mean', 'max' or 'norm' over the channels: one map a layer, as a heat map over the image.
-        colormap: one of matplotlib's; '' for viridis, and inferno for heat maps.
-        layout: 'nchw', 'nhwc' or 'tokens', for activations of which the model does not tell it.
-        progress: called with the number of pictures finished since the last call.
-
-    The other arguments are those of `extract`, and hold for all models.
+    For several models, the overview has one row per model, and weights and layers are given once for all of them or
+    once for each. Several images get a folder and a row each. Pictures that hookx drew before are replaced; other files
+    are not.
 
     Raises:
         HookxError: whatever is wrong with the arguments.
@@ -108,11 +62,9 @@ def visualize(
         >>> [(picture.layer, picture.shows) for picture in gallery.pictures]
         [('conv1', '64 channels of 112 × 112'), ('layer4', '512 channels of 7 × 7'), ('', '1 row, 2 layers')]
     """
-    look = Look(channels, top, reduce, colormap, layout)
-    asked = paired(model, weights, layers, attention=attention)
-    options = ModelOptions(seed, weights_key, tuple(allow_missing), trust_checkpoint, dict(model_args or {}), transform)
-    preprocessing = PreprocessingOptions(resize, crop, mean, std, interpolation, exif)
-    listed = list_images([images] if isinstance(images, str | os.PathLike) else images)
+    look, attention = _look(options), options.attention
+    asked = paired(options.model, options.weights, options.layers, attention=attention)
+    listed = list_images(list_paths(options.images))
     files = dict(zip(listed.keys, listed.files, strict=True))
     subjects = []
     for ref, weights_of_ref, selectors in asked:
@@ -121,13 +73,13 @@ def visualize(
             weights_of_ref,
             options,
             [] if attention else selectors,
-            device=device,
-            precision=precision,
-            preprocessing=preprocessing,
+            device=options.device,
+            precision=options.precision,
+            preprocessing=options,
         )
         for left_out in ready.selection.left_out.values():
             log.info("left out: %s", left_out)
-        subjects.append(_Subject(ready, selectors, layout, attention))
+        subjects.append(_Subject(ready, selectors, look.layout, attention))
     failures: dict[str, str] = {}
 
     def seen() -> Iterator[Seen]:
@@ -145,39 +97,19 @@ def visualize(
 
     pictures = []
     models = [subject.ready.loaded.name for subject in subjects]
-    for picture in drawn(seen(), Path(out), look, images=list(files), models=models, attention=attention):
+    out = Path(options.out)
+    for picture in drawn(seen(), out, look, images=list(files), models=models, attention=attention):
         pictures.append(picture)
-        progress(1)
-    return Gallery(str(out), tuple(pictures), failures)
+        options.progress(1)
+    return Gallery(str(options.out), tuple(pictures), failures)
 
 
-def visualize_run(
-    path: str | os.PathLike[str],
-    keys: Sequence[str] = (),
-    layers: str | Sequence[str] = (),
-    *,
-    out: str | os.PathLike[str] = "maps",
-    images: Images = (),
-    channels: str = "",
-    top: int | None = None,
-    reduce: str = "",
-    colormap: str = "",
-    layout: str = "",
-    progress: Callable[[int], None] = lambda pictures_done: None,
-) -> Gallery:
+@takes(VisualizeRunOptions)
+def visualize_run(options: VisualizeRunOptions) -> Gallery:
     """Draw the activations that a run has stored, without its model.
 
     How they are to be read is learnt from the architecture, if it is one of torchvision's or timm's: what a plan says
-    is never taken for code to run. Of other models it follows from the shapes, or is said by `layout`.
-
-    Args:
-        path: the directory that `hookx extract` wrote, finished or not.
-        keys: of the images; may be left out if there is one.
-        layers: addresses or globs over them; all of the run if empty.
-        out: the directory for the pictures.
-        images: the folders and files that the run was given, to show the inputs.
-        channels, top, reduce, colormap, layout: see `visualize`.
-        progress: called with the number of pictures finished since the last call.
+    is never taken for code to run. For other models it follows from the shapes, or `layout` says it.
 
     Raises:
         HookxError: the run, an image or a layer is not there.
@@ -191,13 +123,13 @@ def visualize_run(
         >>> [picture.shows for picture in gallery.pictures]
         ['64 channels of 112 × 112', '1 row, 1 layer']
     """
-    look = Look(channels, top, reduce, colormap, layout)
+    look, path, keys, layers = _look(options), options.path, options.keys, options.layers
     features = open_features(path, partial=True)
     plan = features.plan
     keys = _keys_of_run(features, keys)
-    inputs = _inputs_of_run(plan, keys, images)
+    inputs = _inputs_of_run(plan, keys, options.images)
     addresses = _addresses_of_run(features, layers)
-    reader = _Reader(_places_of_run(plan, layout))
+    reader = _Reader(_places_of_run(plan, look.layout))
     addresses = reader.in_order(addresses)
 
     def seen() -> Iterator[Seen]:
@@ -206,10 +138,14 @@ def visualize_run(
             yield Seen(key, plan.model, plan.weights, *_photo(inputs.get(key), plan.preprocessing.crop_px), shown)
 
     pictures = []
-    for picture in drawn(seen(), Path(out), look, images=keys, models=[plan.model]):
+    for picture in drawn(seen(), Path(options.out), look, images=keys, models=[plan.model]):
         pictures.append(picture)
-        progress(1)
-    return Gallery(str(out), tuple(pictures), {})
+        options.progress(1)
+    return Gallery(str(options.out), tuple(pictures), {})
+
+
+def _look(options: LookOptions) -> Look:
+    return Look(options.channels, options.top, options.reduce, options.colormap, options.layout)
 
 
 def paired(
@@ -239,7 +175,7 @@ def paired(
         selectors = parse_selectors(layers[number % len(layers)] if layers else "")
         if not selectors and not attention:
             raise UsageError(
-                f"no layer of {name} is asked for", f"name one: --layers layer4    list them: hookx list-layers {name}"
+                f"no layer of {name} is named", f"name one: --layers layer4    list them: hookx list-layers {name}"
             )
         found.append((name, weights[number % len(weights)] if weights else "default", selectors))
     return found
@@ -362,12 +298,10 @@ def _addresses_of_run(features: Features, layers: str | Sequence[str]) -> list[s
 
 def _places_of_run(plan: Plan, layout: str) -> Places:
     """Learn from the architecture that a plan names where its activations lie; no weights are loaded."""
-    known = plan.model in list_models() or plan.model.startswith("timm:")
     try:
-        if not known:
+        if may_run_code(plan.model):
             raise ModelError(f"building {plan.model} again may run code")
-        published = re.fullmatch(r"\w+_Weights\.(\w+)", plan.weights)
-        bare = skeleton(plan.model, published[1] if published else "none")
+        bare = skeleton(plan.model, WeightsIdentity(plan.weights).published_name or "none")
 
         @functools.cache
         def whole() -> Any:
@@ -383,9 +317,9 @@ def _places_of_run(plan: Plan, layout: str) -> Places:
         return Places({}, {}, lambda _count, _sides: None, layout)
 
 
-def _inputs_of_run(plan: Plan, keys: Sequence[str], images: Images) -> dict[str, Tensor]:
+def _inputs_of_run(plan: Plan, keys: Sequence[str], images: Paths) -> dict[str, Tensor]:
     """Prepare the images of a run again, as far as they are named and the plan says how."""
-    sources = [images] if isinstance(images, str | os.PathLike) else list(images)
+    sources = list_paths(images)
     if not sources:
         return {}
     if plan.preprocessing.custom:

@@ -15,7 +15,8 @@ from typing import Any
 from hookx.errors import StoreError
 from hookx.options import MAX_SHARD_BYTES, MAX_SHARD_IMAGES
 from hookx.plan.preprocessing import Preprocessing
-from hookx.plan.shards import DTYPES, LayerSpec, Shard, _Shards, images_per_shard
+from hookx.plan.shards import DTYPES, LayerSpec, Shard, Shards, images_per_shard
+from hookx.plan.weights import WeightsIdentity
 
 FORMAT = "hookx 1"
 _FIELDS = {
@@ -27,14 +28,11 @@ _FIELDS = {
     "precision": "precisions",
 }
 
-# A shard's header names its images, is read into memory as a whole, and so cannot grow without end.
-IMAGES_PER_SHARD_AT_MOST = 65_536
-
-# No honest plan comes near these; a crafted one is stopped by them.
-_IMAGES_AT_MOST = 2**40
-_VALUES_AT_MOST = 2**40  # of an activation of one image
-_DIMENSIONS_AT_MOST = 32
-_SIDE_PX_AT_MOST = 2**16
+# No honest plan comes near these; they stop a crafted one.
+_MAX_IMAGES = 2**40
+_MAX_VALUES = 2**40  # in one image's activation
+_MAX_DIMENSIONS = 32
+_MAX_SIDE_PX = 2**16
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Plan:
     images_per_shard: int
     # Recorded, but outside the fingerprint: the batch size changes values by rounding only.
     batch_size: int
-    notes: tuple[str, ...] = ()  # what a person should know of the weights, such as what was unwrapped
+    notes: tuple[str, ...] = ()  # what a reader should know about the weights, such as what was unwrapped
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -61,7 +59,7 @@ class Plan:
         del fields["batch_size"], fields["notes"]
         for name, usual in (("custom", ""), ("decode", "exact")):
             if fields["preprocessing"][name] == usual:
-                del fields["preprocessing"][name]  # Plans without one keep the fingerprint that they always had.
+                del fields["preprocessing"][name]  # Keeps the fingerprints of plans that predate the field.
         return dict(json.loads(json.dumps({"format": FORMAT, **fields})))
 
     @cached_property
@@ -75,8 +73,8 @@ class Plan:
 
     @property
     def shards(self) -> Sequence[Shard]:
-        """The cut of the image list; made as it is looked at, so a plan of any length costs nothing."""
-        return _Shards(self.image_count, self.images_per_shard)
+        """How the image list is cut; computed on access, so a plan of any length costs nothing."""
+        return Shards(self.image_count, self.images_per_shard)
 
     def shard_file(self, shard: Shard) -> str:
         """Return the name of a shard's file."""
@@ -85,9 +83,9 @@ class Plan:
     def command(self, out: str) -> str:
         """Return the command line that resumes this plan, with IMAGES for the images.
 
-        What was chosen automatically, batch size and memory format, is kept where the plan is, and need not be said.
-        A plan does not hold where a file of weights lies (WEIGHTS stands for it), nor what a model of somebody's own
-        needs (`--model-arg`, `--transform`). A command that lacks something is refused with what differs.
+        A resumed run keeps the batch size and memory format that were chosen automatically, so they are left out. A
+        plan does not record the path of a weights file (WEIGHTS stands for it), `--model-arg` or `--transform`; a
+        command without them is refused with an error that shows what differs.
 
         Example:
             >>> preprocessing = Preprocessing(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
@@ -101,7 +99,7 @@ class Plan:
         words += ["--layers", ",".join(layer.address for layer in self.layers), *self.preprocessing.options()]
         if self.precision != "fp32":
             words += ["--precision", self.precision]
-        # Of several types none was asked for.
+        # Mixed dtypes mean that no --dtype was given.
         floats = {layer.dtype for layer in self.layers if "float" in layer.dtype}
         if len(floats) == 1 and (self.precision, floats) != ("fp32", {"float32"}):
             words += ["--dtype", *floats]
@@ -112,13 +110,14 @@ class Plan:
         return shlex.join(["hookx", "extract", *words, "--out", out, "IMAGES"])
 
     def _weights_options(self) -> list[str]:
-        if random := re.match(r"random \(seed (\d+)\)", self.weights):
-            return ["--weights", "none", *(["--seed", random[1]] if random[1] != "0" else [])]
-        if published := re.fullmatch(r"\w+Weights\.(\w+)", self.weights):
-            return ["--weights", published[1]]
-        if self.weights.startswith("sha256:") and (self.model.isidentifier() or self.model.startswith("timm:")):
-            return ["--weights", "WEIGHTS"]
-        return []  # The model's own.
+        identity = WeightsIdentity(self.weights)
+        if identity.seed is not None:
+            return ["--weights", "none", *(["--seed", str(identity.seed)] if identity.seed else [])]
+        if identity.published_name:
+            return ["--weights", identity.published_name]
+        # A model that is itself a file or a folder brings its weights; one from a list of names got them from a file.
+        is_listed = self.model.isidentifier() or re.fullmatch(r"\w+:[\w.]+", self.model)
+        return ["--weights", "WEIGHTS"] if identity.is_file and is_listed else []
 
     def to_json(self) -> str:
         document = {
@@ -131,7 +130,11 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Read a plan back; `StoreError` if the text is not one, or was altered."""
+        """Parse a plan.
+
+        Raises:
+            StoreError: the text is not a plan, or was altered.
+        """
         try:
             document = json.loads(text)
             if document["format"] != FORMAT:
@@ -143,56 +146,56 @@ class Plan:
                     LayerSpec(str(layer["address"]), tuple(map(int, layer["shape"])), str(layer["dtype"]))
                     for layer in document["layers"]
                 ),
-                preprocessing=_preprocessing(document["preprocessing"]),
+                preprocessing=_parse_preprocessing(document["preprocessing"]),
                 precision=str(document["precision"]),
                 memory_format=str(document["memory_format"]),
                 image_count=int(document["image_count"]),
                 images_sha256=str(document["images_sha256"]),
                 images_per_shard=int(document["images_per_shard"]),
                 batch_size=int(document["chosen"]["batch_size"]),
-                notes=_notes(document.get("notes", [])),
+                notes=_parse_notes(document.get("notes", [])),
             )
             whole = plan.fingerprint == document["fingerprint"]
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise StoreError(f"plan.json cannot be read: {type(error).__name__}: {error}") from None
         if not whole:
-            raise StoreError("plan.json was altered: its fingerprint does not belong to its contents")
+            raise StoreError("plan.json was altered: its fingerprint does not match its contents")
         if unknown := document.keys() - {"fingerprint", "chosen", "notes", *plan.identity}:
-            raise StoreError(f"plan.json was altered, or is of a later hookx: it holds {min(unknown)!r}")
+            raise StoreError(f"plan.json was altered, or written by a later hookx: it holds {min(unknown)!r}")
         plan._check_possible()
         return plan
 
     def _check_possible(self) -> None:
-        # Anybody can compute a fingerprint; what is allocated, counted or iterated over later is bounded here.
+        # Anyone can compute a fingerprint, so bound what is allocated, counted or iterated over later.
         addresses = {layer.address for layer in self.layers}
         possible = {
             "layers": len(addresses) == len(self.layers) and "__metadata__" not in addresses,
-            "shapes": all(map(_is_possible, self.layers)),
-            "image_count": 0 < self.image_count <= _IMAGES_AT_MOST,
-            "images_per_shard": 0 < self.images_per_shard <= _IMAGES_AT_MOST,
-            "batch_size": 0 < self.batch_size <= _IMAGES_AT_MOST,
-            "preprocessing": 0 < self.preprocessing.crop_px <= _SIDE_PX_AT_MOST
-            and 0 < self.preprocessing.resize_px <= _SIDE_PX_AT_MOST
+            "shapes": all(map(_is_plausible, self.layers)),
+            "image_count": 0 < self.image_count <= _MAX_IMAGES,
+            "images_per_shard": 0 < self.images_per_shard <= _MAX_IMAGES,
+            "batch_size": 0 < self.batch_size <= _MAX_IMAGES,
+            "preprocessing": 0 < self.preprocessing.crop_px <= _MAX_SIDE_PX
+            and 0 < self.preprocessing.resize_px <= _MAX_SIDE_PX
             and all(map(math.isfinite, (*self.preprocessing.mean, *self.preprocessing.std))),
         }
         for name, is_possible in possible.items():
             if not is_possible:
-                raise StoreError(f"plan.json describes a run that there cannot be: look at its {name}")
+                raise StoreError(f"plan.json describes an impossible run: check its {name}")
 
     def differences(self, asked: Plan) -> list[str]:
-        """Say what another plan would change, one phrase a field, as in 'layers differ (there: ...; asked: ...)'."""
+        """Describe what another plan would change, one phrase a field: 'layers differ (there: ...; asked: ...)'."""
         phrases = []
         for name, there in self.identity.items():
             if there != asked.identity[name]:
-                shown_there, shown_asked = _shown(name, there), _shown(name, asked.identity[name])
+                shown_there, shown_asked = _format(name, there), _format(name, asked.identity[name])
                 if name == "layers" and shown_there == shown_asked:
-                    shown_there, shown_asked = (_layer_details(value) for value in (there, asked.identity[name]))
+                    shown_there, shown_asked = (_format_layers(value) for value in (there, asked.identity[name]))
                 phrases.append(f"{_FIELDS.get(name, name)} differ (there: {shown_there}; asked: {shown_asked})")
-        # The cut follows from the layers; it is worth a word only when it was asked for.
+        # The number of images per shard follows from the layers, so mention it only if nothing else differs.
         return [phrase for phrase in phrases if len(phrases) == 1 or not phrase.startswith("images per shard")]
 
 
-def _preprocessing(document: Mapping[str, Any]) -> Preprocessing:
+def _parse_preprocessing(document: Mapping[str, Any]) -> Preprocessing:
     return Preprocessing(
         resize_px=int(document["resize_px"]),
         crop_px=int(document["crop_px"]),
@@ -206,19 +209,19 @@ def _preprocessing(document: Mapping[str, Any]) -> Preprocessing:
     )
 
 
-def _is_possible(layer: LayerSpec) -> bool:
-    is_shape = len(layer.shape) <= _DIMENSIONS_AT_MOST and min(layer.shape, default=1) >= 0
-    # A dimension of 0 must not hide the others.
-    return layer.dtype in DTYPES and is_shape and math.prod(max(side, 1) for side in layer.shape) <= _VALUES_AT_MOST
+def _is_plausible(layer: LayerSpec) -> bool:
+    is_shape = len(layer.shape) <= _MAX_DIMENSIONS and min(layer.shape, default=1) >= 0
+    # A dimension of 0 would hide the others in the product.
+    return layer.dtype in DTYPES and is_shape and math.prod(max(side, 1) for side in layer.shape) <= _MAX_VALUES
 
 
-def _notes(notes: Any) -> tuple[str, ...]:
+def _parse_notes(notes: Any) -> tuple[str, ...]:
     if not (isinstance(notes, list) and all(isinstance(note, str) for note in notes)):
-        raise ValueError("its notes are no texts")
+        raise ValueError("notes must be a list of strings")
     return tuple(notes)
 
 
-def _shown(name: str, value: Any) -> str:
+def _format(name: str, value: Any) -> str:
     if name == "layers":
         return ", ".join(layer["address"] for layer in value)
     if name == "images_sha256":
@@ -228,5 +231,5 @@ def _shown(name: str, value: Any) -> str:
     return str(value)
 
 
-def _layer_details(layers: list[dict[str, Any]]) -> str:
+def _format_layers(layers: list[dict[str, Any]]) -> str:
     return ", ".join(f"{layer['address']} {layer['shape']} {layer['dtype']}" for layer in layers)

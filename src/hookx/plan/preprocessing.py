@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-_SHOWN_OF_CUSTOM = 160  # characters
+_MAX_CUSTOM_SHOWN = 160  # characters
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes a model's input; sizes in pixels, mean and deviation per channel of a [0, 1] image.
+    """How an image becomes a model's input; `mean` and `std` are per channel of an image in [0, 1].
 
     Args:
         resize_px: length of the shorter side after resizing.
         crop_px: side of the square cut from the centre.
-        interpolation: 'nearest', 'bilinear', 'bicubic', ... (torchvision's `InterpolationMode`).
+        interpolation: 'nearest', 'bilinear', 'bicubic', ... (the values of `InterpolationMode`).
         exif: 'ignore' (as the published preprocessing does) or 'apply' the rotation that a camera recorded.
-        custom: what a model's own transform does, where the fields above cannot say it; of those only `crop_px` (the
-            side of its output) and `exif` then mean something.
-        decode: 'exact'; 'fast': a JPEG at 1/2, 1/4 or 1/8 of its size where that is still large enough; 'nvjpeg': a
-            JPEG on an NVIDIA GPU, which resizes it, too.
+        custom: describes a model's own transform, where the fields above cannot; then only `crop_px` (the side of its
+            output) and `exif` apply.
+        decode: 'exact'; 'fast' decodes a JPEG at 1/2, 1/4 or 1/8 of its size if that is still large enough; 'nvjpeg'
+            decodes and resizes a JPEG on an NVIDIA GPU.
     """
 
     resize_px: int
@@ -35,30 +35,30 @@ class Preprocessing:
 
     def __str__(self) -> str:
         if self.custom:
-            what = self.custom if len(self.custom) <= _SHOWN_OF_CUSTOM else f"{self.custom[:_SHOWN_OF_CUSTOM]}…"
+            what = self.custom if len(self.custom) <= _MAX_CUSTOM_SHOWN else f"{self.custom[:_MAX_CUSTOM_SHOWN]}…"
             return f"{what}, {self.crop_px} x {self.crop_px}" + (", EXIF applied" * (self.exif == "apply"))
         return (
             f"resize {self.resize_px} ({self.interpolation}), crop {self.crop_px}, "
-            f"mean {_numbers(self.mean)}, std {_numbers(self.std)}"
+            f"mean {_join(self.mean)}, std {_join(self.std)}"
             + (", EXIF applied" * (self.exif == "apply"))
             + {"exact": "", "fast": ", decoded fast"}.get(self.decode, f", decoded by {self.decode}")
         )
 
     def options(self) -> list[str]:
-        """Return the options of `hookx extract` that ask for this, where it is not what most weights come with."""
+        """Return the options of `hookx extract` that ask for this; none for the preprocessing of most weights."""
         asked = [
             *["--exif", self.exif] * (self.exif != "ignore"),
             *["--decode", self.decode] * (self.decode != "exact"),
         ]
-        if self.custom or replace(self, exif="ignore", decode="exact") == _OF_MOST_WEIGHTS:
+        if self.custom or replace(self, exif="ignore", decode="exact") == _COMMON:
             return asked
         mean, std = (",".join(map(repr, values)) for values in (self.mean, self.std))
         sizes = ["--resize", str(self.resize_px), "--crop", str(self.crop_px), "--interpolation", self.interpolation]
         return [*sizes, "--mean", mean, "--std", std, *asked]
 
 
-_OF_MOST_WEIGHTS = Preprocessing(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
+_COMMON = Preprocessing(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
 
 
-def _numbers(values: Sequence[float]) -> str:
+def _join(values: Sequence[float]) -> str:
     return ",".join(f"{value:g}" for value in values)

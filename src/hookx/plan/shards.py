@@ -1,4 +1,4 @@
-"""How the list of images is cut into shards, and what a shard holds for one image."""
+"""How the image list is cut into shards, and what a shard stores for one image."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hookx.keys import LazySequence
 
-# torch's name -> (safetensors' code, bytes an element); the types that a safetensors file can hold.
+# torch's name -> (safetensors' code, bytes per element), for every dtype that a safetensors file can hold.
 DTYPES = {
     "float64": ("F64", 8),
     "float32": ("F32", 4),
@@ -23,13 +23,13 @@ DTYPES = {
     "complex64": ("C64", 8),
 }
 
-# Shards are cut at multiples of this many images, so that the last batch of a shard is seldom a small one.
-_CUT = 32
+# Cut shards at multiples of a common batch size, so that few of them end in a small batch.
+_CUT_IMAGES = 32
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One tensor of every shard: its key, the shape it has for one image, and its stored type."""
+    """One tensor of every shard: its key, its shape for one image, and its stored dtype."""
 
     address: str
     shape: tuple[int, ...]
@@ -42,7 +42,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Shard:
-    """A run of consecutive images (positions `start` to `stop` in the sorted list) that share a file."""
+    """Consecutive images that share a file: positions `start` to `stop` in the sorted list."""
 
     number: int
     start: int
@@ -62,7 +62,9 @@ class Shard:
             yield range(start, min(start + batch_size, self.stop))
 
 
-class _Shards(LazySequence[Shard]):
+class Shards(LazySequence[Shard]):
+    """The shards of a plan, cut on access."""
+
     def __init__(self, image_count: int, images_per_shard: int) -> None:
         self._starts = range(0, image_count, images_per_shard)
 
@@ -75,13 +77,13 @@ class _Shards(LazySequence[Shard]):
 
 
 def images_per_shard(bytes_per_image: int, max_shard_bytes: int, max_images: int) -> int:
-    """Decide how many images share a shard: as many as the limits allow, at least one.
+    """Return how many images share a shard: as many as both limits allow, at least one.
 
     Example:
         >>> images_per_shard(3_211_264, 512 * 2**20, 4096)  # conv1 of resnet18, fp32
         160
     """
     count = min(max_images, max_shard_bytes // max(bytes_per_image, 1))
-    if _CUT < count < max_images:
-        count -= count % _CUT
+    if _CUT_IMAGES < count < max_images:
+        count -= count % _CUT_IMAGES
     return max(count, 1)

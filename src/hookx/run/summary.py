@@ -4,105 +4,163 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
-from hookx.plan import LayerSpec, Preprocessing
+from hookx.plan import LayerSpec, Plan, Preprocessing, ValueCounts
 from hookx.run.prepare import Job
 from hookx.run.provenance import device_name
 from hookx.store.record import Totals, read_record
+
+
+class Timing:
+    """Seconds of work by part, added up over the processes that shared it, and which part was the slowest."""
+
+    def __init__(self, job: Job) -> None:
+        self.total = self.reading = self.model = self.copying = self.writing = 0.0
+        self._processes = {"reading": max(job.workers, 1), "model": job.workers if job.workers_compute else 1}
+        # The processes that read run the model too: together, reading and model are what is waited for.
+        self._takes_turns = job.device.type == "cpu" and (job.workers_compute or not job.workers)
+        self._start = time.perf_counter()
+
+    def stop(self) -> None:
+        self.total = time.perf_counter() - self._start
+
+    @property
+    def busy(self) -> dict[str, float]:
+        """The share of the time for which each part worked."""
+        parts = {"reading": self.reading, "model": self.model, "copying": self.copying, "writing": self.writing}
+        return {part: round(seconds / self._processes.get(part, 1) / self.total, 3) for part, seconds in parts.items()}
+
+    @property
+    def bound_by(self) -> str:
+        """The part that the others waited for."""
+        busy = self.busy
+        if self._takes_turns and busy["reading"] + busy["model"] > busy["writing"]:
+            del busy["writing"]
+        return max(busy, key=lambda part: busy[part])
 
 
 @dataclass(frozen=True)
 class Summary:
     """What a run did. The seconds of each part are of work, added up over the processes that shared it."""
 
+    plan: Plan
+    totals: Totals
+    timing: Timing
     out: str
-    model: str
-    weights: str
-    notes: tuple[str, ...]  # of the weights, such as what was unwrapped from a checkpoint
-    preprocessing: Preprocessing
-    layers: tuple[LayerSpec, ...]
-    images: int  # rows stored
-    failures: int
-    shards: int
+    device: str
+    workers: int
     shards_computed: int  # by this call; the others were there already
     images_computed: int
-    bytes: int  # of activations
-    device: str
-    precision: str
-    memory_format: str
-    batch_size: int
-    workers: int
-    rotations_ignored: int
-    counts: dict[str, dict[str, int]]  # address -> 'non_finite', 'all_zero' images, 'overflowed', 'flushed' values
-    seconds_total: float
-    seconds_reading: float
-    seconds_model: float
-    seconds_copying: float  # from a GPU
-    seconds_writing: float
-    busy: dict[str, float]  # 'reading', 'model', 'copying', 'writing' -> the share of the time for which it worked
-    bound_by: str  # which of them the run waited for
-    files: tuple[str, ...]
-
-
-def summarize(job: Job, clock: Clock) -> Summary:
-    plan = job.plan
-    totals = Totals()
-    for shard in plan.shards:  # One record in memory at a time: a run can have millions of images.
-        totals.add(read_record(job.out, plan, shard))
-    return Summary(
-        out=str(job.out),
-        model=plan.model,
-        weights=plan.weights,
-        notes=plan.notes,
-        preprocessing=plan.preprocessing,
-        layers=plan.layers,
-        images=totals.rows,
-        failures=totals.failures,
-        shards=len(plan.shards),
-        shards_computed=len(job.pending),
-        images_computed=sum(map(len, job.pending)),
-        bytes=totals.rows * plan.bytes_per_image,
-        device=device_name(job.device),
-        precision=plan.precision,
-        memory_format=plan.memory_format,
-        batch_size=plan.batch_size,
-        workers=job.workers,
-        rotations_ignored=totals.rotations_ignored,
-        counts=totals.counts,
-        seconds_total=round(clock.total_seconds, 3),
-        seconds_reading=round(clock.reading_seconds, 3),
-        seconds_model=round(clock.model_seconds, 3),
-        seconds_copying=round(clock.copying_seconds, 3),
-        seconds_writing=round(clock.writing_seconds, 3),
-        busy=clock.busy(job),
-        bound_by=clock.bound_by(job),
-        files=tuple(str(job.out / plan.shard_file(shard)) for shard in plan.shards),
-    )
-
-
-class Clock:
-    """Seconds of work, by part, and what they say of the whole."""
-
-    def __init__(self) -> None:
-        self.reading_seconds = self.model_seconds = self.copying_seconds = self.writing_seconds = 0.0
-        self._start = time.perf_counter()
 
     @property
-    def total_seconds(self) -> float:
-        return time.perf_counter() - self._start
+    def model(self) -> str:
+        return self.plan.model
 
-    def busy(self, job: Job) -> dict[str, float]:
-        workers = max(job.workers, 1)
-        shares = {
-            "reading": self.reading_seconds / workers,
-            "model": self.model_seconds / (workers if job.workers_compute else 1),
-            "copying": self.copying_seconds,
-            "writing": self.writing_seconds,
-        }
-        return {part: round(seconds / self.total_seconds, 3) for part, seconds in shares.items()}
+    @property
+    def weights(self) -> str:
+        return self.plan.weights
 
-    def bound_by(self, job: Job) -> str:
-        busy = self.busy(job)
-        if job.workers_compute and busy["reading"] + busy["model"] > busy["writing"]:
-            del busy["writing"]  # Reading and model share the workers, and together are what is waited for.
-        return max(busy, key=lambda part: busy[part])
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of the weights, such as what was unwrapped from a checkpoint."""
+        return self.plan.notes
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.plan.preprocessing
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        return self.plan.layers
+
+    @property
+    def precision(self) -> str:
+        return self.plan.precision
+
+    @property
+    def memory_format(self) -> str:
+        return self.plan.memory_format
+
+    @property
+    def batch_size(self) -> int:
+        return self.plan.batch_size
+
+    @property
+    def images(self) -> int:
+        """Rows stored."""
+        return self.totals.rows
+
+    @property
+    def failures(self) -> int:
+        return self.totals.failures
+
+    @property
+    def rotations_ignored(self) -> int:
+        return self.totals.rotations_ignored
+
+    @property
+    def counts(self) -> ValueCounts:
+        return self.totals.counts
+
+    @property
+    def bytes(self) -> int:
+        """The size of the activations."""
+        return self.images * self.plan.bytes_per_image
+
+    @property
+    def shards(self) -> int:
+        return len(self.plan.shards)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(str(Path(self.out) / self.plan.shard_file(shard)) for shard in self.plan.shards)
+
+    @property
+    def seconds_total(self) -> float:
+        return round(self.timing.total, 3)
+
+    @property
+    def seconds_reading(self) -> float:
+        return round(self.timing.reading, 3)
+
+    @property
+    def seconds_model(self) -> float:
+        return round(self.timing.model, 3)
+
+    @property
+    def seconds_copying(self) -> float:
+        """The time of copies from a GPU."""
+        return round(self.timing.copying, 3)
+
+    @property
+    def seconds_writing(self) -> float:
+        return round(self.timing.writing, 3)
+
+    @property
+    def busy(self) -> dict[str, float]:
+        """'reading', 'model', 'copying', 'writing' -> the share of the time for which it worked."""
+        return self.timing.busy
+
+    @property
+    def bound_by(self) -> str:
+        """Which of them the run waited for."""
+        return self.timing.bound_by
+
+
+def summarize(job: Job, timing: Timing) -> Summary:
+    """Add up the shards of a finished run."""
+    totals = Totals()
+    for shard in job.plan.shards:  # One record in memory at a time: a run can have millions of images.
+        totals.add(read_record(job.out, job.plan, shard))
+    timing.stop()
+    return Summary(
+        plan=job.plan,
+        totals=totals,
+        timing=timing,
+        out=str(job.out),
+        device=device_name(job.device),
+        workers=job.workers,
+        shards_computed=len(job.pending),
+        images_computed=sum(map(len, job.pending)),
+    )

@@ -34,7 +34,7 @@ def made_whole(path: Path) -> Iterator[Path]:
     """Yield where to make a file or a folder, by any library, so that it is whole or absent; it must not exist yet.
 
     The path lies in a folder aside, which this process alone holds. What else is made in that folder goes with it, and
-    `path` itself comes last. The folder is gone afterwards, also after an error; what a killed process leaves in it,
+    `path` itself comes last. The folder is gone afterwards, even after an error; what a killed process leaves in it,
     the next process that makes `path` removes.
 
     Raises:
@@ -45,11 +45,16 @@ def made_whole(path: Path) -> Iterator[Path]:
         yield folder / path.name
         for made in (folder, *folder.rglob("*")):
             flush(made)
-        if os.path.lexists(path):
-            raise StoreError(f"{path} exists already", "remove it, or choose another name")
+        check_absent(path)
         for made in sorted(folder.iterdir(), key=lambda made: made.name == path.name):
             made.rename(path.with_name(made.name))
         flush(path.parent)
+
+
+def check_absent(path: Path) -> None:
+    """Raise `StoreError` if anything has this name, even a broken link."""
+    if os.path.lexists(path):
+        raise StoreError(f"{path} already exists", "remove it, or choose another name")
 
 
 @contextlib.contextmanager

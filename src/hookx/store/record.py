@@ -12,28 +12,24 @@ from typing import Any
 from zlib_ng import zlib_ng  # The same CRC-32 as zlib's, ten times as fast.
 
 from hookx.errors import ShardError
-from hookx.plan import DTYPES, FORMAT, Plan, Shard
+from hookx.plan import DTYPES, FORMAT, Plan, Shard, ValueCounts
 from hookx.store.format import open_shard
 
 
 @dataclass
 class ShardRecord:
-    """What a shard says of itself, beside its activations."""
+    """What a shard stores beside its activations."""
 
     keys: list[str] = field(default_factory=list)  # of the rows, in order
     failures: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
     rotations_ignored: int = 0
-    counts: dict[str, dict[str, int]] = field(default_factory=dict)  # address -> what was remarkable -> how often
-    made: dict[str, Any] = field(default_factory=dict)  # the versions, the device and the batch size
+    counts: ValueCounts = field(default_factory=ValueCounts)
+    made: dict[str, Any] = field(default_factory=dict)  # the software, the device and the batch size
     checksums: dict[str, int] = field(default_factory=dict)  # address -> CRC-32 of its bytes in the file
-    sizes_bytes: list[int] = field(default_factory=list)  # of the images, rows and failures together, by key
-
-    def add_counts(self, counts: Mapping[str, Mapping[str, int]]) -> None:
-        """Add what was remarkable in a batch."""
-        add_counts(self.counts, counts)
+    sizes_bytes: list[int] = field(default_factory=list)  # of all listed images, read or not, by key
 
     def to_metadata(self, plan: Plan, shard: Shard) -> dict[str, str]:
-        """Return the record as a safetensors file holds it, with a CRC-32 of its own."""
+        """Return the metadata of a safetensors file, with a CRC-32 of its own."""
         metadata = {
             "format": FORMAT,
             "fingerprint": plan.fingerprint,
@@ -46,40 +42,33 @@ class ShardRecord:
             "checksums": json.dumps(self.checksums),
             "sizes_bytes": json.dumps(self.sizes_bytes),
         }
-        return {**metadata, "checksum": _checksum_of_record(metadata)}
+        return {**metadata, "checksum": _checksum_of_metadata(metadata)}
 
 
 @dataclass
 class Totals:
-    """What shard records add up to; keeps no record."""
+    """The sums of shard records, without the records: a run can have millions of images."""
 
     rows: int = 0
     failures: int = 0
     rotations_ignored: int = 0
-    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    counts: ValueCounts = field(default_factory=ValueCounts)
 
     def add(self, record: ShardRecord) -> None:
         """Add one shard's record."""
         self.rows += len(record.keys)
         self.failures += len(record.failures)
         self.rotations_ignored += record.rotations_ignored
-        add_counts(self.counts, record.counts)
+        self.counts.add(record.counts)
 
 
-def add_counts(totals: dict[str, dict[str, int]], counts: Mapping[str, Mapping[str, int]]) -> None:
-    for address, by_what in counts.items():
-        total = totals.setdefault(address, {})
-        for what, count in by_what.items():
-            total[what] = total.get(what, 0) + count
-
-
-def _checksum_of_record(metadata: Mapping[str, str]) -> str:
+def _checksum_of_metadata(metadata: Mapping[str, str]) -> str:
     fields = {name: text for name, text in sorted(metadata.items()) if name != "checksum"}
     return str(zlib_ng.crc32(json.dumps(fields).encode()))
 
 
 def read_record(path: Path, plan: Plan, shard: Shard) -> ShardRecord:
-    """Read what a shard says of itself; `StoreError` if the file is damaged or not this shard of this plan."""
+    """Read a shard's record; `StoreError` if the file is damaged or not this shard of this plan."""
     file = path / plan.shard_file(shard)
     with open_shard(file) as opened:
         metadata = opened.metadata() or {}
@@ -92,11 +81,11 @@ def read_record(path: Path, plan: Plan, shard: Shard) -> ShardRecord:
     if metadata.get("fingerprint") != plan.fingerprint:
         raise ShardError(file, "belongs to another run")
     try:
-        if metadata["checksum"] != _checksum_of_record(metadata):
+        if metadata["checksum"] != _checksum_of_metadata(metadata):
             raise ValueError("its record was altered")
         if metadata["shard"] != str(shard.number):
             raise ShardError(file, f"is shard {metadata['shard']} of this run, and was renamed")
-        record = _record_of(metadata)
+        record = _parse(metadata)
         if len(record.keys) + len(record.failures) != len(shard):
             raise ValueError(f"it does not account for {len(shard)} images")
         rows = len(record.keys)
@@ -109,10 +98,10 @@ def read_record(path: Path, plan: Plan, shard: Shard) -> ShardRecord:
         raise ShardError(file, f"is damaged: {error}") from None
 
 
-def _record_of(metadata: Mapping[str, str]) -> ShardRecord:
-    """Read a record out of a shard's metadata; `KeyError` or `ValueError` if it is not one. Trusts no type in it."""
+def _parse(metadata: Mapping[str, str]) -> ShardRecord:
+    """Parse a shard's metadata, trusting no type in it; `KeyError` or `ValueError` if it is not a record."""
 
-    def parsed(name: str, fits: Callable[[Any], bool]) -> Any:
+    def parse(name: str, fits: Callable[[Any], bool]) -> Any:
         value = json.loads(metadata[name])
         if not fits(value):
             raise ValueError(f"its record's {name} cannot be understood")
@@ -125,7 +114,7 @@ def _record_of(metadata: Mapping[str, str]) -> ShardRecord:
         return isinstance(value, dict) and all(map(of, value.values()))
 
     def is_text(value: Any) -> bool:
-        # Half a character is no part of a file name: os.fsdecode makes only those from U+DC80 to U+DCFF.
+        # File names hold no lone surrogates but U+DC80 to U+DCFF, which os.fsdecode makes of bytes that are not UTF-8.
         return isinstance(value, str) and not re.search("[\ud800-\udc7f\udd00-\udfff]", value)
 
     def is_whole(value: Any) -> bool:
@@ -135,11 +124,11 @@ def _record_of(metadata: Mapping[str, str]) -> ShardRecord:
         return is_list(value, is_text) and len(value) == 2
 
     return ShardRecord(
-        keys=parsed("keys", lambda value: is_list(value, is_text)),
-        failures=[(key, reason) for key, reason in parsed("failures", lambda value: is_list(value, is_failure))],
-        rotations_ignored=parsed("rotations_ignored", is_whole),
-        counts=parsed("counts", lambda value: is_dict(value, lambda by_what: is_dict(by_what, is_whole))),
-        made=parsed("made", lambda value: is_dict(value, lambda _: True)),
-        checksums=parsed("checksums", lambda value: is_dict(value, is_whole)),
-        sizes_bytes=parsed("sizes_bytes", lambda value: is_list(value, is_whole)),
+        keys=parse("keys", lambda value: is_list(value, is_text)),
+        failures=[(key, reason) for key, reason in parse("failures", lambda value: is_list(value, is_failure))],
+        rotations_ignored=parse("rotations_ignored", is_whole),
+        counts=ValueCounts(parse("counts", lambda value: is_dict(value, lambda by_kind: is_dict(by_kind, is_whole)))),
+        made=parse("made", lambda value: is_dict(value, lambda _: True)),
+        checksums=parse("checksums", lambda value: is_dict(value, is_whole)),
+        sizes_bytes=parse("sizes_bytes", lambda value: is_list(value, is_whole)),
     )

@@ -55,17 +55,17 @@ def read_activation(run: Path, layer: str, key: str) -> Activation:
     raise NotStoredError.of(f"{run}/", key, keys[first : first + _KEYS_COMPARED], *next_steps)
 
 
-def as_text(values: Tensor) -> Iterator[bytes]:
+def to_text(values: Tensor) -> Iterator[bytes]:
     r"""Write a vector as one number a line, a matrix as one row a line, and more as matrices with a blank line between.
 
     Dimensions of length 1 do not count. Each number is the shortest that gives the same bits again.
 
     Example:
-        >>> print(b"".join(as_text(torch.tensor([[[0.1, 2.0]], [[3.0, -0.0]]]))).decode(), end="")
+        >>> print(b"".join(to_text(torch.tensor([[[0.1, 2.0]], [[3.0, -0.0]]]))).decode(), end="")
         0.1 2.0
         3.0 -0.0
     """
-    numbers = _as_numpy(values.to(torch.uint8) if values.dtype == torch.bool else values)
+    numbers = _to_numpy(values.to(torch.uint8) if values.dtype == torch.bool else values)
     sides = [side for side in numbers.shape if side != 1]
     if len(sides) < 2 or not numbers.size:
         yield from (f"{number!s}\n".encode() for number in numbers.flat)  # !s: as what it is, and not as a double
@@ -75,7 +75,7 @@ def as_text(values: Tensor) -> Iterator[bytes]:
         yield from (" ".join(map(str, row)).encode() + b"\n" for row in matrix)
 
 
-def as_json(activation: Activation) -> Iterator[bytes]:
+def to_json(activation: Activation) -> Iterator[bytes]:
     """Write one JSON document: key, layer, shape, dtype, and the values, nested.
 
     JSON has no NaN and no infinity: they are the texts "NaN", "Infinity" and "-Infinity", which `float` of Python and
@@ -89,16 +89,16 @@ def as_json(activation: Activation) -> Iterator[bytes]:
         "dtype": str(values.dtype).removeprefix("torch."),
     }
     yield json.dumps(about).encode().removesuffix(b"}") + b', "values": '
-    yield from _nested(_as_numpy(torch.view_as_real(values) if values.is_complex() else values))
+    yield from _nested(_to_numpy(torch.view_as_real(values) if values.is_complex() else values))
     yield b"}\n"
 
 
-def as_bytes(values: Tensor) -> Iterator[memoryview]:
+def to_bytes(values: Tensor) -> Iterator[memoryview]:
     """Give the bytes as they are stored: little-endian, the last dimension fastest."""
     yield memoryview(values.flatten().view(torch.uint8).numpy().data)
 
 
-def _as_numpy(values: Tensor) -> NDArray[Any]:
+def _to_numpy(values: Tensor) -> NDArray[Any]:
     # numpy has no bfloat16; as a float32 it is the same number.
     return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
 

@@ -1,0 +1,102 @@
+"""What every source of models offers, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from hookx.errors import ModelError
+from hookx.options import ModelOptions
+from hookx.plan import Preprocessing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A module in eval mode on the CPU, with its preprocessing and the identity of its weights."""
+
+    name: str
+    module: nn.Module
+    preprocessing: Preprocessing
+    weights: str
+    """A `WeightsIdentity`, as a plan records it: 'ResNet18_Weights.IMAGENET1K_V1', 'sha256:...'."""
+    forward: Callable[[Tensor], Any]
+    """Takes a batch (N, 3, H, W) through the module; this is what a run calls."""
+    cpu_only: bool = False
+    transform: Callable[[Image], Tensor] | None = None
+    """Turns an RGB image into pixels (3, H, W) in place of `preprocessing`, which then only describes it."""
+    notes: tuple[str, ...] = ()
+    """Sentences that a user should read, such as what was unwrapped from a checkpoint."""
+    random_paths: tuple[str, ...] = ()
+    """The modules that the weights lacked."""
+    distribution: str = "torchvision"
+    """The package whose version a shard records beside torch's."""
+    why_never_called: Callable[[str, Mapping[str, nn.Module]], str] = lambda _path, _modules: ""
+    """Says why a forward pass skips the module at a path, given all modules by path; '' where it does not know."""
+
+
+class Source(Protocol):
+    """Where models come from: a zoo, files, someone's code. `hookx.models.loading` asks them in turn.
+
+    Whether a reference may be built without running unknown code is told by `hookx.models.names`, without torch.
+    """
+
+    takes_arguments: bool = False
+    """Whether its models take `--model-arg`."""
+
+    def owns(self, ref: str) -> bool:
+        """Tell whether a reference names one of its models."""
+        ...
+
+    def load_model(self, ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
+        """Build a model with the weights asked for; see `hookx.models.loading.load_model`."""
+        ...
+
+    def skeleton(self, ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
+        """Build a model without memory for its parameters where the source can; otherwise the model itself."""
+        ...
+
+    def list_models(self, pattern: str = "*") -> dict[str, str]:
+        """Return its models that match a glob, each with its kind."""
+        raise ModelError(f"'{pattern}' cannot be listed: only torchvision and timm have a list of models")
+
+    def weights_of(self, ref: str) -> list[tuple[str, bool]]:
+        """Return the names of a model's weights, default first, each with whether it is in the cache."""
+        raise ModelError(f"{ref} has no list of weights: only the models of torchvision and timm do")
+
+
+class _Unallocated(TorchFunctionMode):
+    """Let the factories that parameters come from allocate nothing.
+
+    `torch.device("meta")` would do so for every tensor, but RegNet's constructor computes its widths with small real
+    tensors (`torch.arange`, `torch.tensor`).
+    """
+
+    _FACTORIES: frozenset[Callable[..., Any]] = frozenset(
+        {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in self._FACTORIES and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def build_without_memory(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a module on the meta device.
+
+    Example:
+        >>> build_without_memory(lambda: nn.Linear(100_000, 100_000)).weight.device
+        device(type='meta')
+    """
+    with _Unallocated():
+        module = build()
+    return module.to("meta")

@@ -1,0 +1,107 @@
+"""The identity of a model's weights: the one line that a plan records, written and read here only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+# What `torch.manual_seed` accepts.
+_MIN_SEED, _MAX_SEED = -(2**63), 2**64 - 1
+
+
+def describe_arguments(arguments: Mapping[str, object]) -> str:
+    """Return a model's arguments as an identity shows them: 'act=tanh, width=6'."""
+    return ", ".join(f"{name}={value}" for name, value in sorted(arguments.items()))
+
+
+@dataclass(frozen=True)
+class WeightsIdentity:
+    """Where weights come from, precisely enough to tell them from all others.
+
+    The text is part of a plan's fingerprint, so its wording never changes. It has one of these forms:
+
+        ResNet18_Weights.IMAGENET1K_V1                           published weights
+        random (seed 3)                                          no weights
+        sha256:1f0a... (state_dict; without module.)             a file, and what was unwrapped from it
+        timm:resnet18.a1_in1k, hf:facebook/dinov2-small@4f2a...  weights that belong to the model's name
+        python:nets:make(width=6) sha256:9b1c...                 what a factory returned
+        random (seed 3), python:nets:make sha256:9b1c...         the same, seeded on request
+
+    '; random (seed 3): fc' follows if the weights lack modules, and '(img_size=96)' if the model has arguments.
+
+    Example:
+        >>> identity = WeightsIdentity("ResNet18_QuantizedWeights.IMAGENET1K_FBGEMM_V1")
+        >>> identity.published_name, identity.seed, identity.is_file
+        ('IMAGENET1K_FBGEMM_V1', None, False)
+    """
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    # --- writing
+
+    @classmethod
+    def of_seed(cls, seed: int) -> WeightsIdentity:
+        """Return the identity of random weights.
+
+        Example:
+            >>> str(WeightsIdentity.of_seed(3)), WeightsIdentity.of_seed(3).seed
+            ('random (seed 3)', 3)
+        """
+        return cls(f"random (seed {seed})")
+
+    @classmethod
+    def of_file(cls, sha256: str, *unwrapped: str) -> WeightsIdentity:
+        """Return the identity of a file: its SHA-256, and what was unwrapped to get at the weights.
+
+        Example:
+            >>> str(WeightsIdentity.of_file("1f0a", "state_dict", "without module."))
+            'sha256:1f0a (state_dict; without module.)'
+        """
+        steps = "; ".join(filter(None, unwrapped))
+        return cls(f"sha256:{sha256}" + (f" ({steps})" if steps else ""))
+
+    @classmethod
+    def of_factory(cls, call: str, state_sha256: str, seed: int | None = None) -> WeightsIdentity:
+        """Return the identity of what a factory returned; `call` is its name with its arguments."""
+        seeded = "" if seed is None else f"{cls.of_seed(seed)}, "
+        return cls(f"{seeded}{call} sha256:{state_sha256}")
+
+    def loaded_into(self, call: str) -> WeightsIdentity:
+        """Return the identity of these weights in the model that a factory returned."""
+        return WeightsIdentity(f"{call} {self}")
+
+    def lacking(self, paths: Iterable[str], instead: str) -> WeightsIdentity:
+        """Return the identity of these weights without some modules, and what those hold instead."""
+        return WeightsIdentity(f"{self}; {instead}: {', '.join(paths)}")
+
+    def with_state(self, state_sha256: str) -> WeightsIdentity:
+        """Return the identity of these weights in a model whose other values only a digest tells apart."""
+        return WeightsIdentity(f"{self} (sha256:{state_sha256})")
+
+    def with_arguments(self, arguments: Mapping[str, object]) -> WeightsIdentity:
+        """Return the identity of these weights in a model built with arguments."""
+        return WeightsIdentity(f"{self} ({describe_arguments(arguments)})") if arguments else self
+
+    # --- reading
+
+    @property
+    def published_name(self) -> str:
+        """The name that `--weights` takes for published weights; '' for all others."""
+        published = re.fullmatch(r"\w+Weights\.(\w+)", self.text)
+        return published[1] if published else ""
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of random weights; None for all others."""
+        random = re.match(r"random \(seed (-?\d{1,20})\)", self.text)
+        seed = int(random[1]) if random else None
+        return seed if seed is not None and _MIN_SEED <= seed <= _MAX_SEED else None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether a file holds the weights: one of their own, or the model's."""
+        return self.text.startswith("sha256:")
