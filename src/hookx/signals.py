@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def held_back() -> Iterator[None]:
+def defer_signals() -> Iterator[None]:
     """Handle these signals only at the end of the `with` block.
 
     An exception between a fork and the line that records the child would leave a process that nobody ends. And Ctrl-C
@@ -17,7 +17,7 @@ def held_back() -> Iterator[None]:
 
     Example:
         >>> before = signal.signal(signal.SIGINT, lambda *_: print("interrupted"))
-        >>> with held_back():
+        >>> with defer_signals():
         ...     signal.raise_signal(signal.SIGINT)
         ...     print("whole")
         whole

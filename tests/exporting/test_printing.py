@@ -203,9 +203,7 @@ def test_what_the_run_does_not_hold_is_an_error_with_the_closest(run: Path) -> N
 
 def test_an_image_that_could_not_be_read_is_an_error_with_the_reason(run: Path) -> None:
     reason = hookx.open(run).failures["c-empty.png"]
-    assert error_of(cat(run, "avgpool", "c-empty.png")) == (
-        f"'c-empty.png' has no activation: it could not be read ({reason})"
-    )
+    assert error_of(cat(run, "avgpool", "c-empty.png")) == (f"'c-empty.png' could not be read: {reason}")
 
 
 def test_of_an_unfinished_run_cat_prints_what_is_there_and_says_why_the_rest_is_not(run: Path, tmp_path: Path) -> None:

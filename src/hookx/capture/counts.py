@@ -9,11 +9,7 @@ from hookx.plan import ValueCounts
 
 
 class ValueCounter:
-    """Counts per address over many passes, on the device of the values.
-
-    'non_finite' and 'all_zero' count images, 'overflowed' and 'flushed' values that the stored type made infinite or
-    zero.
-    """
+    """Collects `ValueCounts` over many passes, on the device of the values."""
 
     def __init__(self) -> None:
         self._sums: dict[str, dict[str, list[Tensor]]] = {}
@@ -44,7 +40,7 @@ class ValueCounter:
         self._of_pass += [(address, kind, where.sum()) for kind, where in found.items()]
 
     def take(self) -> ValueCounts:
-        """Return the counts since the last call by address and kind, without zeros."""
+        """Return the counts since the last call."""
         counts = {
             address: {kind: count for kind, sums in by_kind.items() if (count := sum(map(int, sums)))}
             for address, by_kind in self._sums.items()

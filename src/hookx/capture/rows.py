@@ -90,7 +90,7 @@ class RowCapture:
             self._copies.wait(self.passes if passes is None else passes)
 
     def take_counts(self) -> ValueCounts:
-        """Return what `ValueCounter` counted since the last call, by address and kind, without zeros."""
+        """Return what was remarkable in the values since the last call."""
         return self._counter.take()
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hookx.errors import HookxError, NotStoredError
-from hookx.keys import key_bytes
+from hookx.errors import NotStoredError
 from hookx.layers.address import Address
 from hookx.read.features import open_features
 
-_KEYS_COMPARED = 10_000
 _NUMBERS_PER_PIECE = 4096
 
 
@@ -36,23 +33,20 @@ def read_activation(run: Path, layer: str, key: str) -> Activation:
     """Read one activation of a run, finished or not.
 
     Raises:
-        HookxError: the run does not hold the layer or the image; the message names the closest, or says why not.
+        NotStoredError: the run does not hold the layer or the image; the message names the closest, or says why not.
     """
     features = open_features(run, partial=True)
     address = str(Address.parse(layer))
-    if address not in list(features):
+    if address not in features:
         raise NotStoredError.of(f"{run}/", layer, features, f"all: hookx inspect {run}/")
-    keys = features.keys_of_rows
-    row = bisect_left(keys, key_bytes(key), key=key_bytes)
-    if row < len(keys) and keys[row] == key:
-        return Activation(key, address, features[address][row])
-    if key in features.failures:
-        raise HookxError(f"'{key}' has no activation: it could not be read ({features.failures[key]})")
-    # Comparing with each of millions would take minutes; what begins alike stands nearby.
-    first = max(0, row - _KEYS_COMPARED // 2)
-    is_finished = len(keys) + len(features.failures) == features.plan.image_count
-    next_steps = [] if is_finished else ["the run is not finished: the same hookx extract command resumes it"]
-    raise NotStoredError.of(f"{run}/", key, keys[first : first + _KEYS_COMPARED], *next_steps)
+    try:
+        return Activation(key, address, features[address].of(key))
+    except NotStoredError as error:
+        is_finished = len(features.keys) + len(features.failures) == features.plan.image_count
+        if is_finished or key in features.failures:
+            raise
+        next_step = "the run is not finished: the same hookx extract command resumes it"
+        raise NotStoredError(str(error), next_step) from None
 
 
 def to_text(values: Tensor) -> Iterator[bytes]:

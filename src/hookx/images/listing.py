@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from hookx.errors import ImageError
 from hookx.keys import Keys, LazySequence
-from hookx.signals import held_back
+from hookx.signals import defer_signals
 
 # Folders are searched for these; a file that is named explicitly may have any suffix.
 SUFFIXES = frozenset(
@@ -218,7 +218,7 @@ def _measure_in_processes(files: Files, sizes_bytes: memoryview[int]) -> None:
     parts = [range(len(files))[first : first + share] for first in range(0, len(files), share)]
     processes = [fork.Process(target=_measure_in_child, args=(files, part, sizes_bytes)) for part in parts]
     try:
-        with held_back(), contextlib.suppress(OSError):  # The system may refuse more processes.
+        with defer_signals(), contextlib.suppress(OSError):  # The system may refuse more processes.
             for process in processes:
                 process.start()
         for process, part in zip(processes, parts, strict=True):

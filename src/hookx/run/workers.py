@@ -28,7 +28,7 @@ from hookx.plan import Preprocessing
 from hookx.run.batch import Batch
 from hookx.run.lane import Lane
 from hookx.run.worker import CRASHES, FINISHED, NOTHING, InHand, Worker
-from hookx.signals import held_back
+from hookx.signals import defer_signals
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -122,7 +122,7 @@ class _Processes:
         )
         self._processes: list[multiprocessing.process.BaseProcess] = []
         try:
-            with held_back(), _keep_child_signals():
+            with defer_signals(), _keep_child_signals():
                 self._batches: Iterator[Batch] = iter(loader)
                 self._processes = [process for process in multiprocessing.active_children() if process not in others]
         except BaseException:
