@@ -43,7 +43,7 @@ BANNED = {
     r"\b(?:some|any|every|no)body's\b": "name the owner: the user's, another process's",
     r"\bone's own\b": "'your own', 'custom'",
     r"\b(?:is|are|was|were) told as\b": "'is reported as'",
-    r"\basked for\b": "'requested', or name the flag",
+    r"(?<!you\s)(?<!user\s)\basked for\b": "'requested', or name the flag",
     r"\bbe had\b": "'is available', 'can be loaded'",
     r"\b(?:can|may|could) be without\b": "'may lack'",
     r"\bknows? no\b": "'has no', 'does not support'",

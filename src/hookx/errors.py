@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os.path
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -99,12 +99,6 @@ def closest(name: str, names: Iterable[str], count: int = 3) -> str:
 
     matches.sort(key=likeness, reverse=True)
     return ", ".join((matches or names)[:count])
-
-
-def one_of(what: str, value: str, known: Sequence[str]) -> None:
-    """Raise `UsageError` for a value that is none of those which are known."""
-    if value not in known:
-        raise UsageError(f"'{value}' is not a {what}; closest: {closest(value, known, len(known))}")
 
 
 def one_line(error: BaseException) -> str:

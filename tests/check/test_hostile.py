@@ -305,7 +305,7 @@ def test_a_header_that_could_not_be_read_again_is_not_written(tmp_path: Path) ->
     plan = replace(PLAN, image_count=1)
     with RunDirectory(tmp_path, plan) as directory:
         record = ShardRecord(["x" * 40_000_000])
-        with pytest.raises(StoreError, match=r"take 40,\d+,\d+ bytes; 33,554,432 is the most\n.*--shard-images"):
+        with pytest.raises(StoreError, match=r"take 40,\d+,\d+ of at most 33,554,432 bytes\n.*--shard-images"):
             write(directory, record)
     assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
 
@@ -404,7 +404,7 @@ def test_no_name_acts_on_a_terminal_or_begins_a_line_of_its_own(tmp_path: Path, 
 
 
 def test_an_error_that_quotes_a_name_cannot_act_on_a_terminal_either(path: Path) -> None:
-    from hookx.cli.terminal import printable
+    from hookx.cli.streams import printable
 
     (path / SHARD).write_text("")
     path = path.rename(path.parent / "\x1b[2J\nerror: gone")

@@ -23,7 +23,6 @@ from hookx.check.recompute import recompute
 from hookx.check.verify import Problem, verify
 from hookx.cli.app import app
 from hookx.errors import HookxError, StoreError, UsageError
-from hookx.models import ModelOptions
 from hookx.run.run import extract
 from hookx.store.directory import RunDirectory, read_plan
 from hookx.store.record import ShardRecord, read_record
@@ -384,10 +383,9 @@ def test_a_model_of_ones_own_is_computed_again_if_it_is_named_again(thumbnails: 
     )
     ref, arguments, out = f"{code}:tiny", {"width": "5"}, tmp_path / "own"
     extract(ref, "0", thumbnails, out=out, weights="none", crop=32, resize=32, model_args=arguments, workers=0)
-    options = ModelOptions(model_args=arguments)
     with pytest.raises(UsageError, match="building it may run code"):
-        recompute(out, 3, thumbnails, options=options)
-    again = recompute(out, 3, thumbnails, model=ref, options=options)
+        recompute(out, 3, thumbnails, model_args=arguments)
+    again = recompute(out, 3, thumbnails, model=ref, model_args=arguments)
     assert again.problems == () and again.rows_with_same_bits == 3
     with pytest.raises(UsageError, match="and not 'resnet18'"):
-        recompute(out, 3, thumbnails, model="resnet18", options=options)
+        recompute(out, 3, thumbnails, model="resnet18", model_args=arguments)

@@ -345,7 +345,7 @@ def test_a_module_that_is_never_called_is_an_error_that_says_why(photos: Path, t
     [
         (["-m", "resnet81"], ModelError, "no model is called 'resnet81'; closest: resnet18"),
         (["-w", "IMAGENET1K_V9"], ModelError, "resnet18 has no weights 'IMAGENET1K_V9'; it has: IMAGENET1K_V1"),
-        (["-d", "cuda:99"], UsageError, "there is no device 'cuda:99' here"),
+        (["-d", "cuda:99"], UsageError, "invalid --device 'cuda:99': this machine has cpu"),
         (
             ["--mean", "0.5;0.5;0.5"],
             UsageError,

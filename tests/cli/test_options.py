@@ -174,8 +174,8 @@ def test_a_switch_in_a_file_is_true_or_false(tmp_path: Path) -> None:
 
 
 def test_the_long_name_of_a_type_is_the_short_one() -> None:
-    assert [said("-m", "m", "--dtype", long, "images").dtype for long in written.DTYPES.values()] == list(
-        written.DTYPES
+    assert [said("-m", "m", "--dtype", long, "images").dtype for long in written.DTYPE_NAMES.values()] == list(
+        written.DTYPE_NAMES
     )
 
 
@@ -190,8 +190,8 @@ def test_options_do_not_change() -> None:
 def test_what_can_be_chosen_is_what_there_is() -> None:
     assert typing.get_args(written.Precision) == tuple(PRECISIONS)
     assert typing.get_args(written.MemoryFormat) == tuple(MEMORY_FORMATS)
-    assert typing.get_args(written.Dtype) == tuple(written.DTYPES)
-    assert set(written.DTYPES.values()) <= set(DTYPES)
+    assert typing.get_args(written.Dtype) == tuple(written.DTYPE_NAMES)
+    assert set(written.DTYPE_NAMES.values()) <= set(DTYPES)
     assert typing.get_args(written.ChannelReduction) == tuple(REDUCTIONS)
     assert typing.get_args(written.Layout) == tuple(LAYOUTS)
     assert set(typing.get_args(written.Interpolation)) == {mode.value for mode in InterpolationMode}

@@ -1,4 +1,4 @@
-"""Files that are no images, odd images, and images that hang or crash their decoder: one row or one failure each."""
+"""Odd images, files that are not images, and images that hang or crash their decoder: one row or one failure each."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def grey_of(file: Path) -> list[int]:
     return [int(value) for value in red.flatten()]
 
 
-# --- files that are no images --------------------------------------------------------------------------------------
+# --- files that are not images -------------------------------------------------------------------------------------
 
 
 def make_socket(file: Path) -> None:
@@ -521,7 +521,7 @@ def test_a_process_that_is_killed_from_outside_is_not_blamed_on_its_image(tmp_pa
     time.sleep(0.3)
     [process_id] = process_ids() - before
     os.kill(process_id, signal.SIGKILL)
-    with no_longer_than(20), pytest.raises(ImageError, match=r"a worker died: SIGKILL\n .*memory"):
+    with no_longer_than(20), pytest.raises(ImageError, match=r"a worker exited unexpectedly: SIGKILL\n .*memory"):
         next(some)
     assert process_ids() == before
 

@@ -651,7 +651,7 @@ def test_a_killed_decoding_process_is_an_error_where_the_next_batch_is_asked_for
     with no_longer_than(60):
         os.kill(min(process_ids() - before), signal.SIGKILL)
         time.sleep(0.3)  # The consumer is at work; it hears of it when it comes back.
-        with pytest.raises(ImageError, match=r"a worker died: .*\n  .*try fewer --workers or a smaller"):
+        with pytest.raises(ImageError, match=r"a worker exited unexpectedly: .*\n  .*try fewer --workers or a smaller"):
             list(some)
     assert process_ids() == before
 

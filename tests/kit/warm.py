@@ -73,7 +73,8 @@ def _request(folder: str, what: str, arguments: list[str]) -> int:
         streams = array.array("i", [0, 1, 2])
         connection.sendmsg([len(request).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
         connection.sendall(request)
-        return int(connection.makefile().read() or 1 << 8)
+        # Read a line, not to the end: a later fork, such as the next process of a pipe, also holds the connection open.
+        return int(connection.makefile().readline() or 1 << 8)
 
 
 def _connect(folder: str, what: str) -> socket.socket:
@@ -128,7 +129,7 @@ def _serve(name: str, modules: list[str]) -> None:
 def _send_status(child: int, connection: socket.socket) -> None:
     _, status = os.waitpid(child, 0)
     with connection:
-        connection.sendall(str(status).encode())
+        connection.sendall(f"{status}\n".encode())
 
 
 def _become(streams: list[int], arguments: list[str], folder: str, environment: dict[str, str]) -> None:

@@ -35,6 +35,8 @@ from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `kit`, when this file is run as a script
+
 import hookx
 from hookx.cli.app import app
 from kit import warm

@@ -59,6 +59,7 @@ CLEAN = [
     "The weights of the model are a file of 40 MB.",
     "There is no image in this folder; it is no longer needed.",
     "Is there no GPU?",
+    "The pass ends after the last layer that you asked for.",
     "It wrote 12 files, of which 3 are damaged.",
     "There are two or more calls.",
     "--top must be at least 1, got 0",

@@ -43,7 +43,7 @@ LAYERS = (
     LayerSpec("phase", (3,), "complex64"),
     LayerSpec("nothing", (0, 2), "uint8"),
 )
-# Ten images in shards of three, of which four could not be read: shards of 3, 2, 0 and 1 rows.
+# Ten images in shards of three, four of them unreadable: shards of 3, 2, 0 and 1 rows.
 KEYS = ["00", "01", "02", "03", "05", "09"]
 Opened = tuple[hookx.Features, dict[str, Tensor]]
 
@@ -176,32 +176,34 @@ def test_every_index_gives_the_rows_that_numpy_would_take_out_of_all(opened: Ope
 @pytest.mark.parametrize("outside", [6, -7, [0, 6], [-7], np.array([2**64 - 1], dtype=np.uint64), torch.tensor([9])])
 def test_a_row_that_there_is_not_is_an_index_error_that_names_it(opened: Opened, outside: Any) -> None:
     named = np.asarray(outside).ravel()[-1]
-    with pytest.raises(IndexError, match=f"row {named} of 6"):
+    with pytest.raises(IndexError, match=f"row {named} is out of range for 6 rows"):
         opened[0]["layer1"][outside]
 
 
 @pytest.mark.parametrize(
     ("foreign", "said"),
     [
-        ((0, 1), r"not \(0, 1\); take rows first, and then a part of their tensor"),
-        ((slice(None), 0), "take rows first"),
+        ((0, 1), r"not \(0, 1\); index the rows first, then their tensor: \[rows\]\[:, 0\]"),
+        ((slice(None), 0), "index the rows first"),
         ([True, False], r"not \[True, False\]"),
         (True, "not True"),
         (np.True_, "not"),
-        (torch.tensor(True), r"not an array of torch.bool with the shape \(\)"),
+        (torch.tensor(True), r"not an array of torch.bool with shape \(\)"),
         (1.0, "not 1.0"),
         ([0.0, 1.0], r"not \[0.0, 1.0\]"),
         ([[0, 1]], r"not \[\[0, 1\]\]"),
         ([[0], [0, 1]], "not"),
-        (np.zeros((6, 2), dtype=bool), r"not an array of bool with the shape \(6, 2\)"),
-        (torch.zeros(2, 2, dtype=torch.int64), r"not an array of torch.int64 with the shape \(2, 2\)"),
+        (np.zeros((6, 2), dtype=bool), r"not an array of bool with shape \(6, 2\)"),
+        (torch.zeros(2, 2, dtype=torch.int64), r"not an array of torch.int64 with shape \(2, 2\)"),
         (None, "not None"),
         (..., "not Ellipsis"),
-        ("03", r"not '03'; an image has its row by .of\('03'\)"),
+        ("03", r"not '03'; look an image up by key with .of\('03'\)"),
     ],
 )
 def test_an_index_that_names_no_rows_is_refused_and_never_guessed(opened: Opened, foreign: Any, said: str) -> None:
-    with pytest.raises(TypeError, match=f"rows are an integer, a slice, a list of integers or a mask of 6, .*{said}"):
+    with pytest.raises(
+        TypeError, match=f"rows must be an integer, a slice, a list of integers or a mask of length 6, .*{said}"
+    ):
         opened[0]["layer1"][foreign]
 
 
@@ -276,7 +278,7 @@ def test_iteration_batches_and_shards_give_all_rows_in_order_with_their_keys(ope
             assert all(len(tensor) == len(some) for tensor, some in zip(tensors, keys, strict=True))
     assert [len(keys) for _, keys in features["layer1"].batches(4)] == [4, 2]
     assert [len(keys) for _, keys in features["layer1"].shards()] == [3, 2, 1]
-    with pytest.raises(UsageError, match="batch size is 0"):
+    with pytest.raises(UsageError, match="the batch size must be at least 1, got 0"):
         next(features["layer1"].batches(0))
 
 
@@ -324,7 +326,7 @@ def test_torch_and_numpy_get_the_stored_values(opened: Opened) -> None:
             assert same_bits(torch.from_numpy(np.asarray(features[address])), written[address])
     assert np.asarray(features["labels"], dtype=np.float64).dtype == np.float64
     assert np.concatenate([features["labels"], features["labels"]]).shape == (12,)
-    with pytest.raises(ValueError, match="an array of it is a copy"):
+    with pytest.raises(ValueError, match="an array of it is always a copy"):
         np.asarray(features["labels"], copy=False)
 
 
@@ -471,7 +473,7 @@ def test_a_transform_may_change_its_row_in_place_and_gets_a_dict_of_several_addr
     assert key == "05" and list(several) == ["labels", "layer1"]
     assert same_bits(several["labels"], written["labels"][4]) and same_bits(several["layer1"], written["layer1"][4])
     assert features.dataset(["mask", "layer1"], transform=flattened)[0][0].shape == (8,)
-    with pytest.raises(UsageError, match="no addresses"):
+    with pytest.raises(UsageError, match="a dataset needs at least one address"):
         features.dataset([])
     with pytest.raises(NotStoredError, match="closest: mask"):
         features.dataset(["labels", "maks"])
@@ -538,7 +540,7 @@ def test_a_window_holds_whole_stretches_of_shards_which_were_fetched_before(
     for row in sampler:
         [(start, stop)] = [(start, stop) for start, stop in fetched if start <= row < stop]
         assert stop - start <= stretch and any(a <= start < stop <= b for a, b in pairwise(borders))
-        # Of the stretches that were begun and are not finished there are no more than a window holds.
+        # A window holds all stretches that are begun and not finished.
         in_use ^= {row}
         begun = {s for s in fetched if any(s[0] <= r < s[1] for r in in_use)}
         unfinished = {s for s in begun if not all(r in in_use for r in range(*s))}
@@ -549,7 +551,7 @@ def test_a_window_holds_whole_stretches_of_shards_which_were_fetched_before(
 def test_the_next_window_is_fetched_while_one_is_used() -> None:
     fetched: list[int] = []
     sampler = sampler_of([90], 10, 30, prefetch=lambda start, stop: fetched.append(start))
-    assert [len(fetched) for _ in sampler] == [6] * 30 + [9] * 60  # stretches, of which a window has three
+    assert [len(fetched) for _ in sampler] == [6] * 30 + [9] * 60  # A window has three stretches.
 
 
 def test_seeds_and_epochs_differ_and_a_negative_seed_is_refused() -> None:
@@ -557,12 +559,12 @@ def test_seeds_and_epochs_differ_and_a_negative_seed_is_refused() -> None:
     sampler = sampler_of([50, 50], 10, 40)
     orders |= {tuple(sampler) for _ in range(5)}
     assert len(orders) == 9  # The first epoch of the seed 0 is there twice.
-    with pytest.raises(UsageError, match="seed is -1"):
+    with pytest.raises(UsageError, match="the seed must be at least 0, got -1"):
         sampler_of([1], 1, 1, seed=-1)
 
 
 def test_every_window_mixes_rows_from_all_over_the_run() -> None:
-    classes = 100  # of 100 neighbours each, as folders are
+    classes = 100  # 100 neighbours each, like folders.
     order = list(sampler_of([1000] * 10, 20, 2000))
     for start in range(0, 10_000, 500):
         assert len({row // classes for row in order[start : start + 500]}) > 50

@@ -13,9 +13,8 @@ from torchvision.models import get_model
 
 from hookx.layers.select import parse_selectors
 from hookx.models import ModelOptions
-from hookx.run import cores as workers
-from hookx.run.cores import single_threaded, usable_cores
-from hookx.run.defaults import chosen_batch_size, chosen_memory_format, chosen_workers
+from hookx.run.cores import count_usable_cores, single_threaded
+from hookx.run.defaults import choose_batch_size, choose_memory_format, choose_workers
 from hookx.run.ready import ready_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -23,22 +22,22 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.mark.parametrize(("crop_px", "images"), [(32, 16), (256, 16), (299, 11), (384, 7), (518, 3), (5000, 1)])
 def test_a_batch_on_the_cpu_is_16_images_or_as_many_as_have_their_pixels(crop_px: int, images: int) -> None:
-    assert chosen_batch_size("auto", CPU, crop_px, 10**6, 2048) == images
+    assert choose_batch_size("auto", CPU, crop_px, 10**6, 2048) == images
     assert images == 1 or images * crop_px**2 <= 16 * 256**2
 
 
 @pytest.mark.parametrize(("image_count", "images"), [(1, 4), (64, 4), (100, 6), (256, 16), (300, 16)])
 def test_a_short_list_makes_small_batches_so_that_every_worker_has_one(image_count: int, images: int) -> None:
-    assert chosen_batch_size("auto", CPU, 224, image_count, 2048) == images
+    assert choose_batch_size("auto", CPU, 224, image_count, 2048) == images
 
 
 @pytest.mark.parametrize(("megabytes", "images"), [(2, 16), (2.2, 8), (4, 8), (4.2, 4), (100, 4)])
 def test_large_activations_make_small_batches_that_divide_a_shard(megabytes: float, images: int) -> None:
-    assert chosen_batch_size("auto", CPU, 224, 10**6, int(megabytes * 2**20)) == images
+    assert choose_batch_size("auto", CPU, 224, 10**6, int(megabytes * 2**20)) == images
 
 
 def test_a_batch_size_that_is_asked_for_is_taken_on_any_device() -> None:
-    assert chosen_batch_size(24, CPU, 518, 1, 10**8) == chosen_batch_size(24, CUDA, 518, 1, 10**8) == 24
+    assert choose_batch_size(24, CPU, 518, 1, 10**8) == choose_batch_size(24, CUDA, 518, 1, 10**8) == 24
 
 
 @pytest.mark.parametrize(
@@ -55,11 +54,11 @@ def test_convolutions_over_overlapping_windows_run_in_channels_last(name: str, m
     with torch.device("meta"):
         module = get_model(name, weights=None)
     convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
-    assert chosen_memory_format("auto", convolutions, CPU, "fp32") == memory_format
-    assert chosen_memory_format("auto", convolutions, CUDA, "bf16") == memory_format
-    assert chosen_memory_format("auto", convolutions, CUDA, "fp32") == "contiguous"
+    assert choose_memory_format("auto", convolutions, CPU, "fp32") == memory_format
+    assert choose_memory_format("auto", convolutions, CUDA, "bf16") == memory_format
+    assert choose_memory_format("auto", convolutions, CUDA, "fp32") == "contiguous"
     for asked in ("contiguous", "channels_last"):
-        assert chosen_memory_format(asked, convolutions, CPU, "fp32") == asked
+        assert choose_memory_format(asked, convolutions, CPU, "fp32") == asked
 
 
 @pytest.mark.parametrize(
@@ -81,9 +80,10 @@ def test_what_runs_after_the_last_layer_has_no_say_in_the_memory_format(layers: 
     assert ready.runner.memory_format == memory_format
 
 
-def test_every_core_computes_on_the_cpu_and_one_is_left_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hookx.run.defaults.usable_cores", lambda: 16)
-    assert (chosen_workers(None, CPU), chosen_workers(None, CUDA), chosen_workers(3, CPU)) == (16, 15, 3)
+def test_every_core_computes_on_the_cpu_and_one_is_left_beside_a_gpu() -> None:
+    assert [choose_workers(None, device, cores=16) for device in (CPU, CUDA)] == [16, 15]
+    assert choose_workers(3, CPU, cores=16) == 3
+    assert choose_workers(None, CPU) == count_usable_cores()
 
 
 @pytest.mark.parametrize(("quota", "cores"), [("150000 100000", 2), ("20000 100000", 1), ("max 100000", 64), ("", 64)])
@@ -91,10 +91,9 @@ def test_the_quota_of_a_container_bounds_the_cores(
     quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)), raising=False)
-    monkeypatch.setattr(workers, "_CGROUP_LIMIT", tmp_path / "cpu.max")
     if quota:
         (tmp_path / "cpu.max").write_text(f"{quota}\n")
-    assert usable_cores() == cores
+    assert count_usable_cores(tmp_path / "cpu.max") == cores
 
 
 def test_computing_on_one_thread_ends_with_its_block_also_after_an_error() -> None:

@@ -445,9 +445,9 @@ def bad_arguments() -> Iterator[Any]:
     yield case(UsageError, "--shard-images must be at least 1, got 0", shard_images=0)
     yield case(UsageError, "invalid --precision 'fp8': choose fp32, bf16, fp16", precision="fp8")
     yield case(UsageError, "invalid --dtype 'int8': choose fp64, fp32, fp16, bf16", dtype="int8")
-    yield case(UsageError, "there is no device 'tpu' here; there is: cpu", device="tpu")
+    yield case(UsageError, "invalid --device 'tpu': this machine has cpu", device="tpu")
     yield case(UsageError, "invalid --max-shard-size 'much': write it as in 512MiB, 2GB or 4096", max_shard_size="much")
-    yield case(UsageError, "cannot crop 64 pixels out of 32", crop=64)
+    yield case(UsageError, "--crop 64 is larger than --resize 32", crop=64)
     yield case(UsageError, "invalid --mean '0.5': give three numbers", mean=[0.5])
     yield case(UsageError, "invalid --std '0.0,1.0,1.0': no deviation can be 0", std=[0.0, 1.0, 1.0])
     yield case(

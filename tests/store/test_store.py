@@ -24,9 +24,6 @@ from hookx.store.record import ShardRecord, read_record
 from kit.runs import MAPS, forked, plan_of, random_rows, same_bits, wait_for, write_run
 from kit.shards import publish
 
-# Of ten images, in shards of three, four could not be read: one alone, and all of a shard.
-
-
 # --- the format ----------------------------------------------------------------------------------------------------
 
 
@@ -102,10 +99,10 @@ def test_a_process_killed_while_it_writes_leaves_no_shard_and_the_next_run_remov
     plan = plan_of(MAPS, 1)
     shard = tmp_path / plan.shard_file(plan.shards[0])
 
-    def write_for_ever() -> None:
+    def write_forever() -> None:
         write_whole(shard, itertools.repeat(bytes(1000)))
 
-    with forked(write_for_ever):
+    with forked(write_forever):
         wait_for(lambda: any(file.stat().st_size > 0 for file in tmp_path.glob(".*")))
     assert not shard.exists() and list(tmp_path.glob(".*"))
     with RunDirectory(tmp_path, plan):

@@ -289,7 +289,7 @@ def test_what_was_known_of_a_batch_that_is_read_again_is_forgotten_with_all_behi
             return writer.write(positions)
 
         assert [written(range(start, start + 2), 2).result().first_row for start in (0, 2, 4)] == [0, 2, 4]
-        writer.forget(range(2, 4))  # As when the process died that had read it.
+        writer.forget(range(2, 4))  # As after a crash of the process that had read it.
         last = written(range(4, 6), 2)
         time.sleep(0.05)
         assert not last.done()
@@ -326,7 +326,7 @@ def test_a_process_that_waits_for_another_ends_when_the_run_was_killed(tmp_path:
     run_process.join()
     deadline = time.monotonic() + 10
     while waiting.exists() and waiting.read_text().split()[2] != "Z":
-        assert time.monotonic() < deadline, "it waits for ever"
+        assert time.monotonic() < deadline, "it waits forever"
         time.sleep(0.01)
 
 
@@ -386,7 +386,7 @@ def test_a_disk_that_takes_no_more_leaves_no_shard_and_the_error_says_so(tmp_pat
                 writer.finish()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        # Whoever would go on is told, and does not wait for ever.
+        # Whoever would go on is told, and does not wait forever.
         with pytest.raises(StoreError, match="File too large"):
             writer.rows(range(4, 8), 4)
     names = [plan.shard_file(plan.shards[0]), "plan.json"]

@@ -16,9 +16,16 @@ from hookx.errors import CaptureError
 from hookx.layers.tree import Call, Layer, TensorInfo
 
 _Key = tuple[str, int, bool, Parts]
+_Explain = Callable[[str, Mapping[str, nn.Module]], str]
 
 
-def probe(runner: Runner, images_NCHW: Tensor, *, paths: Sequence[str] | None = None) -> list[Layer]:
+def probe(
+    runner: Runner,
+    images_NCHW: Tensor,
+    *,
+    paths: Sequence[str] | None = None,
+    why_never_called: _Explain = lambda _path, _modules: "",
+) -> list[Layer]:
     """Learn what a forward pass does to each layer: calls, structure, shapes, and which dimension is the batch.
 
     It makes two passes, with 2 and with 3 images; the dimension that grows is the batch. In the second pass all images
@@ -29,6 +36,7 @@ def probe(runner: Runner, images_NCHW: Tensor, *, paths: Sequence[str] | None = 
         runner: how to take a batch through the model.
         images_NCHW: three images of ordinary values, on the runner's device.
         paths: the modules to describe; None for all.
+        why_never_called: says why the model never calls the module at a path, given all modules; '' if unknown.
 
     Returns:
         The layers in the order of their first call; one that is never called follows the module registered before it.
@@ -72,7 +80,7 @@ def probe(runner: Runner, images_NCHW: Tensor, *, paths: Sequence[str] | None = 
         for key, shape in shapes.items()
     }
     infos.update(second.seen)
-    return _layers(runner.module, tapped, first, infos)
+    return _layers(runner.module, tapped, first, infos, why_never_called)
 
 
 def example_images(runner: Runner, side_px: int) -> Tensor:
@@ -173,7 +181,11 @@ def _describe(key: _Key, of_2: torch.Size | None, of_3: Tensor, provable: bool) 
 
 
 def _layers(
-    model: nn.Module, tapped: Mapping[str, nn.Module], recording: _Recording, infos: Mapping[_Key, TensorInfo]
+    model: nn.Module,
+    tapped: Mapping[str, nn.Module],
+    recording: _Recording,
+    infos: Mapping[_Key, TensorInfo],
+    why_never_called: _Explain,
 ) -> list[Layer]:
     by_call: dict[tuple[str, int, bool], list[TensorInfo]] = {}
     for (path, call, is_input, _), info in infos.items():
@@ -198,33 +210,26 @@ def _layers(
                 class_name=type(module).__name__,
                 parameters=parameter_count(module),
                 calls=calls,
-                never_called_because="" if calls else _why_never_called(path, modules),
+                never_called_because="" if calls else _why_never_called(path, modules, why_never_called),
                 same_as="" if first_path == path else first_path,
             )
         )
     return [layer for _, layer in sorted(zip(places, layers, strict=True), key=lambda pair: pair[0])]
 
 
-def _why_never_called(path: str, modules: Mapping[str, nn.Module]) -> str:
+def _why_never_called(path: str, modules: Mapping[str, nn.Module], of_this_model: _Explain) -> str:
     """Return why a forward pass leaves a module out, if the reason is known."""
     module = modules[path]
-    parent_path, _, name = path.rpartition(".")
-    parent = modules[parent_path or "."]
-    parent_class = type(parent).__name__
+    parent_path = path.rpartition(".")[0] or "."
+    parent = modules[parent_path]
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
         return f"an nn.{type(module).__name__} only holds other modules"
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention uses its weights directly"
-    if parent_class.startswith("ShiftedWindowAttention") and name in ("qkv", "proj"):
-        return f"{parent_class} uses its weights directly"
-    if parent_class in ("GoogLeNet", "Inception3") and name.lower().startswith("aux"):
-        return "auxiliary classifiers run in training only"
-    if type(modules["."]).__module__.startswith("torchvision.models.detection") and not path.startswith("backbone"):
-        return "its rows are boxes and proposals, not images"
+    if reason := of_this_model(path, modules):
+        return reason
     if type(module).__name__ in ("QFunctional", "FloatFunctional"):
         return "it is used through its methods, such as add"
-    if type(module).__name__ == "StochasticDepth":
-        return "its block has no residual connection"
-    if parent is not modules["."] and (above := _why_never_called(parent_path, modules)):
-        return above if parent_class not in ("ModuleList", "ModuleDict") else ""
-    return ""
+    if parent is modules["."] or type(parent) in (nn.ModuleList, nn.ModuleDict):
+        return ""
+    return _why_never_called(parent_path, modules, of_this_model)

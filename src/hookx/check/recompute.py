@@ -25,7 +25,7 @@ from hookx.models import LoadedModel, load_model, may_run_code
 from hookx.options import CheckpointOptions, ModelOptions, RecomputeOptions, list_paths, takes
 from hookx.plan import Plan, Shard, WeightsIdentity
 from hookx.run.cores import single_threaded
-from hookx.run.defaults import chosen_device
+from hookx.run.defaults import choose_device
 from hookx.run.ready import place_and_select
 from hookx.store.directory import present_shards, read_plan
 from hookx.store.format import open_shard
@@ -97,7 +97,7 @@ def recompute(options: RecomputeOptions) -> Recomputation:
     files = dict(zip(listed.keys, listed.files, strict=True))
     model_options = options.options or ModelOptions(**options.values_of(CheckpointOptions))
     loaded = _load_again(plan, options.model, options.weights, model_options)
-    runner = Runner(loaded.module, loaded.forward, chosen_device(options.device), plan.precision, plan.memory_format)
+    runner = Runner(loaded.module, loaded.forward, choose_device(options.device), plan.precision, plan.memory_format)
     targets = _find_targets(path, plan, loaded, runner)
 
     rows: list[RecomputedRow] = []

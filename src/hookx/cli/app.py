@@ -57,7 +57,7 @@ def main() -> NoReturn:
         try:
             app()
         except SystemExit:
-            from hookx.cli.terminal import flush_output
+            from hookx.cli.streams import flush_output
 
             flush_output()
             raise
@@ -65,7 +65,7 @@ def main() -> NoReturn:
             raise_again()  # A signal during an import leaves a half-made module, and any error may follow.
             raise
     except HookxError as error:
-        from hookx.cli.terminal import printable
+        from hookx.cli.streams import printable
 
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -22,7 +22,7 @@ def extract(options: ExtractOptions, call: CallOptions) -> None:
         raise UsageError("no images are named", "give folders, files, or - to read paths from standard input")
     if call.null:
         sources = ["-0" if source == "-" else source for source in sources or ["-"]]
-    from hookx.cli import documents, terminal
+    from hookx.cli import documents, streams, terminal
     from hookx.cli.progress import show_progress, talk_on_stderr
     from hookx.run.prepare import prepare
     from hookx.run.run import run
@@ -30,16 +30,16 @@ def extract(options: ExtractOptions, call: CallOptions) -> None:
     with talk_on_stderr(call.quiet):
         job = prepare(**vars(options) | {"images": sources})
         if call.dry_run:
-            terminal.print_json(documents.describe_job(job)) if call.json else terminal.print_job(job)
+            streams.print_json(documents.describe_job(job)) if call.json else terminal.print_job(job)
             return
         images = len(job.images)
         done = images - sum(map(len, job.pending))
         with show_progress("images", images, done=done, quiet=call.quiet, leave=True) as advance:
             summary = run(job, advance)
     if call.json:
-        terminal.print_json(documents.describe_summary(summary))
+        streams.print_json(documents.describe_summary(summary))
     elif call.quiet:
-        terminal.print_lines(summary.files)
+        streams.print_lines(summary.files)
     else:
         terminal.print_summary(summary)
     if summary.failures:

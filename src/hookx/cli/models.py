@@ -19,16 +19,17 @@ def list_layers(options: ListLayersOptions, report: JsonOptions) -> None:
     """Show what can be captured: every module in execution order. Needs no weights."""
     from hookx.capture.probe import example_images, probe
     from hookx.capture.runner import Runner
-    from hookx.cli import documents, terminal
+    from hookx.cli import documents, streams, terminal
     from hookx.layers.select import narrowed
     from hookx.models import skeleton
 
     bare = skeleton(options.model, options.weights, ModelOptions(**options.values_of(BuildOptions)))
     runner = Runner.of(bare.module, bare.forward)
-    layers = probe(runner, example_images(runner, bare.preprocessing.crop_px))
+    examples_NCHW = example_images(runner, bare.preprocessing.crop_px)
+    layers = probe(runner, examples_NCHW, why_never_called=bare.why_never_called)
     layers = narrowed(layers, options.model, paths=options.paths, types=options.types, depth=options.depth)
     if report.json:
-        terminal.print_json(documents.describe_layers(layers))
+        streams.print_json(documents.describe_layers(layers))
     else:
         terminal.print_model_layers(layers, tree=options.tree)
 
@@ -37,7 +38,7 @@ def list_layers(options: ListLayersOptions, report: JsonOptions) -> None:
 def list_models(options: ListModelsOptions, report: JsonOptions) -> None:
     """Show the models that can be named: kind, weights (the default first), and which are in the cache."""
     from hookx import models
-    from hookx.cli import documents, terminal
+    from hookx.cli import documents, streams, terminal
 
     known = models.list_models(options.pattern)
     kinds = {name: kind for name, kind in known.items() if fnmatchcase(name, options.pattern)}
@@ -45,6 +46,6 @@ def list_models(options: ListModelsOptions, report: JsonOptions) -> None:
         raise HookxError(f"no model matches '{options.pattern}'; closest: {closest(options.pattern, known)}")
     weights = {name: models.weights_of(name) for name in kinds}
     if report.json:
-        terminal.print_json(documents.describe_models(kinds, weights))
+        streams.print_json(documents.describe_models(kinds, weights))
     else:
         terminal.print_models(kinds, weights)

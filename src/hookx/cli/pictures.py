@@ -27,7 +27,7 @@ def visualize(options: VisualizeOptions, stored: StoredRunOptions, report: Repor
         raise UsageError(f"{sources[0]} is a run, whose model does not run again", "name images instead of the run")
     if not is_run and (stored.keys or stored.images_of_run):
         raise UsageError("--image and --images need a run", "name its directory, as in hookx visualize features/")
-    from hookx.cli import documents, terminal
+    from hookx.cli import documents, streams, terminal
     from hookx.cli.progress import show_progress, talk_on_stderr
     from hookx.pictures.models import visualize
     from hookx.pictures.runs import visualize_run
@@ -39,9 +39,9 @@ def visualize(options: VisualizeOptions, stored: StoredRunOptions, report: Repor
         else:
             gallery = visualize(**vars(options) | {"progress": advance})
     if report.json:
-        terminal.print_json(documents.describe_gallery(gallery))
+        streams.print_json(documents.describe_gallery(gallery))
     elif report.quiet:
-        terminal.print_lines([picture.file for picture in gallery.pictures])
+        streams.print_lines([picture.file for picture in gallery.pictures])
     else:
         terminal.print_gallery(gallery)
     if gallery.failures:

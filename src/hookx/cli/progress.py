@@ -49,7 +49,7 @@ class _Talk(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        from hookx.cli.terminal import printable
+        from hookx.cli.streams import printable
 
         mark = "warning: " if record.levelno >= logging.WARNING else ""
         tqdm.write(f"{mark}{printable(record.getMessage())}", file=sys.stderr)  # above the bar, if there is one

@@ -23,7 +23,7 @@ def verify(options: RecomputeOptions, report: JsonOptions) -> None:
     if options.count and not options.images:
         raise UsageError("the plan does not say where the images are", "name them: --images images/")
     from hookx.check.verify import verify
-    from hookx.cli import documents, terminal
+    from hookx.cli import documents, streams, terminal
     from hookx.cli.progress import show_progress, talk_on_stderr
 
     with talk_on_stderr(), show_progress("shards") as advance:
@@ -35,7 +35,7 @@ def verify(options: RecomputeOptions, report: JsonOptions) -> None:
         with talk_on_stderr():
             recomputation = recompute(**vars(options))
     document = documents.describe_verification(verification, recomputation)
-    terminal.print_json(document) if report.json else terminal.print_verification(verification, recomputation)
+    streams.print_json(document) if report.json else terminal.print_verification(verification, recomputation)
     if not document["ok"]:
         raise typer.Exit(1)
 
@@ -44,13 +44,13 @@ def verify(options: RecomputeOptions, report: JsonOptions) -> None:
 def inspect(options: InspectOptions, report: JsonOptions) -> None:
     """Show a run, finished or not: its plan, its progress, and what every layer holds."""
     from hookx.check.inspect import inspect
-    from hookx.cli import documents, terminal
+    from hookx.cli import documents, streams, terminal
     from hookx.cli.progress import show_progress
 
     with show_progress("shards") as advance:
         inspection = inspect(options.path, statistics=options.stats, progress=advance)
     if report.json:
-        terminal.print_json(documents.describe_inspection(inspection))
+        streams.print_json(documents.describe_inspection(inspection))
     else:
         terminal.print_inspection(inspection)
 
@@ -63,7 +63,7 @@ def inspect(options: InspectOptions, report: JsonOptions) -> None:
 )
 def export(options: ExportOptions, report: ReportOptions) -> None:
     """Write one layer of a run to a file for another program; the suffix chooses the format."""
-    from hookx.cli import documents, terminal
+    from hookx.cli import documents, streams, terminal
     from hookx.cli.progress import show_progress, talk_on_stderr
     from hookx.exporting import export
     from hookx.read.features import open_features
@@ -73,9 +73,9 @@ def export(options: ExportOptions, report: ReportOptions) -> None:
         with show_progress("rows", len(features.keys_of_rows), quiet=report.quiet) as advance:
             exported = export(features, options.layer, options.to, progress=advance)
     if report.json:
-        terminal.print_json(documents.plain(exported))
+        streams.print_json(documents.plain(exported))
     elif report.quiet:
-        terminal.print_lines(exported.files)
+        streams.print_lines(exported.files)
     else:
         terminal.print_export(exported)
 
@@ -92,7 +92,7 @@ def cat(options: CatOptions, report: JsonOptions) -> None:
         raise UsageError("--json and --raw exclude each other", "choose one")
     if options.raw and sys.stdout.isatty():
         raise UsageError("--raw writes bytes, and standard output is a terminal", "send them to a file: > FILE")
-    from hookx.cli.terminal import print_bytes
+    from hookx.cli.streams import print_bytes
     from hookx.exporting import printing
 
     activation = printing.read_activation(Path(options.path), options.layer, options.image)

@@ -5,17 +5,14 @@ The only file that imports rich.
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
 
 from hookx.cli.documents import ModelWeights, problems_of
-from hookx.errors import HookxError
+from hookx.cli.streams import in_one_line, print_lines
 from hookx.layers.address import Address
 from hookx.layers.tree import Layer
 from hookx.plan import LayerSpec
@@ -193,62 +190,6 @@ def print_facts(facts: Mapping[str, str]) -> None:
     _print_rows(list(facts.items()))
 
 
-def print_bytes(pieces: Iterable[bytes | memoryview]) -> None:
-    """Print data a piece at a time."""
-    try:
-        for piece in pieces:
-            sys.stdout.buffer.write(piece)
-    except BrokenPipeError:
-        raise  # The reader has seen enough; Typer ends the command silently.
-    except OSError as error:
-        raise _describe_failed_write(error) from None
-
-
-def flush_output() -> None:
-    """Write what is still buffered. Python does so as it exits, when it is too late to report an error."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        not_written = _describe_failed_write(error)
-        if isinstance(error, BrokenPipeError):
-            sys.exit(1)
-        raise not_written from None
-
-
-def print_json(document: Any) -> None:
-    """Print one JSON document."""
-    print(json.dumps(document, indent=2))
-
-
-def print_lines(lines: Sequence[str]) -> None:
-    """Print lines, made safe for a terminal."""
-    for line in lines:
-        print(_in_one_line(line))
-
-
-def printable(text: str) -> str:
-    r"""Escape what a terminal would act on: control characters, and bytes that are not UTF-8.
-
-    A line break stays if an indented line follows, as in hookx's own errors, so no name can begin a line.
-
-    Example:
-        >>> print(printable("no layer matches '\x1b[2J\nerror: x'\n  list them all"))
-        no layer matches '\x1b[2J\nerror: x'
-          list them all
-    """
-    lines = re.split(r"\n(?=  )", text)
-    return "\n".join("".join(char if char.isprintable() else ascii(char)[1:-1] for char in line) for line in lines)
-
-
-def _describe_failed_write(error: OSError) -> HookxError:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python will try again to write what is left.
-    return HookxError(f"cannot write to standard output: {error.strerror}")
-
-
-def _in_one_line(text: str) -> str:
-    return printable(text).replace("\n", "\\n")
-
-
 def _print_layers(layers: Sequence[LayerSpec], images: int) -> None:
     rows = [
         (
@@ -263,7 +204,7 @@ def _print_layers(layers: Sequence[LayerSpec], images: int) -> None:
 
 
 def _print_rows(rows: Rows, header: Sequence[str] = (), right_aligned: Sequence[int] = ()) -> None:
-    rows = [[_in_one_line(cell) for cell in row] for row in rows]
+    rows = [[in_one_line(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
         _print_table(rows, header, right_aligned)
         return

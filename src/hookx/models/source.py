@@ -18,10 +18,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def _no_reason(path: str, modules: Mapping[str, nn.Module]) -> str:
-    return ""
-
-
 @dataclass(frozen=True)
 class LoadedModel:
     """A module in eval mode on the CPU, with its preprocessing and the identity of its weights."""
@@ -42,7 +38,7 @@ class LoadedModel:
     """The modules that the weights lacked."""
     distribution: str = "torchvision"
     """The package whose version a shard records beside torch's."""
-    why_never_called: Callable[[str, Mapping[str, nn.Module]], str] = _no_reason
+    why_never_called: Callable[[str, Mapping[str, nn.Module]], str] = lambda _path, _modules: ""
     """Says why a forward pass skips the module at a path, given all modules by path; '' where it does not know."""
 
 

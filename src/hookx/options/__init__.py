@@ -37,8 +37,8 @@ ChannelReduction = Literal["mean", "max", "norm"]
 AnyPath = str | os.PathLike[str]
 Paths = AnyPath | Iterable[AnyPath]
 
-# The long names stand in a plan and a shard, as torch writes them.
-DTYPES: dict[str, str] = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# A plan and a shard have the long names, which are torch's.
+DTYPE_NAMES: dict[str, str] = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 MAX_SHARD_BYTES, MAX_SHARD_IMAGES = 512 * 2**20, 4096  # unless a user says otherwise
 
@@ -105,7 +105,7 @@ def _read_globs(value: str | Iterable[str]) -> tuple[str, ...]:
 
 def _read_dtype(name: str) -> str:
     """Return the short name of a type that may have been given by its long one."""
-    return next((short for short, long in DTYPES.items() if long == name), name)
+    return next((short for short, long in DTYPE_NAMES.items() if long == name), name)
 
 
 def _ignore(count: int) -> None:
@@ -119,8 +119,6 @@ _CALLED = "Called with the number finished since the last call."
 _DEVICE, _DEVICES = "auto, cpu, cuda, cuda:1 or mps.", ("auto", "cpu", "cuda", "mps")
 _MODEL, _NO_MODEL = "A model's name; hookx list-models shows them.", "no model is named"
 _RUN, _IMAGES_OF_RUN = "The directory that hookx extract wrote.", "The folders and files that the run was given."
-_ADDRESS = "An address of the run; hookx inspect shows them."
-_NO_LAYER = ("no layer is named", "as in --layer avgpool    see them: hookx inspect")
 _KEYS = "The image to draw, if the run holds several."
 
 
@@ -131,7 +129,7 @@ class BuildOptions(Options, title="Your own models and checkpoints", variables=T
         "--trust-checkpoint", "Read a pickled module or a .pt2 file, which can run code.", default=False
     )
     model_args: Mapping[str, str] = option(
-        "--model-arg KEY=VALUE...", "An argument of a python:, timm: or hf: model.", default={}, parse=_read_arguments
+        "--model-arg KEY=VALUE...", "An argument for building the model.", default={}, parse=_read_arguments
     )
     transform: str | None = option(
         "--transform REF", "Your own preprocessing, as in python:package.module:factory.", default=None
@@ -230,7 +228,7 @@ class ExtractOptions(ComputeOptions, PreprocessingOptions, ModelOptions, title="
     )
     layers: str | Iterable[str] = option(
         "-l --layers LAYERS...",
-        "Layers: paths, globs, type:Class; with commas between.",
+        "Paths, globs or type:Class, with commas between.",
         kw_only=False,
         completed_by=("layers", "model"),
         title="Layers",
@@ -280,7 +278,7 @@ class ExtractOptions(ComputeOptions, PreprocessingOptions, ModelOptions, title="
     )
     strict: bool = option("--strict", "Stop at the first image that cannot be read.", default=False, title="Images")
     decode_timeout: float = option(
-        "--decode-timeout SECONDS", "Most time for one image; 0: no limit.", default=60.0, minimum=0, title="Images"
+        "--decode-timeout SECONDS", "Time limit for one image; 0: none.", default=60.0, minimum=0, title="Images"
     )
     progress: Progress = option("", _CALLED, default=_ignore)
 
@@ -327,7 +325,9 @@ class ListLayersOptions(BuildOptions, title="Layers"):
 class ListModelsOptions(Options):
     """What `hookx list-models` takes."""
 
-    pattern: str = option("PATTERN", "A glob, as in 'resnet*' or 'timm:vit*'.", default="*", completed_by=("models",))
+    pattern: str = option(
+        "PATTERN", "A glob over names, as in 'vit*' or '*resnet50*'.", default="*", completed_by=("models",)
+    )
 
 
 class RecomputeOptions(CheckpointOptions, title="Recomputation"):
@@ -350,20 +350,34 @@ class RecomputeOptions(CheckpointOptions, title="Recomputation"):
     options: ModelOptions | None = option("", "Deprecated: give its fields as arguments.", default=None)
 
 
-class InspectOptions(Options, title="Options"):
-    """What `hookx inspect` takes."""
+class RunOptions(Options, title="Options"):
+    """Where a run is."""
 
     path: AnyPath = option("RUN", _RUN, default="features")
+
+
+class InspectOptions(RunOptions, title="Options"):
+    """What `hookx inspect` takes."""
+
     stats: bool = option(
         "--stats", "Mean, deviation, minimum, maximum, zeros, non-finite; reads everything.", default=False
     )
 
 
-class ExportOptions(Options, title="Options"):
+class LayerOfRunOptions(RunOptions, title="Layer"):
+    """Which layer of a run."""
+
+    layer: str = option(
+        "-l --layer ADDRESS",
+        "An address of the run; hookx inspect shows them.",
+        required=("no layer is named", "as in --layer avgpool    see them: hookx inspect"),
+        completed_by=("addresses", "path"),
+    )
+
+
+class ExportOptions(LayerOfRunOptions, title="Options"):
     """What `hookx export` takes."""
 
-    path: AnyPath = option("RUN", _RUN, default="features")
-    layer: str = option("-l --layer ADDRESS", _ADDRESS, required=_NO_LAYER, completed_by=("addresses", "path"))
     to: str = option(
         "--to FILE",
         "A new file: .npy, .npz, .parquet, .h5, .mat, .csv (vectors) or .zarr.",
@@ -372,11 +386,9 @@ class ExportOptions(Options, title="Options"):
     partial: bool = option("--partial", "Accept a run that is not finished.", default=False)
 
 
-class CatOptions(Options, title="Options"):
+class CatOptions(LayerOfRunOptions, title="Options"):
     """What `hookx cat` takes."""
 
-    path: AnyPath = option("RUN", _RUN, default="features")
-    layer: str = option("-l --layer ADDRESS", _ADDRESS, required=_NO_LAYER, completed_by=("addresses", "path"))
     image: str = option(
         "-i --image KEY",
         "An image's key; index.csv lists them.",

@@ -93,11 +93,10 @@ class Option:
 
     def read(self, value: Any) -> Any:
         """Check a value, or read it from text; `UsageError` names the flag, the value and what is possible."""
-        if value is None or value == "":
-            if self.required:
-                raise UsageError(*self.required)
-            if value is None:
-                return None if self.default is ... else self.default
+        if self.required and (value is None or (isinstance(value, str) and not value)):
+            raise UsageError(*self.required)
+        if value is None:
+            return None if self.default is ... else self.default
         is_default_word = isinstance(value, str) and value == self.default
         if self.parse is not None:
             try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hookx.capture.hooks import Taps, tap
 from hookx.capture.modules import modules_of
-from hookx.capture.runner import Runner, inference
+from hookx.capture.runner import Runner
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,11 @@ def find_attention(runner: Runner, pixels_NCHW: Tensor) -> list[Attention]:
         running.pop()
 
     taps = Taps(lambda path, *_: running.append(path), on_return)
-    with tap(modules, taps), inference(runner.device, runner.precision), _Watch(on_weights):
-        runner.forward(pixels_NCHW)  # In the layout of the image: another one would round differently.
+    # Keep the layout of the image: the model rounds differently in another one.
+    is_channels_last = pixels_NCHW.is_contiguous(memory_format=torch.channels_last)
+    runner = replace(runner, memory_format="channels_last" if is_channels_last else "contiguous")
+    with tap(modules, taps), _Watch(on_weights):
+        runner.run(pixels_NCHW)
     return found
 
 

@@ -1,1 +1,1 @@
-"""A run read back: features, their activations, datasets and joins."""
+"""Read runs back: features (a run), activations (one address), datasets (for torch) and join (two runs)."""

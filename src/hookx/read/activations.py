@@ -1,4 +1,4 @@
-"""One address of a run: an array that stays in the files of the shards until its rows are asked for."""
+"""One address of a run: an array that stays on disk until it is indexed."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from hookx.plan import LayerSpec
 from hookx.store.format import data_range, open_shard
 
 _BYTES_AT_ONCE = 2**20
-_KEYS_COMPARED = 100  # with one that is not there, for the error message
+_KEYS_COMPARED = 100  # Neighbours of a missing key, for the error message.
 Index: TypeAlias = int | slice | Sequence[int] | Sequence[bool] | NDArray[Any] | Tensor
 Positions: TypeAlias = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
 class RowIndex:
-    """Which rows there are, and where: the same for every address of a run.
+    """Which rows there are and which files hold them; every address of a run shares it.
 
     Attributes:
         keys: the image key of every row, in order.
-        failures: key -> reason, of the images that have no row.
-        files: of the shards.
-        first_rows: how many rows of the run come before each file, and the number of all.
-        chosen: where the rows are in the run, ascending; None if they are all of it.
+        failures: key -> reason for the images that have no row.
+        files: the shards.
+        first_rows: how many rows of the run precede each file, and the total.
+        chosen: the position of each row in the run, ascending; None if all rows are chosen.
     """
 
     keys: Keys
@@ -51,29 +51,28 @@ class RowIndex:
 
     @cached_property
     def borders(self) -> Positions:
-        """How many of these rows come before each file, and the number of all."""
+        """How many of these rows precede each file, and the total."""
         return self.first_rows if self.chosen is None else np.searchsorted(self.chosen, self.first_rows)
 
     def position(self, key: str) -> int:
-        """Return the row of an image; `NotStoredError` if it has none, with the reason if there is one."""
+        """Return the row of an image; `NotStoredError` if it has none, with the reason if the image failed."""
         if key in self.keys:
             return self.keys.index(key)
         if key in self.failures:
             raise NotStoredError(f"'{key}' could not be read: {self.failures[key]}")
-        # Keys are in order, so those that begin alike are neighbours.
+        # Keys are sorted, so similar ones are neighbours; comparing with millions would take minutes.
         place = self.keys.place(key)
         around = self.keys[max(0, place - _KEYS_COMPARED) : place + _KEYS_COMPARED]
         raise NotStoredError(f"there is no image '{key}' among the {len(self.keys):,}; closest: {closest(key, around)}")
 
 
 class Activations:
-    """One address of a run: an array of shape (rows, *shape of one image) that stays on the disk until it is indexed.
+    """One address of a run: an array of shape (rows, *shape of one image) that stays on disk until it is indexed.
 
-    Rows are named as numpy names them: by an integer (one row, without its first dimension), a slice, a list, an array
-    or a tensor of integers, or a mask of all rows. Only those rows are read, each file once and in its order, and what
-    is returned is a copy: yours to change. `shards`, and `torch` and `numpy` where a run has one shard, copy nothing:
-    what they return is the file, mapped into memory, and read as it is looked at. It can be changed, and the file
-    does not change with it.
+    Index it like the first dimension of a numpy array: by an integer (one row), a slice, a list, array or tensor of
+    integers, or a mask over all rows. Only those rows are read, each file once and in order, into a copy that is yours
+    to change. `shards`, and `torch` and `numpy` for a run of one shard, copy nothing: they map the file into memory,
+    where it is read on access. Writing to the result does not change the file.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -95,7 +94,7 @@ class Activations:
         self.shape = (len(rows.keys), *layer.shape)
         self.bytes_per_row = layer.bytes_per_image
         self.layer, self.rows = layer, rows
-        self._shards: dict[int, _ShardRows] = {}  # those that were read from
+        self._shards: dict[int, _ShardRows] = {}  # opened so far
 
     @property
     def keys(self) -> Keys:
@@ -119,10 +118,10 @@ class Activations:
         return rows if positions.ndim else rows[0]
 
     def of(self, key: str | Sequence[str]) -> Tensor:
-        """Return the activation of an image by its key, or the rows of several in their order.
+        """Return the activation of one image by its key, or those of several keys in their order.
 
         Raises:
-            NotStoredError: no row has this key; the message says why the image could not be read, if that is why.
+            NotStoredError: no row has this key; if the image could not be read, the message gives the reason.
         """
         if isinstance(key, str):
             return self[self.rows.position(key)]
@@ -131,12 +130,12 @@ class Activations:
     def batches(self, size: int) -> Iterator[tuple[Tensor, list[str]]]:
         """Yield all rows in order, `size` at a time: (activations, keys)."""
         if size < 1:
-            raise UsageError(f"the batch size is {size}; it is 1 or more")
+            raise UsageError(f"the batch size must be at least 1, got {size}")
         for start in range(0, len(self), size):
             yield self[start : start + size], self.keys[start : start + size]
 
     def shards(self) -> Iterator[tuple[Tensor, list[str]]]:
-        """Yield all rows in order, a shard at a time and without a copy: (activations, keys)."""
+        """Yield all rows in order, one shard at a time, without copying: (activations, keys)."""
         for number, (start, stop) in enumerate(pairwise(self.rows.borders)):
             if start < stop:
                 is_whole = stop - start == self.rows.first_rows[number + 1] - self.rows.first_rows[number]
@@ -149,14 +148,14 @@ class Activations:
         return self[:]
 
     def numpy(self) -> NDArray[Any]:
-        """Return all rows as an array. numpy has no bfloat16: it becomes float32, exactly, and a warning says so."""
+        """Return all rows as an array. numpy has no bfloat16, so it becomes float32, exactly, with a warning."""
         if self.dtype == torch.bfloat16:
             self._warn_of_conversion()
         return self._array()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
-            raise ValueError(f"'{self.address}' is read from its files, so an array of it is a copy")
+            raise ValueError(f"'{self.address}' is read from files, so an array of it is always a copy")
         if self.dtype == torch.bfloat16 and dtype is None:
             self._warn_of_conversion()
         return np.asarray(self._array(), dtype=dtype)
@@ -167,12 +166,12 @@ class Activations:
 
     def _warn_of_conversion(self) -> None:
         warnings.warn(
-            f"'{self.address}' is bfloat16, which numpy does not have: it becomes float32, exactly; .torch() keeps it",
+            f"'{self.address}' is bfloat16, which numpy lacks: it becomes float32, exactly; .torch() keeps bfloat16",
             stacklevel=3,
         )
 
     def prefetch(self, start: int, stop: int) -> None:
-        """Ask the system to read these rows from the disk, because they are about to be used; does not wait for it."""
+        """Start reading rows into the system's file cache, and return without waiting."""
         for shard, stretches in self._stretches(self._in_run(np.arange(start, stop))):
             shard.prefetch(stretches)
 
@@ -180,7 +179,7 @@ class Activations:
         return positions if self.rows.chosen is None else self.rows.chosen[positions]
 
     def _read(self, positions: Positions) -> Tensor:
-        """Copy rows out of the files: each file is opened once, and each row read once, in its order."""
+        """Copy rows out of the files; open each file once, and read each row once, in file order."""
         wanted = self._in_run(positions)
         ascending, places = np.unique(wanted, return_inverse=True)
         rows = torch.empty((len(ascending), *self.shape[1:]), dtype=self.dtype)
@@ -196,7 +195,7 @@ class Activations:
         return in_order
 
     def _stretches(self, ascending: Positions) -> Iterator[tuple[_ShardRows, list[_Stretch]]]:
-        """Cut rows of the run, which ascend, into those that lie side by side in one shard."""
+        """Group ascending rows of the run by shard, and in a shard into stretches of adjacent rows."""
         first_rows = self.rows.first_rows
         gaps = np.flatnonzero(np.diff(ascending) != 1) + 1
         cuts = np.union1d(gaps, np.searchsorted(ascending, first_rows))
@@ -214,7 +213,7 @@ class Activations:
 
 
 class _Stretch(NamedTuple):
-    """RowIndex that lie side by side in a shard, from `first` on: rows `start` to `stop` of what is read."""
+    """Adjacent rows of a shard, beginning with row `first`; they become rows `start` to `stop` of the result."""
 
     first: int
     start: int
@@ -222,7 +221,7 @@ class _Stretch(NamedTuple):
 
 
 class _ShardRows:
-    """The rows of one address in one shard's file. Holds no open file, so it can be forked and pickled."""
+    """The rows of one address in one shard. Holds no open file, so it can be forked and pickled."""
 
     def __init__(self, file: Path, layer: LayerSpec, count: int) -> None:
         self.file, self.layer, self.count = file, layer, count
@@ -233,30 +232,30 @@ class _ShardRows:
         self.offset, self.file_bytes = start, file.stat().st_size
 
     def read(self, stretches: Sequence[_Stretch], into: NDArray[np.uint8]) -> None:
-        """Copy rows out of the file, to their places."""
-        # From a mapped file this would be one line. But where a page is missing, the system then reads what is around
-        # it, up to megabytes for a row of some kilobytes; and an error of the disk would end the process.
-        with self._opened() as descriptor:
+        """Copy rows from the file into their places."""
+        # A mapped file would need one line. But on a page fault the system also reads the surroundings, up to
+        # megabytes for a row of a few kilobytes, and a disk error would crash the process.
+        with self._open() as descriptor:
             for first, start, stop in stretches:
                 at, wanted = self.offset + first * self.row_bytes, into[start:stop].data.cast("B")
-                while wanted:  # A call reads 2 GiB at most.
+                while wanted:  # One call reads at most 2 GiB.
                     count = os.preadv(descriptor, [wanted], at)
                     if not count:
                         raise self._changed()
                     at, wanted = at + count, wanted[count:]
 
     def prefetch(self, stretches: Sequence[_Stretch]) -> None:
-        """Let the system read rows into its cache of files."""
-        if hasattr(os, "posix_fadvise"):  # macOS has none.
-            with self._opened() as descriptor:
+        """Ask the system to read rows into its file cache."""
+        if hasattr(os, "posix_fadvise"):  # macOS lacks it.
+            with self._open() as descriptor:
                 for first, start, stop in stretches:
                     at, length = self.offset + first * self.row_bytes, (stop - start) * self.row_bytes
                     os.posix_fadvise(descriptor, at, length, os.POSIX_FADV_WILLNEED)
 
     def map(self) -> Tensor:
-        """Return all rows without reading them: the system does as they are looked at.
+        """Map all rows into memory; the system reads them on access.
 
-        The mapping is private, so that what is written to the tensor is memory of this process, and never the file.
+        The mapping is private, so writing to the tensor never changes the file.
         """
         try:
             with open_shard(self.file) as opened:
@@ -268,7 +267,7 @@ class _ShardRows:
         return rows
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[int]:
+    def _open(self) -> Iterator[int]:
         try:
             descriptor = os.open(self.file, os.O_RDONLY)
             try:
@@ -285,35 +284,36 @@ class _ShardRows:
 
 
 def _bytes_of_rows(rows: Tensor) -> NDArray[np.uint8]:
-    """Return the memory of rows as (rows, bytes), whatever their type; numpy does not know all of torch's."""
+    """View rows of any type as an array of (rows, bytes), because numpy lacks some of torch's types."""
     return rows.reshape(len(rows), -1).view(torch.uint8).numpy()
 
 
 def _positions(index: Any, length: int) -> Positions:
-    """Return the rows that an index names, counted from 0; without a dimension if it names one."""
+    """Return the row numbers that an index selects; an array without dimensions for a single integer."""
     if isinstance(index, slice):
         return np.arange(*index.indices(length))
     try:
         named = np.asarray(index.numpy(force=True) if isinstance(index, Tensor) else index)
-    except ValueError:  # a list of lists of different lengths
+    except ValueError:  # A list of lists of different lengths.
         named = np.array(None)
     if named.dtype == bool and named.shape == (length,):
         return np.flatnonzero(named)
     is_empty = named.shape == (0,)
     if isinstance(index, tuple) or not (is_empty or (named.ndim <= 1 and named.dtype.kind in "iu")):
-        raise TypeError(f"rows are an integer, a slice, a list of integers or a mask of {length}, {_instead(index)}")
+        expected = f"an integer, a slice, a list of integers or a mask of length {length}"
+        raise TypeError(f"rows must be {expected}, {_describe(index)}")
     outside = named[(named < -length) | (named >= length)]
     if outside.size:
-        raise IndexError(f"row {outside.flat[0]} of {length:,}")
+        raise IndexError(f"row {outside.flat[0]} is out of range for {length:,} rows")
     positions = named.astype(np.int64)
     return np.where(positions < 0, positions + length, positions)
 
 
-def _instead(index: Any) -> str:
+def _describe(index: Any) -> str:
     if isinstance(index, str):
-        return f"not {index!r}; an image has its row by .of({index!r})"
+        return f"not {index!r}; look an image up by key with .of({index!r})"
     if isinstance(index, tuple):
-        return f"not {index!r}; take rows first, and then a part of their tensor: [rows][:, 0]"
+        return f"not {index!r}; index the rows first, then their tensor: [rows][:, 0]"
     if isinstance(index, np.ndarray | Tensor):
-        return f"not an array of {index.dtype} with the shape {tuple(index.shape)}"
+        return f"not an array of {index.dtype} with shape {tuple(index.shape)}"
     return f"not {reprlib.repr(index)}"

@@ -1,4 +1,4 @@
-"""A run as torch's DataLoader wants it: a map-style dataset, and a shuffled order that walks the shards."""
+"""A run for torch's DataLoader: a map-style dataset, and a sampler that shuffles shard by shard."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from hookx.keys import Keys
 from hookx.options import parse_bytes
 from hookx.read.activations import Activations, Positions
 
-_STRETCH_BYTES = 2**20  # Long enough that a disk reads it at nearly its full speed.
-_WINDOW_ROWS_AT_MOST = 2**20  # Of small rows many fit into a window, and their order is in memory too.
+_STRETCH_BYTES = 2**20  # Long enough for a disk to read at nearly full speed.
+_MAX_WINDOW_ROWS = 2**20  # Bounds the memory for the order of small rows.
 
 
 class ActivationDataset(Dataset[tuple[Any, str]]):
-    """A map-style dataset of (activation, key); of several addresses, of ({address: activation}, key).
+    """A map-style dataset of (activation, key), or of ({address: activation}, key) for several addresses.
 
     It holds no open file, so worker processes can be forked or spawned. A DataLoader's batch is read at once, each
-    shard's file in its order. A row is a copy: a transform may change it in place.
+    shard in file order. A row is a copy, so a transform may change it in place.
 
     Args:
-        activations: by address, of the same rows.
-        address: the one whose activations are items; None for a dict of all.
-        transform: what an item's activation (or dict of them) becomes, in the process that reads it. To be spawned, it
-            must be a function that can be pickled.
+        activations: address -> activations, all over the same rows.
+        address: the address whose activations are the items; None for a dict of all.
+        transform: applied to each item's activation (or dict of them) in the process that reads it; spawned workers
+            need one that can be pickled.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -65,7 +65,7 @@ class ActivationDataset(Dataset[tuple[Any, str]]):
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[tuple[Any, str]]:
-        """Return several items; a DataLoader asks for a batch with this."""
+        """Return several items; a DataLoader gets each batch with one call."""
         read = {address: activations[rows] for address, activations in self.activations.items()}
         return [
             (self._item({address: tensor[number] for address, tensor in read.items()}), self.keys[row])
@@ -81,12 +81,12 @@ class ActivationDataset(Dataset[tuple[Any, str]]):
             activations.prefetch(start, stop)
 
     def sampler(self, *, seed: int = 0, window: str | int = "256MiB") -> ShardSampler:
-        """Return a sampler for a DataLoader, which shuffles; `ShardSampler` says how.
+        """Return a shuffling sampler for a DataLoader; see `ShardSampler`.
 
         Args:
             seed: decides the order, together with the epoch.
-            window: how much is shuffled at once. The next window is read from the disk while one is used, so the
-                system's cache of files should have room for two.
+            window: how much to shuffle at once, such as '1GiB'. The next window is read while one is in use, so the
+                system's file cache should have room for two.
         """
         row_bytes = max(1, sum(activations.bytes_per_row for activations in self.activations.values()))
         window_bytes = parse_bytes(window) if isinstance(window, str) else window
@@ -94,27 +94,27 @@ class ActivationDataset(Dataset[tuple[Any, str]]):
             self.rows.borders,
             self._prefetch,
             rows_per_stretch=max(1, _STRETCH_BYTES // row_bytes),
-            rows_per_window=min(window_bytes // row_bytes, _WINDOW_ROWS_AT_MOST),
+            rows_per_window=min(window_bytes // row_bytes, _MAX_WINDOW_ROWS),
             seed=seed,
         )
 
 
 class ShardSampler(Sampler[int]):
-    """Every row once, in an order that is shuffled and yet reads the shards as a disk likes it.
+    """Yield every row once, in a shuffled order that a disk can read quickly.
 
-    Neighbours in a shard are alike: keys are in order, so a folder's images, often a class, stand together. Shards are
-    therefore cut into stretches of rows (about 1 MiB), all stretches are shuffled, and the rows of as many as fit into
-    a window are shuffled among each other. So every window mixes rows from all over the run, and is read a stretch at
-    a time. What is smaller than a window, and rows of a stretch's size, are shuffled without any such limit.
+    Neighbours in a shard are alike: keys are sorted, so the images of a folder, often a class, are adjacent. The
+    sampler therefore cuts shards into stretches of rows (about 1 MiB), shuffles all stretches, and shuffles the rows of
+    as many stretches as fit into a window. Every window mixes rows from the whole run and is read one stretch at a
+    time. A run that fits into a window, or whose rows are as large as a stretch, is shuffled completely.
 
-    Every iteration is the next epoch, with an order of its own; `set_epoch` goes to a certain one, as when training is
-    resumed. The order follows from the seed and the epoch alone.
+    Each iteration is the next epoch and has its own order; `set_epoch` selects one, for example to resume training.
+    The order depends only on the seed and the epoch.
 
     Args:
         borders: the first row of every shard, and the number of all rows.
         prefetch: called with the first row of a stretch, and the one after its last, before its window is used.
-        rows_per_stretch: the most rows that are kept together up to a window.
-        rows_per_window: about how many rows are shuffled at once; at least those of a stretch.
+        rows_per_stretch: the largest number of rows that stay together until their window is shuffled.
+        rows_per_window: about how many rows to shuffle at once; at least one stretch.
         seed: decides the order, together with the epoch.
     """
 
@@ -128,7 +128,7 @@ class ShardSampler(Sampler[int]):
         seed: int = 0,
     ) -> None:
         if seed < 0:
-            raise UsageError(f"the seed is {seed}; it is 0 or more")
+            raise UsageError(f"the seed must be at least 0, got {seed}")
         self.borders, self.prefetch, self.seed, self.epoch = borders, prefetch, seed, 0
         self.rows_per_stretch = rows_per_stretch
         self.stretches_per_window = max(1, rows_per_window // rows_per_stretch)
@@ -137,7 +137,7 @@ class ShardSampler(Sampler[int]):
         return int(self.borders[-1])
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next iteration be this epoch, counted from 0."""
+        """Select the epoch of the next iteration, counted from 0."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -148,7 +148,7 @@ class ShardSampler(Sampler[int]):
         cut = [np.arange(start, stop, self.rows_per_stretch) for start, stop in pairwise(self.borders)]
         starts = np.concatenate([self.borders[:0], *cut])
         stretches = np.stack([starts, np.append(starts, len(self))[1:]], axis=1)
-        # Of equal size, or the rest would be a last window that mixes little.
+        # Windows of equal size, because a small remainder at the end would mix little.
         window_count = max(1, math.ceil(len(stretches) / self.stretches_per_window))
         windows = np.array_split(random.permutation(stretches), window_count)
         coming = iter(windows)
@@ -159,7 +159,7 @@ class ShardSampler(Sampler[int]):
 
         prefetch()
         for window in windows:
-            prefetch()  # The disk reads the next window while this one is used.
+            prefetch()  # The disk reads the next window while this one is in use.
             rows = np.concatenate([self.borders[:0], *(np.arange(start, stop) for start, stop in window)])
             random.shuffle(rows)
             yield from rows.tolist()

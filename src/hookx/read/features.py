@@ -1,4 +1,4 @@
-"""A run read back, and two runs joined: address -> activations that stay on the disk until they are asked for."""
+"""A run read back: a mapping of addresses to activations that stay on disk until they are indexed."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import numpy as np
 from hookx.errors import NotStoredError, ShardError, StoreError, UsageError, closest
 from hookx.keys import Keys
 from hookx.plan import Plan
-from hookx.read.activations import Activations, Positions, RowIndex
+from hookx.read.activations import Activations, RowIndex
 from hookx.read.datasets import ActivationDataset
 from hookx.store.directory import present_shards, read_plan
 from hookx.store.record import read_record
 
 
 def open_features(path: str | os.PathLike[str], *, partial: bool = False) -> Features:
-    """Open the output directory of a run; no activation is read yet.
+    """Open the output directory of a run without reading any activation.
 
     Args:
         path: the directory that `hookx extract` wrote.
-        partial: accept a run that is not finished, and show the shards that are.
+        partial: accept an unfinished run and show its finished shards.
 
     Raises:
-        StoreError: no run, a run that is not finished (the message has the command that resumes it), or a damaged
-            shard.
+        StoreError: the directory holds no run, an unfinished one (the message has the command that resumes it), or a
+            damaged shard.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -35,7 +35,7 @@ def open_features(path: str | os.PathLike[str], *, partial: bool = False) -> Fea
         >>> with TemporaryDirectory() as out:
         ...     _ = hookx.extract("resnet18", "conv1,avgpool", "images", weights="none", out=out)
         ...     features = hookx.open(out)
-        ...     rows = features["conv1"][2:4]  # only these are read
+        ...     rows = features["conv1"][2:4]  # reads only these rows
         >>> list(features), rows.shape, features.keys[0]
         (['conv1', 'avgpool'], torch.Size([2, 64, 112, 112]), 'animals/chelsea.jpg')
     """
@@ -45,16 +45,16 @@ def open_features(path: str | os.PathLike[str], *, partial: bool = False) -> Fea
     if len(shards) < len(plan.shards) and not partial:
         raise StoreError(
             f"{path}/ is not finished: {len(shards):,} of {len(plan.shards):,} shards",
-            "finish it with the command that began it; as far as its plan tells:",
+            "resume it with (reconstructed from the plan):",
             f"  {plan.command(os.path.join(path, ''))}",
-            f"or read the shards that there are: --partial, or in Python hookx.open({str(path)!r}, partial=True)",
+            f"or read its finished shards: --partial, or in Python hookx.open({str(path)!r}, partial=True)",
         )
     files = [(path / plan.shard_file(shard)).absolute() for shard in shards]
     failures: dict[str, str] = {}
     first_rows = [0]
 
     def keys_of_rows() -> Iterator[bytes]:
-        # One record at a time in memory: a run can have millions of images.
+        # Hold one record at a time: a run can have millions of images.
         last = b""
         for shard, file in zip(shards, files, strict=True):
             record = read_record(path, plan, shard)
@@ -73,12 +73,12 @@ def open_features(path: str | os.PathLike[str], *, partial: bool = False) -> Fea
 class RunKeys(Keys):
     """The image key of every row of a run, in order.
 
-    A mapping's `keys()` are its addresses, and a run's keys are its images. Both are meant by `features.keys`: as it
-    stands it is the images', and called, as `dict(features)` and `**features` do, the addresses'.
+    `features.keys` serves two meanings: as a sequence it holds the keys of the images; called, as `dict(features)` and
+    `**features` do, it returns the addresses, which are the keys of the mapping.
     """
 
     def __init__(self, keys: Keys, addresses: Sequence[str]) -> None:
-        super().__init__(keys._block, keys._ends)  # The same memory: there can be millions.
+        super().__init__(keys._block, keys._ends)  # Shares the memory: there can be millions.
         self._addresses = addresses
 
     def __call__(self) -> KeysView[str]:
@@ -86,12 +86,12 @@ class RunKeys(Keys):
 
 
 class Features(Mapping[str, Activations]):
-    """The activations of a run, by address. Nothing is loaded until it is indexed.
+    """The activations of a run by address, loaded when they are indexed.
 
     Attributes:
         plan: what was computed.
-        keys: the image key of every row, in order; the same for every address. `features.keys()` are the addresses.
-        failures: key -> reason, of the images that could not be read.
+        keys: the image key of every row, in order, for all addresses. `features.keys()` returns the addresses.
+        failures: key -> reason for the images that could not be read.
     """
 
     keys: RunKeys
@@ -122,20 +122,14 @@ class Features(Mapping[str, Activations]):
         return f"Features('{self.path}', {len(self.keys):,} images, {', '.join(self)})"
 
     def dataset(self, address: str | Sequence[str], transform: Callable[[Any], Any] | None = None) -> ActivationDataset:
-        """Return a map-style torch Dataset of (activation, key); `ActivationDataset` tells what it can do.
+        """Return a map-style torch Dataset of (activation, key); see `ActivationDataset`.
 
         Args:
-            address: one, or several, whose items are ({address: activation}, key).
-            transform: what an activation (or a dict of them) becomes, in the process that reads it.
+            address: one address, or several; for several the items are ({address: activation}, key).
+            transform: applied to each activation (or dict of them) in the process that reads it.
         """
         if isinstance(address, str):
             return ActivationDataset({address: self[address]}, address, transform)
         if not address:
-            raise UsageError("a dataset of no addresses has no items", f"name some of: {', '.join(self)}")
+            raise UsageError("a dataset needs at least one address", f"choose from: {', '.join(self)}")
         return ActivationDataset({one: self[one] for one in address}, None, transform)
-
-
-def _without(keys: Keys, positions: Positions) -> Keys:
-    others = np.ones(len(keys), dtype=bool)
-    others[positions] = False
-    return Keys.pack(map(keys.encoded, np.flatnonzero(others).tolist()))

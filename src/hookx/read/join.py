@@ -1,4 +1,4 @@
-"""Two runs joined by their keys."""
+"""Join two runs by their keys."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 
 from hookx.keys import Keys
 from hookx.read.activations import Positions
-from hookx.read.features import Features, _without
+from hookx.read.features import Features
 
 
 @dataclass(frozen=True)
 class Join:
-    """Two runs, of both the images that they share: row n of one is row n of the other.
+    """Two runs, reduced to the images they share: row n of one and row n of the other belong to the same image.
 
     Attributes:
-        left, right: the runs, as `hookx.open` gives them, with the rows in common.
-        only_left, only_right: keys that have a row in one of them alone; `right.failures` may say why.
+        left, right: the runs, as `hookx.open` returns them, with only the common rows.
+        only_left, only_right: keys that have a row in only one of them; the other's `failures` may say why.
     """
 
     left: Features
@@ -33,7 +33,7 @@ class Join:
 
 
 def join(left: Features, right: Features) -> Join:
-    """Bring the rows of two runs into one order, by their keys. No activation is read.
+    """Match the rows of two runs by their keys, without reading any activation.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -46,17 +46,17 @@ def join(left: Features, right: Features) -> Join:
         >>> len(both.keys), len(both.only_left), [tuple(some.shape) for some in rows]
         (8, 0, [(2, 512), (2, 1000)])
     """
-    in_left, in_right = _common(left.keys, right.keys)
+    in_left, in_right = _match(left.keys, right.keys)
     return Join(
-        left=_narrowed(left, in_left),
-        right=_narrowed(right, in_right),
+        left=_narrow(left, in_left),
+        right=_narrow(right, in_right),
         only_left=_without(left.keys, in_left),
         only_right=_without(right.keys, in_right),
     )
 
 
-def _common(left: Keys, right: Keys) -> tuple[Positions, Positions]:
-    """Return where the keys that are in both are in each."""
+def _match(left: Keys, right: Keys) -> tuple[Positions, Positions]:
+    """Return the positions of the common keys in each run."""
     in_left, in_right = array("q"), array("q")
     here = there = 0
     while here < len(left) and there < len(right):
@@ -69,8 +69,14 @@ def _common(left: Keys, right: Keys) -> tuple[Positions, Positions]:
     return np.array(in_left), np.array(in_right)
 
 
-def _narrowed(features: Features, positions: Positions) -> Features:
+def _narrow(features: Features, positions: Positions) -> Features:
     rows = features.rows
     keys = Keys.pack(map(rows.keys.encoded, positions.tolist()))
     chosen = positions if rows.chosen is None else rows.chosen[positions]
     return Features(features.path, features.plan, replace(rows, keys=keys, chosen=chosen))
+
+
+def _without(keys: Keys, positions: Positions) -> Keys:
+    others = np.ones(len(keys), dtype=bool)
+    others[positions] = False
+    return Keys.pack(map(keys.encoded, np.flatnonzero(others).tolist()))

@@ -57,7 +57,7 @@ class Batch:
             for tensor in (self.pixels_NCHW, *(self.encoded or ())):
                 if tensor is not None:
                     tensor.share_memory_()
-        except RuntimeError as error:  # which is all that torch says of too little memory
+        except RuntimeError as error:  # torch has no other error for too little memory
             raise MemoryError(str(error)) from None
 
     def decode_rest(self, preprocessing: Preprocessing, device: torch.device) -> None:
@@ -88,5 +88,5 @@ def stack(pixels: list[Tensor]) -> Tensor | None:
         if pixels[0].dtype == torch.uint8:  # Channels stay innermost, as they were decoded.
             return torch.stack([pixels_CHW.permute(1, 2, 0) for pixels_CHW in pixels]).permute(0, 3, 1, 2)
         return torch.stack(pixels)
-    except RuntimeError as error:  # which is all that torch says of too little memory
+    except RuntimeError as error:  # torch has no other error for too little memory
         raise MemoryError(str(error)) from None

@@ -19,11 +19,10 @@ from hookx.keys import images_sha256
 from hookx.layers.select import parse_selectors
 from hookx.layers.tree import Target
 from hookx.models import LoadedModel
-from hookx.options import DTYPES as STORED_AS
-from hookx.options import ExtractOptions, list_paths, takes
+from hookx.options import DTYPE_NAMES, ExtractOptions, list_paths, takes
 from hookx.plan import DTYPES, LayerSpec, Shard, images_per_shard
 from hookx.plan.plan import Plan
-from hookx.run.defaults import chosen_batch_size, chosen_workers
+from hookx.run.defaults import choose_batch_size, choose_workers
 from hookx.run.ready import ready_model
 from hookx.store.directory import PLAN, check_resumable, finished_shards, read_plan
 
@@ -32,7 +31,7 @@ log = logging.getLogger("hookx")
 
 @dataclass(frozen=True)
 class Job:
-    """A run of which everything has been checked and nothing has been done."""
+    """A run that has been checked and not begun."""
 
     out: Path
     plan: Plan
@@ -71,19 +70,20 @@ def prepare(options: ExtractOptions) -> Job:
     """Check everything that can be wrong with a run, and write nothing.
 
     Raises:
-        HookxError: whatever is wrong with the arguments.
+        HookxError: an argument is wrong.
     """
     selectors, excluded = parse_selectors(options.layers), parse_selectors(options.exclude)
     if not selectors:
         raise UsageError("no layer is named", "name one: --layers avgpool    list them: hookx list-layers MODEL")
-    batch_size, memory_format = options.batch_size, options.memory_format
+    batch_size: int | str = options.batch_size
+    memory_format: str = options.memory_format
     listed = list_images(list_paths(options.images))
     directory = Path(options.out)
-    # What was chosen automatically stays what it was: on another device the choice may be another.
+    # A resumed run keeps what was chosen automatically: on another device the choice could differ.
     begun = read_plan(directory) if (directory / PLAN).exists() else None
     if begun is not None:
         batch_size = begun.batch_size if batch_size == "auto" else batch_size
-        memory_format = begun.memory_format if memory_format == "auto" else memory_format  # type: ignore[assignment]
+        memory_format = begun.memory_format if memory_format == "auto" else memory_format
     ready = ready_model(
         options.model,
         options.weights,
@@ -101,13 +101,15 @@ def prepare(options: ExtractOptions) -> Job:
     specs = []
     for target in selection.targets:
         returned = stored_dtype(target)
-        stored = STORED_AS[options.dtype] if options.dtype and returned in STORED_AS.values() else returned
+        stored = DTYPE_NAMES[options.dtype] if options.dtype and returned in DTYPE_NAMES.values() else returned
         if stored not in DTYPES:
-            raise UsageError(f"'{target.address}' is {returned}, which a safetensors file cannot hold", "give --dtype")
+            raise UsageError(
+                f"'{target.address}' is {returned}, which safetensors files cannot hold", "convert it: --dtype fp32"
+            )
         specs.append(LayerSpec(str(target.address), target.shape, stored))
 
     bytes_per_image = sum(spec.bytes_per_image for spec in specs)
-    batch_size = chosen_batch_size(
+    batch_size = choose_batch_size(
         batch_size, ready.runner.device, ready.preprocessing.crop_px, len(listed), bytes_per_image
     )
     plan = Plan(
@@ -134,7 +136,7 @@ def prepare(options: ExtractOptions) -> Job:
         images=listed,
         targets=selection.targets,
         runner=ready.runner,
-        workers=min(chosen_workers(options.workers, ready.runner.device), batches),
+        workers=min(choose_workers(options.workers, ready.runner.device), batches),
         decode_timeout_seconds=options.decode_timeout,
         strict=options.strict,
         pending=pending,

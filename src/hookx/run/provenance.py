@@ -12,9 +12,9 @@ import torch
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a shard's record says of how it was made, under 'made'."""
+    """How a shard was made, for its record."""
 
-    versions: Mapping[str, str]  # of hookx, torch, the model's source and the decoder
+    versions: Mapping[str, str]  # of hookx, torch, the model's distribution and the decoder
     device: str
     batch_size: int  # images at once in the model
 

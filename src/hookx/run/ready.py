@@ -1,4 +1,4 @@
-"""A model made ready: built, on its device, with what prepares its images and the layers that are asked for."""
+"""A model made ready to run: built, on its device, with its preprocessing and its selected layers."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from hookx.layers.tree import Layer
 from hookx.models import LoadedModel, ModelOptions, load_model, skeleton
 from hookx.options import PreprocessingOptions
 from hookx.plan import Preprocessing
-from hookx.run.defaults import chosen_device, chosen_memory_format
+from hookx.run.defaults import choose_device, choose_memory_format
 
 log = logging.getLogger("hookx")
 
 
 @dataclass(frozen=True)
 class ReadyModel:
-    """A model on its device and in its memory format, its skeleton, and what the selectors name in it."""
+    """A model on its device, its skeleton without weights, its preprocessing and its selected layers."""
 
     loaded: LoadedModel
     bare: LoadedModel
@@ -49,13 +49,13 @@ def ready_model(
     memory_format: str = "auto",
     preprocessing: PreprocessingOptions = PreprocessingOptions(),
 ) -> ReadyModel:
-    """Build a model and find its layers; what is wrong with them shows on its skeleton, before weights are loaded.
+    """Build a model and select its layers; a wrong selector fails on the skeleton, before weights are loaded.
 
     Without selectors nothing is probed, and the selection is empty.
     """
-    on_device = chosen_device(device)
+    on_device = choose_device(device)
     bare = skeleton(model, weights, options)
-    prepares = _overridden(bare.preprocessing, preprocessing)
+    prepares = _override(bare.preprocessing, preprocessing)
     check_decoding(prepares, on_device)
     paths = matched_paths(selectors, module_classes(bare.module), model)
     matched_paths(excluded, module_classes(bare.module), model)
@@ -63,7 +63,12 @@ def ready_model(
     if selectors:
         without_memory = Runner.of(bare.module, bare.forward)
         paths = list(dict.fromkeys([*paths, *_convolutions(bare.module)]))
-        probed = probe(without_memory, example_images(without_memory, prepares.crop_px), paths=paths)
+        probed = probe(
+            without_memory,
+            example_images(without_memory, prepares.crop_px),
+            paths=paths,
+            why_never_called=bare.why_never_called,
+        )
         convolutions = _convolutions_up_to(select(selectors, probed, model, excluded), probed, bare.module)
 
     loaded = load_model(model, weights, options)
@@ -75,14 +80,14 @@ def ready_model(
             raise UsageError(f"{model} has integer layers that run on the CPU only", "write --device cpu")
         on_device = torch.device("cpu")
         check_decoding(prepares, on_device)
-    chosen = chosen_memory_format(memory_format, convolutions, on_device, precision)
+    chosen = choose_memory_format(memory_format, convolutions, on_device, precision)
     runner = Runner(loaded.module, loaded.forward, on_device, precision, chosen)
     try:
         selection = place_and_select(loaded, runner, selectors, excluded, crop_px=prepares.crop_px)
     except CaptureError:
         if memory_format != "auto" or chosen == "contiguous":
             raise
-        # Code of somebody's own can take a view that only NCHW has.
+        # A user's own model may take a view that only NCHW has.
         runner = dataclasses.replace(runner, memory_format="contiguous")
         selection = place_and_select(loaded, runner, selectors, excluded, crop_px=prepares.crop_px)
     return ReadyModel(loaded, bare, prepares, runner, selection)
@@ -103,11 +108,11 @@ def place_and_select(
     # Published weights can lack a module that their architecture has: GoogLeNet's auxiliary classifiers.
     classes = module_classes(loaded.module)
     paths = matched_paths(selectors, classes, loaded.name)
-    # Those that the weights did not hold are probed too, for their place in the order of execution.
+    # Modules that the weights lack are probed too, for their place in the order of execution.
     paths = list(dict.fromkeys([*paths, *(path for path in classes if _is_within(path, loaded.random_paths))]))
     examples_NCHW = example_images(runner, crop_px)
     try:
-        probed = probe(runner, examples_NCHW, paths=paths)
+        probed = probe(runner, examples_NCHW, paths=paths, why_never_called=loaded.why_never_called)
     except torch.OutOfMemoryError as error:
         raise out_of_memory(len(examples_NCHW), error) from None
     selection = select(selectors, probed, loaded.name, excluded)
@@ -120,7 +125,7 @@ def _convolutions(module: nn.Module) -> dict[str, nn.Conv2d]:
 
 
 def _convolutions_up_to(selection: Selection, probed: Sequence[Layer], module: nn.Module) -> list[nn.Conv2d]:
-    """Return the convolutions that run up to the last target, as the probe saw them."""
+    """Return the convolutions that run before the last target has returned."""
     order = {layer.path: place for place, layer in enumerate(probed) if layer.calls}
     addresses = [target.address for target in selection.targets]
     last = max(order[address.path] for address in addresses)
@@ -133,7 +138,7 @@ def _convolutions_up_to(selection: Selection, probed: Sequence[Layer], module: n
 
 
 def _warn_of_random_modules(loaded: LoadedModel, probed: Sequence[Layer], selection: Selection) -> None:
-    """Warn of targets that run after, or inside of, modules which the weights did not hold."""
+    """Warn of targets that run after, or inside, modules that the weights lack."""
     order = [layer.path for layer in probed]
     random = [path for path in order if _is_within(path, loaded.random_paths)]
     for target in selection.targets:
@@ -150,8 +155,8 @@ def _is_within(path: str, paths: Iterable[str]) -> bool:
     return any(other in (path, ".") or path.startswith(f"{other}.") for other in paths)
 
 
-def _overridden(preprocessing: Preprocessing, options: PreprocessingOptions) -> Preprocessing:
-    """Return the preprocessing of the weights with what the user asked for instead."""
+def _override(preprocessing: Preprocessing, options: PreprocessingOptions) -> Preprocessing:
+    """Return the preprocessing of the weights, changed as the user asks."""
     asked: dict[str, Any] = {
         "resize_px": options.resize,
         "crop_px": options.crop,
@@ -162,19 +167,20 @@ def _overridden(preprocessing: Preprocessing, options: PreprocessingOptions) -> 
     asked = {name: value for name, value in asked.items() if value is not None}
     if preprocessing.custom and (asked or options.decode != "exact"):
         raise UsageError(
-            f"this model brings a preprocessing of its own ({preprocessing}), which no option can change",
+            f"this model has its own preprocessing ({preprocessing}), which no option can change",
             "leave out --resize, --crop, --mean, --std, --interpolation and --decode",
         )
     changed = dataclasses.replace(preprocessing, **asked, exif=options.exif, decode=options.decode)
-    if min(changed.resize_px, changed.crop_px) < 1 or changed.crop_px > changed.resize_px:
+    if changed.crop_px > changed.resize_px:
         raise UsageError(
-            f"cannot crop {changed.crop_px} pixels out of {changed.resize_px}", "give both: --resize 256 --crop 224"
+            f"--crop {changed.crop_px} is larger than --resize {changed.resize_px}",
+            "give both: --resize 256 --crop 224",
         )
     return changed
 
 
 def out_of_memory(images_at_once: int, error: torch.OutOfMemoryError) -> HookxError:
-    """Return the error for a user whose device has too little memory."""
+    """Return the error for a device with too little memory."""
     return HookxError(
         f"the device has too little memory for {images_at_once} images at once: {str(error).splitlines()[0]}",
         "try --precision bf16, a smaller --crop, or --device cpu",

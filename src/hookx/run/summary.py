@@ -13,7 +13,7 @@ from hookx.store.record import Totals, read_record
 
 
 class Timing:
-    """Seconds of work by part, added up over the processes that shared it, and what they say of the whole."""
+    """Seconds of work by part, added up over the processes that shared it, and which part was the slowest."""
 
     def __init__(self, job: Job) -> None:
         self.total = self.reading = self.model = self.copying = self.writing = 0.0

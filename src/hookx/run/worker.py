@@ -44,14 +44,13 @@ class InHand:
 
     def __init__(self, workers: int, timeout_seconds: float) -> None:
         self.timeout_seconds = timeout_seconds
-        self._table = torch.full((workers, 2), NOTHING).share_memory_()  # a row a worker: its process, its position
+        self._table = torch.full((workers, 2), NOTHING).share_memory_()  # one row per worker: its process, its position
 
     def of(self, process_id: int | None) -> int:
         """Return the position that a worker has in hand, or NOTHING, or FINISHED."""
         return dict(self._table.tolist()).get(process_id, NOTHING)
 
     def enter(self, worker_number: int) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
         self._table[worker_number, 0] = os.getpid()
 
     def take(self, position: int) -> None:
@@ -91,6 +90,7 @@ class Worker(IterableDataset[Batch]):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != self._parent:
             os._exit(1)  # The parent was killed already; nobody will ever ask for a batch.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
         # The terminal sends Ctrl-C to every process; the parent alone decides, and then ends its workers.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         # The parent reports a crash; torch's handlers would print lines of their own, and so would Pillow's log.
@@ -99,9 +99,9 @@ class Worker(IterableDataset[Batch]):
         logging.getLogger("PIL").setLevel(logging.CRITICAL)
         # Only the thread that hands tensors over raises here, when the parent was killed while it took one.
         sys.excepthook = lambda *_: None
-        keep_freed_memory()
         self.in_hand.enter(worker_number)
         self.in_worker()
+        keep_freed_memory()
 
     def __iter__(self) -> Iterator[Batch]:
         writing: Batch | None = None  # the batch before, which may still be on its way to the disk
@@ -128,9 +128,9 @@ class Worker(IterableDataset[Batch]):
     def _mine(self) -> Iterator[range]:
         """Yield the positions of the batches that this process decodes.
 
-        Lanes take their time, and some are held up more than others: each takes a batch when it has none, so that no
-        run ends with one of them alone. What is only decoded comes in turn, as the loader asks for it: behind an image
-        that takes long, it would pile up.
+        Some lanes are held up more than others, so each takes the next batch when it has none: no run ends with one
+        lane working alone. Batches that are only decoded come in turn, as the loader asks for them; otherwise they
+        would pile up behind a slow image.
         """
         worker = get_worker_info()
         if worker is None or self.lane is None:

@@ -1,7 +1,7 @@
 """A list of images -> batches, by worker processes that decode ahead of the main process, or run a lane themselves.
 
 A file can make a decoder hang, or crash its process. That costs the one image: a worker notes which image it has in
-hand, and where it dies, the image is a failure and all workers are started again without it.
+hand. If the worker crashes, that image is a failure, and all workers are started again without it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 DECODE_TIMEOUT_SECONDS = 60.0
 _CPU = torch.device("cpu")
 _POLL_SECONDS = 0.2
-_WAIT_FOR_DEATH_SECONDS, _WAIT_FOR_DISK_SECONDS = 20, 60
+_WAIT_FOR_EXIT_SECONDS, _WAIT_FOR_DISK_SECONDS = 20, 60
 
 
 def batches(
@@ -65,7 +65,7 @@ def batches(
         device: where nvjpeg decodes, if the preprocessing says so; the pixels are there then.
 
     Raises:
-        ImageError: (while iterating) a worker died, and no image is to blame.
+        ImageError: (while iterating) a worker crashed or was killed, and no image is to blame.
         HookxError: (while iterating) whatever stopped a lane.
     """
     reasons: dict[int, str] = {}  # why the images at these positions are not to be tried again
@@ -107,7 +107,7 @@ class _Processes:
 
     def __init__(self, worker: Worker, *, workers: int, pin_memory: bool) -> None:
         self._in_hand = worker.in_hand
-        self._early: dict[range, Batch] = {}  # that came before they were asked for
+        self._early: dict[range, Batch] = {}  # received before its turn
         others = set(multiprocessing.active_children())
         loader = DataLoader(
             worker,
@@ -130,7 +130,7 @@ class _Processes:
             raise
 
     def receive(self, positions: range) -> Batch | None:
-        """Return the batch at these positions, or None if a worker died."""
+        """Return the batch at these positions, or None if a worker has crashed or was killed."""
         while positions not in self._early:
             if (batch := self._receive_any()) is None:
                 return None
@@ -144,38 +144,38 @@ class _Processes:
             except MemoryError:
                 raise _out_of_memory("a worker has no memory for its batch") from None
             except TimeoutError:
-                raise  # An alarm of the caller's: no message of a process that dies ends so.
+                raise  # An alarm of the caller's: a crashed process never raises it here.
             except Exception as error:
                 if str(error).startswith("DataLoader timed out"):
-                    continue  # Nothing is ready and nobody died: the loader looks every _POLL_SECONDS.
-                # A process that dies leaves unreadable messages behind, sometimes a while before it is gone.
-                deadline = time.monotonic() + _WAIT_FOR_DEATH_SECONDS
+                    continue  # Nothing is ready and none has crashed: the loader looks every _POLL_SECONDS.
+                # A process that crashes leaves unreadable messages behind, sometimes a while before it has exited.
+                deadline = time.monotonic() + _WAIT_FOR_EXIT_SECONDS
                 while self._processes and (seconds_left := deadline - time.monotonic()) > 0:
-                    # List the living before looking for the dead, or a death in between would not end the wait.
+                    # List the running before looking for the crashed, or a crash in between would not end the wait.
                     alive = [process.sentinel for process in self._processes if process.exitcode is None]
-                    if any(self._died()):
+                    if any(self._crashed()):
                         return None
                     multiprocessing.connection.wait(alive, timeout=seconds_left)
                 raise
 
     def fatal_images(self) -> dict[int, str]:
-        """Return the positions of the images that killed the processes which died, each with the reason.
+        """Return the positions of the images that crashed their workers, each with the reason.
 
         Raises:
             ImageError: a process was killed from outside, or had no image in hand.
         """
         fatal = {}
-        for exit_code, position in self._died():
+        for exit_code, position in self._crashed():
             how = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
             if position == NOTHING or not (exit_code >= 0 or -exit_code in (signal.SIGALRM, *CRASHES)):
-                raise _out_of_memory(f"a worker died: {how}")
+                raise _out_of_memory(f"a worker exited unexpectedly: {how}")
             if exit_code == -signal.SIGALRM:
                 fatal[position] = f"took longer than {self._in_hand.timeout_seconds:g} s to decode"
             else:
                 fatal[position] = f"the decoder crashed ({how})"
         return fatal
 
-    def _died(self) -> Iterator[tuple[int, int]]:
+    def _crashed(self) -> Iterator[tuple[int, int]]:
         """Yield the exit code of every process that ended before its work did, and the position it had in hand."""
         for process in self._processes:
             if process.exitcode is not None and (position := self._in_hand.of(process.pid)) != FINISHED:
@@ -199,15 +199,15 @@ def _out_of_memory(problem: str) -> ImageError:
     return ImageError(
         problem,
         "most often the machine ran out of memory: try fewer --workers or a smaller --batch-size",
-        "finished shards are kept; the same command goes on from there",
+        "finished shards are kept; run the same command again to resume",
     )
 
 
 @contextlib.contextmanager
 def _keep_child_signals() -> Iterator[None]:
-    """Undo the DataLoader's handler for dead workers: it raises in the middle of whatever the consumer does.
+    """Undo the DataLoader's SIGCHLD handler, which raises in the middle of whatever the consumer does.
 
-    Without it the loader finds a dead worker when it waits for its batch.
+    Without it the loader finds a crashed worker when it waits for its batch.
     """
     before = signal.getsignal(signal.SIGCHLD)
     yield

@@ -1,4 +1,4 @@
-"""The output directory: files that are whole or absent, what shards say of themselves, and an index."""
+"""The output directory of a run: who may write to it, which shards it holds, and its tables."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ from hookx.store.record import ShardRecord, read_record
 
 PLAN, INDEX, FAILURES = "plan.json", "index.csv", "failures.csv"
 
-# What is read into memory at once is bounded before it is read: somebody else may have made it. JSON takes up to some
-# 25 times its length as Python objects.
-_PLAN_BYTES_AT_MOST = 16 * 2**20
+# Bound what is read into memory at once: a stranger may have made it, and JSON grows up to 25-fold as Python objects.
+_MAX_PLAN_BYTES = 16 * 2**20
 
 
 class RunDirectory:
-    """An output directory, held by this process alone while the `with` block lasts.
+    """An output directory, locked by this process while the `with` block lasts.
 
-    Entering makes the directory, refuses one that holds another run or is held by another process, removes files that
-    a killed run left half written, and writes plan.json.
+    Entering creates the directory, refuses one that holds another run or that another process has locked, removes the
+    half-written files of a killed run, and writes plan.json.
 
     Raises:
         StoreError: another plan, another process, a damaged shard, or a directory that cannot be written.
@@ -61,11 +60,11 @@ class RunDirectory:
         self.release()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker that is spawned instead of forked has not inherited the descriptor, only its number.
+        # A spawned worker, unlike a forked one, has not inherited the descriptor, only its number.
         return {**self.__dict__, "_descriptor": -1}
 
     def _lock(self) -> None:
-        # The kernel drops the lock with the last descriptor of it, so a killed run leaves nothing stale behind.
+        # The kernel drops the lock with its last descriptor, so a killed run leaves no stale lock.
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -79,13 +78,13 @@ class RunDirectory:
         return self.path / self.plan.shard_file(shard)
 
     def release(self) -> None:
-        """Let go of the directory; forked workers do so, or they would keep the lock of a killed run."""
+        """Unlock the directory; forked workers do so too, or they would keep the lock of a killed run."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
 
     def publish_index(self) -> None:
-        """Write index.csv (and failures.csv, if there are any) from the shards; the run is complete with this."""
+        """Write index.csv, and failures.csv if there are failures, from the shards; this completes the run."""
         tables = derived_tables(self.path, self.plan)
         if FAILURES not in tables:
             (self.path / FAILURES).unlink(missing_ok=True)  # Left by a shard that was removed and computed again.
@@ -94,7 +93,7 @@ class RunDirectory:
 
 
 def derived_tables(path: Path, plan: Plan) -> dict[str, Iterator[bytes]]:
-    """Return, from the shards of a finished run, the lines of failures.csv (if there are any) and of index.csv."""
+    """Derive the lines of index.csv, and of failures.csv if there are failures, from the shards of a finished run."""
 
     def records() -> Iterator[tuple[str, ShardRecord]]:
         # One at a time in memory: a run can have millions of images.
@@ -110,7 +109,7 @@ def derived_tables(path: Path, plan: Plan) -> dict[str, Iterator[bytes]]:
 
 
 def _holder(descriptor: int) -> str:
-    """Name the process that holds the lock of an open directory, as far as the system tells."""
+    """Name the process that holds the lock of an open directory, if the system tells."""
     inode = str(os.fstat(descriptor).st_ino)
     with contextlib.suppress(OSError):  # Only Linux has this file.
         for line in Path("/proc/locks").read_text().splitlines():
@@ -141,8 +140,8 @@ def finished_shards(path: Path, plan: Plan) -> list[Shard]:
 
 
 def present_shards(path: Path, plan: Plan) -> list[Shard]:
-    """Return the shards for which there is a file, whatever it holds."""
-    # What is there is looked up in the directory, not in the plan, which may name any number of shards.
+    """Return the shards that have a file, whatever it holds."""
+    # Look in the directory, not through the plan, which may name any number of shards.
     names = {file.name for file in path.glob("shard-*-of-*.safetensors")}
     numbers = sorted({int(name.split("-")[1]) for name in names if name.split("-")[1].isdecimal()})
     shards = [plan.shards[number] for number in numbers if number < len(plan.shards)]
@@ -154,9 +153,9 @@ def read_plan(path: Path) -> Plan:
     try:
         check_is_file(path / PLAN)
         with open(path / PLAN, "rb") as file:
-            text = file.read(_PLAN_BYTES_AT_MOST + 1)
-        if len(text) > _PLAN_BYTES_AT_MOST:
-            raise StoreError(f"{PLAN} is longer than {_PLAN_BYTES_AT_MOST:,} bytes; hookx has not written that")
+            text = file.read(_MAX_PLAN_BYTES + 1)
+        if len(text) > _MAX_PLAN_BYTES:
+            raise StoreError(f"{PLAN} is longer than {_MAX_PLAN_BYTES:,} bytes, and so not from hookx")
         return Plan.from_json(text.decode())
     except (OSError, UnicodeDecodeError) as error:
         raise StoreError(f"{path}/ holds no run of hookx: cannot read {PLAN} ({error})") from None
@@ -168,5 +167,5 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[bytes
     for row in itertools.chain([header], rows):
         line = io.StringIO()
         csv.writer(line, lineterminator="\n").writerow(row)
-        # A file name that is no UTF-8 keeps its bytes.
+        # A file name that is not UTF-8 keeps its bytes.
         yield line.getvalue().encode("utf-8", "surrogateescape")

@@ -34,7 +34,7 @@ def made_whole(path: Path) -> Iterator[Path]:
     """Yield where to make a file or a folder, by any library, so that it is whole or absent; it must not exist yet.
 
     The path lies in a folder aside, which this process alone holds. What else is made in that folder goes with it, and
-    `path` itself comes last. The folder is gone afterwards, also after an error; what a killed process leaves in it,
+    `path` itself comes last. The folder is gone afterwards, even after an error; what a killed process leaves in it,
     the next process that makes `path` removes.
 
     Raises:

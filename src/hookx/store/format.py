@@ -18,7 +18,7 @@ from hookx.errors import ShardError, StoreError
 from hookx.plan import DTYPES, LayerSpec
 from hookx.store.files import check_is_file
 
-HEADER_BYTES_AT_MOST = 32 * 2**20
+MAX_HEADER_BYTES = 32 * 2**20
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -27,28 +27,28 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def checksum(tensor: Tensor) -> int:
-    """Return the CRC-32 of a contiguous tensor's bytes, as they stand in a shard."""
+    """Return the CRC-32 of a contiguous tensor's bytes."""
     return zlib_ng.crc32(bytes_of(tensor)) if tensor.numel() else 0
 
 
 def checksum_of_both(first: int, second: int, second_bytes: int) -> int:
-    """Return the CRC-32 of bytes and those behind them, from the CRC-32 of each and how many bytes the latter are."""
+    """Return the CRC-32 of two stretches of bytes in a row from the CRC-32 of each and the length of the second."""
     return zlib_ng.crc32_combine(first, second, second_bytes)
 
 
 def open_shard(file: Path) -> Any:
-    """Open a shard for reading; its header is bounded, and checked against the file's size."""
+    """Open a shard for reading; check that its header is not too long and fits the file's size."""
     try:
-        with opened_behind_length(file):
+        with open_at_header(file):
             return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ShardError(file, f"is damaged: {error}") from None
 
 
 def data_range(file: Path, address: str) -> tuple[int, int]:
-    """Return which bytes of a shard's file are a tensor: its first, and the one after its last."""
+    """Return where in a shard's file a tensor begins and ends, in bytes."""
     try:
-        with opened_behind_length(file) as (opened, header_bytes):
+        with open_at_header(file) as (opened, header_bytes):
             start, stop = json.loads(opened.read(header_bytes))[address]["data_offsets"]
     except (ValueError, LookupError, TypeError, RecursionError, OSError) as error:
         raise ShardError(file, f"is damaged: {error}") from None
@@ -56,18 +56,18 @@ def data_range(file: Path, address: str) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def opened_behind_length(file: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """Open a shard where its header begins; yields the file and the bounded length of the header."""
+def open_at_header(file: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a shard at its header; yield the file and the length of the header, which is not too long to read."""
     check_is_file(file)
     with open(file, "rb") as opened:
         header_bytes = int.from_bytes(opened.read(8), "little")
-        if header_bytes > HEADER_BYTES_AT_MOST:
+        if header_bytes > MAX_HEADER_BYTES:
             raise ShardError(file, f"is damaged: its header claims {header_bytes:,} bytes")
         yield opened, header_bytes
 
 
 def shard_header(layers: Sequence[LayerSpec], rows: int, metadata: Mapping[str, str], header_bytes: int = 0) -> bytes:
-    """Return what a safetensors file begins with: 8 bytes of length and a JSON header, padded to `header_bytes`.
+    """Return the beginning of a safetensors file: 8 bytes of length and a JSON header, padded to `header_bytes`.
 
     Source: https://github.com/huggingface/safetensors#format
     """
@@ -82,21 +82,21 @@ def shard_header(layers: Sequence[LayerSpec], rows: int, metadata: Mapping[str, 
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * max(header_bytes - 8 - len(text), -len(text) % 8)
-    if len(text) > HEADER_BYTES_AT_MOST:
+    if len(text) > MAX_HEADER_BYTES:
         raise StoreError(
-            f"the names of a shard's images and layers take {len(text):,} bytes; {HEADER_BYTES_AT_MOST:,} is the most",
+            f"the names of a shard's images and layers take {len(text):,} of at most {MAX_HEADER_BYTES:,} bytes",
             "choose a smaller --shard-images and another --out",
         )
     return len(text).to_bytes(8, "little") + text
 
 
 def in_file_order(layers: Sequence[LayerSpec]) -> list[LayerSpec]:
-    """Return layers, wide types first: every tensor begins at a multiple of its element's size."""
+    """Sort layers by the width of their types, wide first, so that every tensor is aligned to its element's size."""
     return sorted(layers, key=lambda layer: (-DTYPES[layer.dtype][1], layer.address))
 
 
 def tensor_places(layers: Sequence[LayerSpec], rows: int) -> dict[str, int]:
-    """Return where behind the header each tensor begins.
+    """Return at which byte behind the header each tensor begins.
 
     Example:
         >>> tensor_places([LayerSpec("mask", (5,), "bool"), LayerSpec("conv", (2, 3), "float32")], rows=10)

@@ -47,7 +47,7 @@ class ShardRecord:
 
 @dataclass
 class Totals:
-    """The sums of shard records, of which it keeps none: a run can have millions of images."""
+    """The sums of shard records, without the records: a run can have millions of images."""
 
     rows: int = 0
     failures: int = 0

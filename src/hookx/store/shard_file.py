@@ -105,7 +105,7 @@ class ShardFile:
         _write_all(self._file, data[last:], offset + last)
 
     def _close_gaps(self, rows: int, header_bytes: int) -> int:
-        """Move the tensors to where so many rows behind such a header belong; return where the last one ends."""
+        """Move the tensors to their places for that many rows and header bytes; return where the last one ends."""
         places, end = tensor_places(self.plan.layers, rows), self._header_bytes
         for layer in in_file_order(self.plan.layers):
             source, target = self.tensor_places[layer.address], places[layer.address]

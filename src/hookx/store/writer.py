@@ -44,7 +44,7 @@ class ShardWriter:
 
     In any process, `rows` gives the memory for a batch, and `write` writes it in a thread while the next is computed.
     The owner, which made the writer, enters it and publishes one shard after the other. Leaving the `with` block waits
-    for what is being published, also after an error: a published shard is finished work. Nothing else remains; by then
+    for what is being published, even after an error: a published shard is finished work. Nothing else remains; by then
     no other process may write any more.
 
     The rows of a batch follow those of the batches before it, in which some images may be unreadable. So every process
