@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hookx.errors import StoreError, UsageError
 from hookx.keys import images_sha256
 from hookx.options import parse_bytes
-from hookx.plan import DTYPES, LayerSpec, Plan, Preprocessing, Shard, images_per_shard
+from hookx.plan import DTYPES, LayerSpec, Plan, Preprocessing, Shard, WeightsIdentity, images_per_shard
 
 PLAN = Plan(
     model="resnet18",
@@ -319,3 +319,62 @@ def test_shards_are_indexed_like_a_list_of_them(images: int, per_shard: int, ind
     else:
         with pytest.raises(IndexError):
             shards[index]
+
+
+# --- the identity of weights ---------------------------------------------------------------------------------------
+
+SHA = "0" * 64
+FILE = WeightsIdentity.of_file(SHA, "state_dict", "without module.")
+# In the words of plans that were written before: a change of any would keep their runs from being resumed.
+IDENTITIES = {
+    "random (seed 3)": WeightsIdentity.of_seed(3),
+    "random (seed 0) (global_pool=max, num_classes=3)": WeightsIdentity.of_seed(0).with_arguments(
+        {"num_classes": 3, "global_pool": "max"}
+    ),
+    f"sha256:{SHA}": WeightsIdentity.of_file(SHA, "", ""),
+    f"sha256:{SHA} (state_dict; without module.)": FILE,
+    f"sha256:{SHA} (state_dict; without module.); random (seed 7): fc, conv1": FILE.lacking(
+        ["fc", "conv1"], str(WeightsIdentity.of_seed(7))
+    ),
+    f"python:nets:make(width=6) sha256:{SHA}": WeightsIdentity.of_factory("python:nets:make(width=6)", SHA),
+    f"random (seed 0), python:nets:make sha256:{SHA}": WeightsIdentity.of_factory("python:nets:make", SHA, 0),
+    f"python:nets:make sha256:{SHA} (state_dict; without module.)": FILE.in_factory_model("python:nets:make"),
+    f"net.py:make sha256:{SHA}; as the factory made them: fc (sha256:{SHA})": WeightsIdentity.of_file(SHA)
+    .lacking(["fc"], "as the factory made them")
+    .in_factory_model("net.py:make", SHA),
+}
+
+
+@pytest.mark.parametrize("text", IDENTITIES)
+def test_the_identity_of_weights_is_printed_as_it_always_was(text: str) -> None:
+    assert str(IDENTITIES[text]) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "seed", "is_file"),
+    [
+        ("ResNet18_Weights.IMAGENET1K_V1", "IMAGENET1K_V1", None, False),
+        ("ResNet18_QuantizedWeights.IMAGENET1K_FBGEMM_V1", "IMAGENET1K_FBGEMM_V1", None, False),
+        ("random (seed 3)", "", 3, False),
+        ("random (seed -1)", "", -1, False),
+        (f"random (seed {2**64 - 1}), python:nets:make sha256:{SHA}", "", 2**64 - 1, False),
+        (f"sha256:{SHA} (state_dict)", "", None, True),
+        (f"sha256:{SHA}; random (seed 3): fc", "", None, True),
+        ("timm:resnet18.a1_in1k", "", None, False),
+        # What only a crafted plan holds.
+        (f"random (seed {2**64})", "", None, False),
+        (f"random (seed {'9' * 5000})", "", None, False),
+        ("ResNet18_Weights.IMAGENET1K_V1; rm", "", None, False),
+    ],
+)
+def test_the_identity_of_weights_tells_how_they_are_loaded_again(
+    text: str, name: str, seed: int | None, is_file: bool
+) -> None:
+    identity = WeightsIdentity(text)
+    assert (identity.published_name, identity.seed, identity.is_file) == (name, seed, is_file)
+
+
+@given(st.text())
+def test_no_text_is_too_odd_to_be_an_identity(text: str) -> None:
+    identity = WeightsIdentity(text)
+    assert str(identity) == text and isinstance(identity.published_name, str) and identity.seed is None

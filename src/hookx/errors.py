@@ -1,4 +1,19 @@
-"""Every error that hookx raises on purpose: what is wrong, which value, what to do next."""
+"""The exceptions that hookx raises: what is wrong, which value, what to do next.
+
+    HookxError                 exit code 1: a mistake that the user can fix
+    ├── UsageError             exit code 2: a flag, a configuration file or an argument is malformed
+    │   └── AddressError       not a layer address
+    ├── LayerError             the model has no such layer, or it cannot be captured
+    │   └── NotStoredError     a run does not hold this layer or this image; also a KeyError
+    ├── NotCapturedError       a Capture does not hold this activation; also a KeyError
+    ├── ModelError             a model cannot be built, or its weights are unavailable or do not fit
+    ├── ImageError             the images cannot be listed or read
+    ├── CaptureError           a forward pass fails, or differs from what the probe saw
+    └── StoreError             an output directory is damaged, belongs to another run, or cannot be written
+        └── ShardError         one shard is damaged
+
+A signal that asks the process to stop raises `Interrupted`, a BaseException. Any other exception is a bug.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +21,11 @@ import difflib
 import os.path
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Self
 
 
 class HookxError(Exception):
-    """A mistake that the user can mend; anything else that escapes hookx is a bug.
+    """A mistake that the user can fix: the problem, and what to do next.
 
     Example:
         >>> print(HookxError("no layer matches 'conv9'", "list them all: hookx list-layers resnet18"))
@@ -24,7 +40,7 @@ class HookxError(Exception):
 
 
 class UsageError(HookxError):
-    """The command line, a configuration file or an argument is malformed."""
+    """A flag, a configuration file or an argument is malformed."""
 
     exit_code = 2
 
@@ -34,19 +50,42 @@ class AddressError(UsageError):
 
 
 class LayerError(HookxError):
-    """An address is well formed, but this model has no such activation."""
+    """A model has no such layer, or the layer cannot be captured."""
+
+
+class NotStoredError(LayerError, KeyError):
+    """A run does not hold a layer or an image.
+
+    Example:
+        >>> print(NotStoredError.of("features/", "avgpol", ["conv1", "avgpool"]))
+        features/ does not hold 'avgpol'; closest: avgpool
+    """
+
+    __str__ = Exception.__str__  # KeyError's is the repr of its argument.
+
+    @classmethod
+    def of(cls, holder: str, name: str, known: Iterable[str], *next_steps: str) -> Self:
+        """Build the error for a name that is missing among those that are known."""
+        similar = closest(name, known)
+        return cls(f"{holder} does not hold '{name}'" + (f"; closest: {similar}" if similar else ""), *next_steps)
+
+
+class NotCapturedError(HookxError, KeyError):
+    """A `Capture` does not hold an activation."""
+
+    __str__ = Exception.__str__
 
 
 class ModelError(HookxError):
-    """A model cannot be built, or its weights cannot be had or do not fit."""
+    """A model cannot be built, or its weights are unavailable or do not fit."""
 
 
 class ImageError(HookxError):
-    """The list of images cannot be made."""
+    """The images cannot be listed or read."""
 
 
 class CaptureError(HookxError):
-    """A forward pass did not do what the probe saw; nothing wrong is stored."""
+    """A forward pass fails, or differs from what the probe saw; nothing wrong is stored."""
 
 
 class StoreError(HookxError):
@@ -54,7 +93,7 @@ class StoreError(HookxError):
 
 
 class ShardError(StoreError):
-    """One shard is damaged, or is not the shard that its name says; `file` and `what` tell which and why."""
+    """A shard is damaged, or is not the shard that its name says; `file` and `what` hold which and why."""
 
     def __init__(self, file: Path, what: str) -> None:
         super().__init__(f"{file} {what}", "remove it, and run the same command again")
@@ -62,28 +101,15 @@ class ShardError(StoreError):
 
 
 class Interrupted(BaseException):
-    """A signal asked the process to stop. Not an `Exception`, so that no handler on the way swallows it."""
+    """A signal asked the process to stop. Not an `Exception`: no handler on the way out may swallow it."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal_number)
-        # The shell's convention: 130 for SIGINT, 143 for SIGTERM.
-        self.exit_code = 128 + signal_number
-
-
-class NotStoredError(HookxError, KeyError):
-    """A run is asked for an address or an image that it does not hold."""
-
-    __str__ = Exception.__str__
-
-
-class NotCapturedError(HookxError, KeyError):
-    """A capture is asked for an activation that it does not hold."""
-
-    __str__ = Exception.__str__
+        self.exit_code = 128 + signal_number  # As shells report it: 130 for SIGINT, 143 for SIGTERM.
 
 
 def closest(name: str, names: Iterable[str], count: int = 3) -> str:
-    """Name the most similar names, best first, for an error message.
+    """Return the most similar names, best first, for an error message.
 
     Example:
         >>> closest("layer1.1.con1", ["conv1", "layer1.0.conv1", "layer1.1.conv1", "layer4.1.conv1"], 2)
@@ -93,7 +119,7 @@ def closest(name: str, names: Iterable[str], count: int = 3) -> str:
     matches = difflib.get_close_matches(name, names, n=8 * count, cutoff=0.5)
 
     def likeness(match: str) -> tuple[float, int]:
-        # Among equals the one that begins alike: for layer1.1.con1, layer1.0.conv1 before layer4.1.conv1.
+        # Of equals prefer the one with the longer common prefix: layer1.0.conv1 to layer4.1.conv1 for layer1.1.con1.
         alike = len(os.path.commonprefix([name, match]))  # noqa: RUF071
         return difflib.SequenceMatcher(None, name, match).ratio(), alike
 

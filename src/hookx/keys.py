@@ -1,4 +1,4 @@
-"""Millions of image keys in one block of bytes, and their digest."""
+"""Image keys by the million: packed into one block of bytes, looked up by bisection, and digested."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar, overload
 
-_IMAGES_AT_ONCE = 10_000  # of a list, in its digest
+_DIGEST_CHUNK = 10_000  # images
+_KEYS_IN_REPR = 3
 _Item = TypeVar("_Item", covariant=True)
 
 
 class LazySequence(Sequence[_Item]):
-    """A sequence whose items are made when they are looked at, and not kept; a slice is a list of them."""
+    """A sequence that makes an item when it is indexed and keeps none; a slice is a list."""
 
     @abstractmethod
     def item(self, position: int) -> _Item:
-        """Make the item at a position, which counts from 0 and exists."""
+        """Make the item at a position between 0 and the length."""
 
     @overload
     def __getitem__(self, index: int) -> _Item: ...
@@ -36,31 +37,16 @@ class LazySequence(Sequence[_Item]):
         return map(self.item, range(len(self)))
 
 
-def images_sha256(keys: Iterable[str], sizes_bytes: Iterable[int]) -> str:
-    """Return the digest of an image list: every key and every file size, in order."""
-    digest, images = hashlib.sha256(), zip(keys, sizes_bytes, strict=True)
-    while some := list(itertools.islice(images, _IMAGES_AT_ONCE)):
-        digest.update(image_lines(some))
-    return digest.hexdigest()
-
-
-def image_lines(images: Iterable[tuple[str, int]]) -> bytes:
-    """Return what stands for some images, each a key and a size in bytes, in the digest of a list."""
-    return key_bytes("".join([f"{key}\0{size_bytes}\n" for key, size_bytes in images]))
-
-
-def key_bytes(key: str) -> bytes:
-    """Return a key as the bytes by which keys are ordered; a file name that is no UTF-8 has its own again."""
-    return key.encode("utf-8", "surrogateescape")
-
-
-_KEYS_SHOWN = 3  # where a list of them is printed
-
-
 class Keys(LazySequence[str]):
-    """Many keys in one block of bytes, in order; a string is made when it is asked for, and not kept.
+    """Sorted, unique keys in one block of bytes: a key costs its own bytes and 8 more, and no object.
 
-    A name that is not UTF-8 comes back as Python gives such names: `os.fsencode` turns it into its bytes.
+    Keys are sorted by their bytes. A file name that is not UTF-8 becomes a string as Python's file functions return it,
+    with surrogates; `os.fsencode` gives its bytes again.
+
+    Example:
+        >>> keys = Keys.pack([b"birds/heron.jpg", b"cats/chelsea.jpg"])
+        >>> keys[1], "cats/chelsea.jpg" in keys, keys.index("birds/heron.jpg"), keys.place("birds/robin.jpg")
+        ('cats/chelsea.jpg', True, 0, 1)
     """
 
     def __init__(self, block: bytes, ends: array[int]) -> None:
@@ -68,7 +54,7 @@ class Keys(LazySequence[str]):
 
     @classmethod
     def pack(cls, sorted_keys: Iterable[bytes]) -> Keys:
-        """Join keys, which are in the order of their bytes, and remember where each ends."""
+        """Copy keys, sorted by their bytes, into one block."""
         block, ends = bytearray(), array("q")
         for key in sorted_keys:
             block += key
@@ -88,16 +74,16 @@ class Keys(LazySequence[str]):
         return os.fsdecode(self.encoded(position))
 
     def encoded(self, position: int) -> bytes:
-        """Return the bytes by which a key is ordered."""
+        """Return the bytes of a key."""
         start = self._ends[position - 1] if position else 0
         return self._block[start : self._ends[position]]
 
     def place(self, key: str) -> int:
-        """Return how many keys come before one that need not be there."""
+        """Return how many keys sort before a key, which need not be one of them."""
         return bisect_left(range(len(self)), os.fsencode(key), key=self.encoded)
 
     def index(self, value: Any, start: int = 0, stop: int | None = None) -> int:
-        """Return the position of a key; `ValueError` if it is not there. They are in order, so few are looked at."""
+        """Return the position of a key by bisection; raise `ValueError` if it is absent."""
         if isinstance(value, str):
             position = self.place(value)
             if position in range(len(self))[start:stop] and self.item(position) == value:
@@ -107,7 +93,7 @@ class Keys(LazySequence[str]):
     def __contains__(self, value: object) -> bool:
         try:
             self.index(value)
-        except ValueError:  # Also of half a character, which no key has.
+        except ValueError:  # Includes the UnicodeEncodeError of a string with surrogates that no file name has.
             return False
         return True
 
@@ -116,8 +102,26 @@ class Keys(LazySequence[str]):
             return NotImplemented
         return len(self) == len(other) and all(map(operator.eq, self, other))
 
-    __hash__ = None  # type: ignore[assignment]  # As of a list.
+    __hash__ = None  # type: ignore[assignment]  # Unhashable, like a list.
 
     def __repr__(self) -> str:
-        shown = ", ".join(map(repr, self[:_KEYS_SHOWN])) + (", ..." if len(self) > _KEYS_SHOWN else "")
+        shown = ", ".join(map(repr, self[:_KEYS_IN_REPR])) + (", ..." if len(self) > _KEYS_IN_REPR else "")
         return f"<{len(self):,} keys: {shown}>"
+
+
+def key_bytes(key: str) -> bytes:
+    """Return the bytes by which keys are sorted: those of the file name, even if it is not UTF-8."""
+    return key.encode("utf-8", "surrogateescape")
+
+
+def images_sha256(keys: Iterable[str], sizes_bytes: Iterable[int]) -> str:
+    """Return the digest of an image list: every key and every file size, in order."""
+    digest, images = hashlib.sha256(), zip(keys, sizes_bytes, strict=True)
+    while chunk := list(itertools.islice(images, _DIGEST_CHUNK)):
+        digest.update(image_lines(chunk))
+    return digest.hexdigest()
+
+
+def image_lines(images: Iterable[tuple[str, int]]) -> bytes:
+    """Return the bytes that a list's digest covers for some of its images, each a key and a size in bytes."""
+    return key_bytes("".join([f"{key}\0{size_bytes}\n" for key, size_bytes in images]))

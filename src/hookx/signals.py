@@ -1,4 +1,4 @@
-"""What Ctrl-C, SIGTERM and an alarm do while processes are being started: nothing yet."""
+"""Defer SIGINT, SIGTERM and SIGALRM while child processes start."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Put off what these signals do until the end of the `with` block.
+    """Handle these signals only at the end of the `with` block.
 
-    An exception between a fork and the note of it would leave a process that nobody ends. And a terminal sends Ctrl-C
-    to every process: one that was just forked would tell of it in a traceback, if it still did what its parent does.
+    An exception between a fork and the line that records the child would leave a process that nobody ends. And Ctrl-C
+    reaches every process of the terminal: a fresh child that still had its parent's handler would print a traceback.
 
     Example:
         >>> before = signal.signal(signal.SIGINT, lambda *_: print("interrupted"))
@@ -25,11 +25,11 @@ def held_back() -> Iterator[None]:
         >>> _ = signal.signal(signal.SIGINT, before)
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # No other thread runs a handler.
+        yield  # Python runs signal handlers in the main thread only.
         return
-    held: list[int] = []
+    received: list[int] = []
     before = {
-        number: signal.signal(number, lambda number, _frame: held.append(number))
+        number: signal.signal(number, lambda number, _frame: received.append(number))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
     }
     try:
@@ -37,5 +37,5 @@ def held_back() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for sent in held:
+        for sent in received:
             signal.raise_signal(sent)

@@ -356,7 +356,7 @@ def test_a_module_that_is_never_called_is_an_error_that_says_why(photos: Path, t
             UsageError,
             "invalid --max-shard-size '12 apples': write it as in 512MiB, 2GB or 4096",
         ),
-        (["-l", "conv1@mean"], LayerError, "here fits: @mean23 if the channels are dimension 1"),
+        (["-l", "conv1@mean"], LayerError, "for this shape: @mean23 if the channels are dimension 1"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_would_be_right(

@@ -35,7 +35,7 @@ from typer.testing import CliRunner
 
 import hookx
 from hookx.cli.app import app
-from hookx.errors import LayerError, StoreError, UsageError
+from hookx.errors import NotStoredError, StoreError, UsageError
 from hookx.exporting import export, select_rows
 from hookx.exporting.formats import FORMATS
 from hookx.exporting.matlab import MAX_VARIABLE_BYTES, check_mat
@@ -105,7 +105,7 @@ def small(tmp_path: Path) -> Path:
 def promise(run: Path, layer: LayerSpec) -> Features:
     """Open a run as if it held two rows of a layer that no test could write; reading them would fail."""
     features = hookx.open(run)
-    rows = RowIndex(Keys.pack([b"a.jpg", b"b.jpg"]), {}, features.rows.files[:1], np.array([0, 2]))
+    rows = RowIndex(run, Keys.pack([b"a.jpg", b"b.jpg"]), {}, features.rows.files[:1], np.array([0, 2]))
     return Features(run, replace(features.plan, layers=(layer,)), rows)
 
 
@@ -570,7 +570,7 @@ for suffix in sys.argv[1:]:
 def test_a_layer_is_named_as_one_writes_it_and_a_misspelt_one_is_an_error(tmp_path: Path) -> None:
     run = write_run(tmp_path / "features", {"layer1.0.conv1": torch.ones(2, 3), "layer1.0.relu:1": torch.ones(2, 3)})
     assert export(run, "layer1[0].conv1", tmp_path / "a.npy").layer == "layer1.0.conv1"
-    with pytest.raises(LayerError, match=r"the run holds no 'layer1\.0\.relu'; closest: layer1\.0\.relu:1"):
+    with pytest.raises(NotStoredError, match=r"/ does not hold 'layer1\.0\.relu'; closest: layer1\.0\.relu:1"):
         export(run, "layer1.0.relu", tmp_path / "b.npy")
 
 

@@ -80,7 +80,7 @@ def numpy_of(values: Tensor) -> np.ndarray[Any, Any]:
 
 
 def assert_same(read: np.ndarray[Any, Any], values: Tensor) -> None:
-    """Compare what was read with a tensor: type, shape, and every number, of which -0.0 is another than 0.0."""
+    """Compare what was read with a tensor: type, shape, and every number, where -0.0 differs from 0.0."""
     expected = numpy_of(values)
     assert (read.dtype, read.shape) == (expected.dtype, expected.shape)
     assert list(map(repr, read.flat)) == list(map(repr, expected.flat))
@@ -214,7 +214,7 @@ def test_of_an_unfinished_run_cat_prints_what_is_there_and_says_why_the_rest_is_
             (tmp_path / file.name).write_bytes(file.read_bytes())
     assert cat(tmp_path, "avgpool", "i.png").stdout == cat(run, "avgpool", "i.png").stdout
     assert error_of(cat(tmp_path, "avgpool", "a.png")).endswith(
-        "\n  the run is not finished: the same hookx extract command goes on"
+        "\n  the run is not finished: the same hookx extract command resumes it"
     )
 
 

@@ -1,4 +1,4 @@
-"""What is left to nvjpeg is what it decodes as libjpeg does; all else is exact. Without a GPU, libjpeg takes its place.
+"""nvjpeg gets the files that it decodes as libjpeg does, Pillow the others. Without a GPU, libjpeg stands in for it.
 
 What nvjpeg itself makes of a file is tested in test_gpu.py.
 """
@@ -129,11 +129,11 @@ def test_every_image_is_in_its_place_whoever_decodes_it(photograph: Image.Image,
 
 
 def test_nvjpeg_is_refused_where_there_is_no_nvidia_gpu(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="nvjpeg decodes on an NVIDIA GPU, and the device is cpu"):
+    with pytest.raises(UsageError, match="--decode nvjpeg needs an NVIDIA GPU, but the device is cpu"):
         prepare("resnet18", "avgpool", photos, weights="none", device="cpu", decode="nvjpeg", out=tmp_path)
 
 
 def test_nvjpeg_is_refused_where_a_gpu_cannot_resize_as_asked() -> None:
     check_decoding(NVJPEG, torch.device("cuda"))
-    with pytest.raises(UsageError, match="not by 'lanczos'"):
+    with pytest.raises(UsageError, match="on the GPU, which cannot do --interpolation lanczos"):
         check_decoding(replace(NVJPEG, interpolation="lanczos"), torch.device("cuda"))

@@ -1,4 +1,4 @@
-"""A Hugging Face hub on this machine: it serves folders as repositories, over HTTP, as the real one does."""
+"""A local Hugging Face hub: it serves folders as repositories over HTTP as the real one does, or refuses requests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 @contextmanager
 def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Serve `folder/owner/name/` as the repository owner/name; one called 'gated' asks for its terms first."""
-    from huggingface_hub import constants
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -55,7 +54,37 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    with _serve(Handler, monkeypatch):
+        yield
+
+
+@contextmanager
+def broken_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Answer every request with 503; give the paths about repositories that were requested, to count attempts."""
+    requested: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if "/api/models/" in self.path or "/resolve/" in self.path:  # The library also asks about itself.
+                requested.append(self.path)
+            self.send_response(503)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with _serve(Handler, monkeypatch):
+        yield requested
+
+
+@contextmanager
+def _serve(handler: type[BaseHTTPRequestHandler], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    from huggingface_hub import constants
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     try:

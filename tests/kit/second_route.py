@@ -1,4 +1,4 @@
-"""A model's activations by two routes that share no code: captured as a run does it, and cloned as they return."""
+"""A model's activations by two routes that share no code: captured as in a run, and cloned as the layers return."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hookx.capture.probe import example_images, probe
 from hookx.capture.rows import RowCapture, stored_dtype
-from hookx.capture.runner import Runner, inference
+from hookx.capture.runner import Runner
 from hookx.images.decoding import decode, model_input
 from hookx.layers.select import parse_selectors, select
 from hookx.layers.tree import Target
@@ -26,7 +26,7 @@ def input_of(file: Path, preprocessing: Preprocessing) -> Tensor:
 
 
 def captured_of(loaded: LoadedModel, layers: str = "**,.", side_px: int = 0) -> dict[str, Tensor]:
-    """Probe and capture two images, and compare every row with a clone of what the layer returned."""
+    """Probe and capture two images; check that each row equals a clone of what the layer returned."""
     side_px = side_px or loaded.preprocessing.crop_px
     runner = Runner.of(loaded.module, loaded.forward)
     probed = probe(runner, example_images(runner, side_px))
@@ -54,8 +54,11 @@ def _cloned(loaded: LoadedModel, targets: list[Target], pixels_NCHW: Tensor) -> 
     modules = dict(loaded.module.named_modules(remove_duplicate=False))
     paths = {target.address.path for target in targets}
     handles = [modules[path.removeprefix(".")].register_forward_hook(watch(path)) for path in paths]
-    with inference(pixels_NCHW.device, "fp32"):
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # It would skip submodules, and rounds differently.
+    with torch.no_grad():
         loaded.forward(pixels_NCHW)
+    torch.backends.mha.set_fastpath_enabled(fast_path)
     for handle in handles:
         handle.remove()
     found = {}

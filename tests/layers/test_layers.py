@@ -95,21 +95,21 @@ def test_python_s_brackets_are_normalised_to_dots(text: str, canonical: str) -> 
         ("layer3[", "is not a layer address"),
         ("layer3[x]", "is not a layer address"),
         ("two words", "is not a layer address"),
-        ("relu:", "after ':' stands the number of the call, as in layer1.0.relu:1"),
-        ("relu:-1", "after ':' stands the number"),
-        ("relu:first", "after ':' stands the number"),
-        ("relu:²", "after ':' stands the number"),
-        ("attn/", "after '/' stands 'in' or the name of a part, as in attn/0"),
-        ("attn//0", "after '/' stands 'in'"),
+        ("relu:", "is not a layer address: ':' takes the number of a call, as in layer1.0.relu:1"),
+        ("relu:-1", "':' takes the number of a call"),
+        ("relu:first", "':' takes the number of a call"),
+        ("relu:²", "':' takes the number of a call"),
+        ("attn/", "is not a layer address: '/' takes 'in' or the name of a part, as in attn/0"),
+        ("attn//0", "'/' takes 'in' or the name of a part"),
         ("attn/%FF", "not UTF-8"),
         ("layer4@avg", "'@avg' is not a reduction; closest: @"),
         ("layer4@maen23", "closest: @mean"),
         ("layer4@", "'@' is not a reduction"),
-        ("layer4@mean0", "dimension 0 is the batch, which stays; count from 1"),
+        ("layer4@mean0", "cannot reduce dimension 0, the batch; count from 1"),
         ("layer4@mean22", "names a dimension twice"),
         ("layer4@cls1", "cls takes no dimensions; write @cls"),
-        ("type:", "after 'type:' stands the name of a class, as in type:Conv2d"),
-        ("type:Conv*", "after 'type:' stands the name of a class"),
+        ("type:", "is not a selector: 'type:' takes the name of a class, as in type:Conv2d"),
+        ("type:Conv*", "'type:' takes the name of a class"),
         ("layer***", "is not a glob over layer paths"),
         ("layer*..conv", "is not a glob over layer paths"),
     ],
@@ -202,7 +202,7 @@ LAYERS = [
     layer("attn.out_proj", "Linear", calls=0, because="Attention uses its weights directly"),
     layer("norm", "LayerNorm", tensor(7, 7, 768)),
     layer("table", "Linear", tensor(169, 3, batch_dim=None)),
-    layer("mixed", "Windows", tensor(64, 96, rows=64, problem="its rows do not lie together")),
+    layer("mixed", "Windows", tensor(64, 96, rows=64, problem="its rows are not adjacent")),
     layer("spare", "Linear", calls=0),
     layer("empty", "Nothing"),
     layer("pooled", "Pool", tensor()),
@@ -242,7 +242,7 @@ def test_what_is_excluded_is_missing_and_nothing_else_is(some: list[str], exclud
     if kept:
         assert selected(",".join(some), exclude).targets == kept
     else:
-        assert "every layer asked for is excluded again" in error_of(",".join(some), exclude)
+        assert "--exclude leaves no layer to capture" in error_of(",".join(some), exclude)
 
 
 def test_a_bare_path_is_every_call_and_every_part() -> None:
@@ -294,9 +294,9 @@ def test_a_glob_leaves_out_what_cannot_be_captured_and_says_why() -> None:
         "attn/1": "'attn/1' is constant (4,7): it does not depend on the image",
         "attn.out_proj": "'attn.out_proj' is never called in a forward pass",
         "table": "'table' is constant (169,3): it does not depend on the image",
-        "mixed": "'mixed' (64N,96) cannot be split by image: its rows do not lie together",
+        "mixed": "'mixed' (64N,96) cannot be split by image: its rows are not adjacent",
         "spare": "'spare' is never called in a forward pass",
-        "empty": "'empty' is returning no tensor",
+        "empty": "'empty' returns no tensor",
     }
 
 
@@ -318,27 +318,27 @@ def test_a_part_that_is_constant_is_left_out_of_a_layer_that_is_named() -> None:
         ("blok.*", "no layer matches 'blok.*' in net; closest: block"),
         ("type:Conv2D", "no layer matches 'type:Conv2D' in net; closest: Conv2d"),
         ("stem@mean", "'stem@mean' does not fit: mean over which dimensions? stem is N,64,56,56 in net\n"),
-        ("stem@mean", "here fits: @mean23 if the channels are dimension 1, @mean12 if they are dimension 3"),
-        ("norm@max", "here fits: @max23 if the channels are dimension 1, @max12 if they are dimension 3"),
-        ("attn/0@mean", "attn/0 is N,49,768 in net\n  here fits: @mean1 over the tokens, @cls for token 0"),
-        ("stem@mean4", "'stem@mean4' does not fit: there is no dimension 4. stem is N,64,56,56 in net\n"),
-        ("stem@cls", "cls is token 0 of an output N,tokens,channels. stem is N,64,56,56"),
-        ("stem@cls", "here fits: @mean23"),
-        ("head@mean23", "head is N,10 in net\n  here fits: store it as it is"),
-        ("pooled@flatten", "pooled is N in net\n  here fits: store it as it is"),
+        ("stem@mean", "for this shape: @mean23 if the channels are dimension 1, @mean12 if they are dimension 3"),
+        ("norm@max", "for this shape: @max23 if the channels are dimension 1, @max12 if they are dimension 3"),
+        ("attn/0@mean", "attn/0 is N,49,768 in net\n  for this shape: @mean1 over the tokens, @cls for token 0"),
+        ("stem@mean4", "'stem@mean4' does not fit: dimension 4 does not exist. stem is N,64,56,56 in net\n"),
+        ("stem@cls", "cls takes token 0 of an output N,tokens,channels. stem is N,64,56,56"),
+        ("stem@cls", "for this shape: @mean23"),
+        ("head@mean23", "head is N,10 in net\n  for this shape: no reduction at all"),
+        ("pooled@flatten", "pooled is N in net\n  for this shape: no reduction at all"),
         ("stem:2", "'stem:2' does not exist: stem is called once in a forward pass\n  write stem"),
         ("block.relu:2", "block.relu is called twice in a forward pass\n  its calls: block.relu:0, block.relu:1"),
-        ("attn/2", "'attn/2' does not exist: what attn has returned: attn/0 (N,49,768), attn/1 (4,7)"),
-        ("stem/in/0", "'stem/in/0' does not exist: what stem is given: stem/in (N,3,8,8)"),
+        ("attn/2", "'attn/2' does not exist: attn returns attn/0 (N,49,768), attn/1 (4,7)"),
+        ("stem/in/0", "'stem/in/0' does not exist: stem is given stem/in (N,3,8,8)"),
         ("attn.out_proj", "'attn.out_proj' is never called in a forward pass\n  (Attention uses its weights directly)"),
         ("attn.out_proj", "the enclosing module can be captured"),
         ("spare", "'spare' is never called in a forward pass"),
         ("table", "'table' is constant (169,3): it does not depend on the image"),
         ("attn/1", "'attn/1' is constant (4,7): it does not depend on the image"),
-        ("mixed", "'mixed' (64N,96) cannot be split by image: its rows do not lie together"),
-        ("empty", "'empty' is returning no tensor"),
-        ("spar*", "nothing that 'spar*' matches in net can be captured: 'spare' is never called in a forward pass"),
-        ("attn*,tabl*", "nothing that 'tabl*' matches in net can be captured: 'table' is constant (169,3)"),
+        ("mixed", "'mixed' (64N,96) cannot be split by image: its rows are not adjacent"),
+        ("empty", "'empty' returns no tensor"),
+        ("spar*", "nothing can be captured of what 'spar*' matches in net: 'spare' is never called in a forward pass"),
+        ("attn*,tabl*", "nothing can be captured of what 'tabl*' matches in net: 'table' is constant (169,3)"),
     ],
 )
 def test_a_selector_that_cannot_be_satisfied_says_what_there_is_instead(selector: str, message: str) -> None:
@@ -350,7 +350,7 @@ def test_the_spelling_that_an_error_suggests_is_one_that_works(layer: Layer, nam
     for address, info in layer.addresses().items():
         if info.batch_dim is None or info.problem:
             continue
-        for spelling in re.findall(r"@\w+", error_of(f"{address}@{name}").partition("here fits: ")[2]):
+        for spelling in re.findall(r"@\w+", error_of(f"{address}@{name}").partition("for this shape: ")[2]):
             assert names(f"{address}{spelling}") == [f"{address}{spelling}"]
 
 

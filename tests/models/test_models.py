@@ -6,7 +6,8 @@ import hashlib
 import os
 import resource
 import sys
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -198,17 +199,19 @@ def test_a_missing_file_is_an_error_that_names_it(weights: str) -> None:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give the folder of an empty cache, on a machine that reaches no network."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # Nobody listens at the discard port.
-    for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("urllib.request._opener", None)  # The one that is kept knows older proxies.
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Give the folder of an empty cache, on a machine without a network."""
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
-    return folder
+    with monkeypatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(tmp_path))
+        for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+            patch.setenv(name, "http://127.0.0.1:9")  # Nothing listens on the discard port.
+        for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY"):
+            patch.delenv(name, raising=False)
+        urllib.request.install_opener(urllib.request.build_opener())  # It reads the proxies once.
+        yield folder
+    urllib.request.install_opener(urllib.request.build_opener())
 
 
 def file_name(name: str, weights: str = "DEFAULT") -> str:

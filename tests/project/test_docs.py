@@ -324,8 +324,7 @@ def test_the_quickstart_goes_from_a_clone_to_features(tmp_path: Path) -> None:
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, clone / name)
     venv.create(clone / ".venv", symlinks=True)
     [packages] = (clone / ".venv" / "lib").glob("python*/site-packages")
-    (packages / "pip").mkdir()
-    (packages / "pip" / "__main__.py").write_text("import sys; print('pip', *sys.argv[1:])")
+    (packages / "pip.py").write_text("import sys; print('pip', *sys.argv[1:])")  # in front of the real one
     here = [path for path in sys.path if path.endswith("-packages")]
     (packages / "environment.pth").write_text("\n".join([str(clone / "src"), *here]))
     command = clone / ".venv" / "bin" / "hookx"

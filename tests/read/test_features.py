@@ -115,7 +115,7 @@ def test_keys_are_those_of_the_images_and_when_called_the_addresses_of_the_mappi
 
 
 def test_a_misspelt_address_is_a_key_error_with_the_closest(opened: Opened) -> None:
-    with pytest.raises(KeyError, match="holds no 'avgpol'; closest: avgpool"):
+    with pytest.raises(KeyError, match="/ does not hold 'avgpol'; closest: avgpool"):
         opened[0]["avgpol"]
     assert opened[0].get("avgpol") is None
 
@@ -220,7 +220,7 @@ def test_an_image_that_could_not_be_read_or_is_not_there_is_a_key_error_that_say
     layer1 = opened[0]["layer1"]
     with pytest.raises(NotStoredError, match=r"^'04' could not be read: OSError: cut$"):
         layer1.of(["00", "04"])
-    with pytest.raises(KeyError, match=r"there is no image '9' among the 6; closest: 09"):
+    with pytest.raises(KeyError, match=r"/ does not hold '9'; closest: 09"):
         layer1.of("9")
 
 

@@ -434,7 +434,7 @@ def bad_arguments() -> Iterator[Any]:
 
     yield case(LayerError, r"no layer matches 'layer1.1.con1' in resnet18; closest: layer1", layers="layer1.1.con1")
     yield case(UsageError, "no layer is named", layers=" , ")
-    yield case(LayerError, "every layer asked for is excluded", exclude="fc")
+    yield case(LayerError, "--exclude leaves no layer to capture", exclude="fc")
     yield case(LayerError, "no layer matches 'fcc'", exclude="fcc")
     yield case(UsageError, "--batch-size must be at least 1, got 0", batch_size=0)
     yield case(UsageError, "--batch-size must be a whole number or auto, got 'many'", batch_size="many")
@@ -454,7 +454,7 @@ def bad_arguments() -> Iterator[Any]:
         UsageError, "invalid --interpolation 'cubic': choose nearest, nearest-exact, bilinear", interpolation="cubic"
     )
     yield case(UsageError, "invalid --exif 'rotate': choose ignore, apply", exif="rotate")
-    yield case(ImageError, "there is no file or folder 'nowhere'", images="nowhere")
+    yield case(ImageError, "no such file or folder: 'nowhere'", images="nowhere")
 
 
 @pytest.mark.parametrize(("changes", "error", "said"), list(bad_arguments()))

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import threading
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator
@@ -275,6 +276,42 @@ def test_a_batch_waits_until_it_is_known_how_many_rows_are_before_it(tmp_path: P
             time.sleep(0.05)
             assert written[start].done() == (start == 0)
         assert [written[start].result().first_row for start in (0, 2, 4)] == [0, 2, 3]
+
+
+def test_a_batch_is_written_once_a_gpu_has_filled_its_rows_and_not_before(tmp_path: Path) -> None:
+    plan = plan_of((LayerSpec("fc", (3,), "float32"),), 2)
+    is_filled = threading.Event()
+    with (
+        RunDirectory(tmp_path, plan) as directory,
+        ShardWriter(directory, plan.shards, 2, expected) as writer,
+    ):
+        rows = writer.rows(range(2), 2)["fc"]
+        rows[:] = float("nan")
+        written = writer.write(range(2), lambda: assert_true(is_filled.wait(10)))
+        time.sleep(0.05)
+        assert not written.done()
+        rows[:] = 5.0
+        is_filled.set()
+        writer.publish(expected(plan.shards[0]), [written])
+        writer.finish()
+    assert torch.equal(hookx.open(tmp_path)["fc"][:], torch.full((2, 3), 5.0))
+
+
+def test_what_went_wrong_with_a_gpu_is_raised_where_the_next_batch_begins(tmp_path: Path) -> None:
+    plan = plan_of((LayerSpec("fc", (3,), "float32"),), 4)
+    with (
+        RunDirectory(tmp_path, plan) as directory,
+        ShardWriter(directory, plan.shards, 2, expected) as writer,
+    ):
+        writer.rows(range(2), 2)
+        with pytest.raises(ZeroDivisionError):
+            writer.write(range(2), lambda: assert_true(1 // 0)).result()
+        with pytest.raises(ZeroDivisionError):
+            writer.rows(range(2, 4), 2)
+
+
+def assert_true(value: object) -> None:
+    assert value
 
 
 def test_what_was_known_of_a_batch_that_is_read_again_is_forgotten_with_all_behind_it(tmp_path: Path) -> None:

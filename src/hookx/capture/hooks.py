@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 class Taps:
@@ -28,7 +29,7 @@ class Taps:
         self.on_enter, self.on_return = on_enter, on_return
         self.calls: dict[str, int] = {}
         self._open_calls: dict[str, list[int]] = {}
-        self._hooks: dict[str, list[Any]] = {}
+        self._hooks: dict[str, list[RemovableHandle]] = {}
 
     def attach(self, path: str, module: nn.Module) -> None:
         """Hook a module, unless it is hooked already."""
@@ -81,26 +82,9 @@ def tap(modules: Mapping[str, nn.Module], taps: Taps) -> Iterator[None]:
         taps.detach_all()
 
 
-def watch_passes(model: nn.Module, begin: Callable[[], None], end: Callable[[], None]) -> Callable[[], None]:
-    """Run `begin` before every call of a model, ahead of its other hooks, and `end` after it, even if it fails.
-
-    Returns:
-        The function that unhooks the model.
-    """
-
-    def before(*_: Any) -> None:
-        begin()
-
-    def after(*_: Any) -> None:
-        end()
-
-    hooks = [
-        model.register_forward_pre_hook(before, prepend=True),
-        model.register_forward_hook(after, always_call=True),
+def watch_passes(model: nn.Module, begin: Callable[[], None], end: Callable[[], None]) -> list[RemovableHandle]:
+    """Run `begin` before every call of a model, ahead of its other hooks, and `end` after it, even if it fails."""
+    return [
+        model.register_forward_pre_hook(lambda *_: begin(), prepend=True),
+        model.register_forward_hook(lambda *_: end(), always_call=True),
     ]
-
-    def unhook() -> None:
-        for hook in hooks:
-            hook.remove()
-
-    return unhook

@@ -36,7 +36,7 @@ def probe(
         runner: how to take a batch through the model.
         images_NCHW: three images of ordinary values, on the runner's device.
         paths: the modules to describe; None for all.
-        why_never_called: says why the model never calls the module at a path, given all modules; '' if unknown.
+        why_never_called: returns why the model never calls the module at a path, given all modules; '' if unknown.
 
     Returns:
         The layers in the order of their first call; one that is never called follows the module registered before it.

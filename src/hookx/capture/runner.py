@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +16,20 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-@contextlib.contextmanager
-def _without_fast_path() -> Iterator[None]:
-    """Switch off PyTorch's transformer fast path, which computes an encoder layer without calling its submodules."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+class ForwardIsDone(BaseException):
+    """Ends a forward pass early. Not an `Exception`: a model's own `except Exception` must not swallow it."""
 
 
 @dataclass(frozen=True)
 class Runner:
-    """A module and how batches go through it.
+    """A module, and how batches go through it.
+
+    Attributes:
+        module: the model, in eval mode.
+        forward: takes a batch (N, 3, H, W) through the module; often the module itself.
+        device: the device of the module, and of the batches.
+        precision: 'fp32', or 'bf16' or 'fp16' (autocast).
+        memory_format: 'contiguous' or 'channels_last', for the batches; the caller converts the weights.
 
     Example:
         >>> Runner.of(nn.Conv2d(3, 4, 1), precision="bf16").run(torch.rand(2, 3, 8, 8)).dtype
@@ -38,13 +38,9 @@ class Runner:
 
     module: nn.Module
     forward: Callable[[Tensor], Any]
-    """Takes a batch (N, 3, H, W) through the module; often the module itself."""
     device: torch.device
-    """Where the module is."""
     precision: str
-    """'fp32', or 'bf16' or 'fp16' (autocast)."""
     memory_format: str
-    """'contiguous' or 'channels_last', for the images; moving the weights is up to the caller."""
 
     @classmethod
     def of(
@@ -55,30 +51,21 @@ class Runner:
         precision: str = "fp32",
         memory_format: str = "contiguous",
     ) -> Runner:
-        """Run a module where it is; `forward` defaults to a call of the module."""
+        """Run a module on the device that it is on; `forward` defaults to the module."""
         return cls(module, module if forward is None else forward, device_of(module), precision, memory_format)
 
     def run(self, pixels_NCHW: Tensor) -> Any:
-        """Take a batch on the module's device through the model without gradients; return what the model returns.
-
-        Exceptions pass through, `ForwardIsDone` included.
-        """
+        """Return what the model returns for a batch, without gradients; exceptions pass through."""
         pixels_NCHW = pixels_NCHW.contiguous(memory_format=MEMORY_FORMATS[self.memory_format])
-        with inference(self.device, self.precision):
-            return self.forward(pixels_NCHW)
-
-
-@contextlib.contextmanager
-def inference(device: torch.device, precision: str) -> Iterator[None]:
-    """Switch off gradients and the transformer fast path, and set autocast for a precision."""
-    autocast = PRECISIONS[precision]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
-        stack.enter_context(_without_fast_path())
-        if autocast is not None:
-            stack.enter_context(torch.autocast(device.type, autocast))
-        yield
-
-
-class ForwardIsDone(BaseException):
-    """Ends a forward pass early. Not an `Exception`: a model's own `except Exception` must not swallow it."""
+        autocast = PRECISIONS[self.precision]
+        # PyTorch's transformer fast path computes an encoder layer without calling its submodules.
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with (
+                torch.inference_mode(),
+                torch.autocast(self.device.type, autocast) if autocast else contextlib.nullcontext(),
+            ):
+                return self.forward(pixels_NCHW)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -94,7 +94,7 @@ class Capture(Mapping[str, Tensor]):
         self._passes: deque[dict[Address, Tensor]] = deque(maxlen=keep)
         self._taps = Taps(self._on_enter, self._on_return)
         self._fastpath = True
-        self._unhook_model = watch_passes(model, self._begin_pass, self._end_pass)
+        self._model_hooks = watch_passes(model, self._begin_pass, self._end_pass)
         try:
             self.add(layers, transform=transform, hook=hook)
         except BaseException:
@@ -147,7 +147,8 @@ class Capture(Mapping[str, Tensor]):
         """Stop capturing: everything, or one path or name. What was captured stays."""
         if name is None:
             self._taps.detach_all()
-            self._unhook_model()
+            for hook in self._model_hooks:
+                hook.remove()
             self._wishes.clear()
             return
         path_or_name = Address.parse(name).path

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import warnings
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -133,17 +135,13 @@ def _choose_rows(path: Path, plan: Plan, count: int, generator: random.Random) -
             rows_of[shard] = len(read_record(path, plan, shard).keys)
         except ShardError:
             continue  # `verify` reports it.
-    rows = sum(rows_of.values())
-    if not rows:
+    shards, ends = list(rows_of), list(accumulate(rows_of.values()))
+    if not ends or not ends[-1]:
         raise StoreError(f"{path}/ holds no row to compute again")
-    numbers = sorted(generator.sample(range(rows), min(count, rows)))
     chosen: dict[Shard, list[int]] = {}
-    first = 0
-    for shard, rows_here in rows_of.items():
-        here = [number - first for number in numbers if first <= number < first + rows_here]
-        if here:
-            chosen[shard] = here
-        first += rows_here
+    for number in sorted(generator.sample(range(ends[-1]), min(count, ends[-1]))):
+        place = bisect_right(ends, number)
+        chosen.setdefault(shards[place], []).append(number - ends[place] + rows_of[shards[place]])
     return chosen
 
 

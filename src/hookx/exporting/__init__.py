@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hookx.errors import LayerError, StoreError, closest
+from hookx.errors import NotStoredError, StoreError
 from hookx.exporting.formats import Format, find_format
 from hookx.exporting.numpy import keys_csv, keys_file
 from hookx.exporting.rows import Rows
@@ -32,7 +32,7 @@ class Export:
     dtype: str  # as written
     failures: int  # images that could not be read, and so have no row
     files: tuple[str, ...]
-    bytes: int  # of those files
+    bytes: int  # size of these files
 
 
 def export(
@@ -57,7 +57,7 @@ def export(
     Raises:
         UsageError: the suffix is unknown, its package is not installed, or the format cannot hold the layer, as .csv
             cannot hold a map.
-        LayerError: the run does not hold the layer.
+        NotStoredError: the run does not hold the layer.
         StoreError: the run is unfinished or damaged; the target exists or cannot be written.
 
     Example:
@@ -111,7 +111,7 @@ def select_rows(
     dtypes = {spec.address: spec.dtype for spec in plan.layers}
     address = layer if layer in dtypes else str(Address.parse(layer))
     if address not in dtypes:
-        raise LayerError(f"the run holds no '{address}'; closest: {closest(address, dtypes)}")
+        raise NotStoredError.of(f"{features.path}/", address, dtypes)
     dtype = dtypes[address]
     if dtype in format.missing_dtypes:
         log.info("%s is written as float32, which holds the same values: the format has no %s", dtype, dtype)

@@ -1,4 +1,4 @@
-"""One activation of a run as text, JSON or bytes, a row of numbers at a time."""
+"""One activation of a run as text, JSON or bytes, for `hookx cat`; one row of numbers at a time."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hookx.errors import HookxError, closest
+from hookx.errors import HookxError, NotStoredError
 from hookx.keys import key_bytes
 from hookx.layers.address import Address
 from hookx.read.features import open_features
 
 _KEYS_COMPARED = 10_000
-_NUMBERS_AT_ONCE = 4096
+_NUMBERS_PER_PIECE = 4096
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,7 @@ def read_activation(run: Path, layer: str, key: str) -> Activation:
     features = open_features(run, partial=True)
     address = str(Address.parse(layer))
     if address not in list(features):
-        raise HookxError(
-            f"{run}/ does not hold '{layer}'; closest: {closest(address, features)}", f"all: hookx inspect {run}/"
-        )
+        raise NotStoredError.of(f"{run}/", layer, features, f"all: hookx inspect {run}/")
     keys = features.keys_of_rows
     row = bisect_left(keys, key_bytes(key), key=key_bytes)
     if row < len(keys) and keys[row] == key:
@@ -52,16 +50,15 @@ def read_activation(run: Path, layer: str, key: str) -> Activation:
         raise HookxError(f"'{key}' has no activation: it could not be read ({features.failures[key]})")
     # Comparing with each of millions would take minutes; what begins alike stands nearby.
     first = max(0, row - _KEYS_COMPARED // 2)
-    problem = f"{run}/ does not hold '{key}'; closest: {closest(key, keys[first : first + _KEYS_COMPARED])}"
-    if len(keys) + len(features.failures) < features.plan.image_count:
-        raise HookxError(problem, "the run is not finished: the same hookx extract command goes on")
-    raise HookxError(problem)
+    is_finished = len(keys) + len(features.failures) == features.plan.image_count
+    next_steps = [] if is_finished else ["the run is not finished: the same hookx extract command resumes it"]
+    raise NotStoredError.of(f"{run}/", key, keys[first : first + _KEYS_COMPARED], *next_steps)
 
 
 def to_text(values: Tensor) -> Iterator[bytes]:
-    r"""Write a vector as one number a line, a matrix as one row a line, and more as matrices with a blank line between.
+    r"""Yield text: one number per line for a vector, one row per line for a matrix, blank lines between matrices.
 
-    Dimensions of length 1 do not count. Each number is the shortest that gives the same bits again.
+    Dimensions of length 1 are ignored. Each number is the shortest text that reads back as the same bits.
 
     Example:
         >>> print(b"".join(to_text(torch.tensor([[[0.1, 2.0]], [[3.0, -0.0]]]))).decode(), end="")
@@ -71,7 +68,7 @@ def to_text(values: Tensor) -> Iterator[bytes]:
     numbers = _to_numpy(values.to(torch.uint8) if values.dtype == torch.bool else values)
     sides = [side for side in numbers.shape if side != 1]
     if len(sides) < 2 or not numbers.size:
-        yield from (f"{number!s}\n".encode() for number in numbers.flat)  # !s: as what it is, and not as a double
+        yield from (f"{number!s}\n".encode() for number in numbers.flat)  # !s: in its own type, not as a double.
         return
     for number, matrix in enumerate(numbers.reshape(-1, *sides[-2:])):
         yield b"\n" if number else b""
@@ -79,10 +76,10 @@ def to_text(values: Tensor) -> Iterator[bytes]:
 
 
 def to_json(activation: Activation) -> Iterator[bytes]:
-    """Write one JSON document: key, layer, shape, dtype, and the values, nested.
+    """Yield one JSON document: key, layer, shape, dtype and nested values.
 
-    JSON has no NaN and no infinity: they are the texts "NaN", "Infinity" and "-Infinity", which `float` of Python and
-    `Number` of JavaScript read. A complex value is a list of two.
+    JSON has no NaN or infinity, so they become the strings "NaN", "Infinity" and "-Infinity", which Python's `float`
+    and JavaScript's `Number` read. A complex value becomes a list of two numbers.
     """
     values = activation.values
     about = {
@@ -92,34 +89,34 @@ def to_json(activation: Activation) -> Iterator[bytes]:
         "dtype": str(values.dtype).removeprefix("torch."),
     }
     yield json.dumps(about).encode().removesuffix(b"}") + b', "values": '
-    yield from _nested(_to_numpy(torch.view_as_real(values) if values.is_complex() else values))
+    yield from _nest(_to_numpy(torch.view_as_real(values) if values.is_complex() else values))
     yield b"}\n"
 
 
 def to_bytes(values: Tensor) -> Iterator[memoryview]:
-    """Give the bytes as they are stored: little-endian, the last dimension fastest."""
+    """Yield the bytes as stored: little-endian, the last dimension varies fastest."""
     yield memoryview(values.flatten().view(torch.uint8).numpy().data)
 
 
 def _to_numpy(values: Tensor) -> NDArray[Any]:
-    # numpy has no bfloat16; as a float32 it is the same number.
+    # numpy has no bfloat16; float32 holds the same numbers.
     return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
 
 
-def _nested(numbers: NDArray[Any]) -> Iterator[bytes]:
+def _nest(numbers: NDArray[Any]) -> Iterator[bytes]:
     if numbers.ndim == 0:
         yield _json_number(numbers[()]).encode()
         return
     yield b"["
     if numbers.ndim == 1:
-        for start in range(0, len(numbers), _NUMBERS_AT_ONCE):
-            some = numbers[start : start + _NUMBERS_AT_ONCE]
+        for start in range(0, len(numbers), _NUMBERS_PER_PIECE):
+            some = numbers[start : start + _NUMBERS_PER_PIECE]
             plain = numbers.dtype != bool and np.isfinite(some).all()
             yield (", " * (start > 0) + ", ".join(map(str if plain else _json_number, some))).encode()
     else:
         for position, part in enumerate(numbers):
             yield b",\n" if position else b""
-            yield from _nested(part)
+            yield from _nest(part)
     yield b"]"
 
 

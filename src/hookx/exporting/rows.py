@@ -70,7 +70,7 @@ class Rows:
             yield slice(start, min(start + self.rows_per_block, len(self)))
 
     def blocks(self) -> Iterator[tuple[slice, NDArray[np.generic]]]:
-        """Read the rows one block at a time, and report each block once the next is asked for."""
+        """Read the rows one block at a time, and report each block when the next one is requested."""
         dtype = getattr(torch, self.dtype.name)
         for span in self.spans():
             yield span, self.activations[span].to(dtype).numpy()

@@ -1,1 +1,1 @@
-"""Sources of images: listing them, and decoding one to pixels."""
+"""Sources of images: list them, and decode each to pixels."""

@@ -1,1 +1,1 @@
-"""What can be asked for: addresses, selectors and the layers of a probed model. No torch."""
+"""What a user can request: addresses, selectors, and the layers of a probed model. Nothing here imports torch."""

@@ -1,6 +1,6 @@
-"""The address grammar: a path, a call, a part and a reduction.
+"""Addresses, the names of activations.
 
-address  = path [":" call] ["/in"] ["/" part]... ["@" reduction]
+address = path [":" call] ["/in"] ["/" part]... ["@" reduction]
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from hookx.errors import AddressError, closest
 
-# These mean something in an address or in a terminal; inside a name they are written %XX.
+# These have a meaning in addresses or terminals; within a name they are written %XX.
 _RESERVED = re.compile(r"[:/@,%*?\[\]\s\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _BRACKET = re.compile(r"\[\s*(?:(\d+)|'([^'\]]+)'|\"([^\"\]]+)\")\s*\]")
 _REDUCTIONS_OVER_DIMS = ("mean", "max", "min", "sum", "norm")
@@ -19,7 +19,7 @@ _REDUCTIONS = (*_REDUCTIONS_OVER_DIMS, "cls", "flatten")
 
 
 def quote(name: str) -> str:
-    """Write a module's or a part's name so that no character of it is taken for grammar.
+    """Escape the name of a module or a part, so that none of its characters is read as grammar.
 
     Example:
         >>> quote("layer1"), quote("a/b")
@@ -42,14 +42,14 @@ def unquote(text: str) -> str:
     try:
         return raw.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
-        raise AddressError(f"'{text}': the %XX in it are not UTF-8") from None
+        raise AddressError(f"'{text}' is not a layer address: its %XX escapes are not UTF-8") from None
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """What is done to an activation on the device before it is stored.
+    """A computation on an activation, on its device, before it is stored.
 
-    `dims` count in the stored activation, whose dimension 0 is the batch.
+    `dims` are dimensions of the activation; dimension 0 is the batch.
 
     Example:
         >>> Reduction.parse("mean32")
@@ -74,9 +74,9 @@ class Reduction:
             )
         dims = [int(digit) for digit in match[2]]
         if dims and name not in _REDUCTIONS_OVER_DIMS:
-            raise AddressError(f"'@{text}': {name} takes no dimensions; write @{name}")
+            raise AddressError(f"'@{text}' is not a reduction: {name} takes no dimensions; write @{name}")
         if 0 in dims:
-            raise AddressError(f"'@{text}': dimension 0 is the batch, which stays; count from 1")
+            raise AddressError(f"'@{text}' cannot reduce dimension 0, the batch; count from 1")
         if len(set(dims)) != len(dims):
             raise AddressError(f"'@{text}' names a dimension twice")
         return cls(name, tuple(sorted(dims)))
@@ -85,39 +85,39 @@ class Reduction:
         return self.name + "".join(map(str, self.dims))
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return one image's shape after the reduction, or raise `ValueError` with the reason."""
+        """Return one image's shape after the reduction; raise `ValueError` with the reason if it does not fit."""
         if self.name == "flatten":
             if not shape:
-                raise ValueError("there is nothing to flatten.")
+                raise ValueError("a scalar cannot be flattened.")
             size = 1
             for length in shape:
                 size *= length
             return (size,)
         if self.name == "cls":
             if len(shape) != 2:
-                raise ValueError("cls is token 0 of an output N,tokens,channels.")
+                raise ValueError("cls takes token 0 of an output N,tokens,channels.")
             return shape[1:]
         if not self.dims:
             raise ValueError(f"{self.name} over which dimensions?")
         if self.dims[-1] > len(shape):
-            raise ValueError(f"there is no dimension {self.dims[-1]}.")
+            raise ValueError(f"dimension {self.dims[-1]} does not exist.")
         return tuple(length for dim, length in enumerate(shape, 1) if dim not in self.dims)
 
     def spellings_for(self, shape: tuple[int, ...]) -> str:
-        """Suggest reductions that fit one image's shape."""
+        """Suggest reductions that fit the shape of one image's activation."""
         name = self.name if self.name in _REDUCTIONS_OVER_DIMS else "mean"
         if len(shape) == 3:
             return f"@{name}23 if the channels are dimension 1, @{name}12 if they are dimension 3"
         if len(shape) == 2:
             return f"@{name}1 over the tokens, @cls for token 0"
         if len(shape) <= 1:
-            return "store it as it is"
-        return f"@{name} and the digits of the dimensions"
+            return "no reduction at all"
+        return f"@{name} followed by the digits of the dimensions"
 
 
 @dataclass(frozen=True)
 class Address:
-    """The name of one activation; the key under which it stands in a shard.
+    """The name of an activation, which is its key in a shard.
 
     Example:
         >>> Address.parse("layer3[0].relu:1/in@mean23")
@@ -134,7 +134,7 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """Read an address; `AddressError` says what is wrong with a text that is none."""
+        """Parse an address; raise `AddressError` with the reason if the text is not one."""
         return cls._parse(text, _parse_path)
 
     @classmethod
@@ -143,11 +143,13 @@ class Address:
         head, *segments = body.split("/")
         path_text, colon, call_text = head.partition(":")
         if colon and not (call_text.isascii() and call_text.isdigit()):
-            raise AddressError(f"'{text}': after ':' stands the number of the call, as in layer1.0.relu:1")
+            raise AddressError(
+                f"'{text}' is not a layer address: ':' takes the number of a call, as in layer1.0.relu:1"
+            )
         is_input = bool(segments) and segments[0] == "in"
         parts = tuple(unquote(segment) for segment in segments[is_input:])
         if not all(parts):
-            raise AddressError(f"'{text}': after '/' stands 'in' or the name of a part, as in attn/0")
+            raise AddressError(f"'{text}' is not a layer address: '/' takes 'in' or the name of a part, as in attn/0")
         return cls(
             path=parse_path(path_text, text),
             call=int(call_text) if colon else None,
@@ -159,7 +161,7 @@ class Address:
     def __str__(self) -> str:
         parts = [quote(part) for part in self.parts]
         if parts and not self.is_input and parts[0] == "in":
-            parts[0] = "%69n"  # A part that is called 'in' is not the module's input.
+            parts[0] = "%69n"  # A part named 'in' must not read as the module's input.
         if self.is_input:
             parts.insert(0, "in")
         return (
@@ -171,13 +173,13 @@ class Address:
 
 
 def dotted(path_text: str) -> str:
-    """Write brackets as dots: layer3[0] -> layer3.0, [0].conv -> 0.conv."""
+    """Replace brackets by dots: layer3[0] -> layer3.0, [0].conv -> 0.conv."""
     path = _BRACKET.sub(lambda match: "." + (match[1] or match[2] or match[3]), path_text)
     return path.removeprefix(".") if path_text.startswith("[") else path
 
 
 def _parse_path(path_text: str, whole_text: str) -> str:
-    """Normalise a dotted path: brackets become dots, %XX become characters."""
+    """Normalise a path: brackets become dots, %XX escapes become characters."""
     if path_text == ".":
         return path_text
     path = dotted(path_text)

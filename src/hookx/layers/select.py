@@ -1,9 +1,6 @@
-"""The language of layers: addresses, selectors, and what they select in a probed model.
+"""Selectors, and the activations that they select in a probed model.
 
-    address  = path [":" call] ["/in"] ["/" part]... ["@" reduction]
-    selector = address | glob over paths | "type:" ClassName
-
-Nothing here imports torch: a `Layer` is a plain record that the probe fills in.
+selector = address | glob over paths | "type:" ClassName
 """
 
 from __future__ import annotations
@@ -21,7 +18,7 @@ from hookx.layers.tree import Layer, Target, TensorInfo
 
 @dataclass(frozen=True)
 class Selector:
-    """An address, a glob over paths, or a class of modules; whatever follows the path applies to every match.
+    """An address, a glob over paths, or a class of modules; what follows the path applies to every match.
 
     Example:
         >>> names = {"conv1": "Conv2d", "layer1": "Sequential", "layer1.0": "BasicBlock", "layer1.0.conv1": "Conv2d"}
@@ -45,13 +42,13 @@ class Selector:
 
     @cached_property
     def _regex(self) -> re.Pattern[str]:
-        # One pass over the tokens of the glob; `**.` in front of a name also stands for nothing at all.
+        # `**.` before a name also matches nothing: '**.conv?' selects 'conv1'.
         tokens = re.findall(r"(?<![^.])\*\*\.|\*\*|\*|\?|[^*?]+", self.address.path)
         meaning = {"**.": r"(?:.+\.)?", "**": r".+", "*": r"[^.]*", "?": r"[^.]"}
         return re.compile("".join(meaning.get(token, re.escape(token)) for token in tokens))
 
     def paths(self, class_names: Mapping[str, str]) -> list[str]:
-        """Return the paths that this selects, in the order of `class_names` (path -> class)."""
+        """Return the selected paths, in the order of `class_names` (path -> class)."""
         if self.kind == "path":
             return [self.address.path] if self.address.path in class_names else []
         if self.kind == "type":
@@ -61,7 +58,7 @@ class Selector:
 
 def _parse_class(class_text: str, whole_text: str) -> str:
     if not class_text.isidentifier():
-        raise AddressError(f"'{whole_text}': after 'type:' stands the name of a class, as in type:Conv2d")
+        raise AddressError(f"'{whole_text}' is not a selector: 'type:' takes the name of a class, as in type:Conv2d")
     return class_text
 
 
@@ -88,18 +85,18 @@ def parse_selectors(texts: str | Iterable[str]) -> list[Selector]:
 
 @dataclass
 class Selection:
-    """The targets that selectors name, in their order, and what was left out and why."""
+    """The selected targets in the order of the selectors; path or address -> why it was left out."""
 
     targets: list[Target] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
 
 class _DoesNotFitError(LayerError):
-    """A reduction that the shape of a layer does not allow; under a glob, too, the user has to decide."""
+    """A reduction does not fit the shape of a layer: an error even under a glob, because the user has to decide."""
 
 
 def matched_paths(selectors: Sequence[Selector], class_names: Mapping[str, str], model: str) -> list[str]:
-    """Return every path that a selector names, once; `LayerError` if one of them names nothing."""
+    """Return every path that a selector matches, once; raise `LayerError` if a selector matches nothing."""
     paths: dict[str, None] = {}
     for selector in selectors:
         found = selector.paths(class_names)
@@ -122,17 +119,17 @@ def narrowed(
     types: Iterable[str] = (),
     depth: int | None = None,
 ) -> list[Layer]:
-    """Keep the layers whose path matches a glob or contains a text, of one of some classes, not below a depth.
+    """Keep the layers with a given path, class and depth, for `list-layers`.
 
     Args:
         layers: all layers of a model.
-        model: its name, for the error message.
-        paths: globs, or texts that a path contains; with commas.
-        types: names of classes; with commas.
-        depth: the most names a path may have; the model itself has none.
+        model: its name, for error messages.
+        paths: globs, or texts that a path has to contain; comma-separated.
+        types: names of classes; comma-separated.
+        depth: the maximum number of names in a path; the model itself has none.
 
     Raises:
-        LayerError: a glob, a text or a class fits no layer of the model.
+        LayerError: a glob, a text or a class matches no layer of the model.
     """
     kept = list(layers)
     class_names = {layer.path: layer.class_name for layer in layers}
@@ -141,7 +138,7 @@ def narrowed(
         for text in texts:
             containing = {path for path in class_names if text in path}
             if not containing and not re.search(r"[*?]", text):
-                raise LayerError(f"no path in {model} contains '{text}'; closest: {closest(text, class_names)}")
+                raise LayerError(f"no layer matches '{text}' in {model}; closest: {closest(text, class_names)}")
             wanted |= containing
         kept = [layer for layer in kept if layer.path in wanted]
     if classes := [f"type:{name.strip()}" for names in types for name in names.split(",") if name.strip()]:
@@ -159,11 +156,13 @@ def _depth(path: str) -> int:
 def select(
     selectors: Sequence[Selector], layers: Sequence[Layer], model: str, exclude: Sequence[Selector] = ()
 ) -> Selection:
-    """Turn selectors into the activations they name, in their order and without repeats.
+    """Return the activations that selectors name, in their order and without repeats.
 
-    A selector that names one module and cannot be satisfied is a `LayerError`. A glob or a `type:` leaves out what
-    cannot be captured (never called, constant), and says so in `left_out`; it is an error if nothing remains.
+    A glob or a `type:` leaves out what cannot be captured (never called, constant), with the reason in `left_out`.
     What `exclude` names need not be among the layers.
+
+    Raises:
+        LayerError: a selector that names one module cannot be satisfied, or another one selects nothing.
     """
     by_path = {layer.path: layer for layer in layers}
     class_names = {layer.path: layer.class_name for layer in layers}
@@ -183,9 +182,9 @@ def select(
         for path in matched:
             layer = by_path[path]
             if layer.same_as in matched and not by_name:
-                continue  # It is taken under its first path.
+                continue  # Taken under its first path.
             if is_excluded(replace(selector.address, path=path)):
-                found += 1  # Nobody asks whether it could be captured.
+                found += 1  # Excluded, so it does not matter whether it could be captured.
                 continue
             try:
                 targets, unusable = _targets_of(layer, selector.address, model)
@@ -197,24 +196,24 @@ def select(
             found += len(targets)
             left_out.update(unusable)
             for target in targets:
-                # Where a module is called once, conv1:0 is another spelling of conv1.
+                # If a module is called once, conv1:0 is another spelling of conv1.
                 if not is_excluded(replace(target.address, call=target.address.call or 0)):
                     chosen.setdefault(target.address, target)
         if not found:
             raise LayerError(
-                f"nothing that '{selector.text}' matches in {model} can be captured: "
+                f"nothing can be captured of what '{selector.text}' matches in {model}: "
                 + "; ".join(list(left_out.values())[:3]),
                 f"list the layers: hookx list-layers {model}",
             )
         selection.left_out.update(left_out)
     if not chosen:
-        raise LayerError("every layer asked for is excluded again", "check --exclude")
+        raise LayerError("--exclude leaves no layer to capture")
     selection.targets = list(chosen.values())
     return selection
 
 
 def _covers(pattern: Address, paths: set[str], address: Address) -> bool:
-    """Tell whether an excluding selector covers an address; what the pattern does not say, it does not narrow."""
+    """Return whether an excluding selector covers an address: each part that the pattern gives has to agree."""
     return (
         address.path in paths
         and pattern.call in (None, address.call)
@@ -225,7 +224,7 @@ def _covers(pattern: Address, paths: set[str], address: Address) -> bool:
 
 
 def _targets_of(layer: Layer, wanted: Address, model: str) -> tuple[list[Target], dict[str, str]]:
-    """Return the targets that an address (its path already matched) names in one layer, and the parts left out."""
+    """Return the targets that an address names in a layer whose path it matched, and the parts left out."""
     name = str(Address(layer.path))
     if not layer.calls:
         reason = f"\n  ({layer.never_called_because})" if layer.never_called_because else ""
@@ -246,14 +245,11 @@ def _targets_of(layer: Layer, wanted: Address, model: str) -> tuple[list[Target]
     }
     found = {a: t for a, t in in_call.items() if a.parts[: len(wanted.parts)] == wanted.parts}
     if not found:
-        what = "given" if wanted.is_input else "returned"
+        verb = "is given" if wanted.is_input else "returns"
+        tensors = ", ".join(f"{a} ({t.shape_text})" for a, t in in_call.items()) or "no tensor"
         if not wanted.parts:
-            raise LayerError(f"'{name}' is {'given' if wanted.is_input else 'returning'} no tensor")
-        has = ", ".join(f"{a} ({t.shape_text})" for a, t in in_call.items())
-        raise LayerError(
-            f"'{replace(wanted, path=layer.path)}' does not exist: what {name} {'is' if wanted.is_input else 'has'} "
-            f"{what}: {has or 'no tensor'}"
-        )
+            raise LayerError(f"'{name}' {verb} no tensor")
+        raise LayerError(f"'{replace(wanted, path=layer.path)}' does not exist: {name} {verb} {tensors}")
     unusable = {str(a): reason for a, t in found.items() if (reason := _why_not_by_image(a, t))}
     if len(unusable) == len(found):
         raise LayerError(next(iter(unusable.values())))
@@ -269,7 +265,7 @@ def _targets_of(layer: Layer, wanted: Address, model: str) -> tuple[list[Target]
             stored = ",".join(["N", *map(str, tensor.shape)])
             raise _DoesNotFitError(
                 f"'{target.address}' does not fit: {error} {address} is {stored} in {model}",
-                f"here fits: {wanted.reduction.spellings_for(tensor.shape)}",
+                f"for this shape: {wanted.reduction.spellings_for(tensor.shape)}",
             ) from None
         targets.append(target)
     return targets, unusable

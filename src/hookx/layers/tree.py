@@ -1,4 +1,4 @@
-"""What a probe learns about a model: its layers, their calls, and the tensors that pass."""
+"""The records that a probe fills in: a model's layers, their calls, and the tensors of each call."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from hookx.layers.address import Address
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor that a module returned or was given, as the probe saw it."""
+    """A tensor that a module returned or was given."""
 
     parts: tuple[str, ...]
-    shape: tuple[int, ...]  # of one image: without the batch dimension. A constant's whole shape.
+    shape: tuple[int, ...]  # for one image, without the batch dimension; for a constant, the whole shape
     dtype: str
-    batch_dim: int | None = 0  # where the batch dimension stood; None for a constant
-    rows_per_image: int = 1  # >1: the leading dimension held this many rows of each image, one image after another
-    problem: str = ""  # why its rows cannot be given to images
+    batch_dim: int | None = 0  # the position of the batch dimension; None for a constant
+    rows_per_image: int = 1  # above 1, dimension 0 holds this many rows for each image, image after image
+    problem: str = ""  # why its rows cannot be assigned to images
 
     @property
     def is_constant(self) -> bool:
@@ -24,7 +24,7 @@ class TensorInfo:
 
     @property
     def shape_text(self) -> str:
-        """The shape as the layer returns it, the batch written N: 'N,64,56,56', '49,N,768', '64N,49,96'.
+        """The shape as the layer returns it, with N for the batch: 'N,64,56,56', '49,N,768', '64N,49,96'.
 
         Example:
             >>> TensorInfo((), (49, 768), "float32", batch_dim=1).shape_text
@@ -48,17 +48,17 @@ class Call:
 
 @dataclass(frozen=True)
 class Layer:
-    """A module of a model, with what a forward pass does to it."""
+    """A module and its calls in a forward pass."""
 
     path: str
     class_name: str
     parameters: int
     calls: tuple[Call, ...] = ()
     never_called_because: str = ""
-    same_as: str = ""  # the first path of this module, where it is registered under two
+    same_as: str = ""  # the module's first path, if it is registered under another one too
 
     def addresses(self, *, of_inputs: bool = False) -> dict[Address, TensorInfo]:
-        """Return the canonical address of every tensor that this module returns (or is given)."""
+        """Return the canonical address of every tensor that the module returns, or is given."""
         found = {}
         for number, call in enumerate(self.calls):
             for tensor in call.inputs if of_inputs else call.outputs:
@@ -69,14 +69,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Target:
-    """One activation to capture: its address, and the tensor it is taken from."""
+    """An activation to capture: its address, and the tensor before its reduction."""
 
     address: Address
     tensor: TensorInfo
-    calls: int = 1  # of the module, in one forward pass
+    calls: int = 1  # how often a forward pass calls the module
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape stored for one image."""
+        """The shape that is stored for one image."""
         reduction = self.address.reduction
         return reduction.shape(self.tensor.shape) if reduction else self.tensor.shape

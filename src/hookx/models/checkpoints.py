@@ -34,7 +34,7 @@ _SAVE_WEIGHTS = "save the weights alone: torch.save(model.state_dict(), 'weights
 
 
 def is_weights_file(weights: str) -> bool:
-    """Tell whether `--weights` names a file, which need not exist, rather than published weights."""
+    """Return whether `--weights` names a file, which need not exist, rather than published weights."""
     return weights.lower().endswith(_SUFFIXES) or os.sep in weights or Path(weights).is_file()
 
 
@@ -292,7 +292,7 @@ def read_content(path: Path, *, trust: bool = False, shapes_only: bool = False) 
 
 
 def kind_of(path: Path) -> str:
-    """Tell from a file's contents whether it is an 'exported program', 'TorchScript', or neither ('')."""
+    """Return what a file's contents are: an 'exported program', 'TorchScript', or '' for neither."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.partition("/")[2] for name in archive.namelist()} | set(archive.namelist())

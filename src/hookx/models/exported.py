@@ -70,15 +70,6 @@ class ExportedPrograms(Source):
         return self.load_model(ref, weights, options)
 
 
-def load_exported(path: Path) -> nn.Module:
-    """Read an exported program, and give its layers their dotted paths back. This runs code that the file names.
-
-    Raises:
-        ModelError: the file is not an exported program that takes one batch of any number of images, in eval mode.
-    """
-    return _read(path)[0]
-
-
 def _read(path: Path) -> tuple[nn.Module, int, int | None]:
     """Return the module, the side of its images in pixels, and how many it takes at once; None if any number."""
     with zipfile.ZipFile(path) as archive:

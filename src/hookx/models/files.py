@@ -26,7 +26,7 @@ from hookx.plan import WeightsIdentity
 
 
 def is_model_file(ref: str) -> bool:
-    """Tell whether a reference names a file, which need not exist.
+    """Return whether a reference names a file, which need not exist.
 
     Example:
         >>> is_model_file("checkpoint.pth.tar"), is_model_file("resnet18")

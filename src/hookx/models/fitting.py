@@ -29,7 +29,7 @@ def without_prefix(weights: Weights, own: Collection[str], ref: str) -> Weights:
     are left out as whole groups, unless they could be part of the model.
 
     Args:
-        weights: of a file.
+        weights: the tensors of a file.
         own: the names of the model's tensors.
         ref: the model's name, for messages.
 
@@ -39,7 +39,7 @@ def without_prefix(weights: Weights, own: Collection[str], ref: str) -> Weights:
     compiled = any(_COMPILED in name.split(".") for name in weights.state)
     state = weights.state
     if compiled and not any(_COMPILED in name.split(".") for name in own):
-        state = {_dotted(part for part in name.split(".") if part != _COMPILED): v for name, v in state.items()}
+        state = {".".join(part for part in name.split(".") if part != _COMPILED): v for name, v in state.items()}
         if len(state) < len(weights.state):
             raise ModelError(f"'{weights.file}' holds some tensors twice, with and without '{_COMPILED}.'")
         weights = dataclasses.replace(weights, state=state, prefix=f"{_COMPILED}.")
@@ -88,7 +88,7 @@ def classes_in(
     """Return the number of classes in a file's classifier, if that is the only difference in shape.
 
     Args:
-        weights: of the file, under the model's names.
+        weights: the tensors of the file, under the model's names.
         own: the state dict of the model for `classes` classes; `with_classes` returns it for any number.
     """
     shapes = {name: (value.shape, own[name].shape) for name, value in weights.state.items() if _both(value, name, own)}
@@ -121,7 +121,7 @@ def load_weights(module: nn.Module, weights: Weights, ref: str, allow_missing: I
     """
     own, state = module.state_dict(), weights.state
     missing = [name for name in own if name not in state and not _is_counter(name)]
-    allowed = _allowed(allow_missing, own, ref)
+    allowed = find_allowed(allow_missing, own, ref)
     absent = [name for name in missing if name in allowed]
     missing = [name for name in missing if name not in allowed]
     unexpected = [name for name in state if name not in own]
@@ -135,7 +135,7 @@ def load_weights(module: nn.Module, weights: Weights, ref: str, allow_missing: I
         hints = []
         if weights.architecture and weights.architecture != ref:
             hints.append(f"the file names the architecture {weights.architecture}")
-        modules = list(dict.fromkeys(map(_module_of, missing)))
+        modules = modules_of(missing)
         if missing and not unexpected and not other_shape and len(modules) <= 3:
             hints.append(f"to leave them random: --allow-missing {','.join(modules)}")
         raise ModelError(
@@ -153,7 +153,7 @@ def load_weights(module: nn.Module, weights: Weights, ref: str, allow_missing: I
         )
     own.update(state)  # Unlike a plain dict, it carries the versions of its modules, which MNASNet asks for.
     module.load_state_dict(own)
-    return tuple(dict.fromkeys(map(_module_of, absent)))
+    return modules_of(absent)
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _notes_on_dtypes(module: nn.Module, weights: Weights) -> tuple[str, ...]:
     )
 
 
-def _allowed(patterns: Iterable[str], own: Mapping[str, Any], ref: str) -> set[str]:
+def find_allowed(patterns: Iterable[str], own: Mapping[str, Any], ref: str) -> set[str]:
     """Return the tensors that globs match, by their own names or by those of modules that hold them."""
     above = {name: [name[:cut] for cut, letter in enumerate(name) if letter == "."] + [name] for name in own}
     nodes = dict.fromkeys((node for nodes in above.values() for node in nodes), "")
@@ -242,17 +242,19 @@ def _group(name: str, prefix: str) -> str:
     """Return the highest part of a name that is not part of the prefix."""
     parts, above = name.split("."), prefix.split(".")
     shared = next((n for n, (part, other) in enumerate(zip(parts, above, strict=False)) if part != other), 0)
-    return _dotted(parts[: shared + 1])
+    return ".".join(parts[: shared + 1])
 
 
-def _module_of(name: str) -> str:
-    return name.rpartition(".")[0] or "."
+def modules_of(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the paths of the modules that hold tensors.
+
+    Example:
+        >>> modules_of(["fc.weight", "fc.bias", "cls_token"])
+        ('fc', '.')
+    """
+    return tuple(dict.fromkeys(name.rpartition(".")[0] or "." for name in names))
 
 
 def _suggest(name: str, own: Mapping[str, Any]) -> str:
     matches = get_close_matches(name, own, n=1, cutoff=0.8)
     return f" (closest: {matches[0]})" if matches else ""
-
-
-def _dotted(parts: Iterable[str]) -> str:
-    return ".".join(parts)

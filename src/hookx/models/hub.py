@@ -33,7 +33,7 @@ def cached_file(repository: str, names: Sequence[str], revision: str | None = No
 
 
 def is_known_to_be_absent(repository: str, name: str, revision: str | None = None) -> bool:
-    """Tell whether the cache records that a repository has no such file."""
+    """Return whether the cache records that a repository has no such file."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repository, name, revision=revision)
@@ -48,7 +48,7 @@ def fetch_file(
     Args:
         what: the model, for messages.
         repository: its name on the hub: 'facebook/dinov2-small'.
-        names: of the files, preferred ones first.
+        names: the names of the files, preferred ones first.
         revision: a branch, a tag or a commit; None for the main branch.
         next_steps: what an error advises.
         required: raise an error if the repository has none of the files; otherwise return None.

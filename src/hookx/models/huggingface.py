@@ -10,7 +10,7 @@ import contextlib
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from hookx.errors import ModelError, one_line
-from hookx.layers.select import Selector
 from hookx.models import hub
 from hookx.models.checkpoints import sha256_of
-from hookx.models.fitting import Filled
+from hookx.models.fitting import Filled, find_allowed, modules_of
 from hookx.models.names import HUGGING_FACE
 from hookx.models.preprocessing import imagenet_preprocessing, square_side_px, try_transform
 from hookx.models.source import LoadedModel
@@ -43,7 +42,6 @@ class HuggingFace(Zoo):
     `transformers`.
     """
 
-    distribution = "transformers"
     takes_arguments = True
 
     def owns(self, ref: str) -> bool:
@@ -178,7 +176,8 @@ class HuggingFaceModel(Architecture):
                     f"the weights of {self.ref} cannot be loaded as {self.model_class.__name__}: {one_line(error)}"
                 ) from error
         missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-        self._refuse_missing([name for name in missing if not _is_allowed(name, options.allow_missing)])
+        allowed = find_allowed(options.allow_missing, module.state_dict(), self.ref)
+        self._refuse_missing([name for name in missing if name not in allowed])
         notes = []
         if unexpected:
             groups = Counter(name.split(".")[0] for name in unexpected)
@@ -191,18 +190,17 @@ class HuggingFaceModel(Architecture):
             notes.append(f"{self.ref}: {str(stored).removeprefix('torch.')} in the file, float32 in the model")
         hub_name = f"{HUGGING_FACE}{home.name}@{home.commit}"
         identity = WeightsIdentity(hub_name) if home.commit else WeightsIdentity.of_file(sha256_of(file))
+        random = str(WeightsIdentity.of_seed(options.seed))
+        # '' for a tensor of the model itself, unlike in other zoos: identities in existing plans say so.
         random_paths = tuple(dict.fromkeys(name.rpartition(".")[0] for name in missing))
-        return Filled(module, identity, tuple(notes)).lacking(
-            random_paths, str(WeightsIdentity.of_seed(options.seed)), file.name
-        )
+        return Filled(module, identity, tuple(notes)).lacking(random_paths, random, file.name)
 
     def _refuse_missing(self, names: list[str]) -> None:
         if names:
-            modules = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
             raise ModelError(
                 f"the weights of {self.ref} do not fill {self.model_class.__name__}",
                 f"missing ({len(names)}): {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}",
-                f"to leave them random: --allow-missing {','.join(modules[:3])}",
+                f"to leave them random: --allow-missing {','.join(modules_of(names)[:3])}",
             )
 
     def prepare(self, module: nn.Module) -> Prepared:
@@ -240,12 +238,6 @@ class HuggingFaceModel(Architecture):
             return module(pixel_values=pixels_NCHW)
 
         return replace(super().finish(filled), forward=forward)
-
-
-def _is_allowed(name: str, patterns: Iterable[str]) -> bool:
-    nodes = {name[:cut]: "" for cut, letter in enumerate(name) if letter == "."} | {name: ""}
-    pieces = (piece.strip() for text in patterns for piece in text.split(","))
-    return any(Selector.parse(piece).paths(nodes) for piece in pieces if piece)
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ def weights_of(ref: str) -> list[tuple[str, bool]]:
 
 
 def load_model(ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
-    """Build a model with the weights asked for.
+    """Build a model with the requested weights.
 
     Args:
         ref: a name that `list_models` returns; 'timm:NAME', 'hf:NAME', 'python:package.module:factory',

@@ -9,11 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 TIMM, HUGGING_FACE, PYTHON = "timm:", "hf:", "python:"
-LISTED_PREFIXES = (TIMM,)  # of the zoos other than torchvision that have a list of models
+LISTED_PREFIXES = (TIMM,)  # zoos other than torchvision that have a list of models
 
 
 def may_run_code(ref: str) -> bool:
-    """Tell whether building a model may run code other than that of an installed model zoo.
+    """Return whether building a model may run code other than that of an installed model zoo.
 
     What a plan names is built without asking only if this is False: the plan may come from a stranger.
 
@@ -25,13 +25,14 @@ def may_run_code(ref: str) -> bool:
 
 
 def distribution_of(ref: str) -> str:
-    """Return the distribution on PyPI whose version matters to a zoo's model.
+    """Return the distribution on PyPI that a model comes from; torchvision also stands for files and custom code.
 
     Example:
-        >>> distribution_of("resnet18"), distribution_of("timm:resnet18")
-        ('torchvision', 'timm')
+        >>> distribution_of("resnet18"), distribution_of("timm:resnet18"), distribution_of("hf:./folder")
+        ('torchvision', 'timm', 'transformers')
     """
-    return "timm" if ref.startswith(TIMM) else "torchvision"
+    prefix = ref[: ref.find(":") + 1]
+    return {TIMM: "timm", HUGGING_FACE: "transformers"}.get(prefix, "torchvision")
 
 
 @cache

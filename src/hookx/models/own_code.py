@@ -61,7 +61,7 @@ class OwnCode(Source):
         self._skeletons: dict[object, _Built] = {}  # at most one, which no `load_model` has taken yet
 
     def owns(self, ref: str) -> bool:
-        """Tell whether a name is that of a factory, in a module or in a file.
+        """Return whether a reference names a factory, in a module or in a file.
 
         Example:
             >>> [OwnCode().owns(ref) for ref in ("python:torchvision.models:resnet18", "nets/small.py:Net", "resnet18")]
@@ -80,9 +80,8 @@ class OwnCode(Source):
             )
         found = without_prefix(read_weights(weights, options), built.module.state_dict().keys(), ref)
         filled = fill(built.module, found, ref, options, "as the factory made them")
-        identity = filled.identity.loaded_into(built.call)
-        if filled.random_paths:
-            identity = identity.with_state(state_sha256(built.module))
+        digest = state_sha256(built.module) if filled.random_paths else ""
+        identity = filled.identity.in_factory_model(built.call, digest)
         return built.finish(dataclasses.replace(filled, identity=identity))
 
     def skeleton(self, ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
@@ -194,7 +193,7 @@ def _make_ready(made: Any, ref: str) -> tuple[nn.Module, list[str]]:
 
 
 def state_sha256(module: nn.Module) -> str:
-    """Return the SHA-256 of a state dict: of every tensor's name, dtype, shape and values.
+    """Return the SHA-256 of a state dict, covering every tensor's name, dtype, shape and values.
 
     Example:
         >>> state_sha256(nn.Identity())[:12]

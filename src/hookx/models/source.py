@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hookx.errors import ModelError
+from hookx.models.names import distribution_of
 from hookx.options import ModelOptions
 from hookx.plan import Preprocessing
 
@@ -36,10 +37,13 @@ class LoadedModel:
     """Sentences that a user should read, such as what was unwrapped from a checkpoint."""
     random_paths: tuple[str, ...] = ()
     """The modules that the weights lacked."""
-    distribution: str = "torchvision"
-    """The package whose version a shard records beside torch's."""
     why_never_called: Callable[[str, Mapping[str, nn.Module]], str] = lambda _path, _modules: ""
-    """Says why a forward pass skips the module at a path, given all modules by path; '' where it does not know."""
+    """Returns why a forward pass skips the module at a path, given all modules by path; '' where it does not know."""
+
+    @property
+    def distribution(self) -> str:
+        """The distribution on PyPI that the model comes from; a shard records its version."""
+        return distribution_of(self.name)
 
 
 class Source(Protocol):
@@ -52,11 +56,11 @@ class Source(Protocol):
     """Whether its models take `--model-arg`."""
 
     def owns(self, ref: str) -> bool:
-        """Tell whether a reference names one of its models."""
+        """Return whether a reference names one of its models."""
         ...
 
     def load_model(self, ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
-        """Build a model with the weights asked for; see `hookx.models.loading.load_model`."""
+        """Build a model with the requested weights; see `hookx.models.loading.load_model`."""
         ...
 
     def skeleton(self, ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:

@@ -33,7 +33,6 @@ _NEXT_STEP = "use a file: --weights weights.safetensors    or random weights: --
 class Timm(Zoo):
     """The models that `timm.list_models` names: 'timm:resnet18', or with a tag 'timm:resnet18.a1_in1k'."""
 
-    distribution = "timm"
     takes_arguments = True
 
     def owns(self, ref: str) -> bool:

@@ -46,8 +46,6 @@ _REFUSED = {"video": "video clips", "optical flow": "pairs of video frames"}
 class Torchvision(Zoo):
     """The models that `torchvision.models.list_models` names."""
 
-    distribution = "torchvision"
-
     def owns(self, ref: str) -> bool:
         return ref in zoo.list_models()
 
@@ -250,7 +248,7 @@ def _detect_without_boxes(module: nn.Module) -> Callable[[Tensor], Any]:
 
 
 def why_never_called(path: str, modules: Mapping[str, nn.Module]) -> str:
-    """Say why torchvision's models never call some of their modules; '' where the reason is not known."""
+    """Return why torchvision's models never call a module; '' if the reason is unknown."""
     parent_path, _, name = path.rpartition(".")
     parent_class = type(modules[parent_path or "."]).__name__
     if parent_class.startswith("ShiftedWindowAttention") and name in ("qkv", "proj"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -73,9 +72,6 @@ class Architecture(ABC):
 class Zoo(Source, Protocol):
     """A source whose architectures are found by name and can be built without weights."""
 
-    distribution: str
-    """The package whose version a shard records."""
-
     @abstractmethod
     def find(self, ref: str, weights: str, options: ModelOptions) -> Architecture:
         """Find an architecture by name, in the variant that the weights need.
@@ -97,19 +93,16 @@ class Zoo(Source, Protocol):
             filled = Filled(architecture.build(), random)
         else:
             filled = architecture.build_published(options)
-        return self._finish(architecture, filled)
+        return architecture.finish(filled)
 
     def skeleton(self, ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
         """Build an architecture on the meta device; only the shapes of a weights file are read, if it exists."""
         architecture = self.find(ref, weights, options)
         if is_weights_file(weights) and Path(weights).is_file():
             _, architecture = architecture.fit(read_weights(weights, options, shapes_only=True))
-        return self._finish(architecture, Filled(architecture.build_bare(), WeightsIdentity("none")))
-
-    def _finish(self, architecture: Architecture, filled: Filled) -> LoadedModel:
-        return dataclasses.replace(architecture.finish(filled), distribution=self.distribution)
+        return architecture.finish(Filled(architecture.build_bare(), WeightsIdentity("none")))
 
 
 def names_published(weights: str) -> bool:
-    """Tell whether `--weights` asks for published weights: the default ones, or some by name."""
+    """Return whether `--weights` names published weights: the default ones, or some by name."""
     return weights != "none" and not is_weights_file(weights)

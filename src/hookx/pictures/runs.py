@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hookx.capture.runner import Runner
-from hookx.errors import HookxError, ImageError, LayerError, ModelError, UsageError, closest
+from hookx.errors import HookxError, ImageError, ModelError, NotStoredError, UsageError, closest
 from hookx.images.decoding import decode, failure_reason
 from hookx.layers.address import Address
 from hookx.models import LoadedModel, load_model, may_run_code, skeleton
@@ -86,7 +86,7 @@ def _match_addresses(features: Features, layers: str | Sequence[str]) -> list[st
     for text in filter(None, texts):
         named = [a for a in stored if a == text or Address.parse(a).path == text or fnmatchcase(a, text)]
         if not named:
-            raise LayerError(f"{features.path}/ does not hold '{text}'; closest: {closest(text, stored)}")
+            raise NotStoredError.of(f"{features.path}/", text, stored)
         matched.update(dict.fromkeys(named))
     return list(matched or stored)
 

@@ -45,17 +45,12 @@ class WeightsIdentity:
 
     @classmethod
     def of_seed(cls, seed: int) -> WeightsIdentity:
-        """Return the identity of random weights.
-
-        Example:
-            >>> str(WeightsIdentity.of_seed(3)), WeightsIdentity.of_seed(3).seed
-            ('random (seed 3)', 3)
-        """
+        """Return the identity of random weights."""
         return cls(f"random (seed {seed})")
 
     @classmethod
     def of_file(cls, sha256: str, *unwrapped: str) -> WeightsIdentity:
-        """Return the identity of a file: its SHA-256, and what was unwrapped to get at the weights.
+        """Return the identity of a file, and of what was unwrapped to get at the weights.
 
         Example:
             >>> str(WeightsIdentity.of_file("1f0a", "state_dict", "without module."))
@@ -67,20 +62,15 @@ class WeightsIdentity:
     @classmethod
     def of_factory(cls, call: str, state_sha256: str, seed: int | None = None) -> WeightsIdentity:
         """Return the identity of what a factory returned; `call` is its name with its arguments."""
-        seeded = "" if seed is None else f"{cls.of_seed(seed)}, "
-        return cls(f"{seeded}{call} sha256:{state_sha256}")
+        return cls(("" if seed is None else f"{cls.of_seed(seed)}, ") + f"{call} sha256:{state_sha256}")
 
-    def loaded_into(self, call: str) -> WeightsIdentity:
-        """Return the identity of these weights in the model that a factory returned."""
-        return WeightsIdentity(f"{call} {self}")
+    def in_factory_model(self, call: str, state_sha256: str = "") -> WeightsIdentity:
+        """Return the identity of these weights in a factory's model; the digest covers what they lack."""
+        return WeightsIdentity(f"{call} {self}" + (f" (sha256:{state_sha256})" if state_sha256 else ""))
 
     def lacking(self, paths: Iterable[str], instead: str) -> WeightsIdentity:
         """Return the identity of these weights without some modules, and what those hold instead."""
         return WeightsIdentity(f"{self}; {instead}: {', '.join(paths)}")
-
-    def with_state(self, state_sha256: str) -> WeightsIdentity:
-        """Return the identity of these weights in a model whose other values only a digest tells apart."""
-        return WeightsIdentity(f"{self} (sha256:{state_sha256})")
 
     def with_arguments(self, arguments: Mapping[str, object]) -> WeightsIdentity:
         """Return the identity of these weights in a model built with arguments."""

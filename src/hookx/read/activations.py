@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hookx.errors import NotStoredError, ShardError, StoreError, UsageError, closest
+from hookx.errors import NotStoredError, ShardError, StoreError, UsageError
 from hookx.keys import Keys
 from hookx.plan import LayerSpec
 from hookx.store.format import data_range, open_shard
@@ -36,6 +36,7 @@ class RowIndex:
     """Which rows there are and which files hold them; every address of a run shares it.
 
     Attributes:
+        path: the directory of the run.
         keys: the image key of every row, in order.
         failures: key -> reason for the images that have no row.
         files: the shards.
@@ -43,6 +44,7 @@ class RowIndex:
         chosen: the position of each row in the run, ascending; None if all rows are chosen.
     """
 
+    path: Path
     keys: Keys
     failures: Mapping[str, str]
     files: Sequence[Path]
@@ -63,7 +65,7 @@ class RowIndex:
         # Keys are sorted, so similar ones are neighbours; comparing with millions would take minutes.
         place = self.keys.place(key)
         around = self.keys[max(0, place - _KEYS_COMPARED) : place + _KEYS_COMPARED]
-        raise NotStoredError(f"there is no image '{key}' among the {len(self.keys):,}; closest: {closest(key, around)}")
+        raise NotStoredError.of(f"{self.path}/", key, around)
 
 
 class Activations:
@@ -149,26 +151,21 @@ class Activations:
 
     def numpy(self) -> NDArray[Any]:
         """Return all rows as an array. numpy has no bfloat16, so it becomes float32, exactly, with a warning."""
-        if self.dtype == torch.bfloat16:
-            self._warn_of_conversion()
-        return self._array()
+        return self._to_numpy()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
             raise ValueError(f"'{self.address}' is read from files, so an array of it is always a copy")
-        if self.dtype == torch.bfloat16 and dtype is None:
-            self._warn_of_conversion()
-        return np.asarray(self._array(), dtype=dtype)
+        return np.asarray(self._to_numpy(warn=dtype is None), dtype=dtype)
 
-    def _array(self) -> NDArray[Any]:
+    def _to_numpy(self, warn: bool = True) -> NDArray[Any]:
         rows = self.torch()
-        return (rows.float() if rows.dtype == torch.bfloat16 else rows).numpy()
-
-    def _warn_of_conversion(self) -> None:
-        warnings.warn(
-            f"'{self.address}' is bfloat16, which numpy lacks: it becomes float32, exactly; .torch() keeps bfloat16",
-            stacklevel=3,
-        )
+        if rows.dtype == torch.bfloat16:
+            if warn:
+                what = f"'{self.address}' is bfloat16, which numpy lacks"
+                warnings.warn(f"{what}: it becomes float32, exactly; .torch() keeps bfloat16", stacklevel=3)
+            rows = rows.float()
+        return rows.numpy()
 
     def prefetch(self, start: int, stop: int) -> None:
         """Start reading rows into the system's file cache, and return without waiting."""

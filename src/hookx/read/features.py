@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hookx.errors import NotStoredError, ShardError, StoreError, UsageError, closest
+from hookx.errors import NotStoredError, ShardError, StoreError, UsageError
 from hookx.keys import Keys
 from hookx.plan import Plan
 from hookx.read.activations import Activations, RowIndex
@@ -67,7 +67,7 @@ def open_features(path: str | os.PathLike[str], *, partial: bool = False) -> Fea
                 last = key
 
     keys = Keys.pack(keys_of_rows())
-    return Features(path, plan, RowIndex(keys, failures, files, np.array(first_rows, dtype=np.int64)))
+    return Features(path, plan, RowIndex(path, keys, failures, files, np.array(first_rows, dtype=np.int64)))
 
 
 class RunKeys(Keys):
@@ -109,7 +109,7 @@ class Features(Mapping[str, Activations]):
 
     def __getitem__(self, address: str) -> Activations:
         if address not in self._activations:
-            raise NotStoredError(f"{self.path}/ holds no {address!r}; closest: {closest(str(address), self)}")
+            raise NotStoredError.of(f"{self.path}/", str(address), self)
         return self._activations[address]
 
     def __iter__(self) -> Iterator[str]:
