@@ -151,3 +151,16 @@ def test_the_softmax_of_a_classifier_or_of_a_segmentation_is_no_attention() -> N
     assert (
         find_attention(Runner.of(classes_of_pixels), pixels(8)) == find_attention(Runner.of(classes), pixels(8)) == []
     )
+
+
+def test_a_model_sees_the_image_in_its_own_layout() -> None:
+    layouts: list[bool] = []
+
+    class Own(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            layouts.append(x.is_contiguous(memory_format=torch.channels_last))
+            return (x @ x.mT).softmax(-1)
+
+    for image in (pixels(8), pixels(8).contiguous(memory_format=torch.channels_last)):
+        find_attention(Runner.of(Own()), image)
+    assert layouts == [False, True]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,9 @@ def find_attention(runner: Runner, pixels_NCHW: Tensor) -> list[Attention]:
         running.pop()
 
     taps = Taps(lambda path, *_: running.append(path), on_return)
+    # Keep the layout of the image: the model rounds differently in another one.
+    is_channels_last = pixels_NCHW.is_contiguous(memory_format=torch.channels_last)
+    runner = replace(runner, memory_format="channels_last" if is_channels_last else "contiguous")
     with tap(modules, taps), _Watch(on_weights):
         runner.run(pixels_NCHW)
     return found

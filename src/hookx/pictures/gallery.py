@@ -14,7 +14,7 @@ from hookx.errors import StoreError
 from hookx.pictures.bars import Vector, draw_bars
 from hookx.pictures.contents import ShownImage, ShownLayer
 from hookx.pictures.grids import Maps, draw_grid
-from hookx.pictures.header import Caption
+from hookx.pictures.header import Caption, count_nouns
 from hookx.pictures.look import Look, choose, find_strongest
 from hookx.pictures.overview import Cell, Row, draw_overview
 from hookx.pictures.page import Page, png
@@ -84,7 +84,7 @@ def draw(
         number = next(overviews)
         file = out / f"overview{look.suffix}{f'-{number}' if number > 1 else ''}.png"
         footer, layers = _describe_cells(rows, look), max(len(row.cells) for row in rows)
-        shows = f"{len(rows)} row{'s' * (len(rows) > 1)}, {layers} layer{'s' * (layers > 1)}"
+        shows = f"{count_nouns(len(rows), 'row')}, {count_nouns(layers, 'layer')}"
         page = draw_overview(rows, footer, colormap=look.colormap)
         save(page, Caption("overview", (footer,)), Picture(str(file), "", "", "", shows))
         rows.clear()
