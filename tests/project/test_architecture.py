@@ -172,7 +172,7 @@ def test_only_images_and_pictures_import_pillow_while_the_program_runs() -> None
 
 
 def test_the_tree_in_the_docstring_of_errors_is_the_tree_of_its_classes() -> None:
-    def lines(cls: type, depth: int) -> Iterator[tuple[int, str]]:
+    def lines(cls: type[Exception], depth: int) -> Iterator[tuple[int, str]]:
         yield depth, cls.__name__
         for child in cls.__subclasses__():
             if child.__module__ == errors.__name__:
