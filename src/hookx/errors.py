@@ -119,7 +119,7 @@ def closest(name: str, names: Iterable[str], count: int = 3) -> str:
     matches = difflib.get_close_matches(name, names, n=8 * count, cutoff=0.5)
 
     def likeness(match: str) -> tuple[float, int]:
-        # Of equals prefer the one with the longer common prefix: layer1.0.conv1 to layer4.1.conv1 for layer1.1.con1.
+        # A longer common prefix breaks ties: for layer1.1.con1, layer1.0.conv1 comes before layer4.1.conv1.
         alike = len(os.path.commonprefix([name, match]))  # noqa: RUF071
         return difflib.SequenceMatcher(None, name, match).ratio(), alike
 

@@ -192,7 +192,7 @@ def test_values_that_overflow_the_stored_type_are_counted() -> None:
     targets = targets_of(net, "0", torch.ones(3, 3, 2, 2))
     with RowCapture(Runner.of(net), targets) as capture:
         capture.run(pixels, {"0": torch.empty(2, 3, 2, 2, dtype=torch.float16)})
-    # 24 values, of which one was infinite before.
+    # 24 values, one of them infinite before.
     assert capture.take_counts() == {"0": {"non_finite": 1, "overflowed": 23}} and capture.take_counts() == {}
 
 

@@ -291,7 +291,7 @@ def test_two_dots_behind_a_link_lead_where_the_link_leads(tmp_path: Path, monkey
 
 
 def root_and_key(path: str) -> tuple[str, str]:
-    """Say, for one path alone, what `list_images` makes of it."""
+    """Return the root and the key that `list_images` should give to a path."""
     whole, here = os.path.abspath(path), f"{os.getcwd()}/"
     return ("", whole.removeprefix(here)) if whole.startswith(here) else ("/", whole.lstrip("/"))
 
@@ -580,7 +580,7 @@ def test_a_file_that_is_no_image_is_a_failure_with_a_reason_that_is_the_same_eve
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> ImageList:
-    """Give a list of images, of which a few cannot be read: three in a row, too, which fill a batch."""
+    """Give a list of images with a few that are unreadable, three of them in a row, which fill a batch."""
     folder = tmp_path_factory.mktemp("mixture")
     for number in range(23):
         four_by_four().rotate(number).save(folder / f"{number:02}.png")

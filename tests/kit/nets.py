@@ -95,7 +95,7 @@ class Pair(NamedTuple):
 
 
 class Parts(nn.Module):
-    """Outputs are tuples, named tuples, dicts, and dicts of lists with something in them that is no tensor."""
+    """Outputs are tuples, named tuples, dicts, and dicts of lists that hold more than tensors."""
 
     class Returns(nn.Module):
         """Wrap a tensor in a structure."""

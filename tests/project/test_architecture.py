@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import hookx
+from hookx import errors
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "hookx"
@@ -168,6 +169,17 @@ def test_only_capture_hooks_registers_a_hook() -> None:
 def test_only_images_and_pictures_import_pillow_while_the_program_runs() -> None:
     """Other packages name its types, for annotations only."""
     assert {name.split(".")[0] for name in files_that_import("PIL", at_run_time=True)} == {"images", "pictures"}
+
+
+def test_the_tree_in_the_docstring_of_errors_is_the_tree_of_its_classes() -> None:
+    def lines(cls: type[Exception], depth: int) -> Iterator[tuple[int, str]]:
+        yield depth, cls.__name__
+        for child in cls.__subclasses__():
+            if child.__module__ == errors.__name__:
+                yield from lines(child, depth + 1)
+
+    drawn = re.findall(r"^    ([│├└─ ]*)(\w+Error)", errors.__doc__ or "", re.MULTILINE)
+    assert sorted((len(branch) // 4, name) for branch, name in drawn) == sorted(lines(errors.HookxError, 0))
 
 
 def test_only_public_names_of_typer_are_used_and_click_is_not_imported() -> None:

@@ -85,7 +85,7 @@ class RowCapture:
         self.passes += 1
 
     def wait(self, passes: int | None = None) -> None:
-        """Wait until the rows of the first `passes` passes are complete; of all passes by default."""
+        """Wait until the rows of the first `passes` passes, by default all, are complete."""
         if self._copies is not None:
             self._copies.wait(self.passes if passes is None else passes)
 

@@ -209,7 +209,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
     Images with 1 or 8 bits per channel go through Pillow's `convert("RGB")`, as in the published preprocessing: grey is
     repeated; alpha channels and transparent colours are dropped, not blended; CMYK, YCCK, Lab and HSV are converted
-    without their profiles. Of colour with 16 bits per channel, Pillow itself reads the upper 8.
+    without their profiles. Pillow itself reads the upper 8 bits of colour with 16 bits per channel.
 
     Grey with more than 8 bits is scaled, because `convert` would clip everything above 255 to white:
 
