@@ -32,7 +32,7 @@ from hookx.signals import defer_signals
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-DECODE_TIMEOUT_SECONDS = 60.0
+
 _CPU = torch.device("cpu")
 _POLL_SECONDS = 0.2
 _WAIT_FOR_EXIT_SECONDS, _WAIT_FOR_DISK_SECONDS = 20, 60
@@ -44,7 +44,7 @@ def batches(
     preprocessing: Preprocessing,
     *,
     workers: int,
-    decode_timeout_seconds: float = DECODE_TIMEOUT_SECONDS,
+    decode_timeout_seconds: float = 0,
     pin_memory: bool = False,
     in_worker: Callable[[], None] = lambda: None,
     transform: Callable[[Image], Tensor] | None = None,
