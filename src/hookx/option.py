@@ -203,12 +203,7 @@ def takes(group: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]
 
 
 def in_words(alternatives: Sequence[str]) -> str:
-    """List alternatives as a sentence does.
-
-    Example:
-        >>> in_words(["fp32", "bf16", "fp16"])
-        'fp32, bf16 or fp16'
-    """
+    """List alternatives as a sentence does: 'fp32, bf16 or fp16'."""
     *others, last = alternatives or ("",)
     return f"{', '.join(others)} or {last}" if others else last
 

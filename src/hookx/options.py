@@ -3,14 +3,11 @@
 An option is a field of a class below, which is a frozen dataclass. From the field follow
 
 - the argument of the Python function: `takes` gives a function the signature of its class of options;
-- the flag, `--batch-size`, what a shell completes for it, and the reference page;
-- the key of a TOML file for `hookx extract --config`, `batch-size`;
-- the environment variable, `HOOKX_BATCH_SIZE`: in the classes marked with `variables=True`, which are those of
-  `hookx extract`. Other commands read the variables of the groups that they share with it, and no others. The options
-  that shape one call (`CallOptions`: --config, --dry-run, --json, ...) have none.
+- the flag, `--batch-size`, what a shell completes for it, its key in a TOML file, and the reference page;
+- the environment variable, `HOOKX_BATCH_SIZE`, in the classes marked with `variables=True`: those of `hookx extract`
+  except what shapes one call (`CallOptions`). Other commands read the variables of the groups that they share with it.
 
-Whoever makes a value of such a class has its fields checked, so a flag, a variable, a file and a Python caller get the
-same error.
+Making a value of such a class checks its fields, so a flag, a variable, a file and a Python caller get the same error.
 """
 
 # No `from __future__ import annotations`: the annotations are read at run time.
@@ -220,8 +217,6 @@ class ReportOptions(JsonOptions, title="Options"):
 
 
 class ExtractOptions(ComputeOptions, PreprocessingOptions, ModelOptions, title="Output", variables=True):
-    """What `hookx.extract` and `hookx extract` take."""
-
     model: str = option(
         "-m --model REF",
         _MODEL,
@@ -290,8 +285,6 @@ class CallOptions(ReportOptions, title="Options"):
 
 
 class ListLayersOptions(BuildOptions, title="Layers"):
-    """What `hookx list-layers` takes."""
-
     model: str = option(
         "MODEL", _MODEL, required=(_NO_MODEL, "as in hookx list-layers resnet18"), completed_by=("models",)
     )
@@ -321,8 +314,6 @@ class ListLayersOptions(BuildOptions, title="Layers"):
 
 
 class ListModelsOptions(Options):
-    """What `hookx list-models` takes."""
-
     pattern: str = option(
         "PATTERN", "A glob over names, as in 'vit*' or '*resnet50*'.", default="*", completed_by=("models",)
     )
@@ -346,22 +337,16 @@ class RecomputeOptions(CheckpointOptions, title="Recomputation"):
 
 
 class RunOptions(Options, title="Options"):
-    """Where a run is."""
-
     path: AnyPath = option("RUN", _RUN, default="features")
 
 
 class InspectOptions(RunOptions, title="Options"):
-    """What `hookx inspect` takes."""
-
     stats: bool = option(
         "--stats", "Mean, deviation, minimum, maximum, zeros, non-finite; reads everything.", default=False
     )
 
 
 class LayerOfRunOptions(RunOptions, title="Layer"):
-    """Which layer of a run."""
-
     layer: str = option(
         "-l --layer ADDRESS",
         "An address of the run; hookx inspect shows them.",
@@ -371,8 +356,6 @@ class LayerOfRunOptions(RunOptions, title="Layer"):
 
 
 class ExportOptions(LayerOfRunOptions, title="Options"):
-    """What `hookx export` takes."""
-
     to: str = option(
         "--to FILE",
         "A new file: .npy, .npz, .parquet, .h5, .mat, .csv (vectors) or .zarr.",
@@ -382,8 +365,6 @@ class ExportOptions(LayerOfRunOptions, title="Options"):
 
 
 class CatOptions(LayerOfRunOptions, title="Options"):
-    """What `hookx cat` takes."""
-
     image: str = option(
         "-i --image KEY",
         "An image's key; index.csv lists them.",

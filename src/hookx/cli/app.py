@@ -69,10 +69,9 @@ def _report_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
 
 def _show_version(context: typer.Context, wanted: bool) -> None:
     if wanted and not context.resilient_parsing:
-        from hookx.cli.reports import print_facts
-        from hookx.cli.versions import versions
+        from hookx.cli.reports import print_rows, versions
 
-        print_facts(versions())
+        print_rows(list(versions().items()))
         raise typer.Exit
 
 

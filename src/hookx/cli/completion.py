@@ -71,10 +71,8 @@ def _join_words_of_bash() -> tuple[str, bool]:
 
 def models(incomplete: str) -> Iterable[str]:
     """Return the names of torchvision's models, or of the zoo whose prefix is typed."""
-    for prefix in LISTED_PREFIXES:
-        if incomplete.startswith(prefix):
-            return _remembered(prefix, lambda: _list_models(f"{prefix}*"))  # noqa: B023
-    return torchvision_names()
+    prefix = next((prefix for prefix in LISTED_PREFIXES if incomplete.startswith(prefix)), "")
+    return _remembered(prefix, lambda: _list_models(f"{prefix}*")) if prefix else torchvision_names()
 
 
 def weights(model: str | None, incomplete: str) -> Iterable[str]:

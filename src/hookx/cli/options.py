@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from hookx.errors import UsageError, closest
-from hookx.option import Option, Options, options_of
+from hookx.option import Option, Options, as_text, options_of
 
 EXIT_CODES = """Exit codes: 0 done; 1 error; 2 usage; 3 done, but some images could not be read; 130 interrupted;
 143 terminated."""
@@ -65,13 +65,9 @@ def command(name: str, *examples: str) -> Callable[[Callable[..., None]], Comman
 
 def _make(group: type[Options], said: Mapping[str, Any]) -> Options:
     """Make a value of a class of options of what a command line says."""
-    values = {}
-    for name, option in options_of(group).items():
-        if name in said:
-            values[name] = said[name]
-        elif option.default is ...:
-            values[name] = () if option.is_repeated else option.absent
-    return group(**values)
+    options = options_of(group)
+    absent = {name: () if one.is_repeated else one.absent for name, one in options.items() if one.default is ...}
+    return group(**absent | {name: value for name, value in said.items() if name in options})
 
 
 def _check(context: typer.Context, option: Option, value: Any) -> None:
@@ -111,31 +107,26 @@ def _parameter(option: Option, options: Mapping[str, Option]) -> inspect.Paramet
     settings: dict[str, Any] = {"help": option.sentence + (f"  [{'; '.join(notes)}]" if notes else "")}
     if option.completed_by:
         settings["autocompletion"] = _completer(*option.completed_by)
-    elif words := option.choices:
-        settings["autocompletion"] = lambda: list(words)
+    elif option.choices:
+        settings["autocompletion"] = lambda: list(option.choices)
     if kind is not bool:
         settings["metavar"] = option.metavar
     if option.variable and option.flags:
         settings |= {"envvar": variable_of(option), "show_envvar": False}
     if option.name == "config":
         settings |= {"callback": _config_reader(options), "is_eager": True}
-    if not option.flags:
-        info: Any = typer.Argument(**settings)
-        given: Any = ... if option.required else None
+    if option.flags:
+        info: Any = typer.Option(*option.flags, rich_help_panel=option.title, **settings)
+        given: Any = False if kind is bool else None
     else:
-        info = typer.Option(*option.flags, rich_help_panel=option.title, **settings)
-        given = False if kind is bool else None
+        info = typer.Argument(**settings)
+        given = ... if option.required else None
     annotation: Any = Annotated[kind if kind is bool else kind | None, info]
     return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=given, annotation=annotation)
 
 
 def variable_of(option: Option) -> str:
-    """Return the environment variable of an option.
-
-    Example:
-        >>> variable_of(Option("-b --batch-size N", "Images in a forward pass."))
-        'HOOKX_BATCH_SIZE'
-    """
+    """Return the environment variable of an option: HOOKX_BATCH_SIZE of --batch-size."""
     return f"HOOKX_{key_of(option).replace('-', '_').upper()}"
 
 
@@ -189,4 +180,4 @@ def _as_said(option: Option, value: Any) -> Any:
         return option.read(value)
     if option.is_repeated:
         return [str(one) for one in (value if isinstance(value, list) else [value])]
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return as_text(value)

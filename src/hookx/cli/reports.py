@@ -5,9 +5,15 @@ The only file that imports rich.
 
 from __future__ import annotations
 
+import ctypes
+import platform
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.filesize import decimal
@@ -39,7 +45,6 @@ ModelWeights = Mapping[str, Sequence[tuple[str, bool]]]
 
 
 def describe_summary(summary: Summary) -> dict[str, Any]:
-    """Describe what a run did."""
     document: dict[str, Any] = {name: getattr(summary, name) for name in _SUMMARY}
     document["preprocessing"] = asdict(summary.preprocessing)
     document["layers"] = _describe_stored(summary.layers, summary.images)
@@ -60,7 +65,7 @@ def print_summary(summary: Summary) -> None:
         shards += f", {summary.shards - summary.shards_computed:,} of them already there"
     facts.append(("shards", f"{shards}; {decimal(summary.bytes)} of activations"))
     facts += _plan_facts(summary.plan, summary.device, notes=summary.notes)
-    _print_rows([*facts, ("time", _time_text(summary)), ("result", f"{summary.out}/")])
+    print_rows([*facts, ("time", _time_text(summary)), ("result", f"{summary.out}/")])
 
 
 def _time_text(summary: Summary) -> str:
@@ -72,7 +77,6 @@ def _time_text(summary: Summary) -> str:
 
 
 def describe_job(job: Job) -> dict[str, Any]:
-    """Describe what a run would do."""
     plan = job.plan
     return {
         "dry_run": True,
@@ -100,7 +104,7 @@ def print_job(job: Job) -> None:
     plan = job.plan
     _print_stored(plan.layers, plan.image_count)
     pending = f"{len(job.pending):,} of {len(plan.shards):,} to compute"
-    _print_rows(
+    print_rows(
         [
             ("images", f"{plan.image_count:,}"),
             ("shards", f"{pending}, of up to {plan.images_per_shard:,} images"),
@@ -125,7 +129,7 @@ def _describe_stored(layers: Iterable[LayerSpec], images: int) -> list[dict[str,
 
 def _print_stored(layers: Iterable[LayerSpec], images: int) -> None:
     rows = [_stored_row(**layer) for layer in _describe_stored(layers, images)]
-    _print_rows(rows, header=("layer", "shape", "type", "size"), right_aligned=(3,))
+    print_rows(rows, header=("layer", "shape", "type", "size"), right_aligned=(3,))
 
 
 def _stored_row(address: str, shape: Sequence[int], dtype: str, bytes: int) -> list[str]:
@@ -182,11 +186,10 @@ def print_verification(verification: Verification, recomputation: Recomputation 
         facts.append(("computed", f"again: {again}"))
     wrong = f"{len(problems):,} problem{'s' if len(problems) > 1 else ''}"
     facts.append(("result", f"{verification.path}/ {f'has {wrong}' if problems else 'is whole'}"))
-    _print_rows(facts)
+    print_rows(facts)
 
 
 def describe_inspection(inspection: Inspection) -> dict[str, Any]:
-    """Describe what a run holds."""
     plan = inspection.plan
     document = asdict(inspection)
     document["plan"] = {"fingerprint": plan.fingerprint, **plan.identity, "batch_size": plan.batch_size}
@@ -207,7 +210,7 @@ def print_inspection(inspection: Inspection) -> None:
     if len(header) > 4 and not sys.stdout.isatty():
         rows.insert(0, header)
     if rows:
-        _print_rows(rows, header=header, right_aligned=range(3, len(header)))
+        print_rows(rows, header=header, right_aligned=range(3, len(header)))
     shards = f"{inspection.shards_finished:,} of {len(plan.shards):,} finished"
     if inspection.shards_finished == len(plan.shards) and not inspection.has_index:
         shards += ", index.csv missing"
@@ -222,7 +225,7 @@ def print_inspection(inspection: Inspection) -> None:
     ]
     if not inspection.is_finished:
         facts.append(("next", "the same hookx extract command goes on"))
-    _print_rows(facts)
+    print_rows(facts)
 
 
 def _statistics_texts(statistics: Statistics | None) -> list[str]:
@@ -234,12 +237,11 @@ def _statistics_texts(statistics: Statistics | None) -> list[str]:
 
 
 def print_export(exported: Export) -> None:
-    """Print what was written where."""
-    _print_rows([_stored_row(exported.layer, exported.shape, exported.dtype, exported.bytes)])
+    print_rows([_stored_row(exported.layer, exported.shape, exported.dtype, exported.bytes)])
     images = f"{exported.shape[0]:,} stored"
     if exported.failures:
         images += f", {exported.failures:,} could not be read, and are not in it"
-    _print_rows([("images", images), *(("result", file) for file in exported.files)])
+    print_rows([("images", images), *(("result", file) for file in exported.files)])
 
 
 def describe_gallery(gallery: Gallery) -> dict[str, Any]:
@@ -251,8 +253,7 @@ def describe_gallery(gallery: Gallery) -> dict[str, Any]:
 
 
 def print_gallery(gallery: Gallery) -> None:
-    """Print the pictures that were drawn, a line each: the file, and what it shows."""
-    _print_rows([(picture.file, picture.shows) for picture in gallery.pictures], header=("picture", "shows"))
+    print_rows([(picture.file, picture.shows) for picture in gallery.pictures], header=("picture", "shows"))
 
 
 def describe_layers(layers: Sequence[Layer]) -> list[dict[str, Any]]:
@@ -299,7 +300,7 @@ def print_model_layers(layers: Sequence[Layer], tree: bool) -> None:
         )
         for layer in layers
     ]
-    _print_rows(rows, header=("layer", "class", "output", "parameters", "calls"), right_aligned=(3,))
+    print_rows(rows, header=("layer", "class", "output", "parameters", "calls"), right_aligned=(3,))
 
 
 def _outputs_text(layer: Layer) -> str:
@@ -327,7 +328,6 @@ def _calls_text(layer: Layer) -> str:
 
 
 def describe_models(kinds: Mapping[str, str], weights: ModelWeights) -> dict[str, Any]:
-    """Describe models, by name."""
     return {
         name: {"kind": kind, "weights": [{"name": weight, "cached": cached} for weight, cached in weights[name]]}
         for name, kind in kinds.items()
@@ -340,15 +340,46 @@ def print_models(kinds: Mapping[str, str], weights: ModelWeights) -> None:
         (name, kind, " ".join(f"{weight} (cached)" if is_cached else weight for weight, is_cached in weights[name]))
         for name, kind in kinds.items()
     ]
-    _print_rows(rows, header=("model", "kind", "weights"))
+    print_rows(rows, header=("model", "kind", "weights"))
 
 
-def print_facts(facts: Mapping[str, str]) -> None:
-    """Print names and values, a line each."""
-    _print_rows(list(facts.items()))
+def versions() -> dict[str, str]:
+    """Return what a bug report needs: the versions that are installed, torch's CUDA, and the devices here. No torch."""
+    packages = {name: version(name) for name in ("torch", "torchvision", "safetensors", "pillow")}
+    return {"hookx": version("hookx-vision"), "python": platform.python_version(), **packages, "CUDA": _cuda()}
 
 
-def _print_rows(rows: Sequence[Sequence[str]], header: Sequence[str] = (), right_aligned: Sequence[int] = ()) -> None:
+def _cuda() -> str:
+    # Read torch/version.py as text: importing it would import all of torch.
+    spec = find_spec("torch")
+    assert spec is not None and spec.origin is not None
+    built_for = re.search(r"^cuda\b.*= '(.+)'", (Path(spec.origin).parent / "version.py").read_text(), re.MULTILINE)
+    if not built_for:
+        return "not in this torch"
+    driver, devices = _cuda_devices()
+    if not devices:
+        return f"{built_for[1]}, no device here"
+    return f"{built_for[1]}, driver {driver}: {', '.join(devices)}"
+
+
+def _cuda_devices() -> tuple[str, list[str]]:
+    """Return the newest CUDA that the driver can run, and the names of its devices: docs.nvidia.com/cuda."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "", []
+    newest, count, name = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256)
+    if driver.cuInit(0) or driver.cuDriverGetVersion(ctypes.byref(newest)):
+        return "", []
+    names = []
+    driver.cuDeviceGetCount(ctypes.byref(count))
+    for number in range(count.value):
+        driver.cuDeviceGetName(name, len(name), number)
+        names.append(name.value.decode())
+    return f"{newest.value // 1000}.{newest.value % 1000 // 10}", names
+
+
+def print_rows(rows: Sequence[Sequence[str]], header: Sequence[str] = (), right_aligned: Sequence[int] = ()) -> None:
     """Print a table with a header on a terminal, or the rows in columns."""
     rows = [[in_one_line(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():
