@@ -39,7 +39,7 @@ from hookx.cli.app import app
 from hookx.errors import ImageError
 from hookx.images.decoding import decode
 from hookx.images.listing import ImageList, list_images
-from hookx.run.batch import Batch
+from hookx.run.lane import Batch
 from hookx.run.run import extract
 from hookx.run.worker import InHand, Worker
 from hookx.run.workers import batches

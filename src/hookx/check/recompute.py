@@ -26,8 +26,7 @@ from hookx.layers.tree import Target
 from hookx.models import LoadedModel, load_model, may_run_code
 from hookx.options import CheckpointOptions, ModelOptions, RecomputeOptions, list_paths, takes
 from hookx.plan import Plan, Shard, WeightsIdentity
-from hookx.run.cores import single_threaded
-from hookx.run.defaults import choose_device
+from hookx.run.defaults import choose_device, single_threaded
 from hookx.run.ready import place_and_select
 from hookx.store.directory import present_shards, read_plan
 from hookx.store.format import open_shard

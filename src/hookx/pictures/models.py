@@ -52,15 +52,7 @@ def visualize(options: VisualizeOptions) -> Gallery:
     files = list_files(options.images)
     viewers = []
     for ref, weights, selectors in asked:
-        ready = ready_model(
-            ref,
-            weights,
-            options,
-            [] if look.attention else selectors,
-            device=options.device,
-            precision=options.precision,
-            preprocessing=options,
-        )
+        ready = ready_model(ref, weights, options, [] if look.attention else selectors)
         for left_out in ready.selection.left_out.values():
             log.info("left out: %s", left_out)
         viewers.append(_Viewer(ready, selectors, look))

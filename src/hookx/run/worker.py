@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -23,12 +23,9 @@ from hookx.errors import HookxError
 from hookx.images.decoding import decode, failure_reason
 from hookx.images.listing import ImageList
 from hookx.plan import Preprocessing
-from hookx.run.batch import Batch, stack
-from hookx.run.cores import keep_freed_memory
-from hookx.run.lane import Lane
+from hookx.run.defaults import keep_freed_memory
+from hookx.run.lane import Batch, Lane, stack
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 NOTHING, FINISHED = -1, -2  # in hand, in place of a position
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when the thread that forked it ends

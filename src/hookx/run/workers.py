@@ -15,9 +15,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -25,13 +25,10 @@ from hookx.errors import ImageError
 from hookx.images.decoding import known_formats
 from hookx.images.listing import ImageList
 from hookx.plan import Preprocessing
-from hookx.run.batch import Batch
-from hookx.run.lane import Lane
+from hookx.run.lane import Batch, Lane
 from hookx.run.worker import CRASHES, FINISHED, NOTHING, InHand, Worker
 from hookx.signals import defer_signals
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
 DECODE_TIMEOUT_SECONDS = 60.0
 _CPU = torch.device("cpu")
 _POLL_SECONDS = 0.2

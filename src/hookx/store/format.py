@@ -31,11 +31,6 @@ def checksum(tensor: Tensor) -> int:
     return zlib_ng.crc32(bytes_of(tensor)) if tensor.numel() else 0
 
 
-def checksum_of_both(first: int, second: int, second_bytes: int) -> int:
-    """Return the CRC-32 of two stretches of bytes in a row from the CRC-32 of each and the length of the second."""
-    return zlib_ng.crc32_combine(first, second, second_bytes)
-
-
 def open_shard(file: Path) -> Any:
     """Open a shard for reading; check that its header is not too long and fits the file's size."""
     try:
