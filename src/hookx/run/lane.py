@@ -15,7 +15,6 @@ from torch import OutOfMemoryError, Tensor
 from hookx.capture.rows import RowCapture
 from hookx.errors import HookxError
 from hookx.images.decoding import decode_jpegs, model_input
-from hookx.images.listing import ImageList
 from hookx.plan import Plan, Preprocessing, ValueCounts
 from hookx.run.ready import out_of_memory
 from hookx.store.writer import ShardWriter, Written
@@ -43,10 +42,6 @@ class Batch:
     # Looked up in the main process: a message of up to 4,096 bytes is never left half written by a process that dies.
     keys: list[str] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
-
-    def look_up_keys(self, images: ImageList) -> None:
-        self.keys = [images.keys[position] for position in self.positions if position not in self.reasons]
-        self.failures = [(images.keys[position], reason) for position, reason in self.reasons.items()]
 
     def pin_memory(self) -> Batch:
         """Move the pixels to pinned memory, as a DataLoader asks what it hands over to do."""

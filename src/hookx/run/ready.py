@@ -140,10 +140,8 @@ def _warn_of_random_modules(loaded: LoadedModel, probed: Sequence[Layer], select
         path = target.address.path
         before = [other for other in random if order.index(other) <= order.index(path)]
         inside = [other for other in loaded.random_paths if path == "." or other.startswith(f"{path}.")]
-        if before or inside:
-            log.warning(
-                "'%s' depends on random weights: those of %s were missing", target.address, (before + inside)[0]
-            )
+        if lacking := before + inside:
+            log.warning("'%s' depends on random weights: those of %s were missing", target.address, lacking[0])
 
 
 def _is_within(path: str, paths: Iterable[str]) -> bool:
@@ -175,7 +173,6 @@ def _override(preprocessing: Preprocessing, options: PreprocessingOptions) -> Pr
 
 
 def out_of_memory(images_at_once: int, error: torch.OutOfMemoryError) -> HookxError:
-    """Return the error for a device with too little memory."""
     return HookxError(
         f"the device has too little memory for {images_at_once} images at once: {str(error).splitlines()[0]}",
         "try --precision bf16, a smaller --crop, or --device cpu",

@@ -1,8 +1,7 @@
 """Activations of batches -> shards on the disk, batch by batch. The only module that writes shards.
 
 Whoever computes a batch writes it, at its offset in the file of its shard: many processes write to one file, no process
-hands activations to another, and none ever holds a whole shard. One of them, the owner, creates the files, and
-publishes a shard once all its batches are there.
+hands activations to another, and none ever holds a whole shard.
 
 Touching fresh memory is what costs: on a virtual machine more than computing an early layer, in a process as in the
 system's page cache. So a process has memory for the batch that it fills and for one on its way to the disk, which it
@@ -14,6 +13,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import errno
+import functools
 import itertools
 import math
 import mmap
@@ -69,9 +69,9 @@ class ShardWriter:
     """Writes the shards of a run, batch by batch, from the process that made it and from those forked from it.
 
     In any process, `rows` gives the memory for a batch, and `write` writes it in a thread while the next is computed.
-    The owner, which made the writer, enters it and publishes one shard after the other. Leaving the `with` block waits
-    for what is being published, even after an error: a published shard is finished work. Nothing else remains; by then
-    no other process may write any more.
+    The owner, which made the writer, enters it, creates the files, and publishes one shard after the other. Leaving
+    the `with` block waits for what is being published, even after an error: a published shard is finished work.
+    Nothing else remains; by then no other process may write any more.
 
     The rows of a batch follow those of the batches before it, in which some images may be unreadable. So every process
     tells all others how many images of a batch it could read, as soon as it knows.
@@ -139,14 +139,9 @@ class ShardWriter:
         memory = self._free.get()
         if memory is None:
             # Two more pages, so that a piece can have the same alignment as its place in the file.
-            memory = {
-                layer.address: torch.empty(
-                    self._images * layer.bytes_per_image + 2 * _PAGE_BYTES,
-                    dtype=torch.uint8,
-                    pin_memory=self._pin_memory,
-                )
-                for layer in self._layers
-            }
+            sizes = {layer.address: self._images * layer.bytes_per_image + 2 * _PAGE_BYTES for layer in self._layers}
+            allocate = functools.partial(torch.empty, dtype=torch.uint8, pin_memory=self._pin_memory)
+            memory = {address: allocate(size_bytes) for address, size_bytes in sizes.items()}
         rows, places = {}, self._tensor_places[len(shard)]
         for layer in self._layers:
             # Headers are whole pages, so only the place behind them counts; it assumes that no image was unreadable.
@@ -216,8 +211,8 @@ class ShardWriter:
 
     def _close_file(self) -> None:
         file, self._file = self._file, None
-        if file is not None:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if file is not None:
                 file.close()
 
     # --- in the owner ----------------------------------------------------------------------------------------------
