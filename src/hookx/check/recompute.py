@@ -172,7 +172,7 @@ def _find_targets(path: Path, plan: Plan, loaded: LoadedModel, runner: Runner) -
         raise UsageError(f"{plan.model} has integer layers that run on the CPU only", "write --device cpu")
     check_decoding(plan.preprocessing, runner.device)
     selectors = [Selector.parse(layer.address) for layer in plan.layers]
-    targets = place_and_select(loaded, runner, selectors, crop_px=plan.preprocessing.crop_px).targets
+    targets = place_and_select(loaded, runner, plan.preprocessing.crop_px, selectors).targets
     shapes = {layer.address: layer.shape for layer in plan.layers}
     if {str(target.address): target.shape for target in targets} != shapes:
         raise StoreError(f"{plan.model} does not have the layers and shapes of {path}/")

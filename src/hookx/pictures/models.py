@@ -53,8 +53,6 @@ def visualize(options: VisualizeOptions) -> Gallery:
     viewers = []
     for ref, weights, selectors in asked:
         ready = ready_model(ref, weights, options, [] if look.attention else selectors)
-        for left_out in ready.selection.left_out.values():
-            log.info("left out: %s", left_out)
         viewers.append(_Viewer(ready, selectors, look))
     failures: dict[str, str] = {}
     models = [viewer.ready.loaded.name for viewer in viewers]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import shutil
 import sys
@@ -21,8 +20,6 @@ from hookx.plan import DTYPES, LayerSpec, Plan, Shard, images_per_shard
 from hookx.run.defaults import choose_batch_size, choose_workers
 from hookx.run.ready import ReadyModel, ready_model
 from hookx.store.directory import PLAN, check_resumable, finished_shards, read_plan
-
-log = logging.getLogger("hookx")
 
 
 @dataclass(frozen=True)
@@ -68,19 +65,14 @@ def prepare(options: ExtractOptions) -> Job:
     selectors, excluded = parse_selectors(options.layers), parse_selectors(options.exclude)
     if not selectors:
         raise UsageError("no layer is named", "name one: --layers avgpool    list them: hookx list-layers MODEL")
-    batch_size: int | str = options.batch_size
-    memory_format: str = options.memory_format
     listed = list_images(list_paths(options.images))
     out = Path(options.out)
     # A resumed run keeps what was chosen automatically: on another device the choice could differ.
-    begun = read_plan(out) if (out / PLAN).exists() else None
-    if begun is not None:
-        batch_size = begun.batch_size if batch_size == "auto" else batch_size
-        memory_format = begun.memory_format if memory_format == "auto" else memory_format
+    begun = read_plan(out) if (out / PLAN).exists() else options
+    batch_size = begun.batch_size if options.batch_size == "auto" else options.batch_size
+    memory_format = begun.memory_format if options.memory_format == "auto" else options.memory_format
     ready = ready_model(options.model, options.weights, options, selectors, excluded, memory_format=memory_format)
     loaded, selection, device = ready.loaded, ready.selection, ready.runner.device
-    for left_out in selection.left_out.values():
-        log.info("left out: %s", left_out)
     specs = []
     for target in selection.targets:
         returned = stored_dtype(target)

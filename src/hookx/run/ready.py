@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,9 +58,9 @@ def ready_model(
     matched_paths(excluded, module_classes(bare.module), model)
     convolutions: list[nn.Conv2d] = []
     if selectors:
-        paths += _convolutions(bare.module)
-        probed = _probe(bare, Runner.of(bare.module, bare.forward), paths, preprocessing.crop_px)
-        convolutions = _convolutions_up_to(select(selectors, probed, model, excluded), probed, bare.module)
+        by_path = {path: part for path, part in modules_of(bare.module).items() if isinstance(part, nn.Conv2d)}
+        probed = _probe(bare, Runner.of(bare.module, bare.forward), [*paths, *by_path], preprocessing.crop_px)
+        convolutions = _up_to_last(select(selectors, probed, model, excluded), probed, by_path)
 
     loaded = load_model(model, weights, options)
     log.info("weights: %s", loaded.weights)
@@ -74,23 +74,20 @@ def ready_model(
     chosen = choose_memory_format(memory_format, convolutions, device, options.precision)
     runner = Runner(loaded.module, loaded.forward, device, options.precision, chosen)
     try:
-        selection = place_and_select(loaded, runner, selectors, excluded, crop_px=preprocessing.crop_px)
+        selection = place_and_select(loaded, runner, preprocessing.crop_px, selectors, excluded)
     except CaptureError:
         if memory_format != "auto" or chosen == "contiguous":
             raise
         # A user's own model may take a view that only NCHW has.
         runner = dataclasses.replace(runner, memory_format="contiguous")
-        selection = place_and_select(loaded, runner, selectors, excluded, crop_px=preprocessing.crop_px)
+        selection = place_and_select(loaded, runner, preprocessing.crop_px, selectors, excluded)
+    for left_out in selection.left_out.values():
+        log.info("left out: %s", left_out)
     return ReadyModel(loaded, bare, preprocessing, runner, selection)
 
 
 def place_and_select(
-    loaded: LoadedModel,
-    runner: Runner,
-    selectors: Sequence[Selector],
-    excluded: Sequence[Selector] = (),
-    *,
-    crop_px: int,
+    loaded: LoadedModel, runner: Runner, crop_px: int, selectors: Sequence[Selector], excluded: Sequence[Selector] = ()
 ) -> Selection:
     """Move a model to its runner's device and memory format, probe it there, and select its layers."""
     loaded.module.to(runner.device).to(memory_format=MEMORY_FORMATS[runner.memory_format])
@@ -115,11 +112,7 @@ def _probe(model: LoadedModel, runner: Runner, paths: Iterable[str], crop_px: in
         raise out_of_memory(len(images_NCHW), error) from None
 
 
-def _convolutions(module: nn.Module) -> dict[str, nn.Conv2d]:
-    return {path: part for path, part in modules_of(module).items() if isinstance(part, nn.Conv2d)}
-
-
-def _convolutions_up_to(selection: Selection, probed: Sequence[Layer], module: nn.Module) -> list[nn.Conv2d]:
+def _up_to_last(selection: Selection, probed: Sequence[Layer], by_path: Mapping[str, nn.Conv2d]) -> list[nn.Conv2d]:
     """Return the convolutions that run before the last target has returned."""
     order = {layer.path: place for place, layer in enumerate(probed) if layer.calls}
     addresses = [target.address for target in selection.targets]
@@ -127,7 +120,7 @@ def _convolutions_up_to(selection: Selection, probed: Sequence[Layer], module: n
     finished = [address.path for address in addresses if not address.is_input]
     return [
         convolution
-        for path, convolution in _convolutions(module).items()
+        for path, convolution in by_path.items()
         if path in order and (order[path] < last or _is_within(path, finished))
     ]
 

@@ -62,7 +62,7 @@ def batches(
     threads, which Linux allows: they wait for no lock that one of them holds.
 
     Args:
-        in_worker: runs once in each worker.
+        in_worker: runs in each worker before its first batch.
         transform: a model's own preprocessing, in place of what `preprocessing` says.
         lane: what each worker runs its batches through; they come without pixels then, but written.
         device: where nvjpeg decodes, if the preprocessing says so; the pixels are there then.
@@ -75,8 +75,7 @@ def batches(
 
     def start(first: int) -> _Processes:
         in_hand = InHand(workers, decode_timeout_seconds)
-        rest = positions[first:]
-        worker = Worker(images, rest, preprocessing, transform, lane, reasons, in_hand, in_worker)
+        worker = Worker(images, positions[first:], preprocessing, transform, lane, reasons, in_hand, in_worker)
         return _Processes(worker, workers=workers, pin_memory=pin_memory)
 
     known_formats()  # Imports the decoders: not in every worker, and not in the time of its first image.
@@ -136,15 +135,9 @@ class _Processes:
     def receive(self, positions: range) -> Batch | None:
         """Return the batch at these positions, or None if a worker has crashed or was killed."""
         while positions not in self._early:
-            if (batch := self._receive_any()) is None:
-                return None
-            self._early[batch.positions] = batch
-        return self._early.pop(positions)
-
-    def _receive_any(self) -> Batch | None:
-        while True:
             try:
-                return next(self._batches)
+                batch = next(self._batches)
+                self._early[batch.positions] = batch
             except MemoryError:
                 raise _out_of_memory("a worker has no memory for its batch") from None
             except TimeoutError:
@@ -161,6 +154,7 @@ class _Processes:
                         return None
                     multiprocessing.connection.wait(alive, timeout=seconds_left)
                 raise
+        return self._early.pop(positions)
 
     def fatal_images(self) -> dict[int, str]:
         """Return the positions of the images that crashed their workers, each with the reason.
@@ -232,18 +226,15 @@ class InHand:
 
     def __init__(self, workers: int, timeout_seconds: float) -> None:
         self.timeout_seconds = timeout_seconds
-        self._table = torch.full((workers, 2), _NOTHING).share_memory_()  # one row per worker: its process, its position
+        self.table = torch.full((workers, 2), _NOTHING).share_memory_()  # one row per worker: its process, its position
 
     def of(self, process_id: int | None) -> int:
         """Return the position that a worker has in hand, or _NOTHING, or _FINISHED."""
-        return dict(self._table.tolist()).get(process_id, _NOTHING)
-
-    def enter(self, worker_number: int) -> None:
-        self._table[worker_number, 0] = os.getpid()
+        return dict(self.table.tolist()).get(process_id, _NOTHING)
 
     def take(self, position: int) -> None:
         if (worker := get_worker_info()) is not None:
-            self._table[worker.id, 1] = position
+            self.table[worker.id, 1] = position
             signal.setitimer(signal.ITIMER_REAL, self.timeout_seconds)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
 
@@ -251,7 +242,7 @@ class InHand:
         if (worker := get_worker_info()) is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
-            self._table[worker.id, 1] = then
+            self.table[worker.id, 1] = then
 
 
 @dataclass(eq=False)
@@ -265,7 +256,7 @@ class Worker(IterableDataset[Batch]):
     lane: Lane | None
     reasons: Mapping[int, str]  # position -> why it is not to be decoded
     in_hand: InHand
-    in_worker: Callable[[], None]  # runs in each worker before its first batch
+    in_worker: Callable[[], None]
 
     def __post_init__(self) -> None:
         self._parent = os.getpid()
@@ -287,7 +278,7 @@ class Worker(IterableDataset[Batch]):
         logging.getLogger("PIL").setLevel(logging.CRITICAL)
         # Only the thread that hands tensors over raises here, when the parent was killed while it took one.
         sys.excepthook = lambda *_: None
-        self.in_hand.enter(worker_number)
+        self.in_hand.table[worker_number, 0] = os.getpid()
         self.in_worker()
         keep_freed_memory()
 

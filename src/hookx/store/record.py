@@ -45,7 +45,6 @@ class Totals:
     counts: ValueCounts = field(default_factory=ValueCounts)
 
     def add(self, record: ShardRecord) -> None:
-        """Add one shard's record."""
         self.rows += len(record.keys)
         self.failures += len(record.failures)
         self.rotations_ignored += record.rotations_ignored
