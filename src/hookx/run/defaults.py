@@ -28,7 +28,6 @@ _BATCH_ON_GPU = 64
 _COLOURS = 3
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # from glibc's malloc.h
 _HEAP_BYTES = 512 * 2**20
-_CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def choose_device(name: str) -> torch.device:
@@ -48,16 +47,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """Name a device as a person knows it.
-
-    Example:
-        >>> device_name(torch.device("cpu"))
-        'cpu'
-    """
+    """Name a device as a person knows it: 'cpu', or 'cuda (NVIDIA H100 80GB HBM3)'."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
-def count_usable_cores(quota: Path = _CGROUP_QUOTA) -> int:
+def count_usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     """Return how many cores this process may use, by its affinity and the quota of its container, if it has one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # No cgroup, or no quota: "max".
@@ -139,13 +133,11 @@ def choose_batch_size(
 def choose_memory_format(
     memory_format: str, convolutions: Iterable[nn.Conv2d], device: torch.device, precision: str
 ) -> str:
-    """Return 'contiguous' (NCHW) or 'channels_last' (NHWC); the latter speeds up convolutions over overlapping windows.
+    """Return 'contiguous' (NCHW) or 'channels_last' (NHWC), by the convolutions up to the last requested layer.
 
-    It does so in fp32 on a CPU and in half precision on a GPU. A transformer that cuts an image into patches has no
-    such convolution. The first one, over red, green and blue, gains less than storing its output in NCHW costs.
-
-    Args:
-        convolutions: those that run up to the last requested layer.
+    channels_last speeds up convolutions over overlapping windows, in fp32 on a CPU and in half precision on a GPU. A
+    transformer that cuts an image into patches has no such convolution. The first one, over red, green and blue, gains
+    less than storing its output in NCHW costs.
 
     Example:
         >>> cpu = torch.device("cpu")

@@ -96,9 +96,9 @@ def stack(pixels: list[Tensor]) -> Tensor | None:
 class Lane:
     """Takes decoded batches through the model and on to the disk.
 
-    A worker on the CPU runs the lane behind its own decoder; beside a GPU, the main process runs it, and workers feed
-    it. The forward pass of a batch, its copy from a GPU and its way to the disk overlap with those of the next ones, as
-    far as the writer has memory for their rows.
+    A worker on the CPU runs the lane behind its own decoder; beside a GPU, the main process runs it. The forward pass
+    of a batch, its copy from a GPU and its way to the disk overlap with those of the next ones, as far as the writer
+    has memory for their rows.
     """
 
     def __init__(self, capture: RowCapture, writer: ShardWriter, plan: Plan) -> None:

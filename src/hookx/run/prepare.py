@@ -57,11 +57,7 @@ class Job:
 
 @takes(ExtractOptions)
 def prepare(options: ExtractOptions) -> Job:
-    """Check everything that can be wrong with a run, and write nothing.
-
-    Raises:
-        HookxError: an argument is wrong.
-    """
+    """Check everything that can be wrong with a run, and write nothing; `HookxError` if an argument is wrong."""
     selectors, excluded = parse_selectors(options.layers), parse_selectors(options.exclude)
     if not selectors:
         raise UsageError("no layer is named", "name one: --layers avgpool    list them: hookx list-layers MODEL")

@@ -43,7 +43,6 @@ def ready_model(
     options: ExtractOptions | VisualizeOptions,
     selectors: Sequence[Selector],
     excluded: Sequence[Selector] = (),
-    *,
     memory_format: str = "auto",
 ) -> ReadyModel:
     """Build a model and select its layers; a wrong selector fails on the skeleton, before weights are loaded.

@@ -157,11 +157,7 @@ class _Processes:
         return self._early.pop(positions)
 
     def fatal_images(self) -> dict[int, str]:
-        """Return the positions of the images that crashed their workers, each with the reason.
-
-        Raises:
-            ImageError: a process was killed from outside, or had no image in hand.
-        """
+        """Return position -> why its image crashed a worker; `ImageError` if no image is to blame."""
         fatal = {}
         for exit_code, position in self._crashed():
             how = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
@@ -213,9 +209,6 @@ def _keep_child_signals() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before)
 
 
-# --- in a worker -----------------------------------------------------------------------------------------------------
-
-
 class InHand:
     """Which image each worker is decoding, in memory that the workers share with the main process.
 
@@ -229,7 +222,6 @@ class InHand:
         self.table = torch.full((workers, 2), _NOTHING).share_memory_()  # one row per worker: its process, its position
 
     def of(self, process_id: int | None) -> int:
-        """Return the position that a worker has in hand, or _NOTHING, or _FINISHED."""
         return dict(self.table.tolist()).get(process_id, _NOTHING)
 
     def take(self, position: int) -> None:

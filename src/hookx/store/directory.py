@@ -94,8 +94,7 @@ def derived_tables(path: Path, plan: Plan) -> dict[str, Iterator[bytes]]:
 
     tables = {}
     if any(record.failures for _, record in records()):
-        failures = (failure for _, record in records() for failure in record.failures)
-        tables[FAILURES] = _csv(("key", "reason"), failures)
+        tables[FAILURES] = _csv(("key", "reason"), (failure for _, record in records() for failure in record.failures))
     rows = ((key, name, row) for name, record in records() for row, key in enumerate(record.keys))
     tables[INDEX] = _csv(("key", "shard", "row"), rows)
     return tables
