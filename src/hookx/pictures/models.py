@@ -52,17 +52,7 @@ def visualize(options: VisualizeOptions) -> Gallery:
     files = list_files(options.images)
     viewers = []
     for ref, weights, selectors in asked:
-        ready = ready_model(
-            ref,
-            weights,
-            options,
-            [] if look.attention else selectors,
-            device=options.device,
-            precision=options.precision,
-            preprocessing=options,
-        )
-        for left_out in ready.selection.left_out.values():
-            log.info("left out: %s", left_out)
+        ready = ready_model(ref, weights, options, [] if look.attention else selectors)
         viewers.append(_Viewer(ready, selectors, look))
     failures: dict[str, str] = {}
     models = [viewer.ready.loaded.name for viewer in viewers]
