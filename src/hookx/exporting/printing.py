@@ -87,11 +87,6 @@ def to_json(activation: Activation) -> Iterator[bytes]:
     yield b"}\n"
 
 
-def to_bytes(values: Tensor) -> Iterator[memoryview]:
-    """Yield the bytes as stored: little-endian, the last dimension varies fastest."""
-    yield memoryview(values.flatten().view(torch.uint8).numpy().data)
-
-
 def _to_numpy(values: Tensor) -> NDArray[Any]:
     # numpy has no bfloat16; float32 holds the same numbers.
     return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
