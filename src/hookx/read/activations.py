@@ -33,23 +33,14 @@ Positions: TypeAlias = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class RowIndex:
-    """Which rows there are and which files hold them; every address of a run shares it.
-
-    Attributes:
-        path: the directory of the run.
-        keys: the image key of every row, in order.
-        failures: key -> reason for the images that have no row.
-        files: the shards.
-        first_rows: how many rows of the run precede each file, and the total.
-        chosen: the position of each row in the run, ascending; None if all rows are chosen.
-    """
+    """Which rows there are and which files hold them; every address of a run shares it."""
 
     path: Path
     keys: Keys
-    failures: Mapping[str, str]
+    failures: Mapping[str, str]  # key -> reason
     files: Sequence[Path]
-    first_rows: Positions
-    chosen: Positions | None = None
+    first_rows: Positions  # how many rows of the run precede each file, and the total
+    chosen: Positions | None = None  # the position of each row in the run, ascending; None if all rows are chosen
 
     @cached_property
     def borders(self) -> Positions:
@@ -179,17 +170,13 @@ class Activations:
         """Copy rows out of the files; open each file once, and read each row once, in file order."""
         wanted = self._in_run(positions)
         ascending, places = np.unique(wanted, return_inverse=True)
-        rows = torch.empty((len(ascending), *self.shape[1:]), dtype=self.dtype)
-        if rows.numel():
-            into = _bytes_of_rows(rows)
+        rows = np.empty((len(ascending), self.bytes_per_row), dtype=np.uint8)  # numpy lacks some of torch's types.
+        if rows.size:
             for shard, stretches in self._stretches(ascending):
-                shard.read(stretches, into)
-        if np.array_equal(ascending, wanted):
-            return rows
-        in_order = torch.empty((len(wanted), *self.shape[1:]), dtype=self.dtype)
-        if rows.numel():
-            np.take(_bytes_of_rows(rows), places, axis=0, out=_bytes_of_rows(in_order), mode="clip")
-        return in_order
+                shard.read(stretches, rows)
+        if not np.array_equal(ascending, wanted):
+            rows = np.take(rows, places, axis=0)
+        return torch.from_numpy(rows.ravel()).view(self.dtype).reshape(len(wanted), *self.shape[1:])
 
     def _stretches(self, ascending: Positions) -> Iterator[tuple[_ShardRows, list[_Stretch]]]:
         """Group ascending rows of the run by shard, and in a shard into stretches of adjacent rows."""
@@ -218,7 +205,7 @@ class _Stretch(NamedTuple):
 
 
 class _ShardRows:
-    """The rows of one address in one shard. Holds no open file, so it can be forked and pickled."""
+    """The rows of one address in one shard; without an open file, so it can be forked and pickled."""
 
     def __init__(self, file: Path, layer: LayerSpec, count: int) -> None:
         self.file, self.layer, self.count = file, layer, count
@@ -229,7 +216,6 @@ class _ShardRows:
         self.offset, self.file_bytes = start, file.stat().st_size
 
     def read(self, stretches: Sequence[_Stretch], into: NDArray[np.uint8]) -> None:
-        """Copy rows from the file into their places."""
         # A mapped file would need one line. But on a page fault the system also reads the surroundings, up to
         # megabytes for a row of a few kilobytes, and a disk error would crash the process.
         with self._open() as descriptor:
@@ -242,7 +228,6 @@ class _ShardRows:
                     at, wanted = at + count, wanted[count:]
 
     def prefetch(self, stretches: Sequence[_Stretch]) -> None:
-        """Ask the system to read rows into its file cache."""
         if hasattr(os, "posix_fadvise"):  # macOS lacks it.
             with self._open() as descriptor:
                 for first, start, stop in stretches:
@@ -250,10 +235,7 @@ class _ShardRows:
                     os.posix_fadvise(descriptor, at, length, os.POSIX_FADV_WILLNEED)
 
     def map(self) -> Tensor:
-        """Map all rows into memory; the system reads them on access.
-
-        The mapping is private, so writing to the tensor never changes the file.
-        """
+        """Map all rows into memory, privately: writing to the tensor never changes the file."""
         try:
             with open_shard(self.file) as opened:
                 rows: Tensor = opened.get_tensor(self.layer.address)
@@ -266,23 +248,15 @@ class _ShardRows:
     @contextlib.contextmanager
     def _open(self) -> Iterator[int]:
         try:
-            descriptor = os.open(self.file, os.O_RDONLY)
-            try:
-                if os.fstat(descriptor).st_size != self.file_bytes:
+            with open(self.file, "rb", buffering=0) as file:
+                if os.fstat(file.fileno()).st_size != self.file_bytes:
                     raise self._changed()
-                yield descriptor
-            finally:
-                os.close(descriptor)
+                yield file.fileno()
         except OSError as error:
             raise ShardError(self.file, f"cannot be read: {error.strerror}") from None
 
     def _changed(self) -> StoreError:
         return StoreError(f"{self.file} has changed since the run was opened", "open it again")
-
-
-def _bytes_of_rows(rows: Tensor) -> NDArray[np.uint8]:
-    """View rows of any type as an array of (rows, bytes), because numpy lacks some of torch's types."""
-    return rows.reshape(len(rows), -1).view(torch.uint8).numpy()
 
 
 def _positions(index: Any, length: int) -> Positions:
@@ -295,8 +269,8 @@ def _positions(index: Any, length: int) -> Positions:
         named = np.array(None)
     if named.dtype == bool and named.shape == (length,):
         return np.flatnonzero(named)
-    is_empty = named.shape == (0,)
-    if isinstance(index, tuple) or not (is_empty or (named.ndim <= 1 and named.dtype.kind in "iu")):
+    is_row_numbers = named.shape == (0,) or (named.ndim <= 1 and named.dtype.kind in "iu")
+    if isinstance(index, tuple) or not is_row_numbers:
         expected = f"an integer, a slice, a list of integers or a mask of length {length}"
         raise TypeError(f"rows must be {expected}, {_describe(index)}")
     outside = named[(named < -length) | (named >= length)]
