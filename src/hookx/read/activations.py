@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ _BYTES_AT_ONCE = 2**20
 _KEYS_COMPARED = 100  # Neighbours of a missing key, for the error message.
 Index: TypeAlias = int | slice | Sequence[int] | Sequence[bool] | NDArray[Any] | Tensor
 Positions: TypeAlias = NDArray[np.int64]
+_Stretch: TypeAlias = tuple[int, int, int]  # Adjacent rows: the first in its shard, their start and stop in the result.
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +108,14 @@ class Activations:
 
     def __getitem__(self, index: Index) -> Tensor:
         positions = _positions(index, len(self))
-        rows = self._read(np.atleast_1d(positions))
-        return rows if positions.ndim else rows[0]
+        ascending, places = np.unique(positions, return_inverse=True)  # Read each row once, in file order.
+        rows = np.empty((len(ascending), self.bytes_per_row), dtype=np.uint8)  # numpy lacks some of torch's types.
+        if rows.size:
+            for shard, stretches in self._stretches(ascending):
+                shard.read(stretches, rows)
+        if not np.array_equal(ascending, positions.ravel()):
+            rows = np.take(rows, places.ravel(), axis=0)
+        return torch.from_numpy(rows.ravel()).view(self.dtype).reshape((*positions.shape, *self.shape[1:]))
 
     def of(self, key: str | Sequence[str]) -> Tensor:
         """Return the activation of one image by its key, or those of several keys in their order.
@@ -160,32 +167,18 @@ class Activations:
 
     def prefetch(self, start: int, stop: int) -> None:
         """Start reading rows into the system's file cache, and return without waiting."""
-        for shard, stretches in self._stretches(self._in_run(np.arange(start, stop))):
+        for shard, stretches in self._stretches(np.arange(start, stop)):
             shard.prefetch(stretches)
 
-    def _in_run(self, positions: Positions) -> Positions:
-        return positions if self.rows.chosen is None else self.rows.chosen[positions]
-
-    def _read(self, positions: Positions) -> Tensor:
-        """Copy rows out of the files; open each file once, and read each row once, in file order."""
-        wanted = self._in_run(positions)
-        ascending, places = np.unique(wanted, return_inverse=True)
-        rows = np.empty((len(ascending), self.bytes_per_row), dtype=np.uint8)  # numpy lacks some of torch's types.
-        if rows.size:
-            for shard, stretches in self._stretches(ascending):
-                shard.read(stretches, rows)
-        if not np.array_equal(ascending, wanted):
-            rows = np.take(rows, places, axis=0)
-        return torch.from_numpy(rows.ravel()).view(self.dtype).reshape(len(wanted), *self.shape[1:])
-
-    def _stretches(self, ascending: Positions) -> Iterator[tuple[_ShardRows, list[_Stretch]]]:
-        """Group ascending rows of the run by shard, and in a shard into stretches of adjacent rows."""
+    def _stretches(self, positions: Positions) -> Iterator[tuple[_ShardRows, list[_Stretch]]]:
+        """Group ascending rows by shard, and in a shard into stretches of adjacent rows."""
         first_rows = self.rows.first_rows
+        ascending = positions if self.rows.chosen is None else self.rows.chosen[positions]
         gaps = np.flatnonzero(np.diff(ascending) != 1) + 1
         cuts = np.union1d(gaps, np.searchsorted(ascending, first_rows))
         numbers = np.searchsorted(first_rows, ascending[cuts[:-1]], side="right") - 1
         firsts = ascending[cuts[:-1]] - first_rows[numbers]
-        stretches = map(_Stretch, firsts.tolist(), cuts[:-1].tolist(), cuts[1:].tolist())
+        stretches = zip(firsts.tolist(), cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)
         for number, of_shard in groupby(zip(numbers.tolist(), stretches, strict=True), key=itemgetter(0)):
             yield self._shard(number), [stretch for _, stretch in of_shard]
 
@@ -194,14 +187,6 @@ class Activations:
             start, stop = self.rows.first_rows[number : number + 2].tolist()
             self._shards[number] = _ShardRows(self.rows.files[number], self.layer, stop - start)
         return self._shards[number]
-
-
-class _Stretch(NamedTuple):
-    """Adjacent rows of a shard, beginning with row `first`; they become rows `start` to `stop` of the result."""
-
-    first: int
-    start: int
-    stop: int
 
 
 class _ShardRows:

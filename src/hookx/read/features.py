@@ -24,7 +24,6 @@ def open_features(path: str | os.PathLike[str], *, partial: bool = False) -> Fea
     """Open the output directory of a run without reading any activation.
 
     Args:
-        path: the directory that `hookx extract` wrote.
         partial: accept an unfinished run and show its finished shards.
 
     Raises:
