@@ -20,7 +20,7 @@ from torch.nn.functional import avg_pool2d, max_pool2d
 from hookx.errors import UsageError
 from hookx.pictures.colours import Pixels, find_colormap, resize, scale
 from hookx.pictures.drawing import BAR, BAR_BELOW, Cell, Content, Row, draw_bars, draw_grid, draw_overview
-from hookx.pictures.page import Caption, Page, Style, png, width_of, wrap
+from hookx.pictures.page import Caption, Page, Style, count_nouns, format_number, png, width_of, wrap
 
 GREY = np.full((64, 64, 3), 100, np.uint8)
 CAPTION = Caption("layer", ("model, weights", "N,4,2,2: 4 channels of 2 × 2"))
@@ -303,6 +303,11 @@ def test_a_wrapped_text_keeps_its_width_and_its_number_of_lines(text: str, width
     lines = wrap(text, width_px, style, max_lines)
     assert 1 <= len(lines) <= max_lines
     assert all(width_of(line, style) <= width_px or len(line) == 1 for line in lines)
+
+
+def test_numbers_in_words_have_few_digits_a_minus_sign_and_a_plural() -> None:
+    assert (format_number(0.012345), format_number(-1), format_number(1.26, 2)) == ("0.0123", "\N{MINUS SIGN}1", "1.3")
+    assert (count_nouns(1, "channel"), count_nouns(1024, "value")) == ("1 channel", "1,024 values")
 
 
 def test_what_a_user_has_configured_for_figures_of_their_own_does_not_reach_these() -> None:

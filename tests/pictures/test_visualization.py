@@ -23,7 +23,7 @@ from hookx.errors import HookxError, ImageError, LayerError, NotStoredError, Sto
 from hookx.options import LookOptions
 from hookx.pictures.attention import Attention
 from hookx.pictures.contents import Look, ShownImage, ShownLayer, choose, show_activation, show_attention
-from hookx.pictures.gallery import draw, name_image_folders
+from hookx.pictures.gallery import draw, name_file, name_image_folders
 from hookx.pictures.models import pair, visualize
 from hookx.pictures.places import LAYOUTS, Reading, TokenGrid
 from hookx.pictures.runs import visualize_run
@@ -259,6 +259,24 @@ def test_images_of_one_name_and_keys_that_lead_elsewhere_have_folders_of_their_o
         "../../up.png": "up",
         "/etc/passwd": "etc/passwd",
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("layer1.0.relu:1", "layer1.0.relu:1"),
+        (".", "output"),
+        ("./out", "output,out"),
+        ("timm:vit_tiny_patch16_224", "timm:vit_tiny_patch16_224"),
+        ("a\\b\n", "a_b_"),
+    ],
+)
+def test_a_file_is_named_like_its_layer_without_what_a_path_cannot_hold(text: str, name: str) -> None:
+    assert name_file(text) == name
+
+
+def test_names_too_long_for_a_file_are_cut_and_stay_distinct() -> None:
+    assert len(name_file("a" * 300)) == 209 and name_file("a" * 300) != name_file("a" * 301)
 
 
 def test_a_picture_of_hookx_is_replaced_and_a_file_of_somebody_else_is_not(picture: Path) -> None:

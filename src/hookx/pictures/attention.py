@@ -74,7 +74,8 @@ class _Watch(TorchDispatchMode):
         self.on_weights = on_weights
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = operation(*args, **(kwargs := kwargs or {}))
+        kwargs = kwargs or {}
+        output = operation(*args, **kwargs)
         match operation.overloadpacket.__name__:
             case "softmax" | "_softmax" | "_safe_softmax":
                 dim = kwargs.get("dim", args[1] if len(args) > 1 else None)

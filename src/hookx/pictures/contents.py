@@ -66,14 +66,7 @@ def show_layer(address: str, activation: Tensor, places: Places) -> ShownLayer:
 
 
 def show_activation(address: str, activation: Tensor, reading: Reading) -> ShownLayer:
-    """Turn one image's activation into maps or values.
-
-    Example:
-        >>> from hookx.pictures.places import LAYOUTS
-        >>> shown = show_activation("layer4", torch.ones(512, 7, 7), Reading(LAYOUTS["nchw"]))
-        >>> shown.content.values.shape, shown.what
-        ((512, 7, 7), 'channels of 7 × 7')
-    """
+    """Turn one image's activation into maps or values, as a reading lays them out."""
     note, shape = reading.note, tuple(activation.shape)
     if activation.is_complex():
         activation, note = activation.abs(), "; ".join(filter(None, [note, "magnitudes of complex values"]))

@@ -157,12 +157,7 @@ _ROUND_STEPS = [digit * 10**power for power in range(7) for digit in (1, 2, 5)]
 
 
 def draw_bars(vector: Content, caption: Caption, photo: Pixels | None) -> Page:
-    """Draw values as bars on one common scale, in as many rows as they need.
-
-    Example:
-        >>> draw_bars(Content(np.arange(1000.0), range(1000)), Caption("fc", ("resnet18",)), None).pixels().shape[1]
-        980
-    """
+    """Draw values as bars on one common scale, in as many rows as they need."""
     values, page = vector.values, Page()
     low, high = _range_with_zero(values)
     y = draw_header(page, replace(caption, lines=(*caption.lines, *_describe_values(vector))), photo)
@@ -277,14 +272,7 @@ class Row:
 
 
 def draw_overview(rows: Sequence[Row], footer: str, *, colormap: str = "viridis", as_heat: bool = False) -> Page:
-    """Draw the cells of each row side by side; those that do not fit go on below.
-
-    Example:
-        >>> maps = Content(np.random.rand(16, 7, 7), range(16))
-        >>> rows = [Row("resnet18", "random weights", None, [Cell("layer4", "512 channels of 7 x 7", maps)])]
-        >>> draw_overview(rows, "the 16 strongest channels").pixels().shape[1]
-        980
-    """
+    """Draw the cells of each row side by side; those that do not fit go on below; `as_heat` as in `draw_grid`."""
     colours = find_colormap(colormap)
     with_photos = any(row.photo is not None for row in rows)
     longest = max(len(row.cells) for row in rows)

@@ -92,7 +92,7 @@ def draw(
                 page = draw_grid(content, caption, one.photo, colormap=look.colormap, as_heat=look.as_heat)
             else:
                 page = draw_bars(content, caption, one.photo)
-            file = folder / f"{_name_file(layer.address)}{look.suffix}.png"
+            file = folder / f"{name_file(layer.address)}{look.suffix}.png"
             save(page, caption, Picture(str(file), one.image, one.model, layer.address, sentence))
             shape = " × ".join(map(str, layer.shape)) or "1"
             cells.append(Cell(layer.address, shape, _choose_for_cell(content, look)))
@@ -159,7 +159,7 @@ def name_image_folders(images: Sequence[str]) -> dict[str, str]:
     for image, name in zip(images, bare, strict=True):
         folder = name if uses[name] == 1 else image
         # A stored key must not lead out of the directory.
-        folders[image] = "/".join(_name_file(part) for part in folder.split("/") if part not in ("", ".", ".."))
+        folders[image] = "/".join(name_file(part) for part in folder.split("/") if part not in ("", ".", ".."))
     return folders
 
 
@@ -168,10 +168,10 @@ def _name_model_folders(models: Sequence[str]) -> list[str]:
     if len(models) == 1:
         return [""]
     earlier = [models[:position].count(model) for position, model in enumerate(models)]
-    return [_name_file(model) + (f"-{uses + 1}" if uses else "") for model, uses in zip(models, earlier, strict=True)]
+    return [name_file(model) + (f"-{uses + 1}" if uses else "") for model, uses in zip(models, earlier, strict=True)]
 
 
-def _name_file(text: str) -> str:
+def name_file(text: str) -> str:
     """Turn an address or a model's name into a file name; '.', the model's own output, becomes 'output'."""
     name = re.sub(r"^\.(?=$|[:/@])", "output", text)
     name = re.sub(r"[\x00-\x1f\x7f\\]", "_", name.replace("/", ",")).lstrip(".") or "_"

@@ -50,14 +50,9 @@ def visualize(options: VisualizeOptions) -> Gallery:
     listed = list_images(list_paths(options.images))
     viewers = []
     for ref, weights, selectors in asked:
+        probed = [] if look.attention else selectors
         ready = ready_model(
-            ref,
-            weights,
-            options,
-            [] if look.attention else selectors,
-            device=options.device,
-            precision=options.precision,
-            preprocessing=options,
+            ref, weights, options, probed, device=options.device, precision=options.precision, preprocessing=options
         )
         for left_out in ready.selection.left_out.values():
             log.info("left out: %s", left_out)

@@ -8,9 +8,10 @@ token of a transformer gets its place, or turns out to have none (a class token)
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -95,15 +96,13 @@ class Reading:
 class Places:
     """What the experiments showed about a model: every layer, probed with square images and with wide ones.
 
-    `find_grid` runs the second experiment, for a number of tokens and the sides of the model's square maps; `layout` is
-    one of `LAYOUTS` if the user has set it.
+    `find_grid` runs the second experiment, for a number of tokens; `layout` is one of `LAYOUTS` if the user has set it.
     """
 
     square: Mapping[Address, TensorInfo] = field(default_factory=dict)
     wide: Mapping[Address, TensorInfo] = field(default_factory=dict)  # empty if the model takes square images only
-    find_grid: Callable[[int, Sequence[int]], TokenGrid | None] = lambda _count, _sides: None
+    find_grid: Callable[[int], TokenGrid | None] = lambda _count: None
     layout: str = ""
-    _grids: dict[int, TokenGrid | None] = field(default_factory=dict)
     _noted: set[Address] = field(default_factory=set)
 
     def read(self, address: Address, shape: tuple[int, ...]) -> Reading:
@@ -127,14 +126,11 @@ class Places:
     def sort(self, addresses: Iterable[str]) -> list[str]:
         """Order addresses as a forward pass computes them: a module returns after the modules within it."""
         entered = {address.path: depth for depth, address in enumerate(self.square)}
-        returned = dict(entered)
-        for path, depth in entered.items():
-            while "." in path:
-                path = path.rpartition(".")[0]
-                if path in returned:
-                    returned[path] = max(returned[path], depth)
-        if "." in returned:
-            returned["."] = len(self.square)
+        returned: dict[str, int] = {}
+        for depth, address in enumerate(self.square):
+            names = address.path.split(".")
+            returned |= {".".join(names[:end]): depth for end in range(1, len(names) + 1)}
+        returned["."] = len(self.square)
 
         def depth_of(text: str) -> float:
             address = replace(Address.parse(text), reduction=None)
@@ -150,12 +146,11 @@ class Places:
         """Return the places of a sequence of tokens; `growth` is how many more it has for an image twice as wide."""
         if self.layout == "tokens":
             return TokenGrid.last(math.isqrt(count), count)
-        if count not in self._grids:
-            self._grids[count] = self.find_grid(count, self._sides) if count > 1 else None
+        grid = self.find_grid(count)
         side = math.isqrt(max(growth, 0))
-        if self._grids[count] is None and growth and side * side == growth <= count:
+        if grid is None and growth and side * side == growth <= count:
             return TokenGrid.last(side, count)
-        return self._grids[count]
+        return grid
 
     def _read(self, address: Address, shape: tuple[int, ...]) -> Reading:
         reduction = address.reduction
@@ -202,11 +197,6 @@ class Places:
     def _is_sequence(self, length: int) -> bool:
         return any(len(info.shape) == 2 and info.shape[0] == length for info in self.square.values())
 
-    @property
-    def _sides(self) -> list[int]:
-        shapes = [info.shape for info in self.square.values() if len(info.shape) == 3]
-        return sorted({side for one in shapes for side, other in (one[:2], one[1:]) if side == other}, reverse=True)
-
 
 def _follows_width(roles: tuple[Role, ...], square: tuple[int, ...], wide: tuple[int, ...]) -> bool:
     """Return whether, read this way, the width of a map grows with that of the image, and nothing else does."""
@@ -220,16 +210,18 @@ def probe_places(runner: Runner, load: Callable[[], Runner], side_px: int, layou
     `load` returns the model with any real weights; it is called when the places of tokens are first needed.
     """
     examples_NCHW = example_images(runner, side_px)
-    square = probe(runner, examples_NCHW)
-    wide: Iterable[Layer] = ()
+    square = _tensors_by_address(probe(runner, examples_NCHW))
+    wide: dict[Address, TensorInfo] = {}
     with contextlib.suppress(CaptureError):  # The model takes square images only.
-        wide = probe(runner, torch.cat([examples_NCHW, examples_NCHW], 3))
-    return Places(
-        _tensors_by_address(square),
-        _tensors_by_address(wide),
-        lambda count, sides: find_token_grid(load(), side_px, count, sides),
-        layout,
-    )
+        wide = _tensors_by_address(probe(runner, torch.cat([examples_NCHW, examples_NCHW], 3)))
+    shapes = [info.shape for info in square.values() if len(info.shape) == 3]
+    sides = {side for one in shapes for side, other in (one[:2], one[1:]) if side == other}
+
+    @functools.cache
+    def find_grid(count: int) -> TokenGrid | None:
+        return find_token_grid(load(), side_px, count, sides) if count > 1 else None
+
+    return Places(square, wide, find_grid, layout)
 
 
 def _tensors_by_address(layers: Iterable[Layer]) -> dict[Address, TensorInfo]:
@@ -239,7 +231,7 @@ def _tensors_by_address(layers: Iterable[Layer]) -> dict[Address, TensorInfo]:
     return tensors
 
 
-def find_token_grid(runner: Runner, side_px: int, count: int, sides: Sequence[int]) -> TokenGrid | None:
+def find_token_grid(runner: Runner, side_px: int, count: int, sides: Collection[int]) -> TokenGrid | None:
     """Find the place of each of `count` tokens: the one whose strips of the image make it NaN.
 
     The batch has an image for every row and for every column of the grid, in which that strip is NaN. It goes through
