@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hookx.capture.hooks import Taps, tap
-from hookx.capture.modules import modules_of
-from hookx.capture.runner import Runner
+from hookx.capture.runner import Runner, modules_of
 
 
 @dataclass(frozen=True)

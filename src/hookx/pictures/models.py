@@ -9,10 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hookx.capture.modules import module_classes
 from hookx.capture.probe import example_images
 from hookx.capture.rows import RowCapture, stored_dtype
-from hookx.capture.runner import Runner
+from hookx.capture.runner import Runner, module_classes
 from hookx.errors import HookxError, ImageError, LayerError, UsageError, closest
 from hookx.images.decoding import decode, failure_reason, model_input
 from hookx.images.listing import list_images

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from hookx.capture.hooks import Taps, tap
-from hookx.capture.modules import modules_of
 from hookx.capture.probe import example_images, probe
-from hookx.capture.runner import ForwardIsDone, Runner
+from hookx.capture.runner import ForwardIsDone, Runner, modules_of
 from hookx.capture.tensors import Parts, tensors_given, tensors_in
 from hookx.errors import CaptureError, LayerError
 from hookx.layers.address import Address

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hookx.capture.modules import module_classes, modules_of
 from hookx.capture.probe import example_images, probe
-from hookx.capture.runner import MEMORY_FORMATS, Runner
+from hookx.capture.runner import MEMORY_FORMATS, Runner, module_classes, modules_of
 from hookx.errors import CaptureError, HookxError, UsageError
 from hookx.images.decoding import check_decoding
 from hookx.layers.select import Selection, Selector, matched_paths, select
