@@ -46,10 +46,8 @@ def arguments_for(
     missing = [key for key, parameter in named.items() if parameter.default is parameter.empty and key not in texts]
     if missing:
         listed = ", ".join(f"{key}{_describe_type(annotations.get(key))}" for key in missing)
-        raise ModelError(
-            f"{name} needs arguments: {listed}",
-            "pass them: " + " ".join(f"--model-arg {key}=..." for key in missing),
-        )
+        flags = " ".join(f"--model-arg {key}=..." for key in missing)
+        raise ModelError(f"{name} needs arguments: {listed}", f"pass them: {flags}")
     keywords = {}
     for key, text in texts.items():
         annotation = annotations.get(key)

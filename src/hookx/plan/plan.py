@@ -8,7 +8,7 @@ import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -239,7 +239,7 @@ class Plan:
 
 def _parse(kind: Any, value: Any) -> Any:
     """Convert plain JSON values to the type of a plan's field."""
-    if is_dataclass(kind):
+    if kind in (LayerSpec, Preprocessing):
         parsed = {}
         for name, hint in get_type_hints(kind).items():
             parsed[name] = _parse(hint, value.get(name, _OMITTED[name]) if name in _OMITTED else value[name])
