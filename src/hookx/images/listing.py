@@ -214,9 +214,9 @@ def _measure_in_processes(files: Files, sizes_bytes: memoryview[int]) -> None:
     try:
         with defer_signals(), contextlib.suppress(OSError):  # The system may refuse more processes.
             for part in parts:
-                process = fork.Process(target=_measure_in_child, args=(files, part, sizes_bytes))
-                process.start()
-                started.append(process)
+                child = fork.Process(target=_measure_in_child, args=(files, part, sizes_bytes))
+                child.start()
+                started.append(child)
         for process, part in itertools.zip_longest(started, parts):
             if process:
                 process.join()

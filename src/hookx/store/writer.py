@@ -30,8 +30,7 @@ import torch
 from torch import Tensor
 from zlib_ng import zlib_ng
 
-from hookx.plan import Plan, Shard, ValueCounts
-from hookx.plan.counts import KINDS
+from hookx.plan import KINDS, Plan, Shard, ValueCounts
 from hookx.store.directory import RunDirectory
 from hookx.store.files import aside_of, put_in_place, report_write_errors
 from hookx.store.format import bytes_of, checksum, in_file_order, shard_header, tensor_places
