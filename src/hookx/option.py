@@ -21,35 +21,19 @@ R = TypeVar("R")
 
 @dataclass
 class Option:
-    """What there is to say about an option beside its field, which gives its name, type and default.
+    """What there is to say about an option beside its field, which gives its name, type and default."""
 
-    Args:
-        synopsis: '-b --batch-size N' of a flag, 'RUN' of an argument, with '...' behind it if it can be repeated; ''
-            of what only Python can give.
-        help: one sentence; '{choices}' stands for the words of the type.
-        minimum: the least value of a number.
-        maximum: the greatest value of a number.
-        parse: turns text into the value, and accepts the natural type; its ValueError says what to write.
-        required: the error and the next step where it is missing.
-        absent: what the command line uses where a Python caller has to choose.
-        suggested: words that a shell offers, where other texts are possible.
-        completed_by: a function of `hookx.cli.completion`, and the options whose values it is told.
-        variable: an environment variable sets it; None: as its class says.
-        title: the section of the help in which it stands; '': that of its class.
-    """
-
-    synopsis: str
-    help: str
+    synopsis: str  # '-b --batch-size N', or 'RUN' of an argument; '...' behind it: repeatable; '': Python alone
+    help: str  # one sentence; '{choices}' stands for the words of the type
     _: dataclasses.KW_ONLY
     minimum: float | None = None
     maximum: float | None = None
-    parse: Callable[[Any], Any] | None = None
-    required: tuple[str, ...] = ()
-    absent: Any = None
-    suggested: tuple[str, ...] = ()
-    completed_by: tuple[str, ...] = ()
-    variable: bool | None = None
-    title: str = ""
+    parse: Callable[[Any], Any] | None = None  # takes text and the natural type; its ValueError says what to write
+    required: tuple[str, ...] = ()  # the error and the next step where it is missing
+    absent: Any = None  # what the command line uses where a Python caller has to choose
+    completed_by: tuple[str, ...] = ()  # a function of `hookx.cli.completion`, and the options whose values it gets
+    variable: bool | None = None  # whether an environment variable sets it; None: as its class says
+    title: str = ""  # its section of the help; '': that of its class
     default: Any = ...
     # The field and its class give these.
     name: str = ""
@@ -97,17 +81,16 @@ class Option:
             raise UsageError(*self.required)
         if value is None:
             return None if self.default is ... else self.default
-        is_default_word = isinstance(value, str) and value == self.default
         if self.parse is not None:
             try:
                 value = self.parse(value)
             except ValueError as error:
-                raise UsageError(f"invalid {self.flag} '{_as_text(value)}': {error}") from None
-        if is_default_word or (isinstance(value, str) and value in self.choices):
+                raise UsageError(f"invalid {self.flag} '{as_text(value)}': {error}") from None
+        if isinstance(value, str) and (value == self.default or value in self.choices):
             return value
         if int in self.types or float in self.types:
             return self._read_number(value)
-        if self.choices:
+        if self.choices and str not in self.types:
             raise UsageError(f"invalid {self.flag} '{value}': choose {', '.join(self.choices)}")
         if bool in self.types and not isinstance(value, bool):
             raise UsageError(f"{self.flag} must be true or false, got '{value}'")
@@ -230,5 +213,6 @@ def in_words(alternatives: Sequence[str]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """Write a value as it is typed, with commas in a list."""
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -25,6 +25,7 @@ from hookx.errors import UsageError
 from hookx.option import Options, option
 from hookx.option import takes as takes
 
+Device = Literal["auto", "cpu", "cuda", "mps"] | str  # the words that a shell offers, or another, as in cuda:1
 Precision = Literal["fp32", "bf16", "fp16"]
 MemoryFormat = Literal["contiguous", "channels_last"]
 Dtype = Literal["fp64", "fp32", "fp16", "bf16"]
@@ -116,7 +117,7 @@ def _ignore(count: int) -> None:
 
 Progress = Callable[[int], None]
 _CALLED = "Called with the number finished since the last call."
-_DEVICE, _DEVICES = "auto, cpu, cuda, cuda:1 or mps.", ("auto", "cpu", "cuda", "mps")
+_DEVICE = "auto, cpu, cuda, cuda:1 or mps."
 _MODEL, _NO_MODEL = "A model's name; hookx list-models shows them.", "no model is named"
 _RUN, _IMAGES_OF_RUN = "The directory that hookx extract wrote.", "The folders and files that the run was given."
 _KEYS = "The image to draw, if the run holds several."
@@ -126,7 +127,10 @@ class BuildOptions(Options, title="Your own models and checkpoints", variables=T
     """How to build a model that is not a published one."""
 
     trust_checkpoint: bool = option(
-        "--trust-checkpoint", "Read a pickled module or a .pt2 file, which can run code.", default=False
+        "--trust-checkpoint",
+        "Read a pickled module or a .pt2 file, which can run code.",
+        default=False,
+        variable=False,  # What was set for another program must not decide to run code.
     )
     model_args: Mapping[str, str] = option(
         "--model-arg KEY=VALUE...", "An argument for building the model.", default={}, parse=_read_arguments
@@ -181,7 +185,7 @@ class PreprocessingOptions(Options, title="Preprocessing", variables=True):
 class ComputeOptions(Options, title="Compute", variables=True):
     """Where a model runs, and in which arithmetic."""
 
-    device: str = option("-d --device NAME", _DEVICE, default="auto", suggested=_DEVICES)
+    device: Device = option("-d --device NAME", _DEVICE, default="auto")
     precision: Precision = option("--precision NAME", "Arithmetic: {choices}.", default="fp32")
 
 
@@ -234,9 +238,7 @@ class ExtractOptions(ComputeOptions, PreprocessingOptions, ModelOptions, title="
         title="Layers",
     )
     images: Paths = option(
-        "IMAGES...",
-        "Folders (searched recursively), image files, or - for paths on standard input.",
-        kw_only=False,
+        "IMAGES...", "Folders (searched recursively), image files, or - for paths on standard input.", kw_only=False
     )
     weights: str = option(
         "-w --weights NAME",
@@ -246,11 +248,7 @@ class ExtractOptions(ComputeOptions, PreprocessingOptions, ModelOptions, title="
         title="Model",
     )
     exclude: str | Iterable[str] = option(
-        "--exclude LAYERS...",
-        "Layers to leave out.",
-        default=(),
-        completed_by=("layers", "model"),
-        title="Layers",
+        "--exclude LAYERS...", "Layers to leave out.", default=(), completed_by=("layers", "model"), title="Layers"
     )
     out: AnyPath = option("-o --out DIR", "The output directory.", default="features")
     dtype: Dtype | None = option(
@@ -339,13 +337,10 @@ class RecomputeOptions(CheckpointOptions, title="Recomputation"):
     )
     images: Paths = option("--images PATH...", _IMAGES_OF_RUN, kw_only=False)
     model: str | None = option(
-        "-m --model REF",
-        "The run's model again, if it is not torchvision's.",
-        default=None,
-        completed_by=("models",),
+        "-m --model REF", "The run's model again, if it is not torchvision's.", default=None, completed_by=("models",)
     )
     weights: str | None = option("-w --weights FILE", "The file of the weights, if they came from one.", default=None)
-    device: str = option("-d --device NAME", _DEVICE, default="cpu", suggested=_DEVICES)
+    device: Device = option("-d --device NAME", _DEVICE, default="cpu")
     seed: int | None = option("", "Seed of the choice of rows; None: another choice each time.", default=None)
     options: ModelOptions | None = option("", "Deprecated: give its fields as arguments.", default=None)
 

@@ -533,7 +533,7 @@ import os, signal, sys
 
 class Interrupts:
     def find_spec(self, name, *_):
-        if name == "hookx.cli.terminal":
+        if name == "hookx.cli.reports":
             try:
                 os.kill(os.getpid(), signal.SIGINT)
             except BaseException:

@@ -107,7 +107,8 @@ VALUES: dict[str, tuple[str, Any]] = {  # an option of extract -> a text, and th
 
 def test_every_option_of_extract_is_tried_below() -> None:
     assert {name for name, option in options_of(ExtractOptions).items() if option.flags} == set(VALUES)
-    assert all(option.variable for name, option in options_of(ExtractOptions).items() if option.flags)
+    without = {name for name, option in options_of(ExtractOptions).items() if option.flags and not option.variable}
+    assert without == {"trust_checkpoint"}
     assert not any(option.variable for option in options_of(CallOptions).values())
 
 
@@ -117,6 +118,8 @@ def test_an_option_of_extract_comes_from_a_flag_a_variable_or_a_file(
     name: str, way: Callable[[Option, str, Path], ExtractOptions], tmp_path: Path
 ) -> None:
     text, value = VALUES[name]
+    if way is through_a_variable and name == "trust_checkpoint":
+        value = False
     found = getattr(way(options_of(ExtractOptions)[name], text, tmp_path), name)
     assert found == value and type(found) is type(value)
 
@@ -163,6 +166,12 @@ def test_a_wrong_value_is_the_same_error_wherever_it_comes_from(
         with pytest.raises(UsageError) as raised:
             call(**NEEDED | {name: [text] if option.is_repeated else text})
         assert str(raised.value) == error
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if "trust_checkpoint" in command.options])
+def test_no_variable_makes_a_command_run_the_code_of_a_checkpoint(command: Command) -> None:
+    parameters = get_command(app).commands[command.name].params  # type: ignore[attr-defined]
+    assert [parameter.envvar for parameter in parameters if parameter.name == "trust_checkpoint"] == [None]
 
 
 def test_a_switch_in_a_file_is_true_or_false(tmp_path: Path) -> None:

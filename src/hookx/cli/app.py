@@ -14,9 +14,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from hookx.cli import extract, models, pictures, runs
+from hookx.cli.commands import cat, export, extract, inspect, list_layers, list_models, verify, visualize
 from hookx.cli.options import EXIT_CODES
-from hookx.cli.progress import interrupt, raise_again
+from hookx.cli.streams import flush_output, interrupt, printable, raise_again
 from hookx.errors import HookxError, Interrupted
 
 app = typer.Typer(
@@ -27,16 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # A user's mistake is one line; a bug is an ordinary traceback.
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-COMMANDS = (
-    extract.extract,
-    models.list_layers,
-    models.list_models,
-    runs.verify,
-    runs.inspect,
-    runs.export,
-    runs.cat,
-    pictures.visualize,
-)
+COMMANDS = (extract, list_layers, list_models, verify, inspect, export, cat, visualize)
 for command in COMMANDS:
     command.add_to(app)
 
@@ -57,16 +48,12 @@ def main() -> NoReturn:
         try:
             app()
         except SystemExit:
-            from hookx.cli.streams import flush_output
-
             flush_output()
             raise
         except Exception:
             raise_again()  # A signal during an import leaves a half-made module, and any error may follow.
             raise
     except HookxError as error:
-        from hookx.cli.streams import printable
-
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except Interrupted as interrupted:
@@ -82,7 +69,7 @@ def _report_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
 
 def _show_version(context: typer.Context, wanted: bool) -> None:
     if wanted and not context.resilient_parsing:
-        from hookx.cli.terminal import print_facts
+        from hookx.cli.reports import print_facts
         from hookx.cli.versions import versions
 
         print_facts(versions())

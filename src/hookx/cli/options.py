@@ -111,7 +111,7 @@ def _parameter(option: Option, options: Mapping[str, Option]) -> inspect.Paramet
     settings: dict[str, Any] = {"help": option.sentence + (f"  [{'; '.join(notes)}]" if notes else "")}
     if option.completed_by:
         settings["autocompletion"] = _completer(*option.completed_by)
-    elif words := option.suggested or option.choices:
+    elif words := option.choices:
         settings["autocompletion"] = lambda: list(words)
     if kind is not bool:
         settings["metavar"] = option.metavar

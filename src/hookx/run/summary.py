@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar, cast
 
-from hookx.plan import LayerSpec, Plan, Preprocessing, ValueCounts
+from hookx.plan import Plan
 from hookx.run.defaults import device_name
 from hookx.run.prepare import Job
 from hookx.store.record import Totals, read_record
+
+T = TypeVar("T")
 
 
 class Timing:
@@ -40,6 +44,11 @@ class Timing:
         return max(busy, key=lambda part: busy[part])
 
 
+def _derive(get: Callable[[Summary], T]) -> T:
+    """Make a property whose type is that of the expression."""
+    return cast(T, property(get))
+
+
 @dataclass(frozen=True)
 class Summary:
     """What a run did. The seconds of each part are of work, added up over the processes that shared it."""
@@ -53,99 +62,31 @@ class Summary:
     shards_computed: int  # by this call; the others were there already
     images_computed: int
 
-    @property
-    def model(self) -> str:
-        return self.plan.model
-
-    @property
-    def weights(self) -> str:
-        return self.plan.weights
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What a person should know of the weights, such as what was unwrapped from a checkpoint."""
-        return self.plan.notes
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        return self.plan.preprocessing
-
-    @property
-    def layers(self) -> tuple[LayerSpec, ...]:
-        return self.plan.layers
-
-    @property
-    def precision(self) -> str:
-        return self.plan.precision
-
-    @property
-    def memory_format(self) -> str:
-        return self.plan.memory_format
-
-    @property
-    def batch_size(self) -> int:
-        return self.plan.batch_size
-
-    @property
-    def images(self) -> int:
-        """Rows stored."""
-        return self.totals.rows
-
-    @property
-    def failures(self) -> int:
-        return self.totals.failures
-
-    @property
-    def rotations_ignored(self) -> int:
-        return self.totals.rotations_ignored
-
-    @property
-    def counts(self) -> ValueCounts:
-        return self.totals.counts
-
-    @property
-    def bytes(self) -> int:
-        """The size of the activations."""
-        return self.images * self.plan.bytes_per_image
-
-    @property
-    def shards(self) -> int:
-        return len(self.plan.shards)
+    model = _derive(lambda summary: summary.plan.model)
+    weights = _derive(lambda summary: summary.plan.weights)
+    notes = _derive(lambda summary: summary.plan.notes)  # on the weights, such as what was unwrapped from a checkpoint
+    preprocessing = _derive(lambda summary: summary.plan.preprocessing)
+    layers = _derive(lambda summary: summary.plan.layers)
+    precision = _derive(lambda summary: summary.plan.precision)
+    memory_format = _derive(lambda summary: summary.plan.memory_format)
+    batch_size = _derive(lambda summary: summary.plan.batch_size)
+    images = _derive(lambda summary: summary.totals.rows)  # stored
+    failures = _derive(lambda summary: summary.totals.failures)
+    rotations_ignored = _derive(lambda summary: summary.totals.rotations_ignored)
+    counts = _derive(lambda summary: summary.totals.counts)
+    bytes = _derive(lambda summary: summary.totals.rows * summary.plan.bytes_per_image)  # of the activations
+    shards = _derive(lambda summary: len(summary.plan.shards))
+    seconds_total = _derive(lambda summary: round(summary.timing.total, 3))
+    seconds_reading = _derive(lambda summary: round(summary.timing.reading, 3))
+    seconds_model = _derive(lambda summary: round(summary.timing.model, 3))
+    seconds_copying = _derive(lambda summary: round(summary.timing.copying, 3))  # from a GPU
+    seconds_writing = _derive(lambda summary: round(summary.timing.writing, 3))
+    busy = _derive(lambda summary: summary.timing.busy)  # a part -> the share of the time for which it worked
+    bound_by = _derive(lambda summary: summary.timing.bound_by)  # the part that the run waited for
 
     @property
     def files(self) -> tuple[str, ...]:
         return tuple(str(Path(self.out) / self.plan.shard_file(shard)) for shard in self.plan.shards)
-
-    @property
-    def seconds_total(self) -> float:
-        return round(self.timing.total, 3)
-
-    @property
-    def seconds_reading(self) -> float:
-        return round(self.timing.reading, 3)
-
-    @property
-    def seconds_model(self) -> float:
-        return round(self.timing.model, 3)
-
-    @property
-    def seconds_copying(self) -> float:
-        """The time of copies from a GPU."""
-        return round(self.timing.copying, 3)
-
-    @property
-    def seconds_writing(self) -> float:
-        return round(self.timing.writing, 3)
-
-    @property
-    def busy(self) -> dict[str, float]:
-        """'reading', 'model', 'copying', 'writing' -> the share of the time for which it worked."""
-        return self.timing.busy
-
-    @property
-    def bound_by(self) -> str:
-        """Which of them the run waited for."""
-        return self.timing.bound_by
 
 
 def summarize(job: Job, timing: Timing) -> Summary:

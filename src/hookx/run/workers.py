@@ -47,7 +47,7 @@ def batches(
     preprocessing: Preprocessing,
     *,
     workers: int,
-    decode_timeout_seconds: float = 60.0,
+    decode_timeout_seconds: float = 0,
     pin_memory: bool = False,
     in_worker: Callable[[], None] = lambda: None,
     transform: Callable[[Image], Tensor] | None = None,

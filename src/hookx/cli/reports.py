@@ -1,0 +1,382 @@
+"""What a command reports on standard output: a JSON document, tables on a terminal, or plain lines in a pipe.
+
+The only file that imports rich.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.filesize import decimal
+
+from hookx.cli.streams import in_one_line, print_lines
+from hookx.layers.address import Address
+from hookx.layers.tree import Layer
+from hookx.plan import LayerSpec, Plan
+
+if TYPE_CHECKING:  # They import torch.
+    from hookx.check.inspect import Inspection, Statistics
+    from hookx.check.recompute import Recomputation
+    from hookx.check.verify import Problem, Verification
+    from hookx.exporting import Export
+    from hookx.pictures.gallery import Gallery
+    from hookx.run.prepare import Job
+    from hookx.run.summary import Summary
+
+# The fields of a summary's document, in order.
+_SUMMARY = (
+    *("out", "model", "weights", "notes", "preprocessing", "layers", "images", "failures", "shards", "shards_computed"),
+    *("images_computed", "bytes", "device", "precision", "memory_format", "batch_size", "workers", "rotations_ignored"),
+    *("counts", "seconds_total", "seconds_reading", "seconds_model", "seconds_copying", "seconds_writing"),
+    *("busy", "bound_by", "files"),
+)
+Facts = list[tuple[str, str]]  # names and values, a line each
+# A model's name -> the names of its weights, and whether each is in the cache.
+ModelWeights = Mapping[str, Sequence[tuple[str, bool]]]
+
+
+def describe_summary(summary: Summary) -> dict[str, Any]:
+    """Describe what a run did."""
+    document: dict[str, Any] = {name: getattr(summary, name) for name in _SUMMARY}
+    document["preprocessing"] = asdict(summary.preprocessing)
+    document["layers"] = _describe_stored(summary.layers, summary.images)
+    return document
+
+
+def print_summary(summary: Summary) -> None:
+    _print_stored(summary.layers, summary.images)
+    stored = f"{summary.images:,} stored"
+    if summary.failures:
+        stored += f", {summary.failures:,} could not be read (failures.csv says why)"
+    facts = [("images", stored), *(("values", sentence) for sentence in summary.counts.sentences())]
+    if summary.rotations_ignored:
+        note = f"{summary.rotations_ignored:,} images carry a rotation that was ignored; --exif apply turns them"
+        facts.append(("rotation", note))
+    shards = f"{summary.shards:,}"
+    if summary.shards_computed < summary.shards:
+        shards += f", {summary.shards - summary.shards_computed:,} of them already there"
+    facts.append(("shards", f"{shards}; {decimal(summary.bytes)} of activations"))
+    facts += _plan_facts(summary.plan, summary.device, notes=summary.notes)
+    _print_rows([*facts, ("time", _time_text(summary)), ("result", f"{summary.out}/")])
+
+
+def _time_text(summary: Summary) -> str:
+    """Write how fast a run was, and the share of the time for which each part worked, the slowest first."""
+    speed = f"{summary.seconds_total:.1f} s, {summary.images_computed / summary.seconds_total:.0f} images/s"
+    parts = sorted(summary.busy, key=lambda part: part != summary.bound_by)
+    busy = [f"{part} {summary.busy[part]:.0%}" for part in parts if round(summary.busy[part], 2)]
+    return f"{speed}; busy: {', '.join(busy)}" if busy else speed
+
+
+def describe_job(job: Job) -> dict[str, Any]:
+    """Describe what a run would do."""
+    plan = job.plan
+    return {
+        "dry_run": True,
+        "out": str(job.out),
+        "model": plan.model,
+        "weights": plan.weights,
+        "preprocessing": asdict(plan.preprocessing),
+        "layers": _describe_stored(plan.layers, plan.image_count),
+        "images": plan.image_count,
+        "shards": len(plan.shards),
+        "shards_pending": len(job.pending),
+        "images_per_shard": plan.images_per_shard,
+        "bytes_to_write": job.bytes_to_write,
+        "bytes_free": job.bytes_free,
+        "device": str(job.device),
+        "precision": plan.precision,
+        "memory_format": plan.memory_format,
+        "batch_size": plan.batch_size,
+        "workers": job.workers,
+        "fingerprint": plan.fingerprint,
+    }
+
+
+def print_job(job: Job) -> None:
+    plan = job.plan
+    _print_stored(plan.layers, plan.image_count)
+    pending = f"{len(job.pending):,} of {len(plan.shards):,} to compute"
+    _print_rows(
+        [
+            ("images", f"{plan.image_count:,}"),
+            ("shards", f"{pending}, of up to {plan.images_per_shard:,} images"),
+            ("bytes", f"{decimal(job.bytes_to_write)} to write, {decimal(job.bytes_free)} free"),
+            *_plan_facts(plan, job.device),
+            ("result", f"{job.out}/ (nothing was written)"),
+        ]
+    )
+
+
+def _describe_stored(layers: Iterable[LayerSpec], images: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "address": layer.address,
+            "shape": [images, *layer.shape],
+            "dtype": layer.dtype,
+            "bytes": images * layer.bytes_per_image,
+        }
+        for layer in layers
+    ]
+
+
+def _print_stored(layers: Iterable[LayerSpec], images: int) -> None:
+    rows = [_stored_row(**layer) for layer in _describe_stored(layers, images)]
+    _print_rows(rows, header=("layer", "shape", "type", "size"), right_aligned=(3,))
+
+
+def _stored_row(address: str, shape: Sequence[int], dtype: str, bytes: int) -> list[str]:
+    return [address, ",".join(map(str, shape)), dtype, decimal(bytes)]
+
+
+def _plan_facts(plan: Plan, device: object = "", *, notes: Iterable[str] = (), made: Iterable[str] = ()) -> Facts:
+    computed = f"{plan.precision} on {device}" if device else plan.precision
+    memory_format = "" if plan.memory_format == "contiguous" else f", {plan.memory_format}"
+    return [
+        ("model", f"{plan.model}, weights {plan.weights}"),
+        *(("note", note) for note in notes),
+        ("computed", f"{computed}, batches of {plan.batch_size:,}{memory_format}"),
+        *(("made", text) for text in made),
+        ("pixels", str(plan.preprocessing)),
+    ]
+
+
+def problems_of(verification: Verification, recomputation: Recomputation | None) -> list[Problem]:
+    """Return the problems that a verification found, then those of a recomputation."""
+    return [*verification.problems, *(recomputation.problems if recomputation is not None else ())]
+
+
+def describe_verification(verification: Verification, recomputation: Recomputation | None) -> dict[str, Any]:
+    """Describe what is wrong and right with a run, and the rows that were computed again, if any were."""
+    document = asdict(verification)
+    document["problems"] = [asdict(problem) for problem in problems_of(verification, recomputation)]
+    document["ok"] = not document["problems"]
+    if recomputation is not None:
+        document["recomputed"] = {
+            "device": recomputation.device,
+            "rows": [asdict(row) for row in recomputation.rows],
+            "rows_with_same_bits": recomputation.rows_with_same_bits,
+        }
+    return document
+
+
+def print_verification(verification: Verification, recomputation: Recomputation | None) -> None:
+    """Print what is wrong with a run, a line each, then what is right with it."""
+    problems = problems_of(verification, recomputation)
+    print_lines([f"{problem.file} {problem.what}" for problem in problems])
+    print_lines([f"note: {note.file} {note.what}" for note in verification.notes])
+    whole = f"{verification.shards_whole:,} of {verification.shards:,} whole"
+    facts = [
+        ("shards", f"{whole}; {decimal(verification.bytes)} of activations agree with their checksums"),
+        ("images", f"{verification.rows:,} rows, {verification.failures:,} failures"),
+    ]
+    if recomputation is not None:
+        again = f"{len(recomputation.rows):,} rows on {recomputation.device}"
+        if recomputation.rows:
+            address, deviation = max(recomputation.deviations.items(), key=lambda item: item[1])
+            again += f", {recomputation.rows_with_same_bits:,} with the same bits"
+            again += f"; largest deviation {deviation:.1e} ({address})" if deviation else ""
+        facts.append(("computed", f"again: {again}"))
+    wrong = f"{len(problems):,} problem{'s' if len(problems) > 1 else ''}"
+    facts.append(("result", f"{verification.path}/ {f'has {wrong}' if problems else 'is whole'}"))
+    _print_rows(facts)
+
+
+def describe_inspection(inspection: Inspection) -> dict[str, Any]:
+    """Describe what a run holds."""
+    plan = inspection.plan
+    document = asdict(inspection)
+    document["plan"] = {"fingerprint": plan.fingerprint, **plan.identity, "batch_size": plan.batch_size}
+    document["shards"] = len(plan.shards)
+    document["is_finished"] = inspection.is_finished
+    return document
+
+
+def print_inspection(inspection: Inspection) -> None:
+    plan = inspection.plan
+    header = ["layer", "shape", "type", "size"]
+    rows = [_stored_row(layer.address, layer.shape, layer.dtype, layer.bytes) for layer in inspection.layers]
+    if any(layer.statistics for layer in inspection.layers):
+        header += ["mean", "deviation", "minimum", "maximum", "zeros", "non-finite"]
+        for row, layer in zip(rows, inspection.layers, strict=True):
+            row += _statistics_texts(layer.statistics)
+    # In a pipe no table has a header but this one: statistics would be a row of nameless numbers.
+    if len(header) > 4 and not sys.stdout.isatty():
+        rows.insert(0, header)
+    if rows:
+        _print_rows(rows, header=header, right_aligned=range(3, len(header)))
+    shards = f"{inspection.shards_finished:,} of {len(plan.shards):,} finished"
+    if inspection.shards_finished == len(plan.shards) and not inspection.has_index:
+        shards += ", index.csv missing"
+    made = (", ".join(f"{name} {value}" for name, value in origin.items()) for origin in inspection.made)
+    facts = [
+        ("images", f"{inspection.rows:,} stored, {inspection.failures:,} failures, of {plan.image_count:,}"),
+        *(("values", sentence) for sentence in inspection.counts.sentences()),
+        ("shards", f"{shards}; {decimal(inspection.bytes)} of activations"),
+        *_plan_facts(plan, made=made),
+        ("plan", plan.fingerprint),
+        ("result", f"{inspection.path}/ is {'finished' if inspection.is_finished else 'not finished'}"),
+    ]
+    if not inspection.is_finished:
+        facts.append(("next", "the same hookx extract command goes on"))
+    _print_rows(facts)
+
+
+def _statistics_texts(statistics: Statistics | None) -> list[str]:
+    assert statistics is not None
+    described = (statistics.mean, statistics.deviation, statistics.minimum, statistics.maximum)
+    share = f"{statistics.zeros / max(statistics.values, 1):.1%}"
+    numbers = ["-" if number is None else f"{number:.6g}" for number in described]
+    return [*numbers, share, f"{statistics.non_finite:,}"]
+
+
+def print_export(exported: Export) -> None:
+    """Print what was written where."""
+    _print_rows([_stored_row(exported.layer, exported.shape, exported.dtype, exported.bytes)])
+    images = f"{exported.shape[0]:,} stored"
+    if exported.failures:
+        images += f", {exported.failures:,} could not be read, and are not in it"
+    _print_rows([("images", images), *(("result", file) for file in exported.files)])
+
+
+def describe_gallery(gallery: Gallery) -> dict[str, Any]:
+    """Describe the pictures that were drawn; an overview has no layer."""
+    document = asdict(gallery)
+    for picture in document["pictures"]:
+        picture.update({name: picture[name] or None for name in ("image", "model", "layer")})
+    return document
+
+
+def print_gallery(gallery: Gallery) -> None:
+    """Print the pictures that were drawn, a line each: the file, and what it shows."""
+    _print_rows([(picture.file, picture.shows) for picture in gallery.pictures], header=("picture", "shows"))
+
+
+def describe_layers(layers: Sequence[Layer]) -> list[dict[str, Any]]:
+    """Describe a model's layers; in a shape, null stands for the batch."""
+    return [
+        {
+            "path": str(Address(layer.path)),
+            "class": layer.class_name,
+            "parameters": layer.parameters,
+            "calls": len(layer.calls),
+            "never_called_because": layer.never_called_because or None,
+            "same_as": layer.same_as or None,
+            "outputs": [
+                {
+                    "address": str(address),
+                    "shape": _shape_with_batch(tensor),
+                    "dtype": tensor.dtype,
+                    "constant": tensor.is_constant,
+                    "problem": tensor.problem or None,
+                }
+                for address, tensor in layer.addresses().items()
+            ],
+        }
+        for layer in layers
+    ]
+
+
+def _shape_with_batch(tensor: Any) -> list[int | None]:
+    shape: list[int | None] = list(tensor.shape)
+    if tensor.batch_dim is not None:
+        shape.insert(tensor.batch_dim, None)
+    return shape
+
+
+def print_model_layers(layers: Sequence[Layer], tree: bool) -> None:
+    """Print a model's layers, a line each: path, class, what it returns, parameters, calls in a forward pass."""
+    rows = [
+        (
+            _in_tree(layer.path) if tree else str(Address(layer.path)),
+            layer.class_name,
+            _outputs_text(layer),
+            f"{layer.parameters:,}",
+            _calls_text(layer),
+        )
+        for layer in layers
+    ]
+    _print_rows(rows, header=("layer", "class", "output", "parameters", "calls"), right_aligned=(3,))
+
+
+def _outputs_text(layer: Layer) -> str:
+    texts: list[str] = []
+    for address, tensor in layer.addresses().items():
+        place = "/".join(address.parts)
+        text = f"{place}={tensor.shape_text}" if place else tensor.shape_text
+        if tensor.is_constant:
+            text += " (constant)"
+        elif tensor.problem:
+            text += " (not by image)"
+        texts.append(text)
+    return " ".join(dict.fromkeys(texts)) or "-"
+
+
+def _in_tree(path: str) -> str:
+    above, dot, name = path.rpartition(".")
+    return path if path == "." else "  " * (above.count(".") + 1 + bool(dot)) + str(Address(name))
+
+
+def _calls_text(layer: Layer) -> str:
+    if layer.calls:
+        return str(len(layer.calls)) + (f" (same module as {layer.same_as})" if layer.same_as else "")
+    return "never called" + (f" ({layer.never_called_because})" if layer.never_called_because else "")
+
+
+def describe_models(kinds: Mapping[str, str], weights: ModelWeights) -> dict[str, Any]:
+    """Describe models, by name."""
+    return {
+        name: {"kind": kind, "weights": [{"name": weight, "cached": cached} for weight, cached in weights[name]]}
+        for name, kind in kinds.items()
+    }
+
+
+def print_models(kinds: Mapping[str, str], weights: ModelWeights) -> None:
+    """Print models, a line each: kind, and the names of their weights, marked where they are in the cache."""
+    rows = [
+        (name, kind, " ".join(f"{weight} (cached)" if is_cached else weight for weight, is_cached in weights[name]))
+        for name, kind in kinds.items()
+    ]
+    _print_rows(rows, header=("model", "kind", "weights"))
+
+
+def print_facts(facts: Mapping[str, str]) -> None:
+    """Print names and values, a line each."""
+    _print_rows(list(facts.items()))
+
+
+def _print_rows(rows: Sequence[Sequence[str]], header: Sequence[str] = (), right_aligned: Sequence[int] = ()) -> None:
+    """Print a table with a header on a terminal, or the rows in columns."""
+    rows = [[in_one_line(cell) for cell in row] for row in rows]
+    if sys.stdout.isatty():
+        _print_table(rows, header, right_aligned)
+        return
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if number in right_aligned else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def _print_table(rows: Sequence[Sequence[str]], header: Sequence[str], right_aligned: Sequence[int]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD if header else None, show_header=bool(header), pad_edge=bool(header))
+    for number in range(len(rows[0]) if rows else 0):
+        table.add_column(
+            header[number] if header else "",
+            justify="right" if number in right_aligned else "left",
+            style="bold" if number == 0 else "",
+            overflow="fold",
+        )
+    for row in rows:
+        table.add_row(*map(Text, row))  # Text, because brackets in a name are not markup.
+    Console().print(table)
