@@ -26,8 +26,7 @@ from hookx.layers.tree import Target
 from hookx.models import LoadedModel, load_model, may_run_code
 from hookx.options import CheckpointOptions, ModelOptions, RecomputeOptions, list_paths, takes
 from hookx.plan import Plan, Shard, WeightsIdentity
-from hookx.run.cores import single_threaded
-from hookx.run.defaults import choose_device
+from hookx.run.defaults import choose_device, single_threaded
 from hookx.run.ready import place_and_select
 from hookx.store.directory import present_shards, read_plan
 from hookx.store.format import open_shard
@@ -172,7 +171,7 @@ def _find_targets(path: Path, plan: Plan, loaded: LoadedModel, runner: Runner) -
         raise UsageError(f"{plan.model} has integer layers that run on the CPU only", "write --device cpu")
     check_decoding(plan.preprocessing, runner.device)
     selectors = [Selector.parse(layer.address) for layer in plan.layers]
-    targets = place_and_select(loaded, runner, selectors, crop_px=plan.preprocessing.crop_px).targets
+    targets = place_and_select(loaded, runner, plan.preprocessing.crop_px, selectors).targets
     shapes = {layer.address: layer.shape for layer in plan.layers}
     if {str(target.address): target.shape for target in targets} != shapes:
         raise StoreError(f"{plan.model} does not have the layers and shapes of {path}/")
