@@ -6,7 +6,7 @@ import random
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -121,7 +121,7 @@ def recompute(options: RecomputeOptions) -> Recomputation:
             }
             capture.run(model_input(pixels_NCHW, plan.preprocessing), computed)
             capture.wait()
-            compared = list(_compare(path, plan, batch, computed))
+            compared = list(_compare(path, batch, computed))
             rows += compared
             problems += _find_deviations(compared, plan, same_device=batch.made_on == runner.device.type)
     return Recomputation(str(runner.device), tuple(rows), tuple(problems))
@@ -131,10 +131,8 @@ def _choose_rows(path: Path, plan: Plan, count: int, generator: random.Random) -
     """Choose random rows from all readable shards; return the row numbers of each shard, in order."""
     rows_of: dict[Shard, int] = {}
     for shard in present_shards(path, plan):
-        try:
+        with suppress(ShardError):  # `verify` reports it.
             rows_of[shard] = len(read_record(path, plan, shard).keys)
-        except ShardError:
-            continue  # `verify` reports it.
     shards, ends = list(rows_of), list(accumulate(rows_of.values()))
     if not ends or not ends[-1]:
         raise StoreError(f"{path}/ holds no row to compute again")
@@ -232,7 +230,7 @@ def _decode_again(
     return torch.stack([decode_image(key) for key in batch.keys])
 
 
-def _compare(path: Path, plan: Plan, batch: _Batch, computed: dict[str, Tensor]) -> Iterator[RecomputedRow]:
+def _compare(path: Path, batch: _Batch, computed: dict[str, Tensor]) -> Iterator[RecomputedRow]:
     """Compare the stored rows of a batch with what was computed for their images."""
     with open_shard(path / batch.file) as opened:
         for key, row in batch.rows.items():

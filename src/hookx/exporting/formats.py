@@ -224,12 +224,12 @@ def find_format(to: Path) -> Format:
         raise UsageError(f"{problem}, which names no format; closest: {closest(suffix, FORMATS, 1)}", f"known: {known}")
     format = FORMATS[suffix]
     if format.package:
-        install = f"install it as an extra of hookx: pip install 'hookx-vision[{format.extra}]'"
         try:
             import_module(format.package)
         except ImportError as error:
+            problem = f"{format.package} cannot be imported: {' '.join(str(error).split())}"
             if error.name == format.package:
-                raise UsageError(f"{suffix} files need {format.package}, which is not installed", install) from None
-            reason = " ".join(str(error).split())
-            raise UsageError(f"{format.package} cannot be imported: {reason}", install) from None
+                problem = f"{suffix} files need {format.package}, which is not installed"
+            install = f"install it as an extra of hookx: pip install 'hookx-vision[{format.extra}]'"
+            raise UsageError(problem, install) from None
     return format

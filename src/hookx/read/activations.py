@@ -66,7 +66,7 @@ class Activations:
     Index it like the first dimension of a numpy array: by an integer (one row), a slice, a list, array or tensor of
     integers, or a mask over all rows. Only those rows are read, each file once and in order, into a copy that is yours
     to change. `shards`, and `torch` and `numpy` for a run of one shard, copy nothing: they map the file into memory,
-    where it is read on access. Writing to the result does not change the file.
+    where it is read on access. Writing to the result does not change the file. `keys` holds the key of every row.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -87,13 +87,8 @@ class Activations:
         self.dtype: torch.dtype = getattr(torch, layer.dtype)
         self.shape = (len(rows.keys), *layer.shape)
         self.bytes_per_row = layer.bytes_per_image
-        self.layer, self.rows = layer, rows
+        self.layer, self.rows, self.keys = layer, rows, rows.keys
         self._shards: dict[int, _ShardRows] = {}  # opened so far
-
-    @property
-    def keys(self) -> Keys:
-        """The image key of every row."""
-        return self.rows.keys
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -11,7 +11,6 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from hookx.errors import UsageError
-from hookx.keys import Keys
 from hookx.options import parse_bytes
 from hookx.read.activations import Activations, Positions
 
@@ -23,7 +22,7 @@ class ActivationDataset(Dataset[tuple[Any, str]]):
     """A map-style dataset of (activation, key), or of ({address: activation}, key) for several addresses.
 
     It holds no open file, so worker processes can be forked or spawned. A DataLoader's batch is read at once, each
-    shard in file order. A row is a copy, so a transform may change it in place.
+    shard in file order. A row is a copy, so a transform may change it in place. `keys` holds the key of every item.
 
     Args:
         activations: address -> activations, all over the same rows.
@@ -51,11 +50,7 @@ class ActivationDataset(Dataset[tuple[Any, str]]):
     ) -> None:
         self.activations, self.address, self.transform = activations, address, transform
         self.rows = next(iter(activations.values())).rows
-
-    @property
-    def keys(self) -> Keys:
-        """The image key of every item."""
-        return self.rows.keys
+        self.keys = self.rows.keys
 
     def __len__(self) -> int:
         return len(self.keys)

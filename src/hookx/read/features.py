@@ -167,8 +167,8 @@ def join(left: Features, right: Features) -> Join:
     return Join(
         left=_narrow(left, in_left),
         right=_narrow(right, in_right),
-        only_left=_without(left.keys, in_left),
-        only_right=_without(right.keys, in_right),
+        only_left=_take(left.keys, np.delete(np.arange(len(left.keys)), in_left)),
+        only_right=_take(right.keys, np.delete(np.arange(len(right.keys)), in_right)),
     )
 
 
@@ -188,12 +188,9 @@ def _match(left: Keys, right: Keys) -> tuple[Positions, Positions]:
 
 def _narrow(features: Features, positions: Positions) -> Features:
     rows = features.rows
-    keys = Keys.pack(map(rows.keys.encoded, positions.tolist()))
     chosen = positions if rows.chosen is None else rows.chosen[positions]
-    return Features(features.path, features.plan, replace(rows, keys=keys, chosen=chosen))
+    return Features(features.path, features.plan, replace(rows, keys=_take(rows.keys, positions), chosen=chosen))
 
 
-def _without(keys: Keys, positions: Positions) -> Keys:
-    others = np.ones(len(keys), dtype=bool)
-    others[positions] = False
-    return Keys.pack(map(keys.encoded, np.flatnonzero(others).tolist()))
+def _take(keys: Keys, positions: Positions) -> Keys:
+    return Keys.pack(map(keys.encoded, positions.tolist()))
