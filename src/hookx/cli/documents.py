@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hookx.layers.address import Address
-from hookx.layers.tree import Layer
+from hookx.layers.select import Layer
 from hookx.plan import LayerSpec
 
 if TYPE_CHECKING:  # They import torch.

@@ -16,8 +16,7 @@ from hookx.capture.runner import Runner
 from hookx.errors import StoreError, UsageError
 from hookx.images.listing import ImageList, list_images
 from hookx.keys import images_sha256
-from hookx.layers.select import parse_selectors
-from hookx.layers.tree import Target
+from hookx.layers.select import Target, parse_selectors
 from hookx.models import LoadedModel
 from hookx.options import DTYPE_NAMES, ExtractOptions, list_paths, takes
 from hookx.plan import DTYPES, LayerSpec, Shard, images_per_shard
