@@ -102,12 +102,7 @@ class Interrupted(BaseException):
 
 
 def closest(name: str, names: Iterable[str], count: int = 3) -> str:
-    """Return the most similar names, best first, for an error message.
-
-    Example:
-        >>> closest("layer1.1.con1", ["conv1", "layer1.0.conv1", "layer1.1.conv1", "layer4.1.conv1"], 2)
-        'layer1.1.conv1, layer1.0.conv1'
-    """
+    """Return the most similar names, best first, for an error message."""
     names = list(names)
 
     def likeness(match: str) -> tuple[float, int]:

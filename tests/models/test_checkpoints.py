@@ -31,8 +31,7 @@ from hookx.capture.probe import example_images, probe
 from hookx.capture.rows import RowCapture
 from hookx.capture.runner import Runner, module_classes
 from hookx.errors import HookxError, ModelError
-from hookx.layers.select import parse_selectors, select
-from hookx.layers.tree import Layer
+from hookx.layers.select import Layer, parse_selectors, select
 from hookx.models import LoadedModel, ModelOptions, load_model, skeleton
 from hookx.models.checkpoints import Weights, kind_of, read_weights
 from hookx.models.fitting import without_prefix

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hookx.capture.hooks import Taps, tap
+from hookx.capture.hooks import Parts, Taps, dtype_name, tap, tensors_given, tensors_in
 from hookx.capture.runner import Runner, modules_of, parameter_count
-from hookx.capture.tensors import Parts, dtype_name, tensors_given, tensors_in
 from hookx.errors import CaptureError
-from hookx.layers.tree import Call, Layer, TensorInfo
+from hookx.layers.select import Call, Layer, TensorInfo
 
 _Key = tuple[str, int, bool, Parts]
 _Explain = Callable[[str, Mapping[str, nn.Module]], str]
@@ -109,7 +108,7 @@ def _record(
     pixels_NCHW: Tensor,
     look: Callable[[_Key, Tensor], Any],
 ) -> tuple[dict[_Key, Any], dict[str, int], dict[str, int]]:
-    """Run a pass; return what `look` says of each tensor, and path -> when it was first called, and how often."""
+    """Run a pass; return what `look` makes of each tensor, and path -> when it was first called, and how often."""
     seen: dict[_Key, Any] = {}
     entered: dict[str, int] = {}
 

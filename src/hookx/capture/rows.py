@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookx.capture.hooks import Taps
+from hookx.capture.hooks import Parts, Taps, dtype_name, reduce, tensors_given, tensors_in
 from hookx.capture.runner import ForwardIsDone, Runner, modules_of
-from hookx.capture.tensors import Parts, dtype_name, reduce, tensors_given, tensors_in
 from hookx.errors import CaptureError, LayerError
 from hookx.layers.address import Address
-from hookx.layers.tree import Target
+from hookx.layers.select import Target
 from hookx.plan import ValueCounts
 
 

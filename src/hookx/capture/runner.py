@@ -15,12 +15,7 @@ MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.
 
 
 def module_classes(model: nn.Module) -> dict[str, str]:
-    """Return path -> class name of every module, in order of registration; the model itself is '.'.
-
-    Example:
-        >>> module_classes(nn.Sequential(nn.ReLU()))
-        {'.': 'Sequential', '0': 'ReLU'}
-    """
+    """Return path -> class name of every module, in order of registration; the model itself is '.'."""
     return {path: type(module).__name__ for path, module in modules_of(model).items()}
 
 

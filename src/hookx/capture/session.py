@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hookx.capture.hooks import Taps, watch_passes
+from hookx.capture.hooks import Parts, Taps, dtype_name, reduce, tensors_given, tensors_in, watch_passes
 from hookx.capture.runner import module_classes, modules_of, parameter_count
-from hookx.capture.tensors import Parts, dtype_name, reduce, tensors_given, tensors_in
 from hookx.errors import CaptureError, LayerError, NotCapturedError, UsageError, closest
 from hookx.layers.address import Address
 from hookx.layers.select import Selector, matched_paths, parse_selectors
@@ -59,10 +58,6 @@ class Capture(Mapping[str, Tensor]):
         ...     _ = model(torch.rand(2, 3, 8, 8))
         >>> capture["0"].shape, capture["1@mean23"].shape
         (torch.Size([2, 4, 6, 6]), torch.Size([2, 4]))
-        >>> with Capture(model, "1") as capture:
-        ...     _ = model(torch.randn(2, 3, 8, 8))
-        >>> bool((capture["1"] < 0).any())  # the in-place ReLU has not reached it
-        True
 
         Your own names, a transform, and the last three passes:
 
@@ -99,15 +94,7 @@ class Capture(Mapping[str, Tensor]):
             raise
 
     def add(self, layers: Layers, *, transform: Transform | None = None, hook: Hook | None = None) -> Capture:
-        """Capture more layers, with their own transform or hook; return the capture itself.
-
-        Example:
-            >>> model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-            >>> capture = Capture(model).add("0").add("1", transform=torch.sigmoid)
-            >>> _ = model(torch.rand(5, 3))
-            >>> list(capture)
-            ['0', '1']
-        """
+        """Capture more layers, with their own transform or hook; return the capture itself."""
         modules = modules_of(self.model)
         class_names = module_classes(self.model)
         paths = {id(module): path for path, module in reversed(modules.items())}
@@ -145,8 +132,8 @@ class Capture(Mapping[str, Tensor]):
         if path_or_name not in known:
             raise LayerError(f"'{name}' is not being captured; captured: {', '.join(known) or 'nothing'}")
         for path, wishes in list(self._wishes.items()):
-            wishes[:] = [wish for wish in wishes if wish.address.path != path_or_name]
-            if not wishes:
+            self._wishes[path] = [wish for wish in wishes if wish.address.path != path_or_name]
+            if not self._wishes[path]:
                 del self._wishes[path]
                 self._taps.detach(path)
 
@@ -264,10 +251,9 @@ def _canonical(one_pass: Mapping[Address, Tensor]) -> dict[Address, Tensor]:
 
 def _find(one_pass: Mapping[Address, Tensor], address: str) -> Tensor:
     wanted, stored = Address.parse(address), _canonical(one_pass)
-    if wanted in stored:
-        return stored[wanted]
-    if wanted in one_pass:
-        return one_pass[wanted]  # 'relu:0' where relu ran once.
+    found = {**one_pass, **stored}  # 'relu:0' can be read where relu ran once.
+    if wanted in found:
+        return found[wanted]
     if not stored:
         raise NotCapturedError(f"cannot read '{address}': nothing has been captured yet; call the model first")
     same_path = [str(key) for key in stored if key.path == wanted.path]

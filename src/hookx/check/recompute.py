@@ -21,8 +21,7 @@ from hookx.errors import ShardError, StoreError, UsageError
 from hookx.images.decoding import check_decoding, decode, decode_jpegs, failure_reason, model_input
 from hookx.images.listing import list_images
 from hookx.keys import key_bytes
-from hookx.layers.select import Selector
-from hookx.layers.tree import Target
+from hookx.layers.select import Selector, Target
 from hookx.models import LoadedModel, load_model, may_run_code
 from hookx.options import CheckpointOptions, ModelOptions, RecomputeOptions, list_paths, takes
 from hookx.plan import Plan, Shard, WeightsIdentity

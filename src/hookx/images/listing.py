@@ -147,18 +147,14 @@ def _list_folder(folder: bytes, prefix: bytes, above: tuple[tuple[int, int], ...
         raise ImageError(f"cannot list the folder '{name}': {error.strerror}") from None
     keys = []
     for entry in entries:
-        if _is_folder(entry):
+        is_folder = False
+        with contextlib.suppress(OSError):  # A link to itself.
+            is_folder = entry.is_dir()
+        if is_folder:
             yield from _list_folder(entry.path, prefix + entry.name + b"/", (*above, identity))
         elif os.path.splitext(entry.name)[1].lower() in _SUFFIXES:
             keys.append(prefix + entry.name)
     yield keys
-
-
-def _is_folder(entry: os.DirEntry[bytes]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False  # A link to itself.
 
 
 def _list_standard_input(end: bytes) -> Iterator[tuple[bytes, list[bytes]]]:
@@ -217,10 +213,10 @@ def _measure_in_processes(files: Files, sizes_bytes: memoryview[int]) -> None:
                 child = fork.Process(target=_measure_in_child, args=(files, part, sizes_bytes))
                 child.start()
                 started.append(child)
+        for process in started:
+            process.join()
         for process, part in itertools.zip_longest(started, parts):
-            if process:
-                process.join()
-            if not process or process.exitcode:  # It was refused, or killed.
+            if process is None or process.exitcode != 0:  # It was refused, or killed.
                 _measure_part(files, part, sizes_bytes)
     finally:
         for process in started:

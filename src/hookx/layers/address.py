@@ -40,12 +40,8 @@ class Reduction:
     """A computation on an activation, on its device, before it is stored; dimension 0 is the batch.
 
     Example:
-        >>> Reduction.parse("mean32")
-        Reduction(name='mean', dims=(2, 3))
-        >>> Reduction.parse("mean23").shape((512, 7, 7))
-        (512,)
-        >>> Reduction.parse("flatten").shape((512, 7, 7))
-        (25088,)
+        >>> Reduction.parse("mean32"), Reduction.parse("mean32").shape((512, 7, 7))
+        (Reduction(name='mean', dims=(2, 3)), (512,))
     """
 
     name: str
@@ -100,6 +96,24 @@ class Reduction:
         return f"@{name} followed by the digits of the dimensions"
 
 
+def dotted(path_text: str) -> str:
+    """Replace brackets by dots: layer3[0] -> layer3.0, [0].conv -> 0.conv."""
+    path = _BRACKET.sub(lambda match: "." + (match[1] or match[2] or match[3]), path_text)
+    return path.removeprefix(".") if path_text.startswith("[") else path
+
+
+def _parse_path(path_text: str, whole_text: str) -> str:
+    if path_text == ".":
+        return path_text
+    path = dotted(path_text)
+    if not all(path.split(".")) or re.search(r"[\[\]*?,\s]", path):
+        raise AddressError(
+            f"'{whole_text}' is not a layer address",
+            "write the dotted path of the module, as in layer3.0.downsample.1 or layer3[0].downsample[1]",
+        )
+    return unquote(path)
+
+
 @dataclass(frozen=True)
 class Address:
     """The name of an activation, which is its key in a shard.
@@ -118,12 +132,8 @@ class Address:
     reduction: Reduction | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Address:
+    def parse(cls, text: str, parse_path: Callable[[str, str], str] = _parse_path) -> Address:
         """Parse an address; raise `AddressError` with the reason if the text is not one."""
-        return cls._parse(text, _parse_path)
-
-    @classmethod
-    def _parse(cls, text: str, parse_path: Callable[[str, str], str]) -> Address:
         body, at, reduction_text = text.partition("@")
         head, *segments = body.split("/")
         path_text, colon, call_text = head.partition(":")
@@ -155,21 +165,3 @@ class Address:
             + "".join(f"/{part}" for part in parts)
             + (f"@{self.reduction}" if self.reduction else "")
         )
-
-
-def dotted(path_text: str) -> str:
-    """Replace brackets by dots: layer3[0] -> layer3.0, [0].conv -> 0.conv."""
-    path = _BRACKET.sub(lambda match: "." + (match[1] or match[2] or match[3]), path_text)
-    return path.removeprefix(".") if path_text.startswith("[") else path
-
-
-def _parse_path(path_text: str, whole_text: str) -> str:
-    if path_text == ".":
-        return path_text
-    path = dotted(path_text)
-    if not all(path.split(".")) or re.search(r"[\[\]*?,\s]", path):
-        raise AddressError(
-            f"'{whole_text}' is not a layer address",
-            "write the dotted path of the module, as in layer3.0.downsample.1 or layer3[0].downsample[1]",
-        )
-    return unquote(path)

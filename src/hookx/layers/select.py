@@ -1,4 +1,4 @@
-"""Selectors, and the activations that they select in a probed model.
+"""The layers of a probed model, and the activations that selectors select in it.
 
 selector = address | glob over paths | "type:" ClassName
 """
@@ -13,7 +13,75 @@ from typing import Literal
 
 from hookx.errors import AddressError, LayerError, closest
 from hookx.layers.address import Address, dotted
-from hookx.layers.tree import Layer, Target
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor that a module returned or was given."""
+
+    parts: tuple[str, ...]
+    shape: tuple[int, ...]  # for one image, without the batch dimension; for a constant, the whole shape
+    dtype: str
+    batch_dim: int | None = 0  # the position of the batch dimension; None for a constant
+    rows_per_image: int = 1  # above 1, dimension 0 holds this many rows for each image, image after image
+    problem: str = ""  # why its rows cannot be assigned to images
+
+    @property
+    def is_constant(self) -> bool:
+        return self.batch_dim is None and not self.problem
+
+    @property
+    def shape_text(self) -> str:
+        """The shape as the layer returns it, with N for the batch: 'N,64,56,56', '49,N,768', '64N,49,96'."""
+        lengths = [str(length) for length in self.shape]
+        if self.rows_per_image > 1:
+            lengths[0] += "N"
+        elif self.batch_dim is not None:
+            lengths.insert(self.batch_dim, "N")
+        return ",".join(lengths) or "scalar"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module during a forward pass."""
+
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module and its calls in a forward pass."""
+
+    path: str
+    class_name: str
+    parameters: int
+    calls: tuple[Call, ...] = ()
+    never_called_because: str = ""
+    same_as: str = ""  # the module's first path, if it is registered under another one too
+
+    def addresses(self, *, of_inputs: bool = False) -> dict[Address, TensorInfo]:
+        """Return the canonical address of every tensor that the module returns, or is given."""
+        return {
+            Address(self.path, number if len(self.calls) > 1 else None, of_inputs, tensor.parts): tensor
+            for number, call in enumerate(self.calls)
+            for tensor in (call.inputs if of_inputs else call.outputs)
+        }
+
+
+@dataclass(frozen=True)
+class Target:
+    """An activation to capture: its address, and the tensor before its reduction."""
+
+    address: Address
+    tensor: TensorInfo
+    calls: int = 1  # how often a forward pass calls the module
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that is stored for one image."""
+        reduction = self.address.reduction
+        return reduction.shape(self.tensor.shape) if reduction else self.tensor.shape
 
 
 @dataclass(frozen=True)
@@ -34,10 +102,9 @@ class Selector:
     def parse(cls, text: str) -> Selector:
         class_name = re.match(r"type:(?!\d+(?:[/@]|$))", text)
         if class_name:
-            address = Address._parse(text[class_name.end() :], _parse_class)
-            return cls("type", address, text)
+            return cls("type", Address.parse(text[class_name.end() :], _parse_class), text)
         if re.search(r"[*?]", re.split(r"[:/@]", text, maxsplit=1)[0]):
-            return cls("glob", Address._parse(text, _parse_glob), text)
+            return cls("glob", Address.parse(text, _parse_glob), text)
         return cls("path", Address.parse(text), text)
 
     @cached_property
@@ -73,12 +140,7 @@ def _parse_glob(path_text: str, whole_text: str) -> str:
 
 
 def parse_selectors(texts: str | Iterable[str]) -> list[Selector]:
-    """Split on commas and parse each selector.
-
-    Example:
-        >>> [selector.text for selector in parse_selectors(["conv1, layer1", "type:Linear"])]
-        ['conv1', 'layer1', 'type:Linear']
-    """
+    """Split on commas and parse each selector."""
     return [Selector.parse(piece) for piece in _split([texts] if isinstance(texts, str) else texts)]
 
 
@@ -123,12 +185,8 @@ def narrowed(
 ) -> list[Layer]:
     """Keep the layers with a given path, class and depth, for `list-layers`.
 
-    Args:
-        layers: all layers of a model.
-        model: its name, for error messages.
-        paths: globs, or texts that a path has to contain; comma-separated.
-        types: names of classes; comma-separated.
-        depth: the maximum number of names in a path; the model itself has none.
+    `paths` are globs, or texts that a path has to contain; `types` are names of classes; both are comma-separated.
+    `depth` is the maximum number of names in a path; the model itself has none.
 
     Raises:
         LayerError: a glob, a text or a class matches no layer of the model.
@@ -167,7 +225,15 @@ def select(
     excluded = [(selector.address, set(selector.paths(class_names))) for selector in exclude]
 
     def is_excluded(address: Address) -> bool:
-        return any(_covers(pattern, paths, address) for pattern, paths in excluded)
+        # Each part that the excluding selector gives has to agree.
+        return any(
+            address.path in paths
+            and pattern.call in (None, address.call)
+            and pattern.is_input <= address.is_input
+            and address.parts[: len(pattern.parts)] == pattern.parts
+            and pattern.reduction in (None, address.reduction)
+            for pattern, paths in excluded
+        )
 
     chosen: dict[Address, Target] = {}
     all_left_out: dict[str, str] = {}
@@ -205,17 +271,6 @@ def select(
     if not chosen:
         raise LayerError("--exclude leaves no layer to capture")
     return Selection(list(chosen.values()), all_left_out)
-
-
-def _covers(pattern: Address, paths: set[str], address: Address) -> bool:
-    """Return whether an excluding selector covers an address: each part that the pattern gives has to agree."""
-    return (
-        address.path in paths
-        and pattern.call in (None, address.call)
-        and pattern.is_input <= address.is_input
-        and address.parts[: len(pattern.parts)] == pattern.parts
-        and pattern.reduction in (None, address.reduction)
-    )
 
 
 def _targets_of(layer: Layer, wanted: Address, model: str) -> tuple[list[Target], dict[str, str]]:

@@ -15,8 +15,7 @@ from hookx.capture.probe import example_images, probe
 from hookx.capture.runner import MEMORY_FORMATS, Runner, module_classes, modules_of
 from hookx.errors import CaptureError, HookxError, UsageError
 from hookx.images.decoding import check_decoding
-from hookx.layers.select import Selection, Selector, matched_paths, select
-from hookx.layers.tree import Layer
+from hookx.layers.select import Layer, Selection, Selector, matched_paths, select
 from hookx.models import LoadedModel, load_model, skeleton
 from hookx.options import ExtractOptions, PreprocessingOptions, VisualizeOptions
 from hookx.plan import Preprocessing
