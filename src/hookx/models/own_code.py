@@ -34,8 +34,7 @@ from hookx.models.names import PYTHON
 from hookx.models.preprocessing import from_timm_config, imagenet_preprocessing, square_side_px, try_transform
 from hookx.models.source import LoadedModel, Source
 from hookx.options import ModelOptions
-from hookx.plan import IMAGENET, Preprocessing, WeightsIdentity
-from hookx.plan.weights import describe_arguments
+from hookx.plan import IMAGENET, Preprocessing, WeightsIdentity, describe_arguments
 
 _DEFAULT_SIDE_PX = 224
 _TIMM_CONFIG_KEYS = {"input_size", "mean", "std"}

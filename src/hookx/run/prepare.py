@@ -20,8 +20,7 @@ from hookx.layers.select import parse_selectors
 from hookx.layers.tree import Target
 from hookx.models import LoadedModel
 from hookx.options import DTYPE_NAMES, ExtractOptions, list_paths, takes
-from hookx.plan import DTYPES, LayerSpec, Shard, images_per_shard
-from hookx.plan.plan import Plan
+from hookx.plan import DTYPES, LayerSpec, Plan, Shard, images_per_shard
 from hookx.run.defaults import choose_batch_size, choose_workers
 from hookx.run.ready import ready_model
 from hookx.store.directory import PLAN, check_resumable, finished_shards, read_plan
