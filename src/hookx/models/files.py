@@ -34,12 +34,7 @@ class ModelFiles(Source):
     """Files that hold weights together with their architecture: its name, a pickled module, or an exported program."""
 
     def owns(self, ref: str) -> bool:
-        """Return whether a reference names a file, which need not exist.
-
-        Example:
-            >>> ModelFiles().owns("checkpoint.pth.tar"), ModelFiles().owns("resnet18")
-            (True, False)
-        """
+        """Return whether a reference names a file, which need not exist."""
         return Path(ref).is_file() or (not re.match(r"\w+:", ref) and checkpoints.is_weights_file(ref))
 
     def load_model(self, ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
@@ -98,9 +93,8 @@ def _load_exported(path: Path, *, trust: bool) -> LoadedModel:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
     if any("/data/aotinductor/" in f"/{name}" for name in names):
-        raise ModelError(
-            f"'{path}' is compiled (AOTInductor) and no longer has layers", "export it with torch.export.save"
-        )
+        problem = f"'{path}' is compiled (AOTInductor) and no longer has layers"
+        raise ModelError(problem, "export it with torch.export.save")
     reader_log = logging.getLogger("torch.export")
     level = reader_log.level
     try:

@@ -34,12 +34,9 @@ from hookx.models.names import PYTHON
 from hookx.models.preprocessing import from_timm_config, imagenet_preprocessing, square_side_px, try_transform
 from hookx.models.source import LoadedModel, Source
 from hookx.options import ModelOptions
-from hookx.plan import IMAGENET, Preprocessing, WeightsIdentity
-from hookx.plan.weights import describe_arguments
+from hookx.plan import IMAGENET, Preprocessing, WeightsIdentity, describe_arguments
 
 _DEFAULT_SIDE_PX = 224
-_TIMM_CONFIG_KEYS = {"input_size", "mean", "std"}
-_INPUT_SIZE_NAMES = ("input_size", "image_size", "img_size")
 
 
 class OwnCode(Source):
@@ -61,12 +58,6 @@ class OwnCode(Source):
         self._skeletons: dict[object, LoadedModel] = {}  # at most one, which no `load_model` has taken yet
 
     def owns(self, ref: str) -> bool:
-        """Return whether a reference names a factory, in a module or in a file.
-
-        Example:
-            >>> [OwnCode().owns(ref) for ref in ("python:torchvision.models:resnet18", "nets/small.py:Net", "resnet18")]
-            [True, True, False]
-        """
         return ref.startswith(PYTHON) or bool(re.search(r"\.py(:|$)", ref))
 
     def load_model(self, ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
@@ -97,7 +88,7 @@ class OwnCode(Source):
             )
         file, _ = _parse_ref(ref)
         status = file.stat() if isinstance(file, Path) and file.is_file() else None
-        version = (status.st_mtime_ns, status.st_size) if status else ()
+        version = status and (status.st_mtime_ns, status.st_size)
         key = ref, tuple(sorted(options.model_args.items())), options.seed, options.transform, version
         if key not in self._skeletons:
             self._skeletons = {key: _build(ref, options)}
@@ -139,16 +130,15 @@ def _call(factory: Callable[..., Any], texts: Mapping[str, str], ref: str) -> An
 def _make_ready(made: Any, ref: str) -> tuple[nn.Module, list[str]]:
     """Check what a factory returned; return it in eval mode on the CPU, and what was done to it."""
     if not isinstance(made, nn.Module):
-        what = _a(type(made).__name__)
-        if isinstance(made, tuple):
-            what += f" of {', '.join(type(item).__name__ for item in made)}"
+        items = f" of {', '.join(type(item).__name__ for item in made)}" if isinstance(made, tuple) else ""
         forgotten = "; does it end with 'return model'?" if made is None else ""
-        raise ModelError(f"{ref} returns {what}; expected an nn.Module{forgotten}", "return only the model")
+        raise ModelError(f"{ref} returns {_a(made)}{items}; expected an nn.Module{forgotten}", "return only the model")
     notes = []
-    while type(made).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
-        # Their copies of the modules run without the hooks.
-        notes.append(f"{ref}: unwrapped from its {type(made).__name__}")
-        made = made._orig_mod if type(made).__name__ == "OptimizedModule" else made.module
+    # Wrappers run copies of the modules, without the hooks; each keeps the module in an attribute.
+    wrappers = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+    while (wrapper := type(made).__name__) in wrappers:
+        notes.append(f"{ref}: unwrapped from its {wrapper}")
+        made = getattr(made, wrappers[wrapper])
     tensors = {**dict(made.named_parameters()), **dict(made.named_buffers())}
     if lazy := [name for name, tensor in tensors.items() if is_lazy(tensor)]:
         raise ModelError(
@@ -157,8 +147,7 @@ def _make_ready(made: Any, ref: str) -> tuple[nn.Module, list[str]]:
         )
     if empty := [name for name, tensor in tensors.items() if tensor.device.type == "meta"]:
         raise ModelError(f"{ref} has parameters on the meta device, which have no values: {_list_some(empty)}")
-    devices = sorted({str(tensor.device) for tensor in tensors.values()} - {"cpu"})
-    if devices:
+    if devices := sorted({str(tensor.device) for tensor in tensors.values()} - {"cpu"}):
         notes.append(f"{ref}: moved from {', '.join(devices)} to the CPU; choose the device with --device")
         made = made.cpu()
     if training := [path or "." for path, module in made.named_modules() if module.training]:
@@ -171,19 +160,13 @@ def _make_ready(made: Any, ref: str) -> tuple[nn.Module, list[str]]:
 
 
 def state_sha256(module: nn.Module) -> str:
-    """Return the SHA-256 of a state dict, covering every tensor's name, dtype, shape and values.
-
-    Example:
-        >>> state_sha256(nn.Identity())[:12]
-        'e3b0c44298fc'
-    """
+    """Return the SHA-256 of a state dict, covering every tensor's name, dtype, shape and values."""
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
         if isinstance(value, Tensor):
             plain = value.dequantize() if value.is_quantized else value.to_dense()
-            plain = plain.detach().cpu().contiguous()
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         else:
             digest.update(f"{name} {value!r}\n".encode())
     return digest.hexdigest()
@@ -201,13 +184,11 @@ def _find_preprocessing(
         return given, None, ()
     if given is not None:
         return *_check_transform(given, f"the attribute 'preprocessing' of {ref}"), ()
-    for name in ("pretrained_cfg", "default_cfg"):
-        config = getattr(module, name, None)
-        if isinstance(config, Mapping) and set(config) >= _TIMM_CONFIG_KEYS:
-            usual = {"crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic"}
-            if (simple := from_timm_config({**usual, **config}, ref)) is not None:
-                return simple, None, ()
-            break
+    configs = [getattr(module, name, None) for name in ("pretrained_cfg", "default_cfg")]
+    config = next((c for c in configs if isinstance(c, Mapping) and c.keys() >= {"input_size", "mean", "std"}), None)
+    usual = {"crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic"}
+    if config is not None and (simple := from_timm_config({**usual, **config}, ref)) is not None:
+        return simple, None, ()
     side_px = _side_px(module, ref)
     assumed = imagenet_preprocessing(side_px or _DEFAULT_SIDE_PX)
     size = "" if side_px else f" {_DEFAULT_SIDE_PX} pixels and"
@@ -220,7 +201,7 @@ def _find_preprocessing(
 
 def _side_px(module: nn.Module, ref: str) -> int | None:
     for holder in (module, getattr(module, "default_cfg", None), getattr(module, "config", None)):
-        for name in _INPUT_SIZE_NAMES:
+        for name in ("input_size", "image_size", "img_size"):
             size = holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
             if isinstance(size, int | list | tuple | Mapping) and not isinstance(size, bool):
                 return square_side_px(size, ref)
@@ -235,7 +216,7 @@ def load_transform(ref: str) -> tuple[Preprocessing, Callable[[Any], Tensor] | N
         found = _call(found, {}, ref)
     if not callable(found):
         raise ModelError(
-            f"{ref} returns {_a(type(found).__name__)}; expected a function of an RGB image (PIL)",
+            f"{ref} returns {_a(found)}; expected a function of an RGB image (PIL)",
             "--transform names a factory, which is called without arguments and returns that function",
         )
     return _check_transform(found, ref)
@@ -243,7 +224,7 @@ def load_transform(ref: str) -> tuple[Preprocessing, Callable[[Any], Tensor] | N
 
 def _check_transform(transform: Any, source: str) -> tuple[Preprocessing, Callable[[Any], Tensor] | None]:
     if not callable(transform):
-        raise ModelError(f"{source} is {_a(type(transform).__name__)}; expected a function of an image")
+        raise ModelError(f"{source} is {_a(transform)}; expected a function of an image")
     with contextlib.redirect_stdout(sys.stderr):
         preprocessing, function = try_transform(transform, source)
     return preprocessing, function and _print_to_stderr(function)
@@ -294,7 +275,7 @@ def _import_factory(ref: str) -> Any:
         similar = f"; closest: {closest(error.name or name, own)}" if own else ""
         raise ModelError(f"'{where}' has no '{name}'{similar}") from None
     if not callable(found):
-        raise ModelError(f"{ref} is {_a(type(found).__name__)}; expected a factory or an nn.Module")
+        raise ModelError(f"{ref} is {_a(found)}; expected a factory or an nn.Module")
     return found
 
 
@@ -322,13 +303,19 @@ def _running(what: str, ref: str) -> Iterator[None]:
     """Run the user's code: send what it prints to standard error, and turn what it raises into an error with a line."""
     where, _ = _parse_ref(ref)
     folder = str(where.resolve().parent) if isinstance(where, Path) else os.getcwd()
-    with _importable(folder), _stdout_to_stderr():
-        try:
+    sys.path.insert(0, folder)  # Where Python puts a script's folder.
+    try:
+        with _stdout_to_stderr():
             yield
-        except HookxError:
-            raise
-        except (Exception, SystemExit) as error:  # Code can raise anything, and some modules call sys.exit.
-            raise ModelError(f"{what}: {type(error).__name__}: {one_line(error)}{_locate(error)}") from error
+    except HookxError:
+        raise
+    except (Exception, SystemExit) as error:  # Code can raise anything, and some modules call sys.exit.
+        raise ModelError(f"{what}: {type(error).__name__}: {one_line(error)}{_locate(error)}") from error
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder)
+        if folder not in sys.path:  # Code may import more when it runs.
+            sys.path.append(folder)
 
 
 def _locate(error: BaseException) -> str:
@@ -338,22 +325,6 @@ def _locate(error: BaseException) -> str:
     frames = [frame for frame in frames if not frame.filename.startswith("<frozen importlib")]
     own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
     return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
-
-
-@contextlib.contextmanager
-def _importable(folder: str) -> Iterator[None]:
-    """Put a folder first on the import path, as Python does for a script, and last afterwards.
-
-    The folder stays on the path because code may import more when it runs.
-    """
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(folder)
-        if folder not in sys.path:
-            sys.path.append(folder)
 
 
 @contextlib.contextmanager
@@ -371,8 +342,9 @@ def _stdout_to_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def _a(noun: str) -> str:
-    return "None" if noun == "NoneType" else f"{'an' if noun[0] in 'aeiouAEIOU' else 'a'} {noun}"
+def _a(value: Any) -> str:
+    noun = type(value).__name__
+    return "None" if value is None else f"{'an' if noun[0] in 'aeiouAEIOU' else 'a'} {noun}"
 
 
 def _list_some(names: list[str]) -> str:

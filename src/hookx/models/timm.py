@@ -24,8 +24,7 @@ from hookx.models.fitting import Filled, classes_in, without_prefix
 from hookx.models.names import TIMM
 from hookx.models.zoo import Architecture, Prepared, Zoo, names_published
 from hookx.options import ModelOptions
-from hookx.plan import WeightsIdentity
-from hookx.plan.weights import describe_arguments
+from hookx.plan import WeightsIdentity, describe_arguments
 
 _NEXT_STEP = "use a file: --weights weights.safetensors    or random weights: --weights none"
 

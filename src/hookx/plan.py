@@ -1,4 +1,4 @@
-"""The plan: everything that decides the numbers of a run, and its fingerprint."""
+"""The plan: everything that decides the numbers of a run, its fingerprint, its cut into shards. No torch, no disk."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, get_args, get_origin, get_type_hints
 
 from hookx.errors import StoreError
+from hookx.keys import LazySequence
 from hookx.options import MAX_SHARD_BYTES, MAX_SHARD_IMAGES
-from hookx.plan.shards import DTYPES, LayerSpec, Shard, Shards, images_per_shard
-from hookx.plan.weights import WeightsIdentity
 
 FORMAT = "hookx 1"
 _FIELDS = {
@@ -36,6 +35,198 @@ _MAX_VALUES = 2**40  # in one image's activation
 _MAX_DIMENSIONS = 32
 _MAX_SIDE_PX = 2**16
 _MAX_CUSTOM_SHOWN = 160  # characters
+
+# torch's name -> (safetensors' code, bytes per element), for every dtype that a safetensors file can hold.
+DTYPES = {
+    "float64": ("F64", 8),
+    "float32": ("F32", 4),
+    "float16": ("F16", 2),
+    "bfloat16": ("BF16", 2),
+    "int64": ("I64", 8),
+    "int32": ("I32", 4),
+    "int16": ("I16", 2),
+    "int8": ("I8", 1),
+    "uint8": ("U8", 1),
+    "bool": ("BOOL", 1),
+    "complex64": ("C64", 8),
+}
+_SENTENCES = {
+    "non_finite": "NaN or infinity in {address} of {count:,} images",
+    "all_zero": "{address} is all zero for {count:,} images",
+    "overflowed": "{count:,} values of {address} became infinite in the stored type",
+    "flushed": "{count:,} values of {address} became zero in the stored type",
+}
+_OTHER = "{count:,} of {address} are of another kind"  # which a later version of hookx counted
+KINDS = tuple(_SENTENCES)
+
+# Cut shards at multiples of a common batch size, so that few of them end in a small batch.
+_CUT_IMAGES = 32
+
+
+# --- shards --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One tensor of every shard: its key, its shape for one image, and its stored dtype."""
+
+    address: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def bytes_per_image(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Consecutive images that share a file: positions `start` to `stop` in the sorted list."""
+
+    number: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def batches(self, batch_size: int) -> Iterator[range]:
+        """Cut the shard into ranges of positions; a batch never straddles two shards."""
+        for start in range(self.start, self.stop, batch_size):
+            yield range(start, min(start + batch_size, self.stop))
+
+
+class Shards(LazySequence[Shard]):
+    """The shards of a plan, cut on access."""
+
+    def __init__(self, image_count: int, images_per_shard: int) -> None:
+        self._starts = range(0, image_count, images_per_shard)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def item(self, position: int) -> Shard:
+        start = self._starts[position]
+        return Shard(position, start, min(start + self._starts.step, self._starts.stop))
+
+
+def images_per_shard(bytes_per_image: int, max_shard_bytes: int, max_images: int) -> int:
+    """Return how many images share a shard: as many as both limits allow, at least one.
+
+    Example:
+        >>> images_per_shard(3_211_264, 512 * 2**20, 4096)  # conv1 of resnet18, fp32
+        160
+    """
+    count = min(max_images, max_shard_bytes // max(bytes_per_image, 1))
+    if _CUT_IMAGES < count < max_images:
+        count -= count % _CUT_IMAGES
+    return max(count, 1)
+
+
+class ValueCounts(dict[str, dict[str, int]]):
+    """Counts by address and kind (see `KINDS`); what did not occur is absent.
+
+    'non_finite' and 'all_zero' count images; 'overflowed' and 'flushed' count values that the stored type made
+    infinite or zero.
+
+    Example:
+        >>> counts = ValueCounts({"conv1": {"all_zero": 2}})
+        >>> counts.add({"conv1": {"all_zero": 1, "overflowed": 5000}})
+        >>> print("; ".join(counts.sentences()))
+        conv1 is all zero for 3 images; 5,000 values of conv1 became infinite in the stored type
+    """
+
+    def add(self, counts: Mapping[str, Mapping[str, int]]) -> None:
+        for address, by_kind in counts.items():
+            total = self.setdefault(address, {})
+            for kind, count in by_kind.items():
+                total[kind] = total.get(kind, 0) + count
+
+    def sentences(self) -> list[str]:
+        return [
+            _SENTENCES.get(kind, _OTHER).format(count=count, address=address)
+            for address, by_kind in self.items()
+            for kind, count in by_kind.items()
+        ]
+
+
+# --- the model's weights and its input -----------------------------------------------------------------------------
+
+
+def describe_arguments(arguments: Mapping[str, object]) -> str:
+    """Return a model's arguments as an identity shows them: 'act=tanh, width=6'."""
+    return ", ".join(f"{name}={value}" for name, value in sorted(arguments.items()))
+
+
+@dataclass(frozen=True)
+class WeightsIdentity:
+    """Where weights come from, precisely enough to tell them from all others.
+
+    The text is part of a plan's fingerprint, so its wording never changes. It has one of these forms:
+
+        ResNet18_Weights.IMAGENET1K_V1                           published weights
+        random (seed 3)                                          no weights
+        sha256:1f0a... (state_dict; without module.)             a file, and what was unwrapped from it
+        timm:resnet18.a1_in1k, hf:facebook/dinov2-small@4f2a...  weights that belong to the model's name
+        python:nets:make(width=6) sha256:9b1c...                 what a factory returned
+        random (seed 3), python:nets:make sha256:9b1c...         the same, seeded on request
+
+    '; random (seed 3): fc' follows if the weights lack modules, and '(img_size=96)' if the model has arguments.
+
+    Example:
+        >>> identity = WeightsIdentity.of_file("1f0a", "state_dict", "without module.")
+        >>> str(identity), identity.published_name, identity.seed, identity.is_file
+        ('sha256:1f0a (state_dict; without module.)', '', None, True)
+    """
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    @classmethod
+    def of_seed(cls, seed: int) -> WeightsIdentity:
+        return cls(f"random (seed {seed})")
+
+    @classmethod
+    def of_file(cls, sha256: str, *unwrapped: str) -> WeightsIdentity:
+        """Return the identity of a file, and of what was unwrapped to get at the weights."""
+        steps = "; ".join(filter(None, unwrapped))
+        return cls(f"sha256:{sha256}" + (f" ({steps})" if steps else ""))
+
+    @classmethod
+    def of_factory(cls, call: str, state_sha256: str, seed: int | None = None) -> WeightsIdentity:
+        """Return the identity of what a factory returned; `call` is its name with its arguments."""
+        return cls(("" if seed is None else f"{cls.of_seed(seed)}, ") + f"{call} sha256:{state_sha256}")
+
+    def in_factory_model(self, call: str, state_sha256: str = "") -> WeightsIdentity:
+        """Return the identity of these weights in a factory's model; the digest covers what they lack."""
+        return WeightsIdentity(f"{call} {self}" + (f" (sha256:{state_sha256})" if state_sha256 else ""))
+
+    def lacking(self, paths: Iterable[str], instead: str) -> WeightsIdentity:
+        """Return the identity of these weights without some modules, and what those hold instead."""
+        return WeightsIdentity(f"{self}; {instead}: {', '.join(paths)}")
+
+    def with_arguments(self, arguments: Mapping[str, object]) -> WeightsIdentity:
+        return WeightsIdentity(f"{self} ({describe_arguments(arguments)})") if arguments else self
+
+    @property
+    def published_name(self) -> str:
+        """The name that `--weights` takes for published weights; '' for all others."""
+        published = re.fullmatch(r"\w+Weights\.(\w+)", self.text)
+        return published[1] if published else ""
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of random weights; None for all others."""
+        random = re.match(r"random \(seed (-?\d{1,20})\)", self.text)
+        # `torch.manual_seed` accepts no others.
+        return int(random[1]) if random and -(2**63) <= int(random[1]) < 2**64 else None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether a file holds the weights: one of their own, or the model's."""
+        return self.text.startswith("sha256:")
 
 
 @dataclass(frozen=True)
@@ -85,6 +276,9 @@ class Preprocessing:
 
 
 IMAGENET = Preprocessing(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
+
+
+# --- the plan ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -169,21 +363,12 @@ class Plan:
         return ["--weights", "WEIGHTS"] if identity.is_file and is_listed else []
 
     def to_json(self) -> str:
-        document = {
-            "fingerprint": self.fingerprint,
-            **self.identity,
-            "chosen": {"batch_size": self.batch_size},
-            "notes": list(self.notes),
-        }
-        return json.dumps(document, indent=2) + "\n"
+        document = {"fingerprint": self.fingerprint, **self.identity, "chosen": {"batch_size": self.batch_size}}
+        return json.dumps({**document, "notes": list(self.notes)}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Parse a plan.
-
-        Raises:
-            StoreError: the text is not a plan, or was altered.
-        """
+        """Parse a plan; raise `StoreError` if the text is not one, or was altered."""
         try:
             document = json.loads(text)
             if document["format"] != FORMAT:
@@ -229,10 +414,10 @@ class Plan:
         phrases = []
         for name, there in self.identity.items():
             if there != (other := asked.identity[name]):
-                shown_there, shown_asked = _format(name, there), _format(name, other)
-                if name == "layers" and shown_there == shown_asked:
-                    shown_there, shown_asked = _format_layers(there), _format_layers(other)
-                phrases.append(f"{_FIELDS.get(name, name)} differ (there: {shown_there}; asked: {shown_asked})")
+                shown = [_format(name, value) for value in (there, other)]
+                if name == "layers" and shown[0] == shown[1]:
+                    shown = [_format(name, value, "{address} {shape} {dtype}") for value in (there, other)]
+                phrases.append(f"{_FIELDS.get(name, name)} differ (there: {shown[0]}; asked: {shown[1]})")
         # The number of images per shard follows from the layers, so mention it only if nothing else differs.
         return [phrase for phrase in phrases if len(phrases) == 1 or not phrase.startswith("images per shard")]
 
@@ -255,15 +440,11 @@ def _is_plausible(layer: LayerSpec) -> bool:
     return layer.dtype in DTYPES and is_shape and math.prod(max(side, 1) for side in layer.shape) <= _MAX_VALUES
 
 
-def _format(name: str, value: Any) -> str:
+def _format(name: str, value: Any, layer: str = "{address}") -> str:
     if name == "layers":
-        return ", ".join(layer["address"] for layer in value)
+        return ", ".join(map(layer.format_map, value))
     if name == "images_sha256":
         return f"{value[:12]}…"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {item}" for key, item in value.items())
     return str(value)
-
-
-def _format_layers(layers: list[dict[str, Any]]) -> str:
-    return ", ".join(f"{layer['address']} {layer['shape']} {layer['dtype']}" for layer in layers)
