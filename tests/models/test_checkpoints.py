@@ -27,10 +27,9 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 
 from hookx import Capture
-from hookx.capture.modules import module_classes
 from hookx.capture.probe import example_images, probe
 from hookx.capture.rows import RowCapture
-from hookx.capture.runner import Runner
+from hookx.capture.runner import Runner, module_classes
 from hookx.errors import HookxError, ModelError
 from hookx.layers.select import parse_selectors, select
 from hookx.layers.tree import Layer

@@ -31,55 +31,47 @@ class Taps:
         self._open_calls: dict[str, list[int]] = {}
         self._hooks: dict[str, list[RemovableHandle]] = {}
 
-    def attach(self, path: str, module: nn.Module) -> None:
-        """Hook a module, unless it is hooked already."""
-        if path not in self._hooks:
-            self.calls[path], self._open_calls[path] = 0, []
-            self._hooks[path] = [
-                module.register_forward_pre_hook(self._enter(path), with_kwargs=True),
-                module.register_forward_hook(self._return(path), with_kwargs=True),
-            ]
+    def attach(self, modules: Mapping[str, nn.Module]) -> None:
+        """Hook the modules that are not hooked yet."""
+        for path, module in modules.items():
+            if path not in self._hooks:
+                self.calls[path], self._open_calls[path] = 0, []
+                self._hooks[path] = self._register(path, module)
 
-    def detach(self, path: str) -> None:
-        """Unhook a module."""
-        for hook in self._hooks.pop(path, ()):
-            hook.remove()
-
-    def detach_all(self) -> None:
-        for path in list(self._hooks):
-            self.detach(path)
+    def detach(self, *paths: str) -> None:
+        """Unhook modules; all of them if no path is given."""
+        for path in paths or list(self._hooks):
+            for hook in self._hooks.pop(path, ()):
+                hook.remove()
 
     def begin_pass(self) -> None:
         """Number the calls of every module from 0 again."""
         self.calls = dict.fromkeys(self.calls, 0)
         self._open_calls = {path: [] for path in self._open_calls}
 
-    def _enter(self, path: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _register(self, path: str, module: nn.Module) -> list[RemovableHandle]:
+        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             call = self.calls[path]
             self.calls[path] += 1
             self._open_calls[path].append(call)
             self.on_enter(path, call, args, kwargs)
 
-        return hook
-
-    def _return(self, path: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def leave(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self._open_calls[path]:  # Empty only if the module was already running when it was hooked.
                 self.on_return(path, self._open_calls[path].pop(), args, kwargs, output)
 
-        return hook
+        before = module.register_forward_pre_hook(enter, with_kwargs=True)
+        return [before, module.register_forward_hook(leave, with_kwargs=True)]
 
 
 @contextlib.contextmanager
 def tap(modules: Mapping[str, nn.Module], taps: Taps) -> Iterator[None]:
     """Hook some modules for the length of the `with` block."""
     try:
-        for path, module in modules.items():
-            taps.attach(path, module)
+        taps.attach(modules)
         yield
     finally:
-        taps.detach_all()
+        taps.detach()
 
 
 def watch_passes(model: nn.Module, begin: Callable[[], None], end: Callable[[], None]) -> list[RemovableHandle]:

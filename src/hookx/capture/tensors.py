@@ -1,4 +1,4 @@
-"""Find the tensors in a module's output or arguments, bring their batch dimension to the front, and reduce them."""
+"""Find the tensors in a module's output or arguments, and reduce them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,16 @@ import torch
 from torch import Tensor
 
 from hookx.layers.address import Reduction
-from hookx.layers.tree import TensorInfo
 
 Parts = tuple[str, ...]
+
+_OVER_DIMS = {
+    "mean": torch.mean,
+    "sum": torch.sum,
+    "max": torch.amax,
+    "min": torch.amin,
+    "norm": torch.linalg.vector_norm,
+}
 
 
 def tensors_in(value: Any, parts: Parts = ()) -> Iterator[tuple[Parts, Tensor]]:
@@ -55,41 +62,11 @@ def reduce(tensor: Tensor, reduction: Reduction | None) -> Tensor:
     """
     if reduction is None:
         return tensor
-    match reduction.name:
-        case "mean":
-            return tensor.mean(reduction.dims)
-        case "sum":
-            return tensor.sum(reduction.dims)
-        case "max":
-            return tensor.amax(reduction.dims)
-        case "min":
-            return tensor.amin(reduction.dims)
-        case "norm":
-            return torch.linalg.vector_norm(tensor, dim=reduction.dims)
-        case "cls":
-            return tensor[:, 0]
-        case "flatten":
-            return tensor.flatten(1)
-    raise AssertionError(reduction)
-
-
-def batch_first(tensor: Tensor, info: TensorInfo) -> Tensor:
-    """Return a view of a layer's tensor with one row per image."""
-    if info.rows_per_image > 1:
-        return tensor.unflatten(0, (-1, info.rows_per_image))
-    assert info.batch_dim is not None
-    return tensor.movedim(info.batch_dim, 0)
-
-
-def shares_memory(one: Tensor, other: Tensor) -> bool:
-    """Return whether writing to one tensor can change the other.
-
-    Example:
-        >>> maps = torch.ones(2, 3)
-        >>> shares_memory(maps, maps[0]), shares_memory(maps, maps + 1)
-        (True, False)
-    """
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    if reduction.name == "cls":
+        return tensor[:, 0]
+    if reduction.name == "flatten":
+        return tensor.flatten(1)
+    return _OVER_DIMS[reduction.name](tensor, dim=reduction.dims)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -5,9 +5,11 @@ address = path [":" call] ["/in"] ["/" part]... ["@" reduction]
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from urllib.parse import unquote_to_bytes
 
 from hookx.errors import AddressError, closest
 
@@ -19,12 +21,7 @@ _REDUCTIONS = (*_REDUCTIONS_OVER_DIMS, "cls", "flatten")
 
 
 def quote(name: str) -> str:
-    """Escape the name of a module or a part, so that none of its characters is read as grammar.
-
-    Example:
-        >>> quote("layer1"), quote("a/b")
-        ('layer1', 'a%2Fb')
-    """
+    """Escape the name of a module or a part, so that none of its characters is read as grammar: a/b -> a%2Fb."""
     return _RESERVED.sub(
         lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode("utf-8", "surrogatepass")), name
     )
@@ -32,24 +29,15 @@ def quote(name: str) -> str:
 
 def unquote(text: str) -> str:
     """Undo `quote`."""
-    if "%" not in text:
-        return text
-    raw = re.sub(
-        rb"%([0-9A-Fa-f]{2})",
-        lambda match: bytes([int(match[1], 16)]),
-        text.encode("utf-8", "surrogatepass"),
-    )
     try:
-        return raw.decode("utf-8", "surrogatepass")
+        return unquote_to_bytes(text.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
         raise AddressError(f"'{text}' is not a layer address: its %XX escapes are not UTF-8") from None
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """A computation on an activation, on its device, before it is stored.
-
-    `dims` are dimensions of the activation; dimension 0 is the batch.
+    """A computation on an activation, on its device, before it is stored; dimension 0 is the batch.
 
     Example:
         >>> Reduction.parse("mean32")
@@ -89,10 +77,7 @@ class Reduction:
         if self.name == "flatten":
             if not shape:
                 raise ValueError("a scalar cannot be flattened.")
-            size = 1
-            for length in shape:
-                size *= length
-            return (size,)
+            return (math.prod(shape),)
         if self.name == "cls":
             if len(shape) != 2:
                 raise ValueError("cls takes token 0 of an output N,tokens,channels.")
@@ -179,7 +164,6 @@ def dotted(path_text: str) -> str:
 
 
 def _parse_path(path_text: str, whole_text: str) -> str:
-    """Normalise a path: brackets become dots, %XX escapes become characters."""
     if path_text == ".":
         return path_text
     path = dotted(path_text)

@@ -13,7 +13,7 @@ from typing import Literal
 
 from hookx.errors import AddressError, LayerError, closest
 from hookx.layers.address import Address, dotted
-from hookx.layers.tree import Layer, Target, TensorInfo
+from hookx.layers.tree import Layer, Target
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,11 @@ def parse_selectors(texts: str | Iterable[str]) -> list[Selector]:
         >>> [selector.text for selector in parse_selectors(["conv1, layer1", "type:Linear"])]
         ['conv1', 'layer1', 'type:Linear']
     """
-    texts = [texts] if isinstance(texts, str) else texts
-    return [Selector.parse(piece.strip()) for text in texts for piece in text.split(",") if piece.strip()]
+    return [Selector.parse(piece) for piece in _split([texts] if isinstance(texts, str) else texts)]
+
+
+def _split(texts: Iterable[str]) -> list[str]:
+    return [piece.strip() for text in texts for piece in text.split(",") if piece.strip()]
 
 
 @dataclass
@@ -101,10 +104,9 @@ def matched_paths(selectors: Sequence[Selector], class_names: Mapping[str, str],
     for selector in selectors:
         found = selector.paths(class_names)
         if not found:
-            known = set(class_names.values()) if selector.kind == "type" else list(class_names)
-            similar = closest(selector.address.path, sorted(known) if selector.kind == "type" else known)
+            known = sorted(set(class_names.values())) if selector.kind == "type" else class_names
             raise LayerError(
-                f"no layer matches '{selector.text}' in {model}; closest: {similar}",
+                f"no layer matches '{selector.text}' in {model}; closest: {closest(selector.address.path, known)}",
                 f"list them all: hookx list-layers {model}",
             )
         paths.update(dict.fromkeys(found))
@@ -131,26 +133,22 @@ def narrowed(
     Raises:
         LayerError: a glob, a text or a class matches no layer of the model.
     """
-    kept = list(layers)
     class_names = {layer.path: layer.class_name for layer in layers}
-    if texts := [text.strip() for texts in paths for text in texts.split(",") if text.strip()]:
-        wanted = set(matched_paths([Selector.parse(t) for t in texts if re.search(r"[*?]", t)], class_names, model))
+    kept = set(class_names)
+    if texts := _split(paths):
+        globs = [text for text in texts if re.search(r"[*?]", text)]
+        wanted = set(matched_paths(parse_selectors(globs), class_names, model))
         for text in texts:
             containing = {path for path in class_names if text in path}
-            if not containing and not re.search(r"[*?]", text):
+            if not containing and text not in globs:
                 raise LayerError(f"no layer matches '{text}' in {model}; closest: {closest(text, class_names)}")
             wanted |= containing
-        kept = [layer for layer in kept if layer.path in wanted]
-    if classes := [f"type:{name.strip()}" for names in types for name in names.split(",") if name.strip()]:
-        wanted = set(matched_paths(parse_selectors(classes), class_names, model))
-        kept = [layer for layer in kept if layer.path in wanted]
+        kept &= wanted
+    if classes := _split(types):
+        kept &= set(matched_paths([Selector.parse(f"type:{name}") for name in classes], class_names, model))
     if depth is not None:
-        kept = [layer for layer in kept if _depth(layer.path) <= depth]
-    return kept
-
-
-def _depth(path: str) -> int:
-    return 0 if path == "." else path.count(".") + 1
+        kept = {path for path in kept if path == "." or path.count(".") < depth}
+    return [layer for layer in layers if layer.path in kept]
 
 
 def select(
@@ -171,12 +169,10 @@ def select(
     def is_excluded(address: Address) -> bool:
         return any(_covers(pattern, paths, address) for pattern, paths in excluded)
 
-    selection = Selection()
     chosen: dict[Address, Target] = {}
+    all_left_out: dict[str, str] = {}
     for selector in selectors:
-        matched_paths([selector], class_names, model)
-        by_name = selector.kind == "path"
-        matched = selector.paths(class_names)
+        by_name, matched = selector.kind == "path", matched_paths([selector], class_names, model)
         left_out: dict[str, str] = {}
         found = 0
         for path in matched:
@@ -205,11 +201,10 @@ def select(
                 + "; ".join(list(left_out.values())[:3]),
                 f"list the layers: hookx list-layers {model}",
             )
-        selection.left_out.update(left_out)
+        all_left_out.update(left_out)
     if not chosen:
         raise LayerError("--exclude leaves no layer to capture")
-    selection.targets = list(chosen.values())
-    return selection
+    return Selection(list(chosen.values()), all_left_out)
 
 
 def _covers(pattern: Address, paths: set[str], address: Address) -> bool:
@@ -226,38 +221,38 @@ def _covers(pattern: Address, paths: set[str], address: Address) -> bool:
 def _targets_of(layer: Layer, wanted: Address, model: str) -> tuple[list[Target], dict[str, str]]:
     """Return the targets that an address names in a layer whose path it matched, and the parts left out."""
     name = str(Address(layer.path))
-    if not layer.calls:
+    calls = len(layer.calls)
+    if not calls:
         reason = f"\n  ({layer.never_called_because})" if layer.never_called_because else ""
         hint = "; the enclosing module can be captured" if "." in layer.path else ""
         raise LayerError(f"'{name}' is never called in a forward pass{reason}{hint}")
-    if wanted.call is not None and wanted.call >= len(layer.calls):
+    if wanted.call is not None and wanted.call >= calls:
+        times = {1: "once", 2: "twice"}.get(calls, f"{calls} times")
         raise LayerError(
-            f"'{name}:{wanted.call}' does not exist: {name} is called {_times(len(layer.calls))} in a forward pass",
-            f"its calls: {', '.join(f'{name}:{n}' for n in range(len(layer.calls)))}"
-            if len(layer.calls) > 1
-            else f"write {name}",
+            f"'{name}:{wanted.call}' does not exist: {name} is called {times} in a forward pass",
+            f"its calls: {', '.join(f'{name}:{n}' for n in range(calls))}" if calls > 1 else f"write {name}",
         )
-    side = layer.addresses(of_inputs=wanted.is_input)
     in_call = {
         address: tensor
-        for address, tensor in side.items()
-        if wanted.call is None or len(layer.calls) == 1 or address.call == wanted.call
+        for address, tensor in layer.addresses(of_inputs=wanted.is_input).items()
+        if wanted.call is None or calls == 1 or address.call == wanted.call
     }
     found = {a: t for a, t in in_call.items() if a.parts[: len(wanted.parts)] == wanted.parts}
     if not found:
         verb = "is given" if wanted.is_input else "returns"
-        tensors = ", ".join(f"{a} ({t.shape_text})" for a, t in in_call.items()) or "no tensor"
         if not wanted.parts:
             raise LayerError(f"'{name}' {verb} no tensor")
+        tensors = ", ".join(f"{a} ({t.shape_text})" for a, t in in_call.items()) or "no tensor"
         raise LayerError(f"'{replace(wanted, path=layer.path)}' does not exist: {name} {verb} {tensors}")
-    unusable = {str(a): reason for a, t in found.items() if (reason := _why_not_by_image(a, t))}
-    if len(unusable) == len(found):
-        raise LayerError(next(iter(unusable.values())))
-    targets = []
+    targets, unusable = [], {}
     for address, tensor in found.items():
-        if str(address) in unusable:
+        if tensor.is_constant:
+            unusable[str(address)] = f"'{address}' is constant ({tensor.shape_text}): it does not depend on the image"
             continue
-        target = Target(replace(address, reduction=wanted.reduction), tensor, len(layer.calls))
+        if tensor.problem:
+            unusable[str(address)] = f"'{address}' ({tensor.shape_text}) cannot be split by image: {tensor.problem}"
+            continue
+        target = Target(replace(address, reduction=wanted.reduction), tensor, calls)
         try:
             target.shape  # noqa: B018
         except ValueError as error:
@@ -268,16 +263,6 @@ def _targets_of(layer: Layer, wanted: Address, model: str) -> tuple[list[Target]
                 f"for this shape: {wanted.reduction.spellings_for(tensor.shape)}",
             ) from None
         targets.append(target)
+    if not targets:
+        raise LayerError(next(iter(unusable.values())))
     return targets, unusable
-
-
-def _why_not_by_image(address: Address, tensor: TensorInfo) -> str:
-    if tensor.is_constant:
-        return f"'{address}' is constant ({tensor.shape_text}): it does not depend on the image"
-    if tensor.problem:
-        return f"'{address}' ({tensor.shape_text}) cannot be split by image: {tensor.problem}"
-    return ""
-
-
-def _times(count: int) -> str:
-    return {1: "once", 2: "twice"}.get(count, f"{count} times")

@@ -24,12 +24,7 @@ class TensorInfo:
 
     @property
     def shape_text(self) -> str:
-        """The shape as the layer returns it, with N for the batch: 'N,64,56,56', '49,N,768', '64N,49,96'.
-
-        Example:
-            >>> TensorInfo((), (49, 768), "float32", batch_dim=1).shape_text
-            '49,N,768'
-        """
+        """The shape as the layer returns it, with N for the batch: 'N,64,56,56', '49,N,768', '64N,49,96'."""
         lengths = [str(length) for length in self.shape]
         if self.rows_per_image > 1:
             lengths[0] += "N"
@@ -59,12 +54,11 @@ class Layer:
 
     def addresses(self, *, of_inputs: bool = False) -> dict[Address, TensorInfo]:
         """Return the canonical address of every tensor that the module returns, or is given."""
-        found = {}
-        for number, call in enumerate(self.calls):
-            for tensor in call.inputs if of_inputs else call.outputs:
-                call_number = number if len(self.calls) > 1 else None
-                found[Address(self.path, call_number, of_inputs, tensor.parts)] = tensor
-        return found
+        return {
+            Address(self.path, number if len(self.calls) > 1 else None, of_inputs, tensor.parts): tensor
+            for number, call in enumerate(self.calls)
+            for tensor in (call.inputs if of_inputs else call.outputs)
+        }
 
 
 @dataclass(frozen=True)

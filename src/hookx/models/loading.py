@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 from hookx.errors import ModelError
-from hookx.models.exported import ExportedPrograms
 from hookx.models.files import ModelFiles
 from hookx.models.huggingface import HuggingFace
 from hookx.models.own_code import OwnCode, load_transform
@@ -16,7 +15,7 @@ from hookx.options import ModelOptions
 
 _TORCHVISION = Torchvision()
 # Asked in this order. A file called 'resnet18' does not stand in for torchvision's model.
-_SOURCES: tuple[Source, ...] = (Timm(), HuggingFace(), OwnCode(), _TORCHVISION, ExportedPrograms(), ModelFiles())
+_SOURCES: tuple[Source, ...] = (Timm(), HuggingFace(), OwnCode(), _TORCHVISION, ModelFiles())
 
 
 def list_models(pattern: str = "*") -> dict[str, str]:

@@ -12,12 +12,12 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import operator
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,12 +29,12 @@ from torch.nn.parameter import is_lazy
 from hookx.errors import HookxError, ModelError, closest, one_line
 from hookx.models.arguments import arguments_for
 from hookx.models.checkpoints import is_weights_file, read_weights
-from hookx.models.fitting import Filled, fill, without_prefix
+from hookx.models.fitting import fill, without_prefix
 from hookx.models.names import PYTHON
 from hookx.models.preprocessing import from_timm_config, imagenet_preprocessing, square_side_px, try_transform
 from hookx.models.source import LoadedModel, Source
 from hookx.options import ModelOptions
-from hookx.plan import Preprocessing, WeightsIdentity
+from hookx.plan import IMAGENET, Preprocessing, WeightsIdentity
 from hookx.plan.weights import describe_arguments
 
 _DEFAULT_SIDE_PX = 224
@@ -58,7 +58,7 @@ class OwnCode(Source):
     takes_arguments = True
 
     def __init__(self) -> None:
-        self._skeletons: dict[object, _Built] = {}  # at most one, which no `load_model` has taken yet
+        self._skeletons: dict[object, LoadedModel] = {}  # at most one, which no `load_model` has taken yet
 
     def owns(self, ref: str) -> bool:
         """Return whether a reference names a factory, in a module or in a file.
@@ -70,92 +70,70 @@ class OwnCode(Source):
         return ref.startswith(PYTHON) or bool(re.search(r"\.py(:|$)", ref))
 
     def load_model(self, ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
-        _check_weights(ref, weights)
         # A skeleton built before is the model itself: what a factory prints or downloads, it does once.
-        built = self._skeletons.pop(_key(ref, options), None) or _build(ref, options)
+        model = self.skeleton(ref, weights, options)
+        self._skeletons.clear()
+        call = f"{ref}({describe_arguments(options.model_args)})" if options.model_args else ref
         if not is_weights_file(weights):
             seed = options.seed if weights == "none" else None
-            return built.finish(
-                Filled(built.module, WeightsIdentity.of_factory(built.call, state_sha256(built.module), seed))
-            )
-        found = without_prefix(read_weights(weights, options), built.module.state_dict().keys(), ref)
-        filled = fill(built.module, found, ref, options, "as the factory made them")
-        digest = state_sha256(built.module) if filled.random_paths else ""
-        identity = filled.identity.in_factory_model(built.call, digest)
-        return built.finish(dataclasses.replace(filled, identity=identity))
+            identity = WeightsIdentity.of_factory(call, state_sha256(model.module), seed)
+            return dataclasses.replace(model, weights=str(identity))
+        found = without_prefix(read_weights(weights, options), model.module.state_dict().keys(), ref)
+        filled = fill(model.module, found, ref, options, "as the factory made them")
+        digest = state_sha256(model.module) if filled.random_paths else ""
+        return dataclasses.replace(
+            model,
+            weights=str(filled.identity.in_factory_model(call, digest)),
+            notes=(*model.notes, *filled.notes),
+            random_paths=filled.random_paths,
+        )
 
     def skeleton(self, ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
         """Build the model, and keep it for the `load_model` that follows."""
-        _check_weights(ref, weights)
-        key = _key(ref, options)
+        if weights not in ("default", "none") and not is_weights_file(weights):
+            raise ModelError(
+                f"{ref} has no weights '{weights}'; it has: default (as the factory makes them)",
+                "also: none (recorded as random), or a file (.safetensors, .pt, .pth)",
+            )
+        file, _ = _parse_ref(ref)
+        status = file.stat() if isinstance(file, Path) and file.is_file() else None
+        version = (status.st_mtime_ns, status.st_size) if status else ()
+        key = ref, tuple(sorted(options.model_args.items())), options.seed, options.transform, version
         if key not in self._skeletons:
             self._skeletons = {key: _build(ref, options)}
-        built = self._skeletons[key]
-        return built.finish(Filled(built.module, WeightsIdentity("none")))
+        return self._skeletons[key]
 
 
 # --- building ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Built:
-    """What a factory returned, ready to run."""
-
-    ref: str
-    call: str
-    """The name with the arguments of the factory."""
-    module: nn.Module
-    preprocessing: Preprocessing
-    transform: Callable[[Any], Tensor] | None
-    notes: tuple[str, ...]
-
-    def finish(self, filled: Filled) -> LoadedModel:
-        return LoadedModel(
-            name=self.ref,
-            module=self.module,
-            preprocessing=self.preprocessing,
-            weights=str(filled.identity),
-            forward=_print_to_stderr(self.module),
-            transform=self.transform,
-            notes=(*self.notes, *filled.notes),
-            random_paths=filled.random_paths,
-        )
-
-
-def _key(ref: str, options: ModelOptions) -> object:
-    file, _ = _parse_ref(ref)
-    state = file.stat() if isinstance(file, Path) and file.is_file() else None
-    version = (state.st_mtime_ns, state.st_size) if state else ()
-    return ref, tuple(sorted(options.model_args.items())), options.seed, options.transform, version
-
-
-def _check_weights(ref: str, weights: str) -> None:
-    if weights not in ("default", "none") and not is_weights_file(weights):
-        raise ModelError(
-            f"{ref} has no weights '{weights}'; it has: default (as the factory makes them)",
-            "also: none (recorded as random), or a file (.safetensors, .pt, .pth)",
-        )
-
-
-def _build(ref: str, options: ModelOptions) -> _Built:
+def _build(ref: str, options: ModelOptions) -> LoadedModel:
     torch.manual_seed(options.seed)  # A module can build a model while it is imported.
-    factory = _import_factory(ref)
-    if isinstance(factory, nn.Module):
-        if options.model_args:
-            name = next(iter(options.model_args))
-            raise ModelError(f"{ref} is a model, not a factory, so it takes no --model-arg {name}")
-        made: Any = factory
-    else:
-        arguments, keywords = arguments_for(factory, options.model_args, ref)
+    made = _import_factory(ref)
+    if not isinstance(made, nn.Module):
         torch.manual_seed(options.seed)
-        with _running(f"{ref} fails", _folder(ref)):
-            made = factory(*arguments, **keywords)
-    call = f"{ref}({describe_arguments(options.model_args)})" if options.model_args else ref
+        made = _call(made, options.model_args, ref)
+    elif options.model_args:
+        name = next(iter(options.model_args))
+        raise ModelError(f"{ref} is a model, not a factory, so it takes no --model-arg {name}")
     module, notes = _make_ready(made, ref)
-    if options.transform is not None:
-        return _Built(ref, call, module, imagenet_preprocessing(), None, tuple(notes))
-    preprocessing, transform, more = _find_preprocessing(module, ref)
-    return _Built(ref, call, module, preprocessing, transform, (*notes, *more))
+    replaced = options.transform is not None
+    preprocessing, transform, more = _find_preprocessing(module, ref) if not replaced else (IMAGENET, None, ())
+    return LoadedModel(
+        name=ref,
+        module=module,
+        preprocessing=preprocessing,
+        weights="none",
+        forward=_print_to_stderr(module),
+        transform=transform,
+        notes=(*notes, *more),
+    )
+
+
+def _call(factory: Callable[..., Any], texts: Mapping[str, str], ref: str) -> Any:
+    arguments, keywords = arguments_for(factory, texts, ref)
+    with _running(f"{ref} fails", ref):
+        return factory(*arguments, **keywords)
 
 
 def _make_ready(made: Any, ref: str) -> tuple[nn.Module, list[str]]:
@@ -254,9 +232,7 @@ def load_transform(ref: str) -> tuple[Preprocessing, Callable[[Any], Tensor] | N
     """Call the factory of a transform; return what a plan records, and the transform if a plan cannot express it."""
     found = _import_factory(ref)
     if isinstance(found, type | functools.partial) or hasattr(found, "__code__"):
-        arguments, keywords = arguments_for(found, {}, ref)
-        with _running(f"{ref} fails", _folder(ref)):
-            found = found(*arguments, **keywords)
+        found = _call(found, {}, ref)
     if not callable(found):
         raise ModelError(
             f"{ref} returns {_a(type(found).__name__)}; expected a function of an RGB image (PIL)",
@@ -296,19 +272,14 @@ def _parse_ref(ref: str) -> tuple[Path | str, str]:
     return (Path(where).expanduser(), name) if where.endswith(".py") else (where, name)
 
 
-def _folder(ref: str) -> str:
-    where, _ = _parse_ref(ref)
-    return str(where.resolve().parent) if isinstance(where, Path) else os.getcwd()
-
-
 def _import_factory(ref: str) -> Any:
     """Import the code that a reference names, and return what the reference stands for."""
     where, name = _parse_ref(ref)
     if isinstance(where, Path) and not where.is_file():
         raise ModelError(f"there is no file '{where}'")
-    with _running(f"'{where}' cannot be imported", _folder(ref)):
+    with _running(f"'{where}' cannot be imported", ref):
         try:
-            found: Any = _import_file(where) if isinstance(where, Path) else importlib.import_module(where)
+            module = _import_file(where) if isinstance(where, Path) else importlib.import_module(where)
         except ModuleNotFoundError as error:
             if isinstance(where, str) and error.name and f"{where}.".startswith(f"{error.name}."):
                 raise ModelError(
@@ -316,14 +287,12 @@ def _import_factory(ref: str) -> Any:
                     "install it, or put it into the working directory; write a file as path/to/file.py:factory",
                 ) from None
             raise
-    module = found
-    for part in name.split("."):
-        try:
-            found = getattr(found, part)
-        except AttributeError:
-            own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-            similar = f"; closest: {closest(part, own)}" if own else ""
-            raise ModelError(f"'{where}' has no '{name}'{similar}") from None
+    try:
+        found = operator.attrgetter(name)(module)
+    except AttributeError as error:
+        own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        similar = f"; closest: {closest(error.name or name, own)}" if own else ""
+        raise ModelError(f"'{where}' has no '{name}'{similar}") from None
     if not callable(found):
         raise ModelError(f"{ref} is {_a(type(found).__name__)}; expected a factory or an nn.Module")
     return found
@@ -349,8 +318,10 @@ def _import_file(file: Path) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _running(what: str, folder: str) -> Iterator[None]:
+def _running(what: str, ref: str) -> Iterator[None]:
     """Run the user's code: send what it prints to standard error, and turn what it raises into an error with a line."""
+    where, _ = _parse_ref(ref)
+    folder = str(where.resolve().parent) if isinstance(where, Path) else os.getcwd()
     with _importable(folder), _stdout_to_stderr():
         try:
             yield

@@ -1,4 +1,4 @@
-"""The plan: everything that decides the numbers of a run, and its fingerprint. No torch, no disk."""
+"""The plan: everything that decides the numbers of a run, and its fingerprint."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from hookx.errors import StoreError
 from hookx.options import MAX_SHARD_BYTES, MAX_SHARD_IMAGES
-from hookx.plan.preprocessing import Preprocessing
 from hookx.plan.shards import DTYPES, LayerSpec, Shard, Shards, images_per_shard
 from hookx.plan.weights import WeightsIdentity
 
@@ -27,12 +26,65 @@ _FIELDS = {
     "images_per_shard": "images per shard",
     "precision": "precisions",
 }
+_UNCOVERED = ("batch_size", "notes")  # by the fingerprint
+# Fields of the preprocessing that are left out at these values, so that plans from before them keep their fingerprints.
+_OMITTED = {"custom": "", "decode": "exact"}
 
 # No honest plan comes near these; they stop a crafted one.
 _MAX_IMAGES = 2**40
 _MAX_VALUES = 2**40  # in one image's activation
 _MAX_DIMENSIONS = 32
 _MAX_SIDE_PX = 2**16
+_MAX_CUSTOM_SHOWN = 160  # characters
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes a model's input; `mean` and `std` are per channel of an image in [0, 1].
+
+    Args:
+        resize_px: length of the shorter side after resizing.
+        crop_px: side of the square cut from the centre.
+        interpolation: 'nearest', 'bilinear', 'bicubic', ... (the values of `InterpolationMode`).
+        exif: 'ignore' (as the published preprocessing does) or 'apply' the rotation that a camera recorded.
+        custom: describes a model's own transform, where the fields above cannot; then only `crop_px` (the side of its
+            output) and `exif` apply.
+        decode: 'exact'; 'fast' decodes a JPEG at 1/2, 1/4 or 1/8 of its size if that is still large enough; 'nvjpeg'
+            decodes and resizes a JPEG on an NVIDIA GPU.
+    """
+
+    resize_px: int
+    crop_px: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    antialias: bool = True
+    exif: str = "ignore"
+    custom: str = ""
+    decode: str = "exact"
+
+    def __str__(self) -> str:
+        exif = ", EXIF applied" if self.exif == "apply" else ""
+        if self.custom:
+            what = self.custom if len(self.custom) <= _MAX_CUSTOM_SHOWN else f"{self.custom[:_MAX_CUSTOM_SHOWN]}…"
+            return f"{what}, {self.crop_px} x {self.crop_px}{exif}"
+        mean, std = (",".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        decode = {"exact": "", "fast": ", decoded fast"}.get(self.decode, f", decoded by {self.decode}")
+        size = f"resize {self.resize_px} ({self.interpolation}), crop {self.crop_px}"
+        return f"{size}, mean {mean}, std {std}{exif}{decode}"
+
+    def options(self) -> list[str]:
+        """Return the options of `hookx extract` that ask for this; none for the preprocessing of most weights."""
+        asked = ["--exif", self.exif] if self.exif != "ignore" else []
+        asked += ["--decode", self.decode] if self.decode != "exact" else []
+        if self.custom or replace(self, exif="ignore", decode="exact") == IMAGENET:
+            return asked
+        mean, std = (",".join(map(repr, values)) for values in (self.mean, self.std))
+        sizes = ["--resize", str(self.resize_px), "--crop", str(self.crop_px), "--interpolation", self.interpolation]
+        return [*sizes, "--mean", mean, "--std", std, *asked]
+
+
+IMAGENET = Preprocessing(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
 
 
 @dataclass(frozen=True)
@@ -55,11 +107,10 @@ class Plan:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """The fields that the fingerprint covers, as plain JSON values."""
-        fields = asdict(self)
-        del fields["batch_size"], fields["notes"]
-        for name, usual in (("custom", ""), ("decode", "exact")):
+        fields = {name: value for name, value in asdict(self).items() if name not in _UNCOVERED}
+        for name, usual in _OMITTED.items():
             if fields["preprocessing"][name] == usual:
-                del fields["preprocessing"][name]  # Keeps the fingerprints of plans that predate the field.
+                del fields["preprocessing"][name]
         return dict(json.loads(json.dumps({"format": FORMAT, **fields})))
 
     @cached_property
@@ -77,7 +128,6 @@ class Plan:
         return Shards(self.image_count, self.images_per_shard)
 
     def shard_file(self, shard: Shard) -> str:
-        """Return the name of a shard's file."""
         return f"shard-{shard.number:05}-of-{len(self.shards):05}.safetensors"
 
     def command(self, out: str) -> str:
@@ -88,9 +138,8 @@ class Plan:
         command without them is refused with an error that shows what differs.
 
         Example:
-            >>> preprocessing = Preprocessing(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
             >>> layers = (LayerSpec("conv1", (64, 112, 112), "float32"), LayerSpec("avgpool", (512, 1, 1), "float32"))
-            >>> plan = Plan("resnet18", "ResNet18_Weights.IMAGENET1K_V1", layers, preprocessing, "fp32", "contiguous",
+            >>> plan = Plan("resnet18", "ResNet18_Weights.IMAGENET1K_V1", layers, IMAGENET, "fp32", "contiguous",
             ...             image_count=8, images_sha256="", images_per_shard=160, batch_size=32)
             >>> plan.command("features/")
             'hookx extract --model resnet18 --weights IMAGENET1K_V1 --layers conv1,avgpool --out features/ IMAGES'
@@ -139,21 +188,14 @@ class Plan:
             document = json.loads(text)
             if document["format"] != FORMAT:
                 raise StoreError(f"plan.json has the format {document['format']!r}; this hookx reads {FORMAT!r}")
+            notes = document.get("notes", [])
+            if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+                raise ValueError("notes must be a list of strings")
+            covered = {name: hint for name, hint in get_type_hints(cls).items() if name not in _UNCOVERED}
             plan = cls(
-                model=str(document["model"]),
-                weights=str(document["weights"]),
-                layers=tuple(
-                    LayerSpec(str(layer["address"]), tuple(map(int, layer["shape"])), str(layer["dtype"]))
-                    for layer in document["layers"]
-                ),
-                preprocessing=_parse_preprocessing(document["preprocessing"]),
-                precision=str(document["precision"]),
-                memory_format=str(document["memory_format"]),
-                image_count=int(document["image_count"]),
-                images_sha256=str(document["images_sha256"]),
-                images_per_shard=int(document["images_per_shard"]),
+                **{name: _parse(hint, document[name]) for name, hint in covered.items()},
                 batch_size=int(document["chosen"]["batch_size"]),
-                notes=_parse_notes(document.get("notes", [])),
+                notes=tuple(notes),
             )
             whole = plan.fingerprint == document["fingerprint"]
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -168,14 +210,14 @@ class Plan:
     def _check_possible(self) -> None:
         # Anyone can compute a fingerprint, so bound what is allocated, counted or iterated over later.
         addresses = {layer.address for layer in self.layers}
+        sides_px = (self.preprocessing.crop_px, self.preprocessing.resize_px)
         possible = {
             "layers": len(addresses) == len(self.layers) and "__metadata__" not in addresses,
             "shapes": all(map(_is_plausible, self.layers)),
             "image_count": 0 < self.image_count <= _MAX_IMAGES,
             "images_per_shard": 0 < self.images_per_shard <= _MAX_IMAGES,
             "batch_size": 0 < self.batch_size <= _MAX_IMAGES,
-            "preprocessing": 0 < self.preprocessing.crop_px <= _MAX_SIDE_PX
-            and 0 < self.preprocessing.resize_px <= _MAX_SIDE_PX
+            "preprocessing": all(0 < side_px <= _MAX_SIDE_PX for side_px in sides_px)
             and all(map(math.isfinite, (*self.preprocessing.mean, *self.preprocessing.std))),
         }
         for name, is_possible in possible.items():
@@ -186,39 +228,31 @@ class Plan:
         """Describe what another plan would change, one phrase a field: 'layers differ (there: ...; asked: ...)'."""
         phrases = []
         for name, there in self.identity.items():
-            if there != asked.identity[name]:
-                shown_there, shown_asked = _format(name, there), _format(name, asked.identity[name])
+            if there != (other := asked.identity[name]):
+                shown_there, shown_asked = _format(name, there), _format(name, other)
                 if name == "layers" and shown_there == shown_asked:
-                    shown_there, shown_asked = (_format_layers(value) for value in (there, asked.identity[name]))
+                    shown_there, shown_asked = _format_layers(there), _format_layers(other)
                 phrases.append(f"{_FIELDS.get(name, name)} differ (there: {shown_there}; asked: {shown_asked})")
         # The number of images per shard follows from the layers, so mention it only if nothing else differs.
         return [phrase for phrase in phrases if len(phrases) == 1 or not phrase.startswith("images per shard")]
 
 
-def _parse_preprocessing(document: Mapping[str, Any]) -> Preprocessing:
-    return Preprocessing(
-        resize_px=int(document["resize_px"]),
-        crop_px=int(document["crop_px"]),
-        mean=tuple(map(float, document["mean"])),
-        std=tuple(map(float, document["std"])),
-        interpolation=str(document["interpolation"]),
-        antialias=bool(document["antialias"]),
-        exif=str(document["exif"]),
-        custom=str(document.get("custom", "")),
-        decode=str(document.get("decode", "exact")),
-    )
+def _parse(kind: Any, value: Any) -> Any:
+    """Convert plain JSON values to the type of a plan's field."""
+    if kind in (LayerSpec, Preprocessing):
+        parsed = {}
+        for name, hint in get_type_hints(kind).items():
+            parsed[name] = _parse(hint, value.get(name, _OMITTED[name]) if name in _OMITTED else value[name])
+        return kind(**parsed)
+    if get_origin(kind) is tuple:
+        return tuple(_parse(get_args(kind)[0], item) for item in value)
+    return kind(value)
 
 
 def _is_plausible(layer: LayerSpec) -> bool:
     is_shape = len(layer.shape) <= _MAX_DIMENSIONS and min(layer.shape, default=1) >= 0
     # A dimension of 0 would hide the others in the product.
     return layer.dtype in DTYPES and is_shape and math.prod(max(side, 1) for side in layer.shape) <= _MAX_VALUES
-
-
-def _parse_notes(notes: Any) -> tuple[str, ...]:
-    if not (isinstance(notes, list) and all(isinstance(note, str) for note in notes)):
-        raise ValueError("notes must be a list of strings")
-    return tuple(notes)
 
 
 def _format(name: str, value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The identity of a model's weights: the one line that a plan records, written and read here only."""
+"""The identity of a model's weights: the line that a plan records, written and read only here."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class WeightsIdentity:
     '; random (seed 3): fc' follows if the weights lack modules, and '(img_size=96)' if the model has arguments.
 
     Example:
-        >>> identity = WeightsIdentity("ResNet18_QuantizedWeights.IMAGENET1K_FBGEMM_V1")
-        >>> identity.published_name, identity.seed, identity.is_file
-        ('IMAGENET1K_FBGEMM_V1', None, False)
+        >>> identity = WeightsIdentity.of_file("1f0a", "state_dict", "without module.")
+        >>> str(identity), identity.published_name, identity.seed, identity.is_file
+        ('sha256:1f0a (state_dict; without module.)', '', None, True)
     """
 
     text: str
@@ -41,21 +41,13 @@ class WeightsIdentity:
     def __str__(self) -> str:
         return self.text
 
-    # --- writing
-
     @classmethod
     def of_seed(cls, seed: int) -> WeightsIdentity:
-        """Return the identity of random weights."""
         return cls(f"random (seed {seed})")
 
     @classmethod
     def of_file(cls, sha256: str, *unwrapped: str) -> WeightsIdentity:
-        """Return the identity of a file, and of what was unwrapped to get at the weights.
-
-        Example:
-            >>> str(WeightsIdentity.of_file("1f0a", "state_dict", "without module."))
-            'sha256:1f0a (state_dict; without module.)'
-        """
+        """Return the identity of a file, and of what was unwrapped to get at the weights."""
         steps = "; ".join(filter(None, unwrapped))
         return cls(f"sha256:{sha256}" + (f" ({steps})" if steps else ""))
 
@@ -73,10 +65,7 @@ class WeightsIdentity:
         return WeightsIdentity(f"{self}; {instead}: {', '.join(paths)}")
 
     def with_arguments(self, arguments: Mapping[str, object]) -> WeightsIdentity:
-        """Return the identity of these weights in a model built with arguments."""
         return WeightsIdentity(f"{self} ({describe_arguments(arguments)})") if arguments else self
-
-    # --- reading
 
     @property
     def published_name(self) -> str:

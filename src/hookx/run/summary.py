@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hookx.plan import LayerSpec, Plan, Preprocessing, ValueCounts
+from hookx.run.defaults import device_name
 from hookx.run.prepare import Job
-from hookx.run.provenance import device_name
 from hookx.store.record import Totals, read_record
 
 

@@ -22,8 +22,8 @@ from fractions import Fraction
 from typing import Literal
 
 from hookx.errors import UsageError
-from hookx.options.option import Options, option
-from hookx.options.option import takes as takes
+from hookx.option import Options, option
+from hookx.option import takes as takes
 
 Precision = Literal["fp32", "bf16", "fp16"]
 MemoryFormat = Literal["contiguous", "channels_last"]
