@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
 from hookx.plan import Plan, Shard
-from hookx.run.cores import keep_freed_memory
+from hookx.run.defaults import keep_freed_memory
 from hookx.store.directory import RunDirectory, read_plan
 from hookx.store.record import ShardRecord
 from hookx.store.writer import ShardWriter

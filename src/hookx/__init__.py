@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from hookx.pictures.models import visualize
     from hookx.pictures.runs import visualize_run
     from hookx.read.activations import Activations
-    from hookx.read.features import Features
+    from hookx.read.features import Features, Join, join
     from hookx.read.features import open_features as open
-    from hookx.read.join import Join, join
     from hookx.run.run import extract
     from hookx.run.summary import Summary
 
@@ -31,14 +30,14 @@ _HOMES = {
     "Activations": ("hookx.read.activations", "Activations"),
     "Capture": ("hookx.capture.session", "Capture"),
     "Features": ("hookx.read.features", "Features"),
-    "Join": ("hookx.read.join", "Join"),
+    "Join": ("hookx.read.features", "Join"),
     "Gallery": ("hookx.pictures.gallery", "Gallery"),
     "LoadedModel": ("hookx.models", "LoadedModel"),
     "Summary": ("hookx.run.summary", "Summary"),
     "export": ("hookx.exporting", "export"),
     "extract": ("hookx.run.run", "extract"),
     "inspect": ("hookx.check.inspect", "inspect"),
-    "join": ("hookx.read.join", "join"),
+    "join": ("hookx.read.features", "join"),
     "list_models": ("hookx.models", "list_models"),
     "load_model": ("hookx.models", "load_model"),
     "open": ("hookx.read.features", "open_features"),

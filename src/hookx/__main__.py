@@ -1,3 +1,4 @@
-from hookx.cli.app import main
+from hookx.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -25,13 +25,7 @@ from typing import Self
 
 
 class HookxError(Exception):
-    """A mistake that the user can fix: the problem, and what to do next.
-
-    Example:
-        >>> print(HookxError("no layer matches 'conv9'", "list them all: hookx list-layers resnet18"))
-        no layer matches 'conv9'
-          list them all: hookx list-layers resnet18
-    """
+    """A mistake that the user can fix: the problem, and below it, indented, what to do next."""
 
     exit_code = 1
 
@@ -65,7 +59,6 @@ class NotStoredError(LayerError, KeyError):
 
     @classmethod
     def of(cls, holder: str, name: str, known: Iterable[str], *next_steps: str) -> Self:
-        """Build the error for a name that is missing among those that are known."""
         similar = closest(name, known)
         return cls(f"{holder} does not hold '{name}'" + (f"; closest: {similar}" if similar else ""), *next_steps)
 
@@ -109,21 +102,15 @@ class Interrupted(BaseException):
 
 
 def closest(name: str, names: Iterable[str], count: int = 3) -> str:
-    """Return the most similar names, best first, for an error message.
-
-    Example:
-        >>> closest("layer1.1.con1", ["conv1", "layer1.0.conv1", "layer1.1.conv1", "layer4.1.conv1"], 2)
-        'layer1.1.conv1, layer1.0.conv1'
-    """
+    """Return the most similar names, best first, for an error message."""
     names = list(names)
-    matches = difflib.get_close_matches(name, names, n=8 * count, cutoff=0.5)
 
     def likeness(match: str) -> tuple[float, int]:
         # A longer common prefix breaks ties: for layer1.1.con1, layer1.0.conv1 comes before layer4.1.conv1.
         alike = len(os.path.commonprefix([name, match]))  # noqa: RUF071
         return difflib.SequenceMatcher(None, name, match).ratio(), alike
 
-    matches.sort(key=likeness, reverse=True)
+    matches = sorted(difflib.get_close_matches(name, names, 8 * count, cutoff=0.5), key=likeness, reverse=True)
     return ", ".join((matches or names)[:count])
 
 

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar, overload
 
 _DIGEST_CHUNK = 10_000  # images
-_KEYS_IN_REPR = 3
 _Item = TypeVar("_Item", covariant=True)
 
 
@@ -21,8 +20,7 @@ class LazySequence(Sequence[_Item]):
     """A sequence that makes an item when it is indexed and keeps none; a slice is a list."""
 
     @abstractmethod
-    def item(self, position: int) -> _Item:
-        """Make the item at a position between 0 and the length."""
+    def item(self, position: int) -> _Item: ...
 
     @overload
     def __getitem__(self, index: int) -> _Item: ...
@@ -38,10 +36,9 @@ class LazySequence(Sequence[_Item]):
 
 
 class Keys(LazySequence[str]):
-    """Sorted, unique keys in one block of bytes: a key costs its own bytes and 8 more, and no object.
+    """Unique keys, sorted by their bytes, in one block of bytes: a key costs its own bytes and 8 more, and no object.
 
-    Keys are sorted by their bytes. A file name that is not UTF-8 becomes a string as Python's file functions return it,
-    with surrogates; `os.fsencode` gives its bytes again.
+    A file name that is not UTF-8 becomes a string with surrogates, as Python's file functions return it.
 
     Example:
         >>> keys = Keys.pack([b"birds/heron.jpg", b"cats/chelsea.jpg"])
@@ -65,16 +62,13 @@ class Keys(LazySequence[str]):
         return len(self._ends)
 
     def __iter__(self) -> Iterator[str]:
-        start = 0
-        for end in self._ends:
-            yield os.fsdecode(self._block[start:end])
-            start = end
+        ends = itertools.pairwise(itertools.chain((0,), self._ends))
+        return (os.fsdecode(self._block[start:end]) for start, end in ends)
 
     def item(self, position: int) -> str:
         return os.fsdecode(self.encoded(position))
 
     def encoded(self, position: int) -> bytes:
-        """Return the bytes of a key."""
         start = self._ends[position - 1] if position else 0
         return self._block[start : self._ends[position]]
 
@@ -105,8 +99,7 @@ class Keys(LazySequence[str]):
     __hash__ = None  # type: ignore[assignment]  # Unhashable, like a list.
 
     def __repr__(self) -> str:
-        shown = ", ".join(map(repr, self[:_KEYS_IN_REPR])) + (", ..." if len(self) > _KEYS_IN_REPR else "")
-        return f"<{len(self):,} keys: {shown}>"
+        return f"<{len(self):,} keys: {', '.join(map(repr, self[:3]))}{', ...' if len(self) > 3 else ''}>"
 
 
 def key_bytes(key: str) -> bytes:

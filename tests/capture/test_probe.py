@@ -10,12 +10,10 @@ import torch
 from torch import nn
 from torchvision.models import get_model, get_model_builder, get_model_weights
 
-from hookx.capture.modules import module_classes
 from hookx.capture.probe import example_images, probe
-from hookx.capture.runner import Runner
+from hookx.capture.runner import Runner, module_classes
 from hookx.errors import CaptureError, LayerError
-from hookx.layers.select import parse_selectors, select
-from hookx.layers.tree import Layer
+from hookx.layers.select import Layer, parse_selectors, select
 from hookx.models import list_models, skeleton
 from kit import nets
 from kit.nets import captured_rows, images, targets_of

@@ -27,7 +27,7 @@ from hookx.errors import HookxError, UsageError
 from hookx.models import ModelOptions
 from hookx.option import Option, Options, options_of
 from hookx.options import CallOptions, ExtractOptions
-from hookx.pictures.look import REDUCTIONS
+from hookx.pictures.contents import REDUCTIONS
 from hookx.pictures.places import LAYOUTS
 from hookx.plan import DTYPES
 from hookx.run.prepare import prepare

@@ -37,8 +37,7 @@ import hookx
 from hookx.cli.app import app
 from hookx.errors import NotStoredError, StoreError, UsageError
 from hookx.exporting import export, select_rows
-from hookx.exporting.formats import FORMATS
-from hookx.exporting.matlab import MAX_VARIABLE_BYTES, check_mat
+from hookx.exporting.formats import FORMATS, MAX_VARIABLE_BYTES, check_mat
 from hookx.exporting.rows import Rows
 from hookx.keys import Keys
 from hookx.plan import DTYPES, LayerSpec, Plan, Preprocessing

@@ -22,8 +22,9 @@ from typer.testing import CliRunner, Result
 import hookx
 from hookx.cli.app import app
 from hookx.errors import HookxError, UsageError
-from hookx.exporting.printing import Activation, to_bytes, to_json, to_text
+from hookx.exporting.printing import Activation, to_json, to_text
 from hookx.plan import DTYPES
+from hookx.store.format import bytes_of
 from kit import warm
 
 LAYERS = "conv1,avgpool,layer1.0.relu,layer4@mean23"
@@ -112,7 +113,7 @@ def test_the_json_is_valid_and_gives_every_number_again_with_its_shape_and_type(
 
 @given(activations())
 def test_the_bytes_are_those_of_the_tensor(values: Tensor) -> None:
-    assert b"".join(to_bytes(values)) == values.flatten().view(torch.uint8).numpy().tobytes()
+    assert bytes_of(values) == values.flatten().view(torch.uint8).numpy().tobytes()
 
 
 def test_a_number_is_the_shortest_that_gives_its_own_type_again() -> None:

@@ -39,10 +39,9 @@ from hookx.cli.app import app
 from hookx.errors import ImageError
 from hookx.images.decoding import decode
 from hookx.images.listing import ImageList, list_images
-from hookx.run.batch import Batch
+from hookx.run.lane import Batch
 from hookx.run.run import extract
-from hookx.run.worker import InHand, Worker
-from hookx.run.workers import batches
+from hookx.run.workers import InHand, Worker, batches
 from kit.pictures import CHELSEA, PLAIN, SMALL, four_by_four, no_longer_than, process_ids
 
 Outcome = Tensor | str  # the pixels of an image, or the reason why there are none

@@ -35,7 +35,7 @@ from hookx.images.decoding import decode
 from hookx.images.listing import SUFFIXES, Files, ImageList, list_images, measure
 from hookx.keys import Keys, images_sha256
 from hookx.plan import Preprocessing, Shard
-from hookx.run.batch import Batch
+from hookx.run.lane import Batch
 from hookx.run.workers import batches
 from kit.pictures import CHELSEA, PHOTOGRAPHS, PLAIN, SMALL, UPRIGHT, four_by_four, no_longer_than, process_ids
 from kit.second_route import input_of

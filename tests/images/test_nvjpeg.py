@@ -18,7 +18,7 @@ from hookx.errors import UsageError
 from hookx.images.decoding import check_decoding, decode, decode_jpegs, failure_reason
 from hookx.images.listing import list_images
 from hookx.plan import Preprocessing
-from hookx.run.batch import Batch
+from hookx.run.lane import Batch
 from hookx.run.prepare import prepare
 from hookx.run.workers import batches
 

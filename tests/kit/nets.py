@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from hookx.capture.probe import probe
 from hookx.capture.rows import RowCapture, stored_dtype
 from hookx.capture.runner import Runner
-from hookx.layers.select import parse_selectors, select
-from hookx.layers.tree import Target
+from hookx.layers.select import Target, parse_selectors, select
 
 
 def images(count: int = 3, side: int = 8) -> Tensor:

@@ -13,8 +13,7 @@ from hookx.capture.probe import example_images, probe
 from hookx.capture.rows import RowCapture, stored_dtype
 from hookx.capture.runner import Runner
 from hookx.images.decoding import decode, model_input
-from hookx.layers.select import parse_selectors, select
-from hookx.layers.tree import Target
+from hookx.layers.select import Target, parse_selectors, select
 from hookx.models import LoadedModel
 from hookx.plan import Preprocessing
 

@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hookx.errors import AddressError, LayerError
+from hookx.errors import AddressError, LayerError, closest
 from hookx.layers.address import Address, Reduction, quote, unquote
-from hookx.layers.select import Selection, Selector, matched_paths, parse_selectors, select
-from hookx.layers.tree import Call, Layer, TensorInfo
+from hookx.layers.select import Call, Layer, Selection, Selector, TensorInfo, matched_paths, parse_selectors, select
 
 # Any characters, surrogates and control characters too; torch allows no '.' in the name of a module.
 module_names = st.text(st.characters(exclude_characters="."), min_size=1) | st.sampled_from(
@@ -352,6 +351,11 @@ def test_the_spelling_that_an_error_suggests_is_one_that_works(layer: Layer, nam
             continue
         for spelling in re.findall(r"@\w+", error_of(f"{address}@{name}").partition("for this shape: ")[2]):
             assert names(f"{address}{spelling}") == [f"{address}{spelling}"]
+
+
+def test_a_longer_common_beginning_comes_first_among_equally_close_names() -> None:
+    names = ["conv1", "layer1.0.conv1", "layer1.1.conv1", "layer4.1.conv1"]
+    assert closest("layer1.1.con1", names, 2) == "layer1.1.conv1, layer1.0.conv1"
 
 
 def test_a_path_that_matches_nothing_is_an_error_before_any_probe() -> None:

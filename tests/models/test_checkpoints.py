@@ -27,16 +27,14 @@ from torch import Tensor, nn
 from torchvision.models import get_model
 
 from hookx import Capture
-from hookx.capture.modules import module_classes
 from hookx.capture.probe import example_images, probe
 from hookx.capture.rows import RowCapture
-from hookx.capture.runner import Runner
+from hookx.capture.runner import Runner, module_classes
 from hookx.errors import HookxError, ModelError
-from hookx.layers.select import parse_selectors, select
-from hookx.layers.tree import Layer
+from hookx.layers.select import Layer, parse_selectors, select
 from hookx.models import LoadedModel, ModelOptions, load_model, skeleton
 from hookx.models.checkpoints import Weights, kind_of, read_weights
-from hookx.models.fitting import without_prefix
+from hookx.models.fitting import modules_of, without_prefix
 from hookx.models.torchvision import Torchvision
 
 NET = "shufflenet_v2_x0_5"  # small, with batch norm, its classifier called fc
@@ -396,6 +394,10 @@ def test_what_may_be_missing_stays_random_and_is_named(tmp_path: Path) -> None:
         load(file, allow_missing=("fx",))
 
 
+def test_a_tensor_of_the_model_itself_is_held_by_a_dot() -> None:
+    assert modules_of(["fc.weight", "fc.bias", "cls_token"]) == ("fc", ".")
+
+
 def test_what_may_be_missing_and_is_there_is_taken(tmp_path: Path) -> None:
     model = load(saved(state_of(), tmp_path / "w.pth"), allow_missing=("fc", "conv1.**"))
     assert has(model, state_of()) and model.random_paths == () and model.notes == ()
@@ -412,7 +414,7 @@ def test_position_embeddings_of_another_size_are_an_error_and_are_not_resized(tm
     one = torch.zeros(1)  # A storage of one number: the shapes are all that counts here.
     weights = Weights(Path("w.pt"), {name: one.expand(shape) for name, shape in shapes.items()})
     file = saved(dict(weights.state), tmp_path / "w.pth")
-    _, fitted = Torchvision().find("vit_b_16", "none").fit(dataclasses.replace(weights, file=file))
+    _, fitted = Torchvision().find("vit_b_16", "").fit(dataclasses.replace(weights, file=file))
     assert fitted.variant == {}
     assert "other shape (1): encoder.pos_embedding (1, 577, 768) instead of (1, 197, 768)" in error_of(file, "vit_b_16")
 
@@ -462,7 +464,7 @@ FAMILIES = [
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_built_for_the_classes_in_a_file(name: str) -> None:
     variant: dict[str, Any] = {"num_classes": 5}
-    model = Torchvision().find(name, "none")
+    model = Torchvision().find(name, "")
     bare = dataclasses.replace(model, variant=variant).build_bare().state_dict()
     weights, fitted = model.fit(Weights(Path(__file__), under("module.", bare)))
     assert fitted.variant == variant and weights.state.keys() == bare.keys()

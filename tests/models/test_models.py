@@ -23,6 +23,7 @@ from torchvision.models import get_model, get_model_weights
 from hookx import Capture
 from hookx.errors import ModelError
 from hookx.models import ModelOptions, list_models, load_model, skeleton
+from hookx.models.names import distribution_of
 from hookx.models.torchvision import Torchvision
 from kit.second_route import input_of
 
@@ -70,6 +71,14 @@ def test_a_model_is_in_eval_mode_on_the_cpu() -> None:
     module = load_model("resnet18", "none").module
     assert not any(part.training for part in module.modules())
     assert {parameter.device.type for parameter in module.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("ref", "distribution"),
+    [("resnet18", "torchvision"), ("timm:resnet18", "timm"), ("hf:./folder", "transformers"), ("w.pt", "torchvision")],
+)
+def test_a_model_comes_from_the_distribution_of_its_zoo(ref: str, distribution: str) -> None:
+    assert distribution_of(ref) == distribution
 
 
 def test_every_model_of_torchvision_is_listed_with_its_kind() -> None:

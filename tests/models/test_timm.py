@@ -232,7 +232,7 @@ def test_a_file_of_weights_fills_a_model_also_for_other_classes(tmp_path: Path) 
 
 def test_models_are_listed_by_a_glob_with_tags_where_it_has_a_dot() -> None:
     assert list(list_models("timm:vit_tiny*")) == [f"timm:{name}" for name in timm.list_models("vit_tiny*")]
-    assert list(list_models("timm:resnet10t.*")) == [SMALL]
+    assert list_models("timm:resnet10t.*") == {SMALL: "timm"}
     assert len(list_models("timm:*")) == len(timm.list_models())
     with pytest.raises(ModelError, match=r"no model of timm matches 'resnet81\*'; closest: resnet18"):
         list_models("timm:resnet81*")

@@ -18,12 +18,9 @@ from PIL import Image
 from torch.nn.functional import avg_pool2d, max_pool2d
 
 from hookx.errors import UsageError
-from hookx.pictures.bars import BAR, BAR_BELOW, Vector, draw_bars
-from hookx.pictures.colours import find_colormap, resize, scale
-from hookx.pictures.grids import Maps, draw_grid
-from hookx.pictures.header import Caption
-from hookx.pictures.overview import Cell, Row, draw_overview
-from hookx.pictures.page import Page, Pixels, Style, png, width_of, wrap
+from hookx.pictures.colours import Pixels, find_colormap, resize, scale
+from hookx.pictures.drawing import BAR, BAR_BELOW, Cell, Content, Row, draw_bars, draw_grid, draw_overview
+from hookx.pictures.page import Caption, Page, Style, count_nouns, format_number, png, width_of, wrap
 
 GREY = np.full((64, 64, 3), 100, np.uint8)
 CAPTION = Caption("layer", ("model, weights", "N,4,2,2: 4 channels of 2 × 2"))
@@ -38,9 +35,9 @@ def without_warnings() -> Iterator[None]:
         yield
 
 
-def maps_of(values: object, on_photo: bool = True) -> Maps:
-    values_CHW = np.asarray(values, np.float64)
-    return Maps(values_CHW, tuple(range(len(values_CHW))), on_photo)
+def content_of(values: object, on_photo: bool = True) -> Content:
+    array = np.asarray(values, np.float64)
+    return Content(array, range(len(array)), on_photo)
 
 
 def colour(unit: float, colormap: str = "viridis") -> tuple[int, ...]:
@@ -59,7 +56,7 @@ def box_of(pixels: Pixels, wanted: tuple[int, ...]) -> tuple[slice, slice]:
 
 def grid_of(values: object) -> Pixels:
     """Draw a grid, and cut off its header: the input and the caption with its scale of colours."""
-    return draw_grid(maps_of(values), CAPTION, GREY).pixels()[185:]
+    return draw_grid(content_of(values), CAPTION, GREY).pixels()[185:]
 
 
 # --- grids ---------------------------------------------------------------------------------------------------------
@@ -128,7 +125,7 @@ def test_a_map_that_is_larger_than_the_page_is_shrunk_to_a_cell() -> None:
 
 def test_the_input_stands_beside_the_caption() -> None:
     photo = np.full((8, 8, 3), (250, 10, 20), np.uint8)
-    box = box_of(draw_grid(maps_of(np.ones((3, 2, 2))), CAPTION, photo).pixels(), (250, 10, 20))
+    box = box_of(draw_grid(content_of(np.ones((3, 2, 2))), CAPTION, photo).pixels(), (250, 10, 20))
     assert box[0].stop - box[0].start == box[1].stop - box[1].start >= 100
 
 
@@ -140,7 +137,7 @@ def test_a_bright_corner_of_a_map_lies_on_that_corner_of_the_image() -> None:
     heat[0, 0, 3] = 1
     photo = GREY.copy()
     photo[:16, 48:] = 200
-    pixels = draw_grid(maps_of(heat), CAPTION, photo, colormap="inferno", as_heat=True).pixels()[-480:-20]
+    pixels = draw_grid(content_of(heat), CAPTION, photo, colormap="inferno", as_heat=True).pixels()[-480:-20]
     for beside in (pixels[:, :480], pixels[:, 480:]):  # the image, and the heat on it
         image, corner = (np.argwhere((beside[..., 0] > least) & (beside[..., 0] < 250)) for least in (20, 150))
         top, left = image.min(0)
@@ -153,14 +150,14 @@ def test_a_bright_corner_of_a_map_lies_on_that_corner_of_the_image() -> None:
 def test_heat_is_the_colour_of_its_value_over_the_grey_of_the_image() -> None:
     heat = np.zeros((1, 4, 4))
     heat[0, 0, 3] = 1
-    pixels = draw_grid(maps_of(heat), CAPTION, GREY, colormap="inferno", as_heat=True).pixels()[-480:-20]
+    pixels = draw_grid(content_of(heat), CAPTION, GREY, colormap="inferno", as_heat=True).pixels()[-480:-20]
     mixed = tuple(round(0.35 * 100 + 0.65 * int(level)) for level in colour(1.0, "inferno"))
     box = box_of(pixels, mixed)
     assert box[0].stop - box[0].start == box[1].stop - box[1].start == 115
 
 
 def test_what_has_no_place_in_the_image_is_never_laid_over_it() -> None:
-    matrix = maps_of(np.random.default_rng(0).normal(size=(1, 49, 96)), on_photo=False)
+    matrix = content_of(np.random.default_rng(0).normal(size=(1, 49, 96)), on_photo=False)
     assert np.array_equal(
         draw_grid(matrix, CAPTION, GREY, as_heat=True).pixels()[200:], draw_grid(matrix, CAPTION, GREY).pixels()[200:]
     )
@@ -170,7 +167,7 @@ def test_what_has_no_place_in_the_image_is_never_laid_over_it() -> None:
 
 
 def test_a_bar_is_as_high_as_its_value_and_hangs_down_if_that_is_negative() -> None:
-    pixels = draw_bars(Vector(np.array([1.0, 4.0, -2.0, np.nan]), (0, 1, 2, 3)), CAPTION, None).pixels()
+    pixels = draw_bars(content_of([1.0, 4.0, -2.0, np.nan]), CAPTION, None).pixels()
     up, down, marked = ((pixels == wanted).all(-1) for wanted in (BAR, BAR_BELOW, MAGENTA))
     heights = [np.count_nonzero(column) for column in up.T if column.any()]
     assert heights[0] == pytest.approx(heights[-1] / 4, abs=1)
@@ -181,7 +178,7 @@ def test_a_bar_is_as_high_as_its_value_and_hangs_down_if_that_is_negative() -> N
 
 def test_the_bars_of_a_long_vector_are_all_there() -> None:
     for count in (1000, 2048, 5000):
-        pixels = draw_bars(Vector(np.ones(count), tuple(range(count))), CAPTION, None).pixels()
+        pixels = draw_bars(content_of(np.ones(count)), CAPTION, None).pixels()
         columns = (pixels == BAR).all(-1)[1:] & ~(pixels == BAR).all(-1)[:-1]
         pitch = {1000: 3, 2048: 3, 5000: 1}[count]
         assert columns.sum() == count * (pitch - 1 if pitch > 2 else pitch)
@@ -196,7 +193,7 @@ def test_a_row_is_a_model_and_a_column_a_depth_also_where_rows_have_different_le
         values = np.zeros((1, 2, 2))
         values[0, 0, 0] = (1 + row * 3 + column) / 8
         values[0, 1, 1] = 1
-        return Cell("layer", "1 × 2 × 2", maps_of(values))
+        return Cell("layer", "1 × 2 × 2", content_of(values))
 
     rows = [Row("one", "", GREY, [cell(0, n) for n in range(3)]), Row("two", "", GREY, [cell(1, n) for n in range(2)])]
     pixels = draw_overview(rows, "footer").pixels()[:-60]
@@ -210,7 +207,7 @@ def test_a_row_is_a_model_and_a_column_a_depth_also_where_rows_have_different_le
 
 
 def test_what_does_not_fit_beside_each_other_goes_on_beneath() -> None:
-    cells = [Cell(f"layer{n}", "", maps_of(np.zeros((1, 2, 2)))) for n in range(34)]
+    cells = [Cell(f"layer{n}", "", content_of(np.zeros((1, 2, 2)))) for n in range(34)]
     pixels = draw_overview([Row("resnet34", "", GREY, cells)], "footer").pixels()
     columns = (pixels == colour(0.5)).all(-1)
     lines = np.count_nonzero(np.diff(columns.any(1).astype(int)) == 1)
@@ -279,7 +276,7 @@ def test_no_text_of_a_grid_lies_on_another_whatever_its_channels_sizes_and_names
     shape = (count, max(1, round(width * proportions)), width)
     values = np.random.default_rng(count).normal(size=shape) * scale
     caption = Caption(name, (name, "N,1: 1 channel"))
-    check_page(draw_grid(maps_of(values, on_photo), caption, GREY if with_photo else None, as_heat=with_photo))
+    check_page(draw_grid(content_of(values, on_photo), caption, GREY if with_photo else None, as_heat=with_photo))
 
 
 @settings(max_examples=15)
@@ -287,7 +284,7 @@ def test_no_text_of_a_grid_lies_on_another_whatever_its_channels_sizes_and_names
 def test_no_text_of_a_strip_of_bars_lies_on_another(count: int, in_order: bool, name: str, scale: float) -> None:
     generator = np.random.default_rng(count)
     numbers = range(count) if in_order else generator.permutation(count * 10)[:count]
-    vector = Vector(generator.normal(size=count) * scale, tuple(map(int, numbers)))
+    vector = Content(generator.normal(size=count) * scale, tuple(map(int, numbers)))
     check_page(draw_bars(vector, Caption(name, (name,)), GREY))
 
 
@@ -295,7 +292,7 @@ def test_no_text_of_a_strip_of_bars_lies_on_another(count: int, in_order: bool, 
 @given(st.lists(st.integers(1, 14), min_size=1, max_size=4), NAMES, st.integers(1, 16), st.booleans())
 def test_no_text_of_an_overview_lies_on_another(lengths: list[int], name: str, maps: int, with_photo: bool) -> None:
     values = np.random.default_rng(maps).normal(size=(maps, 3, 3))
-    cells = [Cell(name, "1 × 3 × 3", maps_of(values)), Cell("fc", "9", Vector(values.ravel(), tuple(range(9 * maps))))]
+    cells = [Cell(name, "1 × 3 × 3", content_of(values)), Cell("fc", "9", content_of(values.ravel()))]
     rows = [Row(name, name, GREY if with_photo else None, [cells[n % 2] for n in range(length)]) for length in lengths]
     check_page(draw_overview(rows, name))
 
@@ -308,8 +305,13 @@ def test_a_wrapped_text_keeps_its_width_and_its_number_of_lines(text: str, width
     assert all(width_of(line, style) <= width_px or len(line) == 1 for line in lines)
 
 
+def test_numbers_in_words_have_few_digits_a_minus_sign_and_a_plural() -> None:
+    assert (format_number(0.012345), format_number(-1), format_number(1.26, 2)) == ("0.0123", "\N{MINUS SIGN}1", "1.3")
+    assert (count_nouns(1, "channel"), count_nouns(1024, "value")) == ("1 channel", "1,024 values")
+
+
 def test_what_a_user_has_configured_for_figures_of_their_own_does_not_reach_these() -> None:
-    maps = maps_of(np.arange(12.0).reshape(3, 2, 2))
+    maps = content_of(np.arange(12.0).reshape(3, 2, 2))
     before = draw_grid(maps, CAPTION, GREY).pixels()
     with matplotlib.rc_context(
         {"font.size": 40, "text.color": "red", "figure.facecolor": "green", "text.hinting": "none"}
@@ -318,7 +320,7 @@ def test_what_a_user_has_configured_for_figures_of_their_own_does_not_reach_thes
 
 
 def test_a_picture_file_carries_its_pixels_and_its_caption() -> None:
-    pixels = draw_grid(maps_of(np.arange(12.0).reshape(3, 2, 2)), CAPTION, GREY).pixels()
+    pixels = draw_grid(content_of(np.arange(12.0).reshape(3, 2, 2)), CAPTION, GREY).pixels()
     with Image.open(BytesIO(png(pixels, "layer\nN,3,2,2: 3 channels of 2 × 2"))) as image:
         assert np.array_equal(np.asarray(image), pixels)
         assert image.info["Description"] == "layer; N,3,2,2: 3 channels of 2 × 2"

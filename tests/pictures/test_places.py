@@ -23,7 +23,7 @@ SIDE_PX = 16
 
 def places(model: nn.Module, side_px: int = SIDE_PX, layout: str = "") -> Places:
     runner = Runner.of(model.eval())
-    return probe_places(runner, side_px, functools.partial(find_token_grid, runner, side_px), layout)
+    return probe_places(runner, lambda: runner, side_px, layout)
 
 
 def folded(model: nn.Module, address: str, side_px: int = SIDE_PX) -> Tensor:
@@ -195,12 +195,11 @@ def test_real_models_of_each_kind_are_read_as_they_are_built(
     side_px = bare.preprocessing.crop_px
 
     @functools.cache
-    def find(count: int, sides: tuple[int, ...]) -> TokenGrid | None:
+    def load() -> Runner:
         loaded = load_model(name, "none")
-        return find_token_grid(Runner.of(loaded.module, loaded.forward), side_px, count, sides)
+        return Runner.of(loaded.module, loaded.forward)
 
-    runner = Runner.of(bare.module, bare.forward)
-    found = probe_places(runner, side_px, lambda count, sides: find(count, tuple(sides)))
+    found = probe_places(Runner.of(bare.module, bare.forward), load, side_px)
     reading = found.read(Address(layer), shape)
     assert found.square[Address(layer)].shape == shape and not reading.note
     assert reading.roles == LAYOUTS.get(layout, ("channel", "token"))

@@ -22,11 +22,8 @@ from hookx.cli.app import app
 from hookx.errors import HookxError, ImageError, LayerError, NotStoredError, StoreError, UsageError
 from hookx.options import LookOptions
 from hookx.pictures.attention import Attention
-from hookx.pictures.bars import Vector
-from hookx.pictures.contents import ShownImage, ShownLayer, show_activation, show_attention
-from hookx.pictures.gallery import draw, name_image_folders
-from hookx.pictures.grids import Maps
-from hookx.pictures.look import Look, choose
+from hookx.pictures.contents import Look, ShownImage, ShownLayer, choose, show_activation, show_attention
+from hookx.pictures.gallery import draw, name_file, name_image_folders
 from hookx.pictures.models import pair, visualize
 from hookx.pictures.places import LAYOUTS, Reading, TokenGrid
 from hookx.pictures.runs import visualize_run
@@ -93,8 +90,8 @@ def nchw(values: Tensor) -> ShownLayer:
 
 
 def maps_in(shown: ShownLayer) -> Any:
-    assert isinstance(shown.content, Maps)
-    return shown.content.values_CHW
+    assert shown.content.are_maps
+    return shown.content.values
 
 
 # --- which channels ------------------------------------------------------------------------------------------------
@@ -113,7 +110,7 @@ def test_the_strongest_channels_come_first_and_what_is_not_finite_has_no_strengt
 def test_channels_keep_their_numbers_and_the_order_in_which_they_are_asked_for() -> None:
     values = torch.arange(10.0).reshape(10, 1, 1).expand(10, 2, 2)
     maps, sentence = choose(nchw(values), Look(LookOptions(channels="7,1-3")))
-    assert isinstance(maps, Maps) and maps.numbers == (7, 1, 2, 3) and maps.values_CHW[:, 0, 0].tolist() == [7, 1, 2, 3]
+    assert maps.are_maps and maps.numbers == (7, 1, 2, 3) and maps.values[:, 0, 0].tolist() == [7, 1, 2, 3]
     assert sentence == "4 of 10 channels of 2 × 2: 7, 1-3"
     with pytest.raises(UsageError, match=r"--channels 10: layer has 10 channels \(0-9\)"):
         choose(nchw(values), Look(LookOptions(channels="10")))
@@ -130,7 +127,7 @@ def test_channels_keep_their_numbers_and_the_order_in_which_they_are_asked_for()
 def test_a_reduction_is_what_torch_computes_over_the_channels(reduce: Any, expected: Any) -> None:
     values = torch.randn(6, 4, 4, generator=torch.Generator().manual_seed(0))
     maps, sentence = choose(nchw(values), Look(LookOptions(reduce=reduce)))
-    assert isinstance(maps, Maps) and np.allclose(maps.values_CHW, expected(values)[None].numpy())
+    assert maps.are_maps and np.allclose(maps.values, expected(values)[None].numpy())
     assert sentence == f"{reduce} of 6 channels of 4 × 4"
 
 
@@ -170,7 +167,7 @@ def test_channels_last_are_shown_as_channels_first_are() -> None:
 def test_values_without_places_are_a_vector(shape: tuple[int, ...]) -> None:
     roles = LAYOUTS["nchw"] if len(shape) == 3 else ("channel",)
     shown = show_activation("layer", torch.ones(shape), Reading(roles))
-    assert isinstance(shown.content, Vector) and len(shown.content.values) == max(1, *shape, 1)
+    assert shown.content.values.ndim == 1 and len(shown.content.values) == max(1, *shape, 1)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", "int64", "uint8", "bool", "complex64"])
@@ -245,11 +242,11 @@ def test_several_images_and_models_have_folders_and_the_overview_a_row_for_each(
 
 def test_the_rows_of_many_images_go_on_in_a_second_overview(tmp_path: Path) -> None:
     layer = show_activation("2", torch.arange(20.0), Reading(("channel",)))
-    images = ["a.png", "b.png", "c.png"]
+    images = [f"{number}.png" for number in range(13)]
     shown = [ShownImage(image, "net", "random", None, "", [layer]) for image in images]
-    found = draw(shown, tmp_path, Look(LookOptions()), images=images, models=["net"], max_rows=2)
-    overviews = [(Path(one.file).name, one.shows) for one in found if not one.layer]
-    assert overviews == [("overview.png", "2 rows, 1 layer"), ("overview-2.png", "1 row, 1 layer")]
+    found = draw(shown, Look(LookOptions(out=tmp_path)), images=images, models=["net"])
+    overviews = [(Path(one.file).name, one.shows) for one in found.pictures if not one.layer]
+    assert overviews == [("overview.png", "12 rows, 1 layer"), ("overview-2.png", "1 row, 1 layer")]
     assert "overview-2.png" in files_in(tmp_path)
 
 
@@ -262,6 +259,24 @@ def test_images_of_one_name_and_keys_that_lead_elsewhere_have_folders_of_their_o
         "../../up.png": "up",
         "/etc/passwd": "etc/passwd",
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("layer1.0.relu:1", "layer1.0.relu:1"),
+        (".", "output"),
+        ("./out", "output,out"),
+        ("timm:vit_tiny_patch16_224", "timm:vit_tiny_patch16_224"),
+        ("a\\b\n", "a_b_"),
+    ],
+)
+def test_a_file_is_named_like_its_layer_without_what_a_path_cannot_hold(text: str, name: str) -> None:
+    assert name_file(text) == name
+
+
+def test_names_too_long_for_a_file_are_cut_and_stay_distinct() -> None:
+    assert len(name_file("a" * 300)) == 209 and name_file("a" * 300) != name_file("a" * 301)
 
 
 def test_a_picture_of_hookx_is_replaced_and_a_file_of_somebody_else_is_not(picture: Path) -> None:

@@ -12,9 +12,14 @@ from torch import nn
 from torchvision.models import get_model
 
 from hookx.layers.select import parse_selectors
-from hookx.models import ModelOptions
-from hookx.run.cores import count_usable_cores, single_threaded
-from hookx.run.defaults import choose_batch_size, choose_memory_format, choose_workers
+from hookx.options import ExtractOptions
+from hookx.run.defaults import (
+    choose_batch_size,
+    choose_memory_format,
+    choose_workers,
+    count_usable_cores,
+    single_threaded,
+)
 from hookx.run.ready import ready_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -76,7 +81,8 @@ def test_convolutions_over_overlapping_windows_run_in_channels_last(name: str, m
     ],
 )
 def test_what_runs_after_the_last_layer_has_no_say_in_the_memory_format(layers: str, memory_format: str) -> None:
-    ready = ready_model("resnet18", "none", ModelOptions(), parse_selectors(layers))
+    options = ExtractOptions(model="resnet18", layers=layers, images="images")
+    ready = ready_model("resnet18", "none", options, parse_selectors(layers))
     assert ready.runner.memory_format == memory_format
 
 
@@ -112,7 +118,7 @@ def told_by_a_process(code: str) -> int:
 def faults_of_a_worker(prepare: str) -> int:
     """Count the pages that a fresh process is given while it makes and drops a tensor of 48 MB, ten times."""
     return told_by_a_process(
-        "import resource, torch; from hookx.run.cores import keep_freed_memory\n"
+        "import resource, torch; from hookx.run.defaults import keep_freed_memory\n"
         f"{prepare}\n"
         "torch.set_num_threads(1)\nfor _ in range(5): torch.ones(12_000_000)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
@@ -135,7 +141,7 @@ def huge_pages_are_for_those_who_ask() -> bool:
 @pytest.mark.skipif(not huge_pages_are_for_those_who_ask(), reason="this system gives no huge pages")
 def test_what_a_worker_computes_lies_in_pages_of_two_megabytes() -> None:
     code = (
-        "import torch; from hookx.run.cores import keep_freed_memory\n"
+        "import torch; from hookx.run.defaults import keep_freed_memory\n"
         "keep_freed_memory(); kept = torch.ones(12_000_000)\n"
         "lines = open('/proc/self/smaps_rollup').read().splitlines()\n"
         "print(next(line.split()[1] for line in lines if line.startswith('AnonHugePages')))"

@@ -341,7 +341,7 @@ def test_a_model_that_fails_in_a_worker_says_why_and_keeps_the_shards_there_are(
         passes += 1
         return torch.cat([output, output], 1) if passes > 4 else output  # of the third shard
 
-    job.model.module.get_submodule("fc").register_forward_hook(turn_wide)
+    job.ready.loaded.module.get_submodule("fc").register_forward_hook(turn_wide)
     with pytest.raises(CaptureError, match=r"^'fc' is float32 \[4, 2000\] in this batch; the probe saw") as error:
         run(job)
     assert "worker" not in str(error.value)

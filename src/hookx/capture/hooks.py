@@ -1,4 +1,4 @@
-"""PyTorch's forward hooks: on the modules that are watched, and on a model to notice its passes.
+"""PyTorch's forward hooks, on watched modules and on a whole model, and the tensors that pass through them.
 
 No other file of hookx registers a hook. What a hook returns would replace a layer's input or output, so the hooks here
 return None whatever the callbacks do.
@@ -7,11 +7,25 @@ return None whatever the callbacks do.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from hookx.layers.address import Reduction
+
+Parts = tuple[str, ...]  # the path to a tensor within a module's output or arguments
+
+_OVER_DIMS = {
+    "mean": torch.mean,
+    "sum": torch.sum,
+    "max": torch.amax,
+    "min": torch.amin,
+    "norm": torch.linalg.vector_norm,
+}
 
 
 class Taps:
@@ -31,55 +45,47 @@ class Taps:
         self._open_calls: dict[str, list[int]] = {}
         self._hooks: dict[str, list[RemovableHandle]] = {}
 
-    def attach(self, path: str, module: nn.Module) -> None:
-        """Hook a module, unless it is hooked already."""
-        if path not in self._hooks:
-            self.calls[path], self._open_calls[path] = 0, []
-            self._hooks[path] = [
-                module.register_forward_pre_hook(self._enter(path), with_kwargs=True),
-                module.register_forward_hook(self._return(path), with_kwargs=True),
-            ]
+    def attach(self, modules: Mapping[str, nn.Module]) -> None:
+        """Hook the modules that are not hooked yet."""
+        for path, module in modules.items():
+            if path not in self._hooks:
+                self.calls[path], self._open_calls[path] = 0, []
+                self._hooks[path] = self._register(path, module)
 
-    def detach(self, path: str) -> None:
-        """Unhook a module."""
-        for hook in self._hooks.pop(path, ()):
-            hook.remove()
-
-    def detach_all(self) -> None:
-        for path in list(self._hooks):
-            self.detach(path)
+    def detach(self, *paths: str) -> None:
+        """Unhook modules; all of them if no path is given."""
+        for path in paths or list(self._hooks):
+            for hook in self._hooks.pop(path, ()):
+                hook.remove()
 
     def begin_pass(self) -> None:
         """Number the calls of every module from 0 again."""
         self.calls = dict.fromkeys(self.calls, 0)
         self._open_calls = {path: [] for path in self._open_calls}
 
-    def _enter(self, path: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _register(self, path: str, module: nn.Module) -> list[RemovableHandle]:
+        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             call = self.calls[path]
             self.calls[path] += 1
             self._open_calls[path].append(call)
             self.on_enter(path, call, args, kwargs)
 
-        return hook
-
-    def _return(self, path: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def leave(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self._open_calls[path]:  # Empty only if the module was already running when it was hooked.
                 self.on_return(path, self._open_calls[path].pop(), args, kwargs, output)
 
-        return hook
+        before = module.register_forward_pre_hook(enter, with_kwargs=True)
+        return [before, module.register_forward_hook(leave, with_kwargs=True)]
 
 
 @contextlib.contextmanager
 def tap(modules: Mapping[str, nn.Module], taps: Taps) -> Iterator[None]:
     """Hook some modules for the length of the `with` block."""
     try:
-        for path, module in modules.items():
-            taps.attach(path, module)
+        taps.attach(modules)
         yield
     finally:
-        taps.detach_all()
+        taps.detach()
 
 
 def watch_passes(model: nn.Module, begin: Callable[[], None], end: Callable[[], None]) -> list[RemovableHandle]:
@@ -88,3 +94,49 @@ def watch_passes(model: nn.Module, begin: Callable[[], None], end: Callable[[], 
         model.register_forward_pre_hook(lambda *_: begin(), prepend=True),
         model.register_forward_hook(lambda *_: end(), always_call=True),
     ]
+
+
+def tensors_in(value: Any, parts: Parts = ()) -> Iterator[tuple[Parts, Tensor]]:
+    """Yield the tensors in nested tuples, lists, mappings, named tuples and dataclasses, with their path.
+
+    Example:
+        >>> [parts for parts, _ in tensors_in({"out": torch.ones(1), "aux": (torch.ones(1), None)})]
+        [('out',), ('aux', '0')]
+    """
+    if isinstance(value, Tensor):
+        # A quantized tensor's integers mean nothing without its scale; dequantizing is exact.
+        yield parts, value.dequantize() if value.is_quantized else value
+        return
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        items = zip(value._fields, value, strict=True)
+    elif isinstance(value, tuple | list):
+        items = enumerate(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+    for name, item in items:
+        yield from tensors_in(item, (*parts, str(name)))
+
+
+def tensors_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Parts, Tensor]]:
+    """Return the tensors among a call's arguments; a lone argument with tensors needs no name."""
+    arguments: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+    with_tensors = {name: value for name, value in arguments.items() if any(True for _ in tensors_in(value))}
+    return list(tensors_in(next(iter(with_tensors.values())) if len(with_tensors) == 1 else with_tensors))
+
+
+def reduce(tensor: Tensor, reduction: Reduction | None) -> Tensor:
+    """Apply an address's reduction to an activation whose dimension 0 is the batch."""
+    if reduction is None:
+        return tensor
+    if reduction.name == "cls":
+        return tensor[:, 0]
+    if reduction.name == "flatten":
+        return tensor.flatten(1)
+    return _OVER_DIMS[reduction.name](tensor, dim=reduction.dims)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

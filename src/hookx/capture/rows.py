@@ -1,23 +1,20 @@
-"""The capture of a run: activations are copied inside the hook into preallocated rows."""
+"""The capture of a run: copy activations inside the hooks into preallocated rows, and count their remarkable values."""
 
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hookx.capture.counts import ValueCounter
-from hookx.capture.gpu import GPUCopies
-from hookx.capture.hooks import Taps
-from hookx.capture.modules import modules_of
-from hookx.capture.runner import ForwardIsDone, Runner
-from hookx.capture.tensors import Parts, batch_first, dtype_name, reduce, shares_memory, tensors_given, tensors_in
+from hookx.capture.hooks import Parts, Taps, dtype_name, reduce, tensors_given, tensors_in
+from hookx.capture.runner import ForwardIsDone, Runner, modules_of
 from hookx.errors import CaptureError, LayerError
 from hookx.layers.address import Address
-from hookx.layers.tree import Target
+from hookx.layers.select import Target
 from hookx.plan import ValueCounts
 
 
@@ -42,8 +39,8 @@ class RowCapture:
     def __init__(self, runner: Runner, targets: Sequence[Target]) -> None:
         self.runner = runner
         self.passes = 0  # run so far; on a GPU their copies may still be under way
-        self._copies = GPUCopies(runner.device) if runner.device.type == "cuda" else None
-        self._counter = ValueCounter()
+        self._copies = _GPUCopies(runner.device) if runner.device.type == "cuda" else None
+        self._counter = _ValueCounter()
         self._targets: dict[tuple[str, int, bool], dict[Parts, list[Target]]] = {}
         for target in targets:
             address = target.address
@@ -57,12 +54,11 @@ class RowCapture:
         self._remaining: set[tuple[str, int, bool]] = set()
 
     def __enter__(self) -> RowCapture:
-        for path, module in self._modules.items():
-            self._taps.attach(path, module)
+        self._taps.attach(self._modules)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._taps.detach_all()
+        self._taps.detach()
 
     def run(self, pixels_NCHW: Tensor, rows: Mapping[str, Tensor]) -> None:
         """Run one batch; `rows` holds for each address a tensor (images in the batch, *shape) to write into.
@@ -127,25 +123,30 @@ class RowCapture:
 
     def _store(self, target: Target, tensor: Tensor) -> None:
         info, rows = target.tensor, self._rows[str(target.address)]
+        assert info.batch_dim is not None
         expected = list(info.shape)
         if info.rows_per_image > 1:
             expected[0] *= len(rows)
         else:
-            assert info.batch_dim is not None
             expected.insert(info.batch_dim, len(rows))
         if list(tensor.shape) != expected or dtype_name(tensor.dtype) != info.dtype:
             raise CaptureError(
                 f"'{target.address}' is {dtype_name(tensor.dtype)} {list(tensor.shape)} in this batch; "
                 f"the probe saw {info.dtype} {expected}"
             )
-        value = reduce(batch_first(tensor, info), target.address.reduction)
+        if info.rows_per_image > 1:
+            by_image = tensor.unflatten(0, (len(rows), info.rows_per_image))
+        else:
+            by_image = tensor.movedim(info.batch_dim, 0)
+        value = reduce(by_image, target.address.reduction)
         if value.is_floating_point():
             stored = value.to(rows.dtype)
             self._counter.add(str(target.address), value, stored)
             value = stored
         # This copy is the snapshot: whatever overwrites `tensor` later in the pass cannot reach it.
         if self._copies is not None:
-            self._copies.copy(rows, value, is_live=shares_memory(value, tensor))
+            is_live = value.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+            self._copies.copy(rows, value, is_live=is_live)
         else:
             _copy(rows, value)
 
@@ -158,3 +159,90 @@ def _copy(rows: Tensor, value: Tensor) -> None:
             row_CHW.flatten(1).copy_(value_CHW.permute(1, 2, 0).flatten(0, 1).t())
     else:
         rows.copy_(value)
+
+
+class _ValueCounter:
+    """Collects `ValueCounts` over many passes, on the device of the values."""
+
+    def __init__(self) -> None:
+        self._sums: defaultdict[tuple[str, str], list[Tensor]] = defaultdict(list)
+        self._of_pass: list[tuple[tuple[str, str], Tensor]] = []
+
+    def begin_pass(self) -> None:
+        """Drop the counts of a pass that did not end: a batch that fails is run again in parts."""
+        self._of_pass = []
+
+    def end_pass(self) -> None:
+        for address_and_kind, count in self._of_pass:
+            self._sums[address_and_kind].append(count)
+
+    def add(self, address: str, value: Tensor, stored: Tensor) -> None:
+        """Count in one batch of floating-point activations, as returned and as stored."""
+        # NaN, infinity and a lone non-zero all survive into the extremes of an image.
+        per_image = value.unsqueeze(1) if value.ndim == 1 else value
+        if not per_image.shape[1:].numel():
+            return
+        dims = tuple(range(1, per_image.ndim))
+        high, low = per_image.amax(dims), per_image.amin(dims)
+        found = {"non_finite": ~(high.isfinite() & low.isfinite()), "all_zero": (high == 0) & (low == 0)}
+        if torch.finfo(stored.dtype).bits < torch.finfo(value.dtype).bits:
+            found["overflowed"] = stored.isinf() & ~value.isinf()
+            found["flushed"] = (stored == 0) & (value != 0)
+        # The sums are read once a shard: reading one now would wait for the GPU.
+        self._of_pass += [((address, kind), where.sum()) for kind, where in found.items()]
+
+    def take(self) -> ValueCounts:
+        """Return the counts since the last call."""
+        counts = ValueCounts()
+        for (address, kind), sums in self._sums.items():
+            if count := sum(map(int, sums)):
+                counts.add({address: {kind: count}})
+        self._sums.clear()
+        return counts
+
+
+class _GPUCopies:
+    """Copies to pinned memory on a separate stream, overlapping the passes that follow.
+
+    A live activation is first cloned on the GPU, in stream order, so that a later in-place operation cannot reach it
+    before it is copied. The clones take memory until their pass is waited for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.model_seconds = self.copying_seconds = 0.0
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._begin = self._now()
+        self._copies: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._passes: deque[tuple[torch.cuda.Event, torch.cuda.Event, list[Any]]] = deque()
+        self._finished = 0
+
+    def begin_pass(self) -> None:
+        self._begin, self._copies = self._now(), []
+
+    def copy(self, rows: Tensor, value: Tensor, *, is_live: bool) -> None:
+        snapshot = value.clone(memory_format=torch.contiguous_format) if is_live else value.contiguous()
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            begin = self._now()
+            rows.copy_(snapshot, non_blocking=True)
+            self._copies.append((begin, self._now()))
+        snapshot.record_stream(self._stream)  # The allocator must not reuse its memory before it is copied.
+
+    def end_pass(self) -> None:
+        self._passes.append((self._begin, self._now(), self._copies))
+
+    def wait(self, passes: int) -> None:
+        while self._finished < passes:
+            begin, end, copies = self._passes.popleft()
+            end.synchronize()
+            self.model_seconds += begin.elapsed_time(end) / 1000
+            for begin, end in copies:
+                end.synchronize()
+                self.copying_seconds += begin.elapsed_time(end) / 1000
+            self._finished += 1
+
+    def _now(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event

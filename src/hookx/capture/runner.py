@@ -1,4 +1,4 @@
-"""Run a forward pass: on which device, in which precision and memory format, and how to end it early."""
+"""A model's modules by path, and how a batch goes through them: device, precision, memory format, an early end."""
 
 from __future__ import annotations
 
@@ -10,10 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hookx.capture.modules import device_of
-
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def module_classes(model: nn.Module) -> dict[str, str]:
+    """Return path -> class name of every module, in order of registration; the model itself is '.'."""
+    return {path: type(module).__name__ for path, module in modules_of(model).items()}
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return path -> module, in order of registration; a module registered twice has both paths."""
+    return {path or ".": module for path, module in model.named_modules(remove_duplicate=False)}
+
+
+def parameter_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 class ForwardIsDone(BaseException):
@@ -22,14 +34,7 @@ class ForwardIsDone(BaseException):
 
 @dataclass(frozen=True)
 class Runner:
-    """A module, and how batches go through it.
-
-    Attributes:
-        module: the model, in eval mode.
-        forward: takes a batch (N, 3, H, W) through the module; often the module itself.
-        device: the device of the module, and of the batches.
-        precision: 'fp32', or 'bf16' or 'fp16' (autocast).
-        memory_format: 'contiguous' or 'channels_last', for the batches; the caller converts the weights.
+    """A module in eval mode, and how batches go through it.
 
     Example:
         >>> Runner.of(nn.Conv2d(3, 4, 1), precision="bf16").run(torch.rand(2, 3, 8, 8)).dtype
@@ -37,10 +42,10 @@ class Runner:
     """
 
     module: nn.Module
-    forward: Callable[[Tensor], Any]
-    device: torch.device
-    precision: str
-    memory_format: str
+    forward: Callable[[Tensor], Any]  # takes a batch (N, 3, H, W) through the module; often the module itself
+    device: torch.device  # of the module, and of the batches
+    precision: str  # a key of PRECISIONS; autocast unless fp32
+    memory_format: str  # a key of MEMORY_FORMATS, for the batches; the caller converts the weights
 
     @classmethod
     def of(
@@ -51,8 +56,9 @@ class Runner:
         precision: str = "fp32",
         memory_format: str = "contiguous",
     ) -> Runner:
-        """Run a module on the device that it is on; `forward` defaults to the module."""
-        return cls(module, module if forward is None else forward, device_of(module), precision, memory_format)
+        """Run a module on the device of its first parameter, or else the CPU; `forward` defaults to the module."""
+        device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+        return cls(module, module if forward is None else forward, device, precision, memory_format)
 
     def run(self, pixels_NCHW: Tensor) -> Any:
         """Return what the model returns for a batch, without gradients; exceptions pass through."""

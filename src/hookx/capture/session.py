@@ -1,8 +1,4 @@
-"""`Capture`: activations out of a user's own forward passes.
-
-Each is copied inside the hook, at the moment the layer returns: nothing that runs later (an in-place ReLU, a second
-call of the same module) can reach it.
-"""
+"""`Capture`: activations out of a user's own forward passes."""
 
 from __future__ import annotations
 
@@ -14,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hookx.capture.hooks import Taps, watch_passes
-from hookx.capture.modules import modules_of, parameter_count
-from hookx.capture.tensors import Parts, dtype_name, reduce, tensors_given, tensors_in
+from hookx.capture.hooks import Parts, Taps, dtype_name, reduce, tensors_given, tensors_in, watch_passes
+from hookx.capture.runner import module_classes, modules_of, parameter_count
 from hookx.errors import CaptureError, LayerError, NotCapturedError, UsageError, closest
 from hookx.layers.address import Address
 from hookx.layers.select import Selector, matched_paths, parse_selectors
 
 Transform = Callable[[Tensor], Tensor]
 Hook = Callable[[nn.Module, tuple[Any, ...], Any], Tensor | None]
+Layers = str | nn.Module | Iterable[str | nn.Module] | Mapping[str, str | nn.Module]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +58,6 @@ class Capture(Mapping[str, Tensor]):
         ...     _ = model(torch.rand(2, 3, 8, 8))
         >>> capture["0"].shape, capture["1@mean23"].shape
         (torch.Size([2, 4, 6, 6]), torch.Size([2, 4]))
-        >>> with Capture(model, "1") as capture:
-        ...     _ = model(torch.randn(2, 3, 8, 8))
-        >>> bool((capture["1"] < 0).any())  # the in-place ReLU has not reached it
-        True
 
         Your own names, a transform, and the last three passes:
 
@@ -79,7 +71,7 @@ class Capture(Mapping[str, Tensor]):
     def __init__(
         self,
         model: nn.Module,
-        layers: str | nn.Module | Iterable[str | nn.Module] | Mapping[str, str | nn.Module] = (),
+        layers: Layers = (),
         *,
         keep: int | None = 1,
         detach: bool = True,
@@ -101,30 +93,14 @@ class Capture(Mapping[str, Tensor]):
             self.remove()
             raise
 
-    def add(
-        self,
-        layers: str | nn.Module | Iterable[str | nn.Module] | Mapping[str, str | nn.Module],
-        *,
-        transform: Transform | None = None,
-        hook: Hook | None = None,
-    ) -> Capture:
-        """Capture more layers, with their own transform or hook; return the capture itself.
-
-        Example:
-            >>> model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-            >>> capture = Capture(model).add("0").add("1", transform=torch.sigmoid)
-            >>> _ = model(torch.rand(5, 3))
-            >>> list(capture)
-            ['0', '1']
-        """
+    def add(self, layers: Layers, *, transform: Transform | None = None, hook: Hook | None = None) -> Capture:
+        """Capture more layers, with their own transform or hook; return the capture itself."""
         modules = modules_of(self.model)
-        class_names = {path: type(module).__name__ for path, module in modules.items()}
+        class_names = module_classes(self.model)
         paths = {id(module): path for path, module in reversed(modules.items())}
-        named: Iterable[tuple[str | None, str | nn.Module]]
-        if isinstance(layers, Mapping):
-            named = layers.items()
-        else:
-            named = [(None, layer) for layer in ([layers] if isinstance(layers, str | nn.Module) else layers)]
+        if isinstance(layers, str | nn.Module):
+            layers = [layers]
+        named = layers.items() if isinstance(layers, Mapping) else ((None, layer) for layer in layers)
         for name, layer in named:
             if isinstance(layer, nn.Module):
                 if id(layer) not in paths:
@@ -140,13 +116,13 @@ class Capture(Mapping[str, Tensor]):
                     wish = _Wish(modules[path], address, transform, hook)
                     if wish not in self._wishes.setdefault(path, []):
                         self._wishes[path].append(wish)
-                    self._taps.attach(path, modules[path])
+                    self._taps.attach({path: modules[path]})
         return self
 
     def remove(self, name: str | None = None) -> None:
         """Stop capturing: everything, or one path or name. What was captured stays."""
         if name is None:
-            self._taps.detach_all()
+            self._taps.detach()
             for hook in self._model_hooks:
                 hook.remove()
             self._wishes.clear()
@@ -174,14 +150,18 @@ class Capture(Mapping[str, Tensor]):
 
     # --- reading
 
+    @property
+    def _last(self) -> dict[Address, Tensor]:
+        return self._passes[-1] if self._passes else {}
+
     def __getitem__(self, address: str) -> Tensor:
-        return _find(self._passes[-1] if self._passes else {}, address)
+        return _find(self._last, address)
 
     def __iter__(self) -> Iterator[str]:
-        return map(str, _canonical(self._passes[-1]) if self._passes else ())
+        return map(str, _canonical(self._last))
 
     def __len__(self) -> int:
-        return len(self._passes[-1]) if self._passes else 0
+        return len(self._last)
 
     def history(self, address: str) -> list[Tensor]:
         """Return one activation from every pass held, oldest first."""
@@ -198,28 +178,24 @@ class Capture(Mapping[str, Tensor]):
             0  Linear  16  has not run
             1  ReLU     0  has not run
         """
-        last = _canonical(self._passes[-1]) if self._passes else {}
         rows = []
         for path, wishes in self._wishes.items():
             calls = self._taps.calls[path]
             for wish in wishes:
-                kept = [
+                kept = ", ".join(
                     f"{key} {list(tensor.shape)} {dtype_name(tensor.dtype)} {tensor.device}"
-                    for key, tensor in last.items()
-                    if key.path == wish.address.path and key.reduction == wish.address.reduction
-                ]
-                times = f"{calls} call{'s' * (calls != 1)}: {', '.join(kept) or 'nothing kept'}"
-                state = times if calls else "has not run"
+                    for key, tensor in _canonical(self._last).items()
+                    if (key.path, key.reduction) == (wish.address.path, wish.address.reduction)
+                )
+                state = f"{calls} call{'s' * (calls != 1)}: {kept or 'nothing kept'}" if calls else "has not run"
                 rows.append((str(wish.address), type(wish.module).__name__, f"{parameter_count(wish.module):,}", state))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        model = f"{type(self.model).__name__}: {parameter_count(self.model):,} parameters"
         lines = [
             f"{name:{widths[0]}}  {kind:{widths[1]}}  {count:>{widths[2]}}  {state}"
             for name, kind, count, state in rows
         ]
-        total = (
-            f"{type(self.model).__name__}: {parameter_count(self.model):,} parameters, {len(self._passes)} passes held"
-        )
-        return "\n".join([total, *lines])
+        return "\n".join([f"{model}, {len(self._passes)} passes held", *lines])
 
     def __repr__(self) -> str:
         return f"Capture({type(self.model).__name__}: {', '.join(self) or 'nothing yet'})"
@@ -243,8 +219,7 @@ class Capture(Mapping[str, Tensor]):
     def _on_return(self, path: str, call: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         for wish in self._wishes.get(path, ()):
             if wish.hook is not None:
-                result = wish.hook(wish.module, args, output)
-                self._keep(wish, call, tensors_in(result))
+                self._keep(wish, call, tensors_in(wish.hook(wish.module, args, output)))
             elif not wish.address.is_input:
                 self._keep(wish, call, tensors_in(output))
 
@@ -276,10 +251,9 @@ def _canonical(one_pass: Mapping[Address, Tensor]) -> dict[Address, Tensor]:
 
 def _find(one_pass: Mapping[Address, Tensor], address: str) -> Tensor:
     wanted, stored = Address.parse(address), _canonical(one_pass)
-    if wanted in stored:
-        return stored[wanted]
-    if wanted in one_pass:
-        return one_pass[wanted]  # 'relu:0' where relu ran once.
+    found = {**one_pass, **stored}  # 'relu:0' can be read where relu ran once.
+    if wanted in found:
+        return found[wanted]
     if not stored:
         raise NotCapturedError(f"cannot read '{address}': nothing has been captured yet; call the model first")
     same_path = [str(key) for key in stored if key.path == wanted.path]

@@ -77,7 +77,6 @@ def inspect(
     """Describe a run, finished or not.
 
     Args:
-        path: the directory that `hookx extract` wrote.
         statistics: compute statistics of every layer in double precision. This reads every activation, 16 MiB (or one
             row, if larger) at a time; otherwise only the shards' headers are read.
         progress: called with the number of shards read since the last call.
@@ -117,9 +116,7 @@ def inspect(
         plan=plan,
         shards_finished=len(shards),
         has_index=(path / INDEX).exists(),
-        rows=totals.rows,
-        failures=totals.failures,
-        rotations_ignored=totals.rotations_ignored,
+        **vars(totals),
         bytes=totals.rows * plan.bytes_per_image,
         layers=tuple(
             InspectedLayer(
@@ -131,7 +128,6 @@ def inspect(
             )
             for layer in plan.layers
         ),
-        counts=totals.counts,
         made=tuple(made),
     )
 
@@ -161,15 +157,15 @@ class Moments:
         self.values += values.numel()
         self.zeros += values.numel() - int(values.count_nonzero())
         for some in values.split(_VALUES_AT_ONCE):
-            self._add(some.to(torch.float64))
+            self._add_finite(some.to(torch.float64))
 
-    def _add(self, values: Tensor) -> None:
+    def _add_finite(self, values: Tensor) -> None:
         minimum, maximum = map(float, values.aminmax())
         if not (math.isfinite(minimum) and math.isfinite(maximum)):  # aminmax returns NaN if there is one.
-            values = values[values.isfinite()]
-            if not values.numel():
-                return
-            minimum, maximum = map(float, values.aminmax())
+            finite = values[values.isfinite()]
+            if finite.numel():
+                self._add_finite(finite)
+            return
         self.minimum, self.maximum = min(self.minimum, minimum), max(self.maximum, maximum)
         mean = float(values.mean())
         count, total = values.numel(), self.finite + values.numel()
@@ -180,13 +176,8 @@ class Moments:
 
     def statistics(self) -> Statistics:
         """Return the statistics of the values so far."""
-        some = self.finite > 0
-        return Statistics(
-            values=self.values,
-            mean=self.mean if some else None,
-            deviation=math.sqrt(self.squares / self.finite) if some else None,
-            minimum=self.minimum if some else None,
-            maximum=self.maximum if some else None,
-            zeros=self.zeros,
-            non_finite=self.values - self.finite,
-        )
+        non_finite = self.values - self.finite
+        if not self.finite:
+            return Statistics(self.values, None, None, None, None, self.zeros, non_finite)
+        deviation = math.sqrt(self.squares / self.finite)
+        return Statistics(self.values, self.mean, deviation, self.minimum, self.maximum, self.zeros, non_finite)

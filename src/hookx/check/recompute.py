@@ -6,7 +6,7 @@ import random
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -21,17 +21,15 @@ from hookx.errors import ShardError, StoreError, UsageError
 from hookx.images.decoding import check_decoding, decode, decode_jpegs, failure_reason, model_input
 from hookx.images.listing import list_images
 from hookx.keys import key_bytes
-from hookx.layers.select import Selector
-from hookx.layers.tree import Target
+from hookx.layers.select import Selector, Target
 from hookx.models import LoadedModel, load_model, may_run_code
 from hookx.options import CheckpointOptions, ModelOptions, RecomputeOptions, list_paths, takes
 from hookx.plan import Plan, Shard, WeightsIdentity
-from hookx.run.cores import single_threaded
-from hookx.run.defaults import choose_device
+from hookx.run.defaults import choose_device, single_threaded
 from hookx.run.ready import place_and_select
 from hookx.store.directory import present_shards, read_plan
 from hookx.store.format import open_shard
-from hookx.store.record import ShardRecord, read_record
+from hookx.store.record import read_record
 
 # Largest deviations that rounding explains, as a share of the row's largest magnitude. Sums in another order differ
 # slightly; another device also has other arithmetic (TensorFloat-32 has the 10 bits of a half).
@@ -93,7 +91,9 @@ def recompute(options: RecomputeOptions) -> Recomputation:
         warnings.warn("recompute(options=...) is deprecated: give its fields as arguments", DeprecationWarning, 3)
     path = Path(options.path)
     plan = read_plan(path)
-    _check_known(path, plan)
+    for value, known in ((plan.precision, PRECISIONS), (plan.memory_format, MEMORY_FORMATS)):
+        if value not in known:
+            raise StoreError(f"{path}/ was computed in '{value}', which this version of hookx does not support")
     chosen = _choose_rows(path, plan, options.count, random.Random(options.seed))
     listed = list_images(list_paths(options.images))
     files = dict(zip(listed.keys, listed.files, strict=True))
@@ -112,29 +112,26 @@ def recompute(options: RecomputeOptions) -> Recomputation:
             try:
                 pixels_NCHW = _decode_again(batch, files, plan, loaded, runner.device)
             except StoreError as error:
-                problems += [Problem(batch.file, f"row {row:,}: {error}") for row in batch.rows]
+                problems += [Problem(batch.file, f"row {row:,}: {error}") for row in batch.rows.values()]
                 continue
-            computed = _compute(capture, pixels_NCHW, plan)
-            compared = [_compare(path, plan, batch, row, computed) for row in batch.rows]
+            computed = {
+                layer.address: torch.empty((len(batch.keys), *layer.shape), dtype=getattr(torch, layer.dtype))
+                for layer in plan.layers
+            }
+            capture.run(model_input(pixels_NCHW, plan.preprocessing), computed)
+            capture.wait()
+            compared = list(_compare(path, batch, computed))
             rows += compared
-            problems += _deviating(compared, plan, batch, runner.device)
+            problems += _find_deviations(compared, plan, same_device=batch.made_on == runner.device.type)
     return Recomputation(str(runner.device), tuple(rows), tuple(problems))
-
-
-def _check_known(path: Path, plan: Plan) -> None:
-    for value, known in ((plan.precision, PRECISIONS), (plan.memory_format, MEMORY_FORMATS)):
-        if value not in known:
-            raise StoreError(f"{path}/ was computed in '{value}', which this version of hookx does not support")
 
 
 def _choose_rows(path: Path, plan: Plan, count: int, generator: random.Random) -> dict[Shard, list[int]]:
     """Choose random rows from all readable shards; return the row numbers of each shard, in order."""
     rows_of: dict[Shard, int] = {}
     for shard in present_shards(path, plan):
-        try:
+        with suppress(ShardError):  # `verify` reports it.
             rows_of[shard] = len(read_record(path, plan, shard).keys)
-        except ShardError:
-            continue  # `verify` reports it.
     shards, ends = list(rows_of), list(accumulate(rows_of.values()))
     if not ends or not ends[-1]:
         raise StoreError(f"{path}/ holds no row to compute again")
@@ -173,7 +170,7 @@ def _find_targets(path: Path, plan: Plan, loaded: LoadedModel, runner: Runner) -
         raise UsageError(f"{plan.model} has integer layers that run on the CPU only", "write --device cpu")
     check_decoding(plan.preprocessing, runner.device)
     selectors = [Selector.parse(layer.address) for layer in plan.layers]
-    targets = place_and_select(loaded, runner, selectors, crop_px=plan.preprocessing.crop_px).targets
+    targets = place_and_select(loaded, runner, plan.preprocessing.crop_px, selectors).targets
     shapes = {layer.address: layer.shape for layer in plan.layers}
     if {str(target.address): target.shape for target in targets} != shapes:
         raise StoreError(f"{plan.model} does not have the layers and shapes of {path}/")
@@ -185,28 +182,28 @@ class _Batch:
     """Images of one shard that went through the model together."""
 
     file: str
-    record: ShardRecord
+    made_on: str  # the type of device
     sizes_bytes: dict[str, int]  # key -> size when the run listed the images of the shard
     keys: list[str]
-    rows: list[int]  # those to compare
+    rows: dict[str, int]  # key -> row, of those to compare
 
 
 def _find_batches(path: Path, plan: Plan, chosen: dict[Shard, list[int]]) -> Iterator[_Batch]:
     """Yield the batches of the chosen rows: cut at multiples of the batch size, without unreadable images."""
     for shard, numbers in chosen.items():
-        record, wanted = read_record(path, plan, shard), set(numbers)
+        record = read_record(path, plan, shard)
         made_with = record.made.get("batch_size")
         batch_size = made_with if isinstance(made_with, int) and made_with > 0 else plan.batch_size
-        row_of = {key: row for row, key in enumerate(record.keys)}
+        made_on = str(record.made.get("device")).partition(":")[0].partition(" ")[0]
+        readable, wanted = set(record.keys), {record.keys[row]: row for row in numbers}
         keys = sorted([*record.keys, *(key for key, _ in record.failures)], key=key_bytes)
         sizes_bytes = dict(zip(keys, record.sizes_bytes, strict=False))
         for positions in shard.batches(batch_size):
-            in_batch = [
-                key for key in keys[positions.start - shard.start : positions.stop - shard.start] if key in row_of
-            ]
-            rows = [row_of[key] for key in in_batch if row_of[key] in wanted]
+            listed = keys[positions.start - shard.start : positions.stop - shard.start]
+            rows = {key: wanted[key] for key in listed if key in wanted}
             if rows:
-                yield _Batch(plan.shard_file(shard), record, sizes_bytes, in_batch, rows)
+                in_batch = [key for key in listed if key in readable]
+                yield _Batch(plan.shard_file(shard), made_on, sizes_bytes, in_batch, rows)
 
 
 def _decode_again(
@@ -232,35 +229,23 @@ def _decode_again(
     return torch.stack([decode_image(key) for key in batch.keys])
 
 
-def _compute(capture: RowCapture, pixels_NCHW: Tensor, plan: Plan) -> dict[str, Tensor]:
-    computed = {
-        layer.address: torch.empty((len(pixels_NCHW), *layer.shape), dtype=getattr(torch, layer.dtype))
-        for layer in plan.layers
-    }
-    capture.run(model_input(pixels_NCHW, plan.preprocessing), computed)
-    capture.wait()
-    return computed
-
-
-def _compare(path: Path, plan: Plan, batch: _Batch, row: int, computed: dict[str, Tensor]) -> RecomputedRow:
-    """Compare a stored row with what was computed for its image."""
-    key = batch.record.keys[row]
-    position = batch.keys.index(key)
-    deviations = {}
+def _compare(path: Path, batch: _Batch, computed: dict[str, Tensor]) -> Iterator[RecomputedRow]:
+    """Compare the stored rows of a batch with what was computed for their images."""
     with open_shard(path / batch.file) as opened:
-        for layer in plan.layers:
-            stored = opened.get_slice(layer.address)[row : row + 1]
-            deviations[layer.address] = _deviation(stored[0], computed[layer.address][position])
-    return RecomputedRow(batch.file, row, key, deviations)
+        for key, row in batch.rows.items():
+            deviations = {}
+            for address, tensor in computed.items():
+                stored = opened.get_slice(address)[row : row + 1]
+                deviations[address] = _deviation(stored[0], tensor[batch.keys.index(key)])
+            yield RecomputedRow(batch.file, row, key, deviations)
 
 
-def _deviating(rows: Sequence[RecomputedRow], plan: Plan, batch: _Batch, device: torch.device) -> Iterator[Problem]:
+def _find_deviations(rows: Sequence[RecomputedRow], plan: Plan, *, same_device: bool) -> Iterator[Problem]:
     """Report the deviations that rounding does not explain."""
-    made_on = str(batch.record.made.get("device")).partition(":")[0].partition(" ")[0]
     for row in rows:
         for layer in plan.layers:
             halves = plan.precision != "fp32" or layer.dtype in ("float16", "bfloat16")
-            allowed = _MAX_ROUNDING_OF_HALVES if halves or made_on != device.type else _MAX_ROUNDING
+            allowed = _MAX_ROUNDING if same_device and not halves else _MAX_ROUNDING_OF_HALVES
             deviation = row.deviations[layer.address]
             if not deviation <= allowed:
                 yield Problem(
@@ -272,14 +257,13 @@ def _deviating(rows: Sequence[RecomputedRow], plan: Plan, batch: _Batch, device:
 
 def _deviation(stored: Tensor, computed: Tensor) -> float:
     """Return the largest difference as a share of the largest magnitude; infinity where only one is finite."""
-    one, other = (_to_float64(tensor) for tensor in (stored, computed))
+    one, other = (
+        (torch.view_as_real(tensor) if tensor.is_complex() else tensor).flatten().to(torch.float64)
+        for tensor in (stored, computed)
+    )
     same = (one == other) | (one.isnan() & other.isnan())
     if bool(same.all()):
         return 0.0
     magnitude = max(float(tensor.nan_to_num(0, 0, 0).abs().max()) for tensor in (one, other))
     difference = (one - other)[~same].abs().nan_to_num(nan=float("inf"))
     return float(difference.max()) / magnitude if magnitude else float("inf")
-
-
-def _to_float64(tensor: Tensor) -> Tensor:
-    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).flatten().to(torch.float64)

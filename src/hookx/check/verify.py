@@ -17,7 +17,7 @@ from hookx.plan import Plan, Shard
 from hookx.store.directory import FAILURES, INDEX, PLAN, derived_tables, present_shards, read_plan
 from hookx.store.files import ASIDE
 from hookx.store.format import checksum, open_shard
-from hookx.store.record import ShardRecord, read_record
+from hookx.store.record import ShardRecord, Totals, read_record
 
 _MAX_NOTES = 20
 
@@ -56,7 +56,6 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int], None] = la
     in order; the checksums taken while the shards were written match; index.csv and failures.csv match the shards.
 
     Args:
-        path: the directory that `hookx extract` wrote.
         progress: called with the number of shards read since the last call.
 
     Raises:
@@ -86,17 +85,16 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int], None] = la
 
     present = present_shards(path, plan)
     problems = list(_missing(plan, present))
-    images, rows, failures, whole = _ImageList(), 0, 0, 0
+    images, totals, whole = _ImageList(), Totals(), 0
     for shard in present:
         file = plan.shard_file(shard)
         try:
             record = read_record(path, plan, shard)
-            found = [*images.problems_with(shard, record), *_changed_tensors(path / file, plan, record)]
+            found = [*images.add(shard, record), *_changed_tensors(path / file, plan, record)]
         except ShardError as error:
             found = [error.what]
         else:
-            rows += len(record.keys)
-            failures += len(record.failures)
+            totals.add(record)
             whole += not found
         problems += (Problem(file, what) for what in found)
         progress(1)
@@ -104,7 +102,7 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int], None] = la
     foreign, notes = _other_files(path, plan, present)
     problems += foreign
     if whole == len(plan.shards):
-        if images.sha256 != plan.images_sha256:
+        if images.digest.hexdigest() != plan.images_sha256:
             problems.append(Problem(PLAN, "lists images (names or sizes) other than those in the shards"))
         problems += _wrong_tables(path, plan)
     elif (path / INDEX).exists():
@@ -113,9 +111,9 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int], None] = la
         path=str(path),
         shards=len(plan.shards),
         shards_whole=whole,
-        rows=rows,
-        failures=failures,
-        bytes=rows * plan.bytes_per_image,
+        rows=totals.rows,
+        failures=totals.failures,
+        bytes=totals.rows * plan.bytes_per_image,
         problems=tuple(problems),
         notes=tuple(notes),
     )
@@ -138,14 +136,10 @@ class _ImageList:
     """The list of images, put together from the shards: its digest, and the last key so far."""
 
     def __init__(self) -> None:
-        self._digest = hashlib.sha256()
+        self.digest = hashlib.sha256()
         self._last_key: str | None = None
 
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
-
-    def problems_with(self, shard: Shard, record: ShardRecord) -> Iterator[str]:
+    def add(self, shard: Shard, record: ShardRecord) -> Iterator[str]:
         """Add the images of the next shard, rows and failures alike, and report those out of order."""
         failed = [key for key, _ in record.failures]
         keys = sorted(record.keys + failed, key=key_bytes)
@@ -160,7 +154,7 @@ class _ImageList:
         if len(record.sizes_bytes) != len(shard):
             yield f"records the sizes of {len(record.sizes_bytes)} images, but holds {len(shard)}"
             return
-        self._digest.update(image_lines(zip(keys, record.sizes_bytes, strict=True)))
+        self.digest.update(image_lines(zip(keys, record.sizes_bytes, strict=True)))
 
 
 def _changed_tensors(file: Path, plan: Plan, record: ShardRecord) -> Iterator[str]:

@@ -157,10 +157,11 @@ def cat(options: given.CatOptions, form: JsonOptions) -> None:
     if options.raw and sys.stdout.isatty():
         raise UsageError("--raw writes bytes, and standard output is a terminal", "send them to a file: > FILE")
     from hookx.exporting import printing
+    from hookx.store.format import bytes_of
 
     activation = printing.read_activation(Path(options.path), options.layer, options.image)
     if options.raw:
-        print_bytes(printing.to_bytes(activation.values))
+        print_bytes([bytes_of(activation.values)])
     else:
         print_bytes(printing.to_json(activation) if form.json else printing.to_text(activation.values))
 

@@ -90,7 +90,7 @@ def _known_of(model: str) -> dict[str, Any]:
     """Return the classes of a published model's modules by path, and the names of its weights."""
 
     def build() -> dict[str, Any]:
-        from hookx.capture.modules import module_classes
+        from hookx.capture.runner import module_classes
         from hookx.models import skeleton, weights_of
 
         classes = module_classes(skeleton(model, "none").module)

@@ -20,7 +20,7 @@ from rich.filesize import decimal
 
 from hookx.cli.streams import in_one_line, print_lines
 from hookx.layers.address import Address
-from hookx.layers.tree import Layer
+from hookx.layers.select import Layer
 from hookx.plan import LayerSpec, Plan
 
 if TYPE_CHECKING:  # They import torch.

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hookx.errors import NotStoredError, StoreError
-from hookx.exporting.formats import Format, find_format
-from hookx.exporting.numpy import keys_csv, keys_file
+from hookx.errors import StoreError
+from hookx.exporting.formats import Format, find_format, keys_csv, keys_file
 from hookx.exporting.rows import Rows
 from hookx.layers.address import Address
 from hookx.read.features import Features, open_features
@@ -50,7 +49,6 @@ def export(
 
     Args:
         features: the directory that `hookx extract` wrote, or the result of `hookx.open`.
-        layer: an address that the run holds.
         to: a path that does not exist, ending in .npy, .npz, .parquet, .h5, .mat, .csv or .zarr.
         progress: called with the number of rows written since the last call.
 
@@ -107,24 +105,16 @@ def select_rows(
     features: Features, layer: str, format: Format, progress: Callable[[int], None] = lambda rows_written: None
 ) -> Rows:
     """Return the rows of one layer in the type that a format writes; `LayerError` if the run does not hold it."""
-    plan = features.plan
-    dtypes = {spec.address: spec.dtype for spec in plan.layers}
-    address = layer if layer in dtypes else str(Address.parse(layer))
-    if address not in dtypes:
-        raise NotStoredError.of(f"{features.path}/", address, dtypes)
-    dtype = dtypes[address]
+    address = layer if layer in features else str(Address.parse(layer))
+    activations, plan = features[address], features.plan
+    dtype = activations.layer.dtype
     if dtype in format.missing_dtypes:
         log.info("%s is written as float32, which holds the same values: the format has no %s", dtype, dtype)
         dtype = "float32"
     origin = {"layer": address, "model": plan.model, "weights": plan.weights, "fingerprint": plan.fingerprint}
-    return Rows(
-        keys=features.keys_of_rows,
-        activations=features[address],
-        dtype=np.dtype(dtype),
-        # Paths need not be UTF-8, and formats hold text.
-        origin={name: text.encode("utf-8", "backslashreplace").decode() for name, text in origin.items()},
-        advance=progress,
-    )
+    # Paths need not be UTF-8, and formats hold text.
+    origin = {name: text.encode("utf-8", "backslashreplace").decode() for name, text in origin.items()}
+    return Rows(features.keys, activations, np.dtype(dtype), origin, progress)
 
 
 def _holds(file: Path, lines: Iterable[bytes]) -> bool:

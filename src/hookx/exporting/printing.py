@@ -76,20 +76,11 @@ def to_json(activation: Activation) -> Iterator[bytes]:
     and JavaScript's `Number` read. A complex value becomes a list of two numbers.
     """
     values = activation.values
-    about = {
-        "key": activation.key,
-        "layer": activation.layer,
-        "shape": list(values.shape),
-        "dtype": str(values.dtype).removeprefix("torch."),
-    }
+    dtype = str(values.dtype).removeprefix("torch.")
+    about = {"key": activation.key, "layer": activation.layer, "shape": list(values.shape), "dtype": dtype}
     yield json.dumps(about).encode().removesuffix(b"}") + b', "values": '
     yield from _nest(_to_numpy(torch.view_as_real(values) if values.is_complex() else values))
     yield b"}\n"
-
-
-def to_bytes(values: Tensor) -> Iterator[memoryview]:
-    """Yield the bytes as stored: little-endian, the last dimension varies fastest."""
-    yield memoryview(values.flatten().view(torch.uint8).numpy().data)
 
 
 def _to_numpy(values: Tensor) -> NDArray[Any]:

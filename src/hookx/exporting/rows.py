@@ -21,31 +21,21 @@ log = logging.getLogger("hookx")
 
 @dataclass(frozen=True)
 class Rows:
-    """What is exported.
-
-    Attributes:
-        keys: the image key of every row.
-        dtype: the numpy type to write; it holds every value of the stored type.
-        origin: the layer, model, weights and fingerprint of the run, as text that every format can hold.
-        advance: called with the number of rows read since the last call.
-        max_block_bytes: a block is at most this large, or a single row.
-        max_block_rows: a second bound, because a row can be smaller than its key.
-    """
+    """What is exported."""
 
     keys: Sequence[str]
     activations: Activations
-    dtype: np.dtype[np.generic]
-    origin: Mapping[str, str]
-    advance: Callable[[int], None] = lambda rows_read: None
-    max_block_bytes: int = 16 * 2**20
-    max_block_rows: int = 2**14
+    dtype: np.dtype[np.generic]  # to write; it holds every value of the stored type
+    origin: Mapping[str, str]  # layer, model, weights and fingerprint of the run, as text that every format can hold
+    advance: Callable[[int], None] = lambda rows_read: None  # called as export's `progress`
+    max_block_bytes: int = 16 * 2**20  # or a single row
+    max_block_rows: int = 2**14  # A second bound, because a row can be smaller than its key.
 
     def __len__(self) -> int:
         return len(self.keys)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of all rows together: (rows, *shape of one image)."""
         return self.activations.shape
 
     @property
@@ -53,16 +43,13 @@ class Rows:
         return math.prod(self.shape[1:])
 
     @property
-    def bytes_per_row(self) -> int:
-        return self.values_per_row * self.dtype.itemsize
-
-    @property
     def nbytes(self) -> int:
-        return len(self) * self.bytes_per_row
+        return len(self) * self.values_per_row * self.dtype.itemsize
 
     @property
     def rows_per_block(self) -> int:
-        return min(self.max_block_rows, max(1, self.max_block_bytes // max(1, self.bytes_per_row)))
+        row_bytes = self.values_per_row * self.dtype.itemsize
+        return min(self.max_block_rows, max(1, self.max_block_bytes // max(1, row_bytes)))
 
     def spans(self) -> Iterator[slice]:
         """Yield the rows of each block, in order."""

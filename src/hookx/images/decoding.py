@@ -11,12 +11,10 @@ import stat
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
@@ -45,6 +43,7 @@ _MAX_REASON_LENGTH = 300  # characters
 
 _GPU_INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic")
 _END_OF_JPEG = b"\xff\xd9"
+_Picture = TypeVar("_Picture", Image.Image, Tensor)
 
 
 class UnreadableError(Exception):
@@ -59,17 +58,13 @@ def decode(
 ) -> tuple[Tensor, bool]:
     """Read the first frame of an image file as RGB (see `_to_rgb`), resize it and crop it; ignore colour profiles.
 
-    Args:
-        file: the path.
-        preprocessing: how the image becomes a model's input.
-        listed_bytes: the size of the file when it was listed; a different size now is a failure.
-        transform: the model's own transform, RGB image -> pixels (3, crop_px, crop_px), used in place of
-            `preprocessing`.
+    A size other than `listed_bytes` is a failure. `transform`, the model's own, takes the RGB image to a model's input
+    (3, crop_px, crop_px) in place of `preprocessing`.
 
     Returns:
-        The pixels (3, crop_px, crop_px), and whether a rotation that the camera recorded was ignored. The pixels are
-        uint8, for `model_input` to scale; those of a model's own transform are the model's input. For a plain JPEG that
-        nvjpeg shall decode, the bytes of the file instead: a uint8 tensor of one dimension, for `decode_jpegs`.
+        The pixels, uint8 (3, crop_px, crop_px) for `model_input` to scale, or what `transform` returned; and whether a
+        rotation that the camera recorded was ignored. For a plain JPEG that nvjpeg shall decode, the bytes of the file
+        instead of pixels: a uint8 tensor of one dimension, for `decode_jpegs`.
 
     Raises:
         Exception: whatever a decoder raises on corrupt files; `failure_reason` puts it into words.
@@ -99,7 +94,10 @@ def decode(
     _check_resized_size(rgb.size, preprocessing.resize_px)
     if orientation is not None and preprocessing.exif == "apply":
         rgb, orientation = rgb.transpose(orientation), None
-    pixels_CHW = (transform or _transform(preprocessing))(rgb)
+    if transform:
+        pixels_CHW = transform(rgb)
+    else:
+        pixels_CHW = torch.from_numpy(np.array(_resize_and_crop(rgb, preprocessing))).permute(2, 0, 1)
     if pixels_CHW.shape != (3, preprocessing.crop_px, preprocessing.crop_px):
         side = preprocessing.crop_px
         raise UnreadableError(f"preprocessing gave {tuple(pixels_CHW.shape)} instead of (3, {side}, {side})")
@@ -109,17 +107,10 @@ def decode(
 def decode_jpegs(
     encoded: Sequence[Tensor], preprocessing: Preprocessing, device: torch.device
 ) -> list[Tensor | UnreadableError]:
-    """Decode, resize and crop on a device the JPEGs that `decode` leaves to nvjpeg.
+    """Decode, resize and crop on a device the JPEGs that `decode` leaves to nvjpeg; on a CPU libjpeg decodes.
 
-    nvjpeg and resizing on a GPU round differently from libjpeg and Pillow: pixels differ by a few levels.
-
-    Args:
-        encoded: the bytes of each file, as `decode` returns them.
-        preprocessing: how an image becomes a model's input.
-        device: where to decode; on a CPU libjpeg decodes, and resizing is the GPU's.
-
-    Returns:
-        For each file its pixels on the device, uint8 (3, crop_px, crop_px), or the error.
+    nvjpeg and resizing on a GPU round differently from libjpeg and Pillow: pixels differ by a few levels. Return for
+    each file its pixels on the device, uint8 (3, crop_px, crop_px), or the error.
     """
     try:
         with warnings.catch_warnings():  # torchvision recommends TorchCodec on every call.
@@ -179,12 +170,7 @@ def known_formats() -> list[str]:
     call imports every decoder, so that processes forked later need not.
     """
     Image.init()
-    return _sort(tuple(Image.ID))
-
-
-@cache
-def _sort(formats: tuple[str, ...]) -> list[str]:
-    return sorted((name for name in formats if name != "EPS"), key=lambda name: (Image.OPEN[name][1] is None, name))
+    return sorted((name for name in Image.ID if name != "EPS"), key=lambda name: (Image.OPEN[name][1] is None, name))
 
 
 def _check_resized_size(size: tuple[int, int], resize_px: int) -> None:
@@ -211,56 +197,30 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     repeated; alpha channels and transparent colours are dropped, not blended; CMYK, YCCK, Lab and HSV are converted
     without their profiles. Pillow itself reads the upper 8 bits of colour with 16 bits per channel.
 
-    Grey with more than 8 bits is scaled, because `convert` would clip everything above 255 to white:
-
-    - 16 bits: divided by 257, so that 65535 becomes 255.
-    - 32-bit integers: like 16 bits if all values lie between 0 and 65535; otherwise the image's minimum becomes 0 and
-      its maximum 255.
-    - Floating point: multiplied by 255 if all values lie between 0 and 1; unchanged if between 0 and 255; otherwise the
-      minimum becomes 0 and the maximum 255. NaN or infinity is a failure.
-
-    Values are rounded to the nearest integer.
+    Grey with more than 8 bits is scaled and rounded, because `convert` would clip everything above 255 to white. White
+    is 65535 if the values are integers between 0 and that; 1 or 255 if they are floating-point numbers between 0 and
+    that. Otherwise the image's minimum becomes 0 and its maximum 255. NaN or infinity is a failure.
     """
     if image.mode == "La":  # Premultiplied grey, which Pillow converts to LA only.
         image = image.convert("LA")
     if not (image.mode in ("I", "F") or image.mode.startswith("I;16")):
         return image.convert("RGB")
     values = np.asarray(image).astype(np.float64)
-    low, high = _black_and_white(values, image.mode)
-    grey = np.rint((values - low) * (255 / (high - low or 1)))  # A uniform image has no contrast: black.
-    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-
-
-def _black_and_white(values: NDArray[np.float64], mode: str) -> tuple[float, float]:
-    """Return the values that become 0 and 255."""
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
         raise UnreadableError("the image holds values that are not finite")
-    for white in (1.0, 255.0) if mode == "F" else (65535.0,):
-        if low >= 0 and high <= white:
-            return 0.0, white
-    return low, high
-
-
-@cache
-def _transform(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
-    """Return the first half of the published preprocessing: resize and crop, still in uint8."""
-    interpolation = InterpolationMode(preprocessing.interpolation)
-
-    def transform(rgb: Image.Image) -> Tensor:
-        # As in torchvision's ImageClassification, the class of every `weights.transforms()`.
-        resized = F.resize(rgb, [preprocessing.resize_px], interpolation, antialias=preprocessing.antialias)
-        cropped = F.center_crop(resized, [preprocessing.crop_px, preprocessing.crop_px])
-        return torch.from_numpy(np.array(cropped)).permute(2, 0, 1)
-
-    return transform
+    whites = (1.0, 255.0) if image.mode == "F" else (65535.0,)
+    if low >= 0 and high <= whites[-1]:
+        low, high = 0.0, next(white for white in whites if high <= white)
+    grey = np.rint((values - low) * (255 / (high - low or 1)))  # A uniform image has no contrast: black.
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 
 def model_input(pixels_NCHW: Tensor, preprocessing: Preprocessing) -> Tensor:
     """Scale decoded pixels to a model's input: the second half of the published preprocessing, bit for bit.
 
-    uint8 becomes float32 in [0, 1], minus `mean`, divided by `std`; the output of a model's own transform is returned
-    as it is. The pixels stay on their device: sending uint8 to a GPU moves a quarter of the bytes.
+    uint8 becomes float32 in [0, 1], minus `mean`, divided by `std`, on the same device; the output of a model's own
+    transform is returned as it is.
     """
     if pixels_NCHW.dtype != torch.uint8:
         return pixels_NCHW
@@ -276,9 +236,10 @@ def model_input(pixels_NCHW: Tensor, preprocessing: Preprocessing) -> Tensor:
     return lines.view(batch, height_px, width_px, 3).permute(0, 3, 1, 2)
 
 
-def _resize_and_crop(picture_CHW: Tensor, preprocessing: Preprocessing) -> Tensor:
+def _resize_and_crop(picture: _Picture, preprocessing: Preprocessing) -> _Picture:
+    """Apply the first half of the published preprocessing, as in torchvision's ImageClassification."""
     interpolation = InterpolationMode(preprocessing.interpolation)
-    resized = F.resize(picture_CHW, [preprocessing.resize_px], interpolation, antialias=preprocessing.antialias)
+    resized = F.resize(picture, [preprocessing.resize_px], interpolation, antialias=preprocessing.antialias)
     return F.center_crop(resized, [preprocessing.crop_px, preprocessing.crop_px])
 
 

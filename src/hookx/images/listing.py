@@ -13,7 +13,7 @@ import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from multiprocessing.process import BaseProcess
 
 from hookx.errors import ImageError
 from hookx.keys import Keys, LazySequence
@@ -29,7 +29,9 @@ _BLOCK_BYTES = 2**20  # read at once from standard input
 _MARK_BYTES = 5
 _PACKED_AT_ONCE = 100_000  # keys
 _MAX_FILES_ALONE = 20_000  # measured by this process alone; several processes share a longer list
-_MEASURING_PROCESSES = 8  # even on fewer cores: a remote disk answers several requests at a time
+# Processes, because threads would wait for each other's lock between calls this short; 8 of them even on fewer cores,
+# because a remote disk answers several requests at a time.
+_MEASURING_PROCESSES = 8
 
 
 class Files(LazySequence[str]):
@@ -45,7 +47,6 @@ class Files(LazySequence[str]):
         return os.fsdecode(self.encoded(position))
 
     def encoded(self, position: int) -> bytes:
-        """Return the bytes of a file's path."""
         return self.roots[self.root_of[position]] + self.keys.encoded(position)
 
 
@@ -125,8 +126,7 @@ def _list_source(source: str) -> Iterator[tuple[bytes, list[bytes]]]:
         yield from _list_standard_input(b"\0" if source == "-0" else b"\n")
     elif os.path.isdir(source):
         root = os.fsencode(os.path.join(source, ""))
-        for keys in _list_folder(root, b"", ()):
-            yield root, keys
+        yield from ((root, keys) for keys in _list_folder(root, b"", ()))
     elif os.path.lexists(source):
         file = os.fsencode(source)
         key = os.path.basename(file)
@@ -147,23 +147,19 @@ def _list_folder(folder: bytes, prefix: bytes, above: tuple[tuple[int, int], ...
         raise ImageError(f"cannot list the folder '{name}': {error.strerror}") from None
     keys = []
     for entry in entries:
-        if _is_folder(entry):
+        is_folder = False
+        with contextlib.suppress(OSError):  # A link to itself.
+            is_folder = entry.is_dir()
+        if is_folder:
             yield from _list_folder(entry.path, prefix + entry.name + b"/", (*above, identity))
         elif os.path.splitext(entry.name)[1].lower() in _SUFFIXES:
             keys.append(prefix + entry.name)
     yield keys
 
 
-def _is_folder(entry: os.DirEntry[bytes]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False  # A link to itself.
-
-
 def _list_standard_input(end: bytes) -> Iterator[tuple[bytes, list[bytes]]]:
     here = os.path.join(os.getcwdb(), b"")
-    for block in _read_blocks(sys.stdin.buffer, end):
+    for block in _read_blocks(end):
         block = end + block + end
         if end == b"\n":
             block = block.replace(b"\r\n", b"\n")
@@ -181,16 +177,12 @@ def _list_standard_input(end: bytes) -> Iterator[tuple[bytes, list[bytes]]]:
         yield b"/", [path.lstrip(b"/") for path in paths if path.startswith(b"/") and not path.startswith(here)]
 
 
-def _read_blocks(stream: BinaryIO, end: bytes) -> Iterator[bytes]:
-    """Read a stream in blocks that are cut at the end of a path, without that end."""
+def _read_blocks(end: bytes) -> Iterator[bytes]:
+    """Read standard input in blocks that are cut at the end of a path, without that end."""
     rest = b""
-    while more := stream.read(_BLOCK_BYTES):
-        block, found, tail = more.rpartition(end)
-        if found:
-            yield rest + block
-            rest = tail
-        else:
-            rest += tail
+    while more := sys.stdin.buffer.read(_BLOCK_BYTES):
+        block, _, rest = (rest + more).rpartition(end)
+        yield block
     yield rest
 
 
@@ -208,29 +200,28 @@ def measure(files: Files, max_files_alone: int = _MAX_FILES_ALONE) -> array[int]
         _measure_in_processes(files, shared)
     else:
         _measure_part(files, range(len(files)), shared)
-    sizes_bytes = array("q")
-    sizes_bytes.frombytes(shared.cast("B"))
-    return sizes_bytes
+    return array("q", bytes(shared))
 
 
 def _measure_in_processes(files: Files, sizes_bytes: memoryview[int]) -> None:
     share, fork = -(-len(files) // _MEASURING_PROCESSES), multiprocessing.get_context("fork")
     parts = [range(len(files))[first : first + share] for first in range(0, len(files), share)]
-    processes = [fork.Process(target=_measure_in_child, args=(files, part, sizes_bytes)) for part in parts]
+    started: list[BaseProcess] = []
     try:
         with defer_signals(), contextlib.suppress(OSError):  # The system may refuse more processes.
-            for process in processes:
-                process.start()
-        for process, part in zip(processes, parts, strict=True):
-            if process.pid is not None:
-                process.join()
-            if process.exitcode != 0:  # It did not start, or was killed.
+            for part in parts:
+                child = fork.Process(target=_measure_in_child, args=(files, part, sizes_bytes))
+                child.start()
+                started.append(child)
+        for process in started:
+            process.join()
+        for process, part in itertools.zip_longest(started, parts):
+            if process is None or process.exitcode != 0:  # It was refused, or killed.
                 _measure_part(files, part, sizes_bytes)
     finally:
-        for process in processes:
-            if process.pid is not None:
-                process.kill()
-                process.join()
+        for process in started:
+            process.kill()
+            process.join()
 
 
 def _measure_in_child(files: Files, part: range, sizes_bytes: memoryview[int]) -> None:

@@ -5,9 +5,11 @@ address = path [":" call] ["/in"] ["/" part]... ["@" reduction]
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from urllib.parse import unquote_to_bytes
 
 from hookx.errors import AddressError, closest
 
@@ -19,12 +21,7 @@ _REDUCTIONS = (*_REDUCTIONS_OVER_DIMS, "cls", "flatten")
 
 
 def quote(name: str) -> str:
-    """Escape the name of a module or a part, so that none of its characters is read as grammar.
-
-    Example:
-        >>> quote("layer1"), quote("a/b")
-        ('layer1', 'a%2Fb')
-    """
+    """Escape the name of a module or a part, so that none of its characters is read as grammar: a/b -> a%2Fb."""
     return _RESERVED.sub(
         lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode("utf-8", "surrogatepass")), name
     )
@@ -32,32 +29,19 @@ def quote(name: str) -> str:
 
 def unquote(text: str) -> str:
     """Undo `quote`."""
-    if "%" not in text:
-        return text
-    raw = re.sub(
-        rb"%([0-9A-Fa-f]{2})",
-        lambda match: bytes([int(match[1], 16)]),
-        text.encode("utf-8", "surrogatepass"),
-    )
     try:
-        return raw.decode("utf-8", "surrogatepass")
+        return unquote_to_bytes(text.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
         raise AddressError(f"'{text}' is not a layer address: its %XX escapes are not UTF-8") from None
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """A computation on an activation, on its device, before it is stored.
-
-    `dims` are dimensions of the activation; dimension 0 is the batch.
+    """A computation on an activation, on its device, before it is stored; dimension 0 is the batch.
 
     Example:
-        >>> Reduction.parse("mean32")
-        Reduction(name='mean', dims=(2, 3))
-        >>> Reduction.parse("mean23").shape((512, 7, 7))
-        (512,)
-        >>> Reduction.parse("flatten").shape((512, 7, 7))
-        (25088,)
+        >>> Reduction.parse("mean32"), Reduction.parse("mean32").shape((512, 7, 7))
+        (Reduction(name='mean', dims=(2, 3)), (512,))
     """
 
     name: str
@@ -89,10 +73,7 @@ class Reduction:
         if self.name == "flatten":
             if not shape:
                 raise ValueError("a scalar cannot be flattened.")
-            size = 1
-            for length in shape:
-                size *= length
-            return (size,)
+            return (math.prod(shape),)
         if self.name == "cls":
             if len(shape) != 2:
                 raise ValueError("cls takes token 0 of an output N,tokens,channels.")
@@ -115,6 +96,24 @@ class Reduction:
         return f"@{name} followed by the digits of the dimensions"
 
 
+def dotted(path_text: str) -> str:
+    """Replace brackets by dots: layer3[0] -> layer3.0, [0].conv -> 0.conv."""
+    path = _BRACKET.sub(lambda match: "." + (match[1] or match[2] or match[3]), path_text)
+    return path.removeprefix(".") if path_text.startswith("[") else path
+
+
+def _parse_path(path_text: str, whole_text: str) -> str:
+    if path_text == ".":
+        return path_text
+    path = dotted(path_text)
+    if not all(path.split(".")) or re.search(r"[\[\]*?,\s]", path):
+        raise AddressError(
+            f"'{whole_text}' is not a layer address",
+            "write the dotted path of the module, as in layer3.0.downsample.1 or layer3[0].downsample[1]",
+        )
+    return unquote(path)
+
+
 @dataclass(frozen=True)
 class Address:
     """The name of an activation, which is its key in a shard.
@@ -133,12 +132,8 @@ class Address:
     reduction: Reduction | None = None
 
     @classmethod
-    def parse(cls, text: str) -> Address:
+    def parse(cls, text: str, parse_path: Callable[[str, str], str] = _parse_path) -> Address:
         """Parse an address; raise `AddressError` with the reason if the text is not one."""
-        return cls._parse(text, _parse_path)
-
-    @classmethod
-    def _parse(cls, text: str, parse_path: Callable[[str, str], str]) -> Address:
         body, at, reduction_text = text.partition("@")
         head, *segments = body.split("/")
         path_text, colon, call_text = head.partition(":")
@@ -170,22 +165,3 @@ class Address:
             + "".join(f"/{part}" for part in parts)
             + (f"@{self.reduction}" if self.reduction else "")
         )
-
-
-def dotted(path_text: str) -> str:
-    """Replace brackets by dots: layer3[0] -> layer3.0, [0].conv -> 0.conv."""
-    path = _BRACKET.sub(lambda match: "." + (match[1] or match[2] or match[3]), path_text)
-    return path.removeprefix(".") if path_text.startswith("[") else path
-
-
-def _parse_path(path_text: str, whole_text: str) -> str:
-    """Normalise a path: brackets become dots, %XX escapes become characters."""
-    if path_text == ".":
-        return path_text
-    path = dotted(path_text)
-    if not all(path.split(".")) or re.search(r"[\[\]*?,\s]", path):
-        raise AddressError(
-            f"'{whole_text}' is not a layer address",
-            "write the dotted path of the module, as in layer3.0.downsample.1 or layer3[0].downsample[1]",
-        )
-    return unquote(path)

@@ -1,4 +1,4 @@
-"""Selectors, and the activations that they select in a probed model.
+"""The layers of a probed model, and the activations that selectors select in it.
 
 selector = address | glob over paths | "type:" ClassName
 """
@@ -13,7 +13,75 @@ from typing import Literal
 
 from hookx.errors import AddressError, LayerError, closest
 from hookx.layers.address import Address, dotted
-from hookx.layers.tree import Layer, Target, TensorInfo
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor that a module returned or was given."""
+
+    parts: tuple[str, ...]
+    shape: tuple[int, ...]  # for one image, without the batch dimension; for a constant, the whole shape
+    dtype: str
+    batch_dim: int | None = 0  # the position of the batch dimension; None for a constant
+    rows_per_image: int = 1  # above 1, dimension 0 holds this many rows for each image, image after image
+    problem: str = ""  # why its rows cannot be assigned to images
+
+    @property
+    def is_constant(self) -> bool:
+        return self.batch_dim is None and not self.problem
+
+    @property
+    def shape_text(self) -> str:
+        """The shape as the layer returns it, with N for the batch: 'N,64,56,56', '49,N,768', '64N,49,96'."""
+        lengths = [str(length) for length in self.shape]
+        if self.rows_per_image > 1:
+            lengths[0] += "N"
+        elif self.batch_dim is not None:
+            lengths.insert(self.batch_dim, "N")
+        return ",".join(lengths) or "scalar"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module during a forward pass."""
+
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module and its calls in a forward pass."""
+
+    path: str
+    class_name: str
+    parameters: int
+    calls: tuple[Call, ...] = ()
+    never_called_because: str = ""
+    same_as: str = ""  # the module's first path, if it is registered under another one too
+
+    def addresses(self, *, of_inputs: bool = False) -> dict[Address, TensorInfo]:
+        """Return the canonical address of every tensor that the module returns, or is given."""
+        return {
+            Address(self.path, number if len(self.calls) > 1 else None, of_inputs, tensor.parts): tensor
+            for number, call in enumerate(self.calls)
+            for tensor in (call.inputs if of_inputs else call.outputs)
+        }
+
+
+@dataclass(frozen=True)
+class Target:
+    """An activation to capture: its address, and the tensor before its reduction."""
+
+    address: Address
+    tensor: TensorInfo
+    calls: int = 1  # how often a forward pass calls the module
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that is stored for one image."""
+        reduction = self.address.reduction
+        return reduction.shape(self.tensor.shape) if reduction else self.tensor.shape
 
 
 @dataclass(frozen=True)
@@ -34,10 +102,9 @@ class Selector:
     def parse(cls, text: str) -> Selector:
         class_name = re.match(r"type:(?!\d+(?:[/@]|$))", text)
         if class_name:
-            address = Address._parse(text[class_name.end() :], _parse_class)
-            return cls("type", address, text)
+            return cls("type", Address.parse(text[class_name.end() :], _parse_class), text)
         if re.search(r"[*?]", re.split(r"[:/@]", text, maxsplit=1)[0]):
-            return cls("glob", Address._parse(text, _parse_glob), text)
+            return cls("glob", Address.parse(text, _parse_glob), text)
         return cls("path", Address.parse(text), text)
 
     @cached_property
@@ -73,14 +140,12 @@ def _parse_glob(path_text: str, whole_text: str) -> str:
 
 
 def parse_selectors(texts: str | Iterable[str]) -> list[Selector]:
-    """Split on commas and parse each selector.
+    """Split on commas and parse each selector."""
+    return [Selector.parse(piece) for piece in _split([texts] if isinstance(texts, str) else texts)]
 
-    Example:
-        >>> [selector.text for selector in parse_selectors(["conv1, layer1", "type:Linear"])]
-        ['conv1', 'layer1', 'type:Linear']
-    """
-    texts = [texts] if isinstance(texts, str) else texts
-    return [Selector.parse(piece.strip()) for text in texts for piece in text.split(",") if piece.strip()]
+
+def _split(texts: Iterable[str]) -> list[str]:
+    return [piece.strip() for text in texts for piece in text.split(",") if piece.strip()]
 
 
 @dataclass
@@ -101,10 +166,9 @@ def matched_paths(selectors: Sequence[Selector], class_names: Mapping[str, str],
     for selector in selectors:
         found = selector.paths(class_names)
         if not found:
-            known = set(class_names.values()) if selector.kind == "type" else list(class_names)
-            similar = closest(selector.address.path, sorted(known) if selector.kind == "type" else known)
+            known = sorted(set(class_names.values())) if selector.kind == "type" else class_names
             raise LayerError(
-                f"no layer matches '{selector.text}' in {model}; closest: {similar}",
+                f"no layer matches '{selector.text}' in {model}; closest: {closest(selector.address.path, known)}",
                 f"list them all: hookx list-layers {model}",
             )
         paths.update(dict.fromkeys(found))
@@ -121,36 +185,28 @@ def narrowed(
 ) -> list[Layer]:
     """Keep the layers with a given path, class and depth, for `list-layers`.
 
-    Args:
-        layers: all layers of a model.
-        model: its name, for error messages.
-        paths: globs, or texts that a path has to contain; comma-separated.
-        types: names of classes; comma-separated.
-        depth: the maximum number of names in a path; the model itself has none.
+    `paths` are globs, or texts that a path has to contain; `types` are names of classes; both are comma-separated.
+    `depth` is the maximum number of names in a path; the model itself has none.
 
     Raises:
         LayerError: a glob, a text or a class matches no layer of the model.
     """
-    kept = list(layers)
     class_names = {layer.path: layer.class_name for layer in layers}
-    if texts := [text.strip() for texts in paths for text in texts.split(",") if text.strip()]:
-        wanted = set(matched_paths([Selector.parse(t) for t in texts if re.search(r"[*?]", t)], class_names, model))
+    kept = set(class_names)
+    if texts := _split(paths):
+        globs = [text for text in texts if re.search(r"[*?]", text)]
+        wanted = set(matched_paths(parse_selectors(globs), class_names, model))
         for text in texts:
             containing = {path for path in class_names if text in path}
-            if not containing and not re.search(r"[*?]", text):
+            if not containing and text not in globs:
                 raise LayerError(f"no layer matches '{text}' in {model}; closest: {closest(text, class_names)}")
             wanted |= containing
-        kept = [layer for layer in kept if layer.path in wanted]
-    if classes := [f"type:{name.strip()}" for names in types for name in names.split(",") if name.strip()]:
-        wanted = set(matched_paths(parse_selectors(classes), class_names, model))
-        kept = [layer for layer in kept if layer.path in wanted]
+        kept &= wanted
+    if classes := _split(types):
+        kept &= set(matched_paths([Selector.parse(f"type:{name}") for name in classes], class_names, model))
     if depth is not None:
-        kept = [layer for layer in kept if _depth(layer.path) <= depth]
-    return kept
-
-
-def _depth(path: str) -> int:
-    return 0 if path == "." else path.count(".") + 1
+        kept = {path for path in kept if path == "." or path.count(".") < depth}
+    return [layer for layer in layers if layer.path in kept]
 
 
 def select(
@@ -169,14 +225,20 @@ def select(
     excluded = [(selector.address, set(selector.paths(class_names))) for selector in exclude]
 
     def is_excluded(address: Address) -> bool:
-        return any(_covers(pattern, paths, address) for pattern, paths in excluded)
+        # Each part that the excluding selector gives has to agree.
+        return any(
+            address.path in paths
+            and pattern.call in (None, address.call)
+            and pattern.is_input <= address.is_input
+            and address.parts[: len(pattern.parts)] == pattern.parts
+            and pattern.reduction in (None, address.reduction)
+            for pattern, paths in excluded
+        )
 
-    selection = Selection()
     chosen: dict[Address, Target] = {}
+    all_left_out: dict[str, str] = {}
     for selector in selectors:
-        matched_paths([selector], class_names, model)
-        by_name = selector.kind == "path"
-        matched = selector.paths(class_names)
+        by_name, matched = selector.kind == "path", matched_paths([selector], class_names, model)
         left_out: dict[str, str] = {}
         found = 0
         for path in matched:
@@ -205,59 +267,47 @@ def select(
                 + "; ".join(list(left_out.values())[:3]),
                 f"list the layers: hookx list-layers {model}",
             )
-        selection.left_out.update(left_out)
+        all_left_out.update(left_out)
     if not chosen:
         raise LayerError("--exclude leaves no layer to capture")
-    selection.targets = list(chosen.values())
-    return selection
-
-
-def _covers(pattern: Address, paths: set[str], address: Address) -> bool:
-    """Return whether an excluding selector covers an address: each part that the pattern gives has to agree."""
-    return (
-        address.path in paths
-        and pattern.call in (None, address.call)
-        and pattern.is_input <= address.is_input
-        and address.parts[: len(pattern.parts)] == pattern.parts
-        and pattern.reduction in (None, address.reduction)
-    )
+    return Selection(list(chosen.values()), all_left_out)
 
 
 def _targets_of(layer: Layer, wanted: Address, model: str) -> tuple[list[Target], dict[str, str]]:
     """Return the targets that an address names in a layer whose path it matched, and the parts left out."""
     name = str(Address(layer.path))
-    if not layer.calls:
+    calls = len(layer.calls)
+    if not calls:
         reason = f"\n  ({layer.never_called_because})" if layer.never_called_because else ""
         hint = "; the enclosing module can be captured" if "." in layer.path else ""
         raise LayerError(f"'{name}' is never called in a forward pass{reason}{hint}")
-    if wanted.call is not None and wanted.call >= len(layer.calls):
+    if wanted.call is not None and wanted.call >= calls:
+        times = {1: "once", 2: "twice"}.get(calls, f"{calls} times")
         raise LayerError(
-            f"'{name}:{wanted.call}' does not exist: {name} is called {_times(len(layer.calls))} in a forward pass",
-            f"its calls: {', '.join(f'{name}:{n}' for n in range(len(layer.calls)))}"
-            if len(layer.calls) > 1
-            else f"write {name}",
+            f"'{name}:{wanted.call}' does not exist: {name} is called {times} in a forward pass",
+            f"its calls: {', '.join(f'{name}:{n}' for n in range(calls))}" if calls > 1 else f"write {name}",
         )
-    side = layer.addresses(of_inputs=wanted.is_input)
     in_call = {
         address: tensor
-        for address, tensor in side.items()
-        if wanted.call is None or len(layer.calls) == 1 or address.call == wanted.call
+        for address, tensor in layer.addresses(of_inputs=wanted.is_input).items()
+        if wanted.call is None or calls == 1 or address.call == wanted.call
     }
     found = {a: t for a, t in in_call.items() if a.parts[: len(wanted.parts)] == wanted.parts}
     if not found:
         verb = "is given" if wanted.is_input else "returns"
-        tensors = ", ".join(f"{a} ({t.shape_text})" for a, t in in_call.items()) or "no tensor"
         if not wanted.parts:
             raise LayerError(f"'{name}' {verb} no tensor")
+        tensors = ", ".join(f"{a} ({t.shape_text})" for a, t in in_call.items()) or "no tensor"
         raise LayerError(f"'{replace(wanted, path=layer.path)}' does not exist: {name} {verb} {tensors}")
-    unusable = {str(a): reason for a, t in found.items() if (reason := _why_not_by_image(a, t))}
-    if len(unusable) == len(found):
-        raise LayerError(next(iter(unusable.values())))
-    targets = []
+    targets, unusable = [], {}
     for address, tensor in found.items():
-        if str(address) in unusable:
+        if tensor.is_constant:
+            unusable[str(address)] = f"'{address}' is constant ({tensor.shape_text}): it does not depend on the image"
             continue
-        target = Target(replace(address, reduction=wanted.reduction), tensor, len(layer.calls))
+        if tensor.problem:
+            unusable[str(address)] = f"'{address}' ({tensor.shape_text}) cannot be split by image: {tensor.problem}"
+            continue
+        target = Target(replace(address, reduction=wanted.reduction), tensor, calls)
         try:
             target.shape  # noqa: B018
         except ValueError as error:
@@ -268,16 +318,6 @@ def _targets_of(layer: Layer, wanted: Address, model: str) -> tuple[list[Target]
                 f"for this shape: {wanted.reduction.spellings_for(tensor.shape)}",
             ) from None
         targets.append(target)
+    if not targets:
+        raise LayerError(next(iter(unusable.values())))
     return targets, unusable
-
-
-def _why_not_by_image(address: Address, tensor: TensorInfo) -> str:
-    if tensor.is_constant:
-        return f"'{address}' is constant ({tensor.shape_text}): it does not depend on the image"
-    if tensor.problem:
-        return f"'{address}' ({tensor.shape_text}) cannot be split by image: {tensor.problem}"
-    return ""
-
-
-def _times(count: int) -> str:
-    return {1: "once", 2: "twice"}.get(count, f"{count} times")

@@ -9,6 +9,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -31,16 +32,13 @@ def arguments_for(
         ([], {'width': 8, 'bias': False, 'scale': None})
     """
     try:
-        parameters = dict(inspect.signature(function).parameters)
+        parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # Compiled code can lack a signature.
         return [], {key: literal(text) for key, text in texts.items()}
-    annotations = _annotations(function)
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = {key: parameter for key, parameter in parameters.items() if parameter.kind not in variadic}
+    annotations = {key: hint for key, hint in _annotations(function).items() if key in named}
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    named = {
-        key: parameter
-        for key, parameter in parameters.items()
-        if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    }
     for key in texts:
         if key not in named and not takes_any:
             known = f"; closest: {closest(key, named)}" if named else ": it takes none"
@@ -48,26 +46,17 @@ def arguments_for(
     missing = [key for key, parameter in named.items() if parameter.default is parameter.empty and key not in texts]
     if missing:
         listed = ", ".join(f"{key}{_describe_type(annotations.get(key))}" for key in missing)
-        raise ModelError(
-            f"{name} needs arguments: {listed}",
-            "pass them: " + " ".join(f"--model-arg {key}=..." for key in missing),
-        )
-    positional, keywords = [], {}
+        flags = " ".join(f"--model-arg {key}=..." for key in missing)
+        raise ModelError(f"{name} needs arguments: {listed}", f"pass them: {flags}")
+    keywords = {}
     for key, text in texts.items():
-        default = named[key].default if key in named else inspect.Parameter.empty
-        annotation = annotations.get(key) if key in named else None
+        annotation = annotations.get(key)
         try:
-            value = _parse(text, annotation, default)
+            keywords[key] = _parse(text, annotation, named[key].default if key in named else None)
         except (ValueError, TypeError) as error:
             raise ModelError(f"{name}: --model-arg {key}={text} is not{_describe_type(annotation)}: {error}") from None
-        if key not in named or named[key].kind is not inspect.Parameter.POSITIONAL_ONLY:
-            keywords[key] = value
-    for key, parameter in named.items():
-        if parameter.kind is parameter.POSITIONAL_ONLY:
-            if key not in texts:
-                break
-            positional.append(_parse(texts[key], annotations.get(key), parameter.default))
-    return positional, keywords
+    only_positional = (key for key, parameter in named.items() if parameter.kind is parameter.POSITIONAL_ONLY)
+    return [keywords.pop(key) for key in takewhile(keywords.__contains__, only_positional)], keywords
 
 
 def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
@@ -81,9 +70,8 @@ def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(where)
     except Exception:  # An annotation can name what exists only for type checkers.
-        return {
-            key: value for key, value in getattr(where, "__annotations__", {}).items() if not isinstance(value, str)
-        }
+        hints = getattr(where, "__annotations__", {})
+        return {key: hint for key, hint in hints.items() if not isinstance(hint, str)}
 
 
 def _parse(text: str, annotation: Any, default: Any) -> Any:
@@ -97,10 +85,9 @@ def _parse(text: str, annotation: Any, default: Any) -> Any:
     if origin in (Union, types.UnionType):
         return _parse_union(text, inside, default)
     if origin is Literal:
-        choices = {str(choice): choice for choice in inside}
-        if text not in choices:
-            raise ValueError(f"one of {', '.join(choices)}")
-        return choices[text]
+        return _choose(text, {str(choice): choice for choice in inside})
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return _choose(text, {member.name: member for member in annotation})
     if origin in (list, tuple, set, frozenset, Sequence) or annotation in (list, tuple, Sequence):
         return _parse_sequence(text, origin or annotation, inside)
     if annotation is bool:
@@ -111,11 +98,6 @@ def _parse(text: str, annotation: Any, default: Any) -> Any:
         if text.lower() != "none":
             raise ValueError("none")
         return None
-    if isinstance(annotation, type) and issubclass(annotation, Enum):
-        by_name = {member.name: member for member in annotation}
-        if text not in by_name:
-            raise ValueError(f"one of {', '.join(by_name)}")
-        return by_name[text]
     if annotation in (int, float, str, Path):
         return annotation(text)
     if annotation is dict or origin is dict or annotation is object:
@@ -123,9 +105,15 @@ def _parse(text: str, annotation: Any, default: Any) -> Any:
     raise TypeError("this type cannot be written on a command line; write a factory that builds it")
 
 
+def _choose(text: str, choices: Mapping[str, Any]) -> Any:
+    if text not in choices:
+        raise ValueError(f"one of {', '.join(choices)}")
+    return choices[text]
+
+
 def _parse_union(text: str, members: Sequence[Any], default: Any) -> Any:
-    # Any text is a `str`, so try the other members first.
     problems = []
+    # Any text is a `str`, so try the other members first.
     for member in sorted(members, key=lambda member: (member is str, member is not type(None))):
         try:
             return _parse(text, member, default)
@@ -151,11 +139,8 @@ def literal(text: str) -> Any:
         >>> literal("8"), literal("(64, 64)"), literal("true"), literal("avg")
         (8, (64, 64), True, 'avg')
     """
-    plain = {"true": True, "false": False, "none": None}
-    if text.lower() in plain:
-        return plain[text.lower()]
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval(text.title() if text.lower() in ("true", "false", "none") else text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 

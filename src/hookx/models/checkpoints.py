@@ -9,12 +9,13 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hookx.errors import ModelError, closest, one_line
@@ -26,9 +27,10 @@ _SUFFIXES = (".safetensors", ".pt", ".pth", ".pt2", ".ckpt", ".tar", ".bin", ".i
 # What training scripts call the weights, most likely first, and their moving averages.
 _ORDINARY = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module")
 _AVERAGED = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "ema_model", "model_ema_state_dict", "params_ema")
-_PAIR = ("teacher", "student")
+_KNOWN = (*_ORDINARY, *_AVERAGED, "teacher", "student")
 _ARCHITECTURE_KEYS = ("arch", "architecture", "model_name")
 
+_REFUSED = "Weights only load failed"  # how torch refuses a file that could run code
 TRUST = "or, if you trust its author to run any code as you: --trust-checkpoint"
 _SAVE_WEIGHTS = "save the weights alone: torch.save(model.state_dict(), 'weights.pt')"
 
@@ -50,7 +52,7 @@ class Weights:
     """The key that held them; '' if the file is a plain state dict."""
     prefix: str = ""
     """What was removed from their names."""
-    left_out: Mapping[str, int] | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
     """What was outside the prefix: group -> number of tensors."""
     others: tuple[str, ...] = ()
     """The entries that could have been chosen instead."""
@@ -71,20 +73,19 @@ class Weights:
         unwrapped = [
             f"taken from '{self.entry}'" if self.entry else "",
             f"prefix '{self.prefix}' removed" if self.prefix else "",
-            *(f"left out {_count_tensors(count)} under '{group}'" for group, count in (self.left_out or {}).items()),
+            *(f"left out {n} tensor{'s' * (n > 1)} under '{group}'" for group, n in self.left_out.items()),
             f"left out {', '.join(self.ignored[:3])} (not tensors)" if self.ignored else "",
         ]
-        sentence = "; ".join(filter(None, unwrapped))
-        others = ", ".join(f"'{name}'" for name in self.others)
-        what = " (a moving average)" if self.others and set(self.others) <= set(_AVERAGED) else ""
-        found = [
-            f"weights in {self.file.name}: {sentence}" if sentence else "",
-            f"{self.file.name} also holds {others}{what}; to load it: --weights-key {self.others[0]}"
-            if self.others
-            else "",
-            trusted_note(self.file) if self.ran_code else "",
-        ]
-        return tuple(filter(None, found))
+        notes = []
+        if any(unwrapped):
+            notes.append(f"weights in {self.file.name}: {'; '.join(filter(None, unwrapped))}")
+        if self.others:
+            others = ", ".join(f"'{name}'" for name in self.others)
+            what = " (a moving average)" if set(self.others) <= set(_AVERAGED) else ""
+            notes.append(f"{self.file.name} also holds {others}{what}; to load it: --weights-key {self.others[0]}")
+        if self.ran_code:
+            notes.append(trusted_note(self.file))
+        return tuple(notes)
 
 
 def read_weights(file: str, options: ModelOptions = ModelOptions(), *, shapes_only: bool = False) -> Weights:
@@ -115,9 +116,7 @@ def read_weights(file: str, options: ModelOptions = ModelOptions(), *, shapes_on
 
 def architecture_of(content: Any) -> str:
     """Return the architecture that a checkpoint names, as those of PyTorch's ImageNet example do; otherwise ''."""
-    if not isinstance(content, Mapping):
-        return ""
-    names = (content.get(key) for key in _ARCHITECTURE_KEYS)
+    names = [content.get(key) for key in _ARCHITECTURE_KEYS] if isinstance(content, Mapping) else []
     return next((name for name in names if isinstance(name, str) and name), "")
 
 
@@ -161,14 +160,19 @@ def choose(content: Any, key: str | None, file: Path) -> Chosen:
     """Find the weights in a file's contents: those under a key, or the only plausible ones."""
     if key is None:
         return _choose_only(content, "", file)
-    value = _follow(content, key)
-    if value is None:
-        names = _entry_names(content)
-        raise ModelError(
-            f"'{file}' has no entry '{key}'" + (f"; closest: {closest(key, names)}" if names else ""),
-            *([f"its entries: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"] if names else []),
-        )
-    return _choose_only(value, key, file)
+    if (value := _follow(content, key)) is not None:
+        return _choose_only(value, key, file)
+    names = list(map(str, content)) if isinstance(content, Mapping) else []
+    if _is_state(content):  # It has too many names to list; the first parts of names are entries as well.
+        names = [name.split(".")[0] for name in names]
+    names = list(dict.fromkeys(names))
+    problem = f"'{file}' has no entry '{key}'"
+    if not names:
+        raise ModelError(problem)
+    raise ModelError(
+        f"{problem}; closest: {closest(key, names)}",
+        f"its entries: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}",
+    )
 
 
 def _choose_only(value: Any, entry: str, file: Path) -> Chosen:
@@ -176,33 +180,31 @@ def _choose_only(value: Any, entry: str, file: Path) -> Chosen:
         return Chosen(value, entry)
     found = _entries(value)
     dotted = f"{entry}." if entry else ""
-    ordinary = [name for name in _ORDINARY if name in found]
+    known = [name for name in _KNOWN if name in found]
     if not found:
         inside = f"entry '{entry}' of '{file}'" if entry else f"'{file}'"
         what = f"keys: {', '.join(map(str, list(value)[:5]))}" if isinstance(value, Mapping) else type(value).__name__
         raise ModelError(f"{inside} is not a state dict (name -> tensor); found {what}", _SAVE_WEIGHTS)
-    if not ordinary and len(found) > 1:
+    if len(found) > 1 and not found.keys() & set(_ORDINARY):
         raise ModelError(
             f"'{file}' holds several sets of weights: {', '.join(dotted + name for name in found)}",
             f"choose one: --weights-key {dotted}{next(iter(found))}",
         )
-    name = (ordinary or list(found))[0]
-    inner = _choose_only(found[name], dotted + name, file)
     # Entries with unknown names can be a loss or an optimizer; do not mention those.
-    known = [other for other in (*_ORDINARY, *_AVERAGED, *_PAIR) if other in found and other != name]
-    return Chosen(inner.value, inner.entry, (*(dotted + other for other in known), *inner.others))
+    name, *others = known or found
+    inner = _choose_only(found[name], dotted + name, file)
+    return Chosen(inner.value, inner.entry, (*(dotted + other for other in others), *inner.others))
 
 
 def _entries(value: Any) -> dict[str, Any]:
     """Return the entries of a checkpoint that hold weights, directly or below an entry with a known name."""
     if not isinstance(value, Mapping):
         return {}
-    known = {*_ORDINARY, *_AVERAGED, *_PAIR}
     return {
         name: inner
         for name, inner in value.items()
         if isinstance(name, str)
-        and (isinstance(inner, nn.Module) or _is_state(inner) or (name in known and bool(_entries(inner))))
+        and (isinstance(inner, nn.Module) or _is_state(inner) or (name in _KNOWN and bool(_entries(inner))))
     }
 
 
@@ -228,23 +230,12 @@ def _follow(value: Any, key: str) -> Any:
         return None
     if key in value:
         return value[key]
-    for name, inner in value.items():
-        is_above = isinstance(name, str) and key.startswith(f"{name}.")
-        if is_above and (found := _follow(inner, key.removeprefix(f"{name}."))) is not None:
+    named = {name: inner for name, inner in value.items() if isinstance(name, str)}
+    for name, inner in named.items():
+        if key.startswith(f"{name}.") and (found := _follow(inner, key.removeprefix(f"{name}."))) is not None:
             return found
-    under = {
-        name.removeprefix(f"{key}."): inner
-        for name, inner in value.items()
-        if isinstance(name, str) and name.startswith(f"{key}.")
-    }
-    return under or None
-
-
-def _entry_names(content: Any) -> list[str]:
-    if not isinstance(content, Mapping):
-        return []
-    # A state dict has too many names to list; the first parts of names are entries as well.
-    return list(dict.fromkeys(str(name).split(".")[0] if _is_state(content) else str(name) for name in content))
+    under = f"{key}."
+    return {name.removeprefix(under): inner for name, inner in named.items() if name.startswith(under)} or None
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -283,12 +274,13 @@ def read_content(path: Path, *, trust: bool = False, shapes_only: bool = False) 
         if path.name.lower().endswith(".index.json"):
             return Content(_read_shards(path))
         if path.suffix.lower() == ".safetensors":
-            return Content(_read_safetensors(path))
+            return Content(load_file(path))
         return _read_pickle(path, trust=trust, shapes_only=shapes_only)
     except ModelError:
         raise
     except Exception as error:  # A file can hold any bytes, and each reader has its own exceptions.
-        raise ModelError(f"cannot read weights from '{path}': {_summarize(error)}", _SAVE_WEIGHTS) from None
+        steps = [_SAVE_WEIGHTS, TRUST] if _REFUSED in str(error) and not trust else [_SAVE_WEIGHTS]
+        raise ModelError(f"cannot read weights from '{path}': {_summarize(error)}", *steps) from None
 
 
 def kind_of(path: Path) -> str:
@@ -301,12 +293,6 @@ def kind_of(path: Path) -> str:
     if "archive_format" in names or "serialized_exported_program.json" in names:
         return "exported program"
     return "TorchScript" if "constants.pkl" in names else ""
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -342,14 +328,9 @@ class _Unread:
     The safe reader calls this in place of the class that the file names, so that class is never imported.
     """
 
-    def __new__(cls, *_: Any, **__: Any) -> _Unread:
-        return object.__new__(cls)
+    def __init__(self, *_: Any) -> None: ...
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __setstate__(self, _: Any) -> None:
-        pass
+    def __setstate__(self, _: Any) -> None: ...
 
 
 def _empty_dict(*_: Any) -> dict[Any, Any]:
@@ -389,27 +370,17 @@ def _read_pickle(path: Path, *, trust: bool, shapes_only: bool) -> Content:
                 mapped = shapes_only and zipfile.is_zipfile(path)
                 return Content(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
         except Exception as error:
-            if "Weights only load failed" not in str(error):
+            if not trust or _REFUSED not in str(error):
                 raise
-            if trust:
-                return Content(torch.load(path, map_location="cpu", weights_only=False), ran_code=True)
-            raise ModelError(
-                f"cannot read weights from '{path}': {_summarize(error)}",
-                _SAVE_WEIGHTS,
-                TRUST,
-            ) from None
+            return Content(torch.load(path, map_location="cpu", weights_only=False), ran_code=True)
 
 
 def _summarize(error: Exception) -> str:
     """Summarize in one line why torch's safe reader refused a file; its own message fills a page."""
     text = str(error)
-    if "Weights only load failed" not in text:
+    if _REFUSED not in text:
         return one_line(error)
     if blocked := re.search(r"GLOBAL (\S+) (?:was not|whose)", text) or re.search(r"but got (<.+>)", text):
         return f"it holds more than tensors, and reading it could run code (blocked: {blocked[1]})"
     reason = re.search(r"WeightsUnpickler error:\s*(.+)", text)
     return f"torch's safe reader refuses it: {reason[1] if reason else one_line(error)}"
-
-
-def _count_tensors(count: int) -> str:
-    return "1 tensor" if count == 1 else f"{count} tensors"

@@ -25,19 +25,8 @@ def cached_file(repository: str, names: Sequence[str], revision: str | None = No
     """Return the first of a repository's files that is in the cache."""
     from huggingface_hub import try_to_load_from_cache
 
-    for name in names:
-        found = try_to_load_from_cache(repository, name, revision=revision)
-        if isinstance(found, str):
-            return Path(found)
-    return None
-
-
-def is_known_to_be_absent(repository: str, name: str, revision: str | None = None) -> bool:
-    """Return whether the cache records that a repository has no such file."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(repository, name, revision=revision)
-    return found is not None and not isinstance(found, str)
+    cached = (try_to_load_from_cache(repository, name, revision=revision) for name in names)
+    return next((Path(found) for found in cached if isinstance(found, str)), None)
 
 
 def fetch_file(
@@ -47,27 +36,41 @@ def fetch_file(
 
     Args:
         what: the model, for messages.
-        repository: its name on the hub: 'facebook/dinov2-small'.
-        names: the names of the files, preferred ones first.
+        names: preferred files first.
         revision: a branch, a tag or a commit; None for the main branch.
         next_steps: what an error advises.
         required: raise an error if the repository has none of the files; otherwise return None.
     """
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
     try:
-        found = cached_file(repository, names, revision)
-        if found or (not required and all(is_known_to_be_absent(repository, name, revision) for name in names)):
+        if found := cached_file(repository, names, revision):
             return found
+        # The cache also records which files a repository does not have.
+        if not required and all(try_to_load_from_cache(repository, name, revision=revision) for name in names):
+            return None
         # Ask once: downloading right away would try each file six times, for half a minute, before giving up.
         info = HfApi().model_info(repository, revision=revision, timeout=_TIMEOUT_SECONDS)
         there = {sibling.rfilename for sibling in info.siblings or ()}
-        name = next((name for name in names if name in there), None)
-        if name:
+        if name := next((name for name in names if name in there), None):
             log.info("downloading %s of %s", name, repository)
             return Path(hf_hub_download(repository, name, revision=revision))
     except Exception as error:  # Names, permissions, sockets, proxies, disks: each has its own exceptions.
-        raise _explain(what, repository, names, revision, error, next_steps) from None
+        missing = f"weights for {what} are" if names[0] in WEIGHTS else f"{names[0]} for {what} is"
+        unknown = [f"{missing} not in the cache and could not be downloaded: {one_line(error)}"]
+        known = {
+            "HFValidationError": [f"'{repository}' is not a valid repository name on the Hugging Face hub"],
+            "RepositoryNotFoundError": [
+                f"{what}: the Hugging Face hub has no repository '{repository}', or it is private",
+                "if it is yours: hf auth login",
+            ],
+            "RevisionNotFoundError": [f"{what}: the repository {repository} has no revision '{revision}'"],
+            "GatedRepoError": [
+                f"{what}: its authors ask you to accept their terms first",
+                f"on the page of {repository}; then: hf auth login",
+            ],
+        }
+        raise ModelError(*known.get(type(error).__name__, unknown), *next_steps) from None
     if required:
         raise ModelError(f"{what}: the repository {repository} has none of the files {', '.join(names)}", *next_steps)
     return None
@@ -84,29 +87,6 @@ def fetch_shards(what: str, repository: str, file: Path, revision: str | None, *
 def commit_of(file: Path) -> str:
     """Return the commit that a cached file belongs to, which is the name of its folder."""
     return file.parts[file.parts.index("snapshots") + 1]
-
-
-def _explain(
-    what: str,
-    repository: str,
-    names: Sequence[str],
-    revision: str | None,
-    error: Exception,
-    next_steps: Sequence[str],
-) -> ModelError:
-    missing = f"weights for {what} are" if names[0] in WEIGHTS else f"{names[0]} for {what} is"
-    match type(error).__name__:
-        case "HFValidationError":
-            return ModelError(f"'{repository}' is not a valid repository name on the Hugging Face hub", *next_steps)
-        case "RepositoryNotFoundError":
-            problem = f"the Hugging Face hub has no repository '{repository}', or it is private"
-            return ModelError(f"{what}: {problem}", "if it is yours: hf auth login", *next_steps)
-        case "RevisionNotFoundError":
-            return ModelError(f"{what}: the repository {repository} has no revision '{revision}'", *next_steps)
-        case "GatedRepoError":
-            problem = "its authors ask you to accept their terms first"
-            return ModelError(f"{what}: {problem}", f"on the page of {repository}; then: hf auth login", *next_steps)
-    return ModelError(f"{missing} not in the cache and could not be downloaded: {one_line(error)}", *next_steps)
 
 
 @contextlib.contextmanager

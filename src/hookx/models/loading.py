@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 from hookx.errors import ModelError
-from hookx.models.exported import ExportedPrograms
 from hookx.models.files import ModelFiles
 from hookx.models.huggingface import HuggingFace
 from hookx.models.own_code import OwnCode, load_transform
@@ -16,7 +15,7 @@ from hookx.options import ModelOptions
 
 _TORCHVISION = Torchvision()
 # Asked in this order. A file called 'resnet18' does not stand in for torchvision's model.
-_SOURCES: tuple[Source, ...] = (Timm(), HuggingFace(), OwnCode(), _TORCHVISION, ExportedPrograms(), ModelFiles())
+_SOURCES: tuple[Source, ...] = (Timm(), HuggingFace(), OwnCode(), _TORCHVISION, ModelFiles())
 
 
 def list_models(pattern: str = "*") -> dict[str, str]:
@@ -62,7 +61,7 @@ def load_model(ref: str, weights: str = "default", options: ModelOptions = Model
         >>> model.module.training, model.weights, str(model.preprocessing)[:33]
         (False, 'random (seed 0)', 'resize 256 (bilinear), crop 224, ')
     """
-    return _with_transform(_source_for(ref, options).load_model(ref, weights, options), options)
+    return _with_transform(_source_of(ref, options).load_model(ref, weights, options), options)
 
 
 def skeleton(ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
@@ -75,16 +74,12 @@ def skeleton(ref: str, weights: str = "default", options: ModelOptions = ModelOp
         >>> next(model.module.parameters()).device.type, model.preprocessing.crop_px
         ('meta', 518)
     """
-    return _with_transform(_source_for(ref, options).skeleton(ref, weights, options), options)
+    return _with_transform(_source_of(ref, options).skeleton(ref, weights, options), options)
 
 
-def _source_of(ref: str) -> Source:
+def _source_of(ref: str, options: ModelOptions = ModelOptions()) -> Source:
     # An unknown name gets torchvision's error, which lists similar ones.
-    return next((source for source in _SOURCES if source.owns(ref)), _TORCHVISION)
-
-
-def _source_for(ref: str, options: ModelOptions) -> Source:
-    source = _source_of(ref)
+    source = next((source for source in _SOURCES if source.owns(ref)), _TORCHVISION)
     if options.model_args and not source.takes_arguments:
         raise ModelError(f"{ref} takes no --model-arg; only models of python:, timm: and hf: do")
     return source

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 TIMM, HUGGING_FACE, PYTHON = "timm:", "hf:", "python:"
 LISTED_PREFIXES = (TIMM,)  # zoos other than torchvision that have a list of models
+
+# A decorated builder is registered under the name that the decorator gives, or under its own.
+_REGISTERED = re.compile(r'^@register_model\((?:(?:name=)?"(\w+)")?.*?^def (\w+)', re.MULTILINE | re.DOTALL)
 
 
 def may_run_code(ref: str) -> bool:
@@ -25,31 +27,16 @@ def may_run_code(ref: str) -> bool:
 
 
 def distribution_of(ref: str) -> str:
-    """Return the distribution on PyPI that a model comes from; torchvision also stands for files and custom code.
-
-    Example:
-        >>> distribution_of("resnet18"), distribution_of("timm:resnet18"), distribution_of("hf:./folder")
-        ('torchvision', 'timm', 'transformers')
-    """
+    """Return the distribution on PyPI that a model comes from; torchvision also stands for files and custom code."""
     prefix = ref[: ref.find(":") + 1]
     return {TIMM: "timm", HUGGING_FACE: "transformers"}.get(prefix, "torchvision")
 
 
 @cache
 def torchvision_names() -> tuple[str, ...]:
-    """Read the names of torchvision's models out of its source; importing it takes seconds.
-
-    Example:
-        >>> "resnet18" in torchvision_names()
-        True
-    """
-    return tuple(_registered_names())
-
-
-def _registered_names() -> Iterator[str]:
+    """Read the names of torchvision's models out of its source; importing it takes seconds."""
     spec = find_spec("torchvision")
     assert spec is not None and spec.origin is not None
-    for file in Path(spec.origin).parent.glob("models/**/*.py"):
-        for registered in file.read_text(encoding="utf-8").split("\n@register_model(")[1:]:
-            if name := re.match(r'(?:name=)?"(\w+)"', registered) or re.search(r"^def (\w+)", registered, re.MULTILINE):
-                yield name[1]
+    files = Path(spec.origin).parent.glob("models/**/*.py")
+    registered = [found for file in files for found in _REGISTERED.findall(file.read_text(encoding="utf-8"))]
+    return tuple(name or function for name, function in registered)

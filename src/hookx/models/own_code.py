@@ -12,12 +12,12 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import operator
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,17 +29,14 @@ from torch.nn.parameter import is_lazy
 from hookx.errors import HookxError, ModelError, closest, one_line
 from hookx.models.arguments import arguments_for
 from hookx.models.checkpoints import is_weights_file, read_weights
-from hookx.models.fitting import Filled, fill, without_prefix
+from hookx.models.fitting import fill, without_prefix
 from hookx.models.names import PYTHON
 from hookx.models.preprocessing import from_timm_config, imagenet_preprocessing, square_side_px, try_transform
 from hookx.models.source import LoadedModel, Source
 from hookx.options import ModelOptions
-from hookx.plan import Preprocessing, WeightsIdentity
-from hookx.plan.weights import describe_arguments
+from hookx.plan import IMAGENET, Preprocessing, WeightsIdentity, describe_arguments
 
 _DEFAULT_SIDE_PX = 224
-_TIMM_CONFIG_KEYS = {"input_size", "mean", "std"}
-_INPUT_SIZE_NAMES = ("input_size", "image_size", "img_size")
 
 
 class OwnCode(Source):
@@ -58,119 +55,90 @@ class OwnCode(Source):
     takes_arguments = True
 
     def __init__(self) -> None:
-        self._skeletons: dict[object, _Built] = {}  # at most one, which no `load_model` has taken yet
+        self._skeletons: dict[object, LoadedModel] = {}  # at most one, which no `load_model` has taken yet
 
     def owns(self, ref: str) -> bool:
-        """Return whether a reference names a factory, in a module or in a file.
-
-        Example:
-            >>> [OwnCode().owns(ref) for ref in ("python:torchvision.models:resnet18", "nets/small.py:Net", "resnet18")]
-            [True, True, False]
-        """
         return ref.startswith(PYTHON) or bool(re.search(r"\.py(:|$)", ref))
 
     def load_model(self, ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
-        _check_weights(ref, weights)
         # A skeleton built before is the model itself: what a factory prints or downloads, it does once.
-        built = self._skeletons.pop(_key(ref, options), None) or _build(ref, options)
+        model = self.skeleton(ref, weights, options)
+        self._skeletons.clear()
+        call = f"{ref}({describe_arguments(options.model_args)})" if options.model_args else ref
         if not is_weights_file(weights):
             seed = options.seed if weights == "none" else None
-            return built.finish(
-                Filled(built.module, WeightsIdentity.of_factory(built.call, state_sha256(built.module), seed))
-            )
-        found = without_prefix(read_weights(weights, options), built.module.state_dict().keys(), ref)
-        filled = fill(built.module, found, ref, options, "as the factory made them")
-        digest = state_sha256(built.module) if filled.random_paths else ""
-        identity = filled.identity.in_factory_model(built.call, digest)
-        return built.finish(dataclasses.replace(filled, identity=identity))
+            identity = WeightsIdentity.of_factory(call, state_sha256(model.module), seed)
+            return dataclasses.replace(model, weights=str(identity))
+        found = without_prefix(read_weights(weights, options), model.module.state_dict().keys(), ref)
+        filled = fill(model.module, found, ref, options, "as the factory made them")
+        digest = state_sha256(model.module) if filled.random_paths else ""
+        return dataclasses.replace(
+            model,
+            weights=str(filled.identity.in_factory_model(call, digest)),
+            notes=(*model.notes, *filled.notes),
+            random_paths=filled.random_paths,
+        )
 
     def skeleton(self, ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
         """Build the model, and keep it for the `load_model` that follows."""
-        _check_weights(ref, weights)
-        key = _key(ref, options)
+        if weights not in ("default", "none") and not is_weights_file(weights):
+            raise ModelError(
+                f"{ref} has no weights '{weights}'; it has: default (as the factory makes them)",
+                "also: none (recorded as random), or a file (.safetensors, .pt, .pth)",
+            )
+        file, _ = _parse_ref(ref)
+        status = file.stat() if isinstance(file, Path) and file.is_file() else None
+        version = status and (status.st_mtime_ns, status.st_size)
+        key = ref, tuple(sorted(options.model_args.items())), options.seed, options.transform, version
         if key not in self._skeletons:
             self._skeletons = {key: _build(ref, options)}
-        built = self._skeletons[key]
-        return built.finish(Filled(built.module, WeightsIdentity("none")))
+        return self._skeletons[key]
 
 
 # --- building ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Built:
-    """What a factory returned, ready to run."""
-
-    ref: str
-    call: str
-    """The name with the arguments of the factory."""
-    module: nn.Module
-    preprocessing: Preprocessing
-    transform: Callable[[Any], Tensor] | None
-    notes: tuple[str, ...]
-
-    def finish(self, filled: Filled) -> LoadedModel:
-        return LoadedModel(
-            name=self.ref,
-            module=self.module,
-            preprocessing=self.preprocessing,
-            weights=str(filled.identity),
-            forward=_print_to_stderr(self.module),
-            transform=self.transform,
-            notes=(*self.notes, *filled.notes),
-            random_paths=filled.random_paths,
-        )
-
-
-def _key(ref: str, options: ModelOptions) -> object:
-    file, _ = _parse_ref(ref)
-    state = file.stat() if isinstance(file, Path) and file.is_file() else None
-    version = (state.st_mtime_ns, state.st_size) if state else ()
-    return ref, tuple(sorted(options.model_args.items())), options.seed, options.transform, version
-
-
-def _check_weights(ref: str, weights: str) -> None:
-    if weights not in ("default", "none") and not is_weights_file(weights):
-        raise ModelError(
-            f"{ref} has no weights '{weights}'; it has: default (as the factory makes them)",
-            "also: none (recorded as random), or a file (.safetensors, .pt, .pth)",
-        )
-
-
-def _build(ref: str, options: ModelOptions) -> _Built:
+def _build(ref: str, options: ModelOptions) -> LoadedModel:
     torch.manual_seed(options.seed)  # A module can build a model while it is imported.
-    factory = _import_factory(ref)
-    if isinstance(factory, nn.Module):
-        if options.model_args:
-            name = next(iter(options.model_args))
-            raise ModelError(f"{ref} is a model, not a factory, so it takes no --model-arg {name}")
-        made: Any = factory
-    else:
-        arguments, keywords = arguments_for(factory, options.model_args, ref)
+    made = _import_factory(ref)
+    if not isinstance(made, nn.Module):
         torch.manual_seed(options.seed)
-        with _running(f"{ref} fails", _folder(ref)):
-            made = factory(*arguments, **keywords)
-    call = f"{ref}({describe_arguments(options.model_args)})" if options.model_args else ref
+        made = _call(made, options.model_args, ref)
+    elif options.model_args:
+        name = next(iter(options.model_args))
+        raise ModelError(f"{ref} is a model, not a factory, so it takes no --model-arg {name}")
     module, notes = _make_ready(made, ref)
-    if options.transform is not None:
-        return _Built(ref, call, module, imagenet_preprocessing(), None, tuple(notes))
-    preprocessing, transform, more = _find_preprocessing(module, ref)
-    return _Built(ref, call, module, preprocessing, transform, (*notes, *more))
+    replaced = options.transform is not None
+    preprocessing, transform, more = _find_preprocessing(module, ref) if not replaced else (IMAGENET, None, ())
+    return LoadedModel(
+        name=ref,
+        module=module,
+        preprocessing=preprocessing,
+        weights="none",
+        forward=_print_to_stderr(module),
+        transform=transform,
+        notes=(*notes, *more),
+    )
+
+
+def _call(factory: Callable[..., Any], texts: Mapping[str, str], ref: str) -> Any:
+    arguments, keywords = arguments_for(factory, texts, ref)
+    with _running(f"{ref} fails", ref):
+        return factory(*arguments, **keywords)
 
 
 def _make_ready(made: Any, ref: str) -> tuple[nn.Module, list[str]]:
     """Check what a factory returned; return it in eval mode on the CPU, and what was done to it."""
     if not isinstance(made, nn.Module):
-        what = _a(type(made).__name__)
-        if isinstance(made, tuple):
-            what += f" of {', '.join(type(item).__name__ for item in made)}"
+        items = f" of {', '.join(type(item).__name__ for item in made)}" if isinstance(made, tuple) else ""
         forgotten = "; does it end with 'return model'?" if made is None else ""
-        raise ModelError(f"{ref} returns {what}; expected an nn.Module{forgotten}", "return only the model")
+        raise ModelError(f"{ref} returns {_a(made)}{items}; expected an nn.Module{forgotten}", "return only the model")
     notes = []
-    while type(made).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
-        # Their copies of the modules run without the hooks.
-        notes.append(f"{ref}: unwrapped from its {type(made).__name__}")
-        made = made._orig_mod if type(made).__name__ == "OptimizedModule" else made.module
+    # Wrappers run copies of the modules, without the hooks; each keeps the module in an attribute.
+    wrappers = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+    while (wrapper := type(made).__name__) in wrappers:
+        notes.append(f"{ref}: unwrapped from its {wrapper}")
+        made = getattr(made, wrappers[wrapper])
     tensors = {**dict(made.named_parameters()), **dict(made.named_buffers())}
     if lazy := [name for name, tensor in tensors.items() if is_lazy(tensor)]:
         raise ModelError(
@@ -179,8 +147,7 @@ def _make_ready(made: Any, ref: str) -> tuple[nn.Module, list[str]]:
         )
     if empty := [name for name, tensor in tensors.items() if tensor.device.type == "meta"]:
         raise ModelError(f"{ref} has parameters on the meta device, which have no values: {_list_some(empty)}")
-    devices = sorted({str(tensor.device) for tensor in tensors.values()} - {"cpu"})
-    if devices:
+    if devices := sorted({str(tensor.device) for tensor in tensors.values()} - {"cpu"}):
         notes.append(f"{ref}: moved from {', '.join(devices)} to the CPU; choose the device with --device")
         made = made.cpu()
     if training := [path or "." for path, module in made.named_modules() if module.training]:
@@ -193,19 +160,13 @@ def _make_ready(made: Any, ref: str) -> tuple[nn.Module, list[str]]:
 
 
 def state_sha256(module: nn.Module) -> str:
-    """Return the SHA-256 of a state dict, covering every tensor's name, dtype, shape and values.
-
-    Example:
-        >>> state_sha256(nn.Identity())[:12]
-        'e3b0c44298fc'
-    """
+    """Return the SHA-256 of a state dict, covering every tensor's name, dtype, shape and values."""
     digest = hashlib.sha256()
     for name, value in module.state_dict().items():
         if isinstance(value, Tensor):
             plain = value.dequantize() if value.is_quantized else value.to_dense()
-            plain = plain.detach().cpu().contiguous()
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(plain.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         else:
             digest.update(f"{name} {value!r}\n".encode())
     return digest.hexdigest()
@@ -223,13 +184,11 @@ def _find_preprocessing(
         return given, None, ()
     if given is not None:
         return *_check_transform(given, f"the attribute 'preprocessing' of {ref}"), ()
-    for name in ("pretrained_cfg", "default_cfg"):
-        config = getattr(module, name, None)
-        if isinstance(config, Mapping) and set(config) >= _TIMM_CONFIG_KEYS:
-            usual = {"crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic"}
-            if (simple := from_timm_config({**usual, **config}, ref)) is not None:
-                return simple, None, ()
-            break
+    configs = [getattr(module, name, None) for name in ("pretrained_cfg", "default_cfg")]
+    config = next((c for c in configs if isinstance(c, Mapping) and c.keys() >= {"input_size", "mean", "std"}), None)
+    usual = {"crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic"}
+    if config is not None and (simple := from_timm_config({**usual, **config}, ref)) is not None:
+        return simple, None, ()
     side_px = _side_px(module, ref)
     assumed = imagenet_preprocessing(side_px or _DEFAULT_SIDE_PX)
     size = "" if side_px else f" {_DEFAULT_SIDE_PX} pixels and"
@@ -242,7 +201,7 @@ def _find_preprocessing(
 
 def _side_px(module: nn.Module, ref: str) -> int | None:
     for holder in (module, getattr(module, "default_cfg", None), getattr(module, "config", None)):
-        for name in _INPUT_SIZE_NAMES:
+        for name in ("input_size", "image_size", "img_size"):
             size = holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
             if isinstance(size, int | list | tuple | Mapping) and not isinstance(size, bool):
                 return square_side_px(size, ref)
@@ -254,12 +213,10 @@ def load_transform(ref: str) -> tuple[Preprocessing, Callable[[Any], Tensor] | N
     """Call the factory of a transform; return what a plan records, and the transform if a plan cannot express it."""
     found = _import_factory(ref)
     if isinstance(found, type | functools.partial) or hasattr(found, "__code__"):
-        arguments, keywords = arguments_for(found, {}, ref)
-        with _running(f"{ref} fails", _folder(ref)):
-            found = found(*arguments, **keywords)
+        found = _call(found, {}, ref)
     if not callable(found):
         raise ModelError(
-            f"{ref} returns {_a(type(found).__name__)}; expected a function of an RGB image (PIL)",
+            f"{ref} returns {_a(found)}; expected a function of an RGB image (PIL)",
             "--transform names a factory, which is called without arguments and returns that function",
         )
     return _check_transform(found, ref)
@@ -267,7 +224,7 @@ def load_transform(ref: str) -> tuple[Preprocessing, Callable[[Any], Tensor] | N
 
 def _check_transform(transform: Any, source: str) -> tuple[Preprocessing, Callable[[Any], Tensor] | None]:
     if not callable(transform):
-        raise ModelError(f"{source} is {_a(type(transform).__name__)}; expected a function of an image")
+        raise ModelError(f"{source} is {_a(transform)}; expected a function of an image")
     with contextlib.redirect_stdout(sys.stderr):
         preprocessing, function = try_transform(transform, source)
     return preprocessing, function and _print_to_stderr(function)
@@ -296,19 +253,14 @@ def _parse_ref(ref: str) -> tuple[Path | str, str]:
     return (Path(where).expanduser(), name) if where.endswith(".py") else (where, name)
 
 
-def _folder(ref: str) -> str:
-    where, _ = _parse_ref(ref)
-    return str(where.resolve().parent) if isinstance(where, Path) else os.getcwd()
-
-
 def _import_factory(ref: str) -> Any:
     """Import the code that a reference names, and return what the reference stands for."""
     where, name = _parse_ref(ref)
     if isinstance(where, Path) and not where.is_file():
         raise ModelError(f"there is no file '{where}'")
-    with _running(f"'{where}' cannot be imported", _folder(ref)):
+    with _running(f"'{where}' cannot be imported", ref):
         try:
-            found: Any = _import_file(where) if isinstance(where, Path) else importlib.import_module(where)
+            module = _import_file(where) if isinstance(where, Path) else importlib.import_module(where)
         except ModuleNotFoundError as error:
             if isinstance(where, str) and error.name and f"{where}.".startswith(f"{error.name}."):
                 raise ModelError(
@@ -316,16 +268,14 @@ def _import_factory(ref: str) -> Any:
                     "install it, or put it into the working directory; write a file as path/to/file.py:factory",
                 ) from None
             raise
-    module = found
-    for part in name.split("."):
-        try:
-            found = getattr(found, part)
-        except AttributeError:
-            own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-            similar = f"; closest: {closest(part, own)}" if own else ""
-            raise ModelError(f"'{where}' has no '{name}'{similar}") from None
+    try:
+        found = operator.attrgetter(name)(module)
+    except AttributeError as error:
+        own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        similar = f"; closest: {closest(error.name or name, own)}" if own else ""
+        raise ModelError(f"'{where}' has no '{name}'{similar}") from None
     if not callable(found):
-        raise ModelError(f"{ref} is {_a(type(found).__name__)}; expected a factory or an nn.Module")
+        raise ModelError(f"{ref} is {_a(found)}; expected a factory or an nn.Module")
     return found
 
 
@@ -349,15 +299,23 @@ def _import_file(file: Path) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _running(what: str, folder: str) -> Iterator[None]:
+def _running(what: str, ref: str) -> Iterator[None]:
     """Run the user's code: send what it prints to standard error, and turn what it raises into an error with a line."""
-    with _importable(folder), _stdout_to_stderr():
-        try:
+    where, _ = _parse_ref(ref)
+    folder = str(where.resolve().parent) if isinstance(where, Path) else os.getcwd()
+    sys.path.insert(0, folder)  # Where Python puts a script's folder.
+    try:
+        with _stdout_to_stderr():
             yield
-        except HookxError:
-            raise
-        except (Exception, SystemExit) as error:  # Code can raise anything, and some modules call sys.exit.
-            raise ModelError(f"{what}: {type(error).__name__}: {one_line(error)}{_locate(error)}") from error
+    except HookxError:
+        raise
+    except (Exception, SystemExit) as error:  # Code can raise anything, and some modules call sys.exit.
+        raise ModelError(f"{what}: {type(error).__name__}: {one_line(error)}{_locate(error)}") from error
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder)
+        if folder not in sys.path:  # Code may import more when it runs.
+            sys.path.append(folder)
 
 
 def _locate(error: BaseException) -> str:
@@ -367,22 +325,6 @@ def _locate(error: BaseException) -> str:
     frames = [frame for frame in frames if not frame.filename.startswith("<frozen importlib")]
     own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
     return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
-
-
-@contextlib.contextmanager
-def _importable(folder: str) -> Iterator[None]:
-    """Put a folder first on the import path, as Python does for a script, and last afterwards.
-
-    The folder stays on the path because code may import more when it runs.
-    """
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(folder)
-        if folder not in sys.path:
-            sys.path.append(folder)
 
 
 @contextlib.contextmanager
@@ -400,8 +342,9 @@ def _stdout_to_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def _a(noun: str) -> str:
-    return "None" if noun == "NoneType" else f"{'an' if noun[0] in 'aeiouAEIOU' else 'a'} {noun}"
+def _a(value: Any) -> str:
+    noun = type(value).__name__
+    return "None" if value is None else f"{'an' if noun[0] in 'aeiouAEIOU' else 'a'} {noun}"
 
 
 def _list_some(names: list[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torchvision.transforms._presets import ImageClassification
 from torchvision.transforms.functional import to_pil_image
 
 from hookx.errors import ModelError, one_line
-from hookx.plan import Preprocessing
+from hookx.plan import IMAGENET, Preprocessing
 
 # One landscape, one portrait: a transform that keeps proportions returns two shapes.
 _EXAMPLE_SIZES_PX = ((320, 240), (200, 333))
@@ -26,13 +27,7 @@ def imagenet_preprocessing(side_px: int = 224) -> Preprocessing:
         >>> str(imagenet_preprocessing())
         'resize 256 (bilinear), crop 224, mean 0.485,0.456,0.406, std 0.229,0.224,0.225'
     """
-    return Preprocessing(
-        resize_px=round(side_px * 256 / 224),
-        crop_px=side_px,
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        interpolation="bilinear",
-    )
+    return replace(IMAGENET, resize_px=round(side_px * 256 / 224), crop_px=side_px)
 
 
 def square_side_px(size: Any, name: str) -> int:
@@ -71,8 +66,8 @@ def try_transform(
     """Try a transform on two images; return what a plan records, and the transform if a plan cannot express it.
 
     Args:
-        transform: turns an RGB image (PIL) into pixels (3, side, side), float32.
-        source: where it comes from, for messages and for the plan.
+        transform: must turn an RGB image (PIL) into pixels (3, side, side), float32.
+        source: its origin, for messages and for the plan.
         description: what it does, in the same words in every process; its `repr` if empty.
 
     Raises:
@@ -80,14 +75,16 @@ def try_transform(
     """
     if isinstance(transform, ImageClassification) and len(transform.crop_size) == len(transform.resize_size) == 1:
         return from_preset(transform), None
-    sides_px = {_side_px(transform, size, source) for size in _EXAMPLE_SIZES_PX}
+    sides_px = {_side_px(transform, width, height, source) for width, height in _EXAMPLE_SIZES_PX}
     if len(sides_px) > 1:
         raise ModelError(
             f"{source} returns images of {' and '.join(f'{side} x {side}' for side in sorted(sides_px))} pixels; "
             "a batch needs a single size"
         )
-    side_px = sides_px.pop()
-    custom = f"{source}: {description or _drop_addresses(repr(transform))}"
+    (side_px,) = sides_px
+    # Memory addresses in a `repr` differ between processes.
+    description = description or " ".join(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(transform)).split())
+    custom = f"{source}: {description}"
     return Preprocessing(side_px, side_px, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear", custom=custom), transform
 
 
@@ -103,32 +100,24 @@ def from_preset(preset: Any, crop_px: int | None = None) -> Preprocessing:
     )
 
 
-def _side_px(transform: Callable[[Any], Any], size_px: tuple[int, int], source: str) -> int:
-    width, height = size_px
+def _side_px(transform: Callable[[Any], Any], width: int, height: int, source: str) -> int:
     noise = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     example = to_pil_image(noise)
     size = f"{width} x {height} pixels"
     try:
         pixels, again = transform(example.copy()), transform(example.copy())
     except Exception as error:  # The user's code can raise anything.
-        raise ModelError(
-            f"{source} fails on an RGB image of {size}: {type(error).__name__}: {one_line(error)}"
-        ) from error
+        problem = f"{type(error).__name__}: {one_line(error)}"
+        raise ModelError(f"{source} fails on an RGB image of {size}: {problem}") from error
     expected = "expected a float32 tensor of shape (3, side, side)"
     if not isinstance(pixels, Tensor):
         raise ModelError(f"{source} returned {type(pixels).__name__}; {expected}")
     if pixels.dtype != torch.float32 or pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.shape[1] != pixels.shape[2]:
-        shape = ", ".join(map(str, pixels.shape))
-        dtype = str(pixels.dtype).removeprefix("torch.")
-        raise ModelError(f"{source} returned a {dtype} tensor of shape ({shape}) for an image of {size}; {expected}")
+        what = f"{str(pixels.dtype).removeprefix('torch.')} tensor of shape ({', '.join(map(str, pixels.shape))})"
+        raise ModelError(f"{source} returned a {what} for an image of {size}; {expected}")
     if not torch.equal(pixels, again):
         raise ModelError(
             f"{source} is random: it returns different pixels for the same image",
             "remove what only training needs: random crops, flips, colours",
         )
     return int(pixels.shape[1])
-
-
-def _drop_addresses(text: str) -> str:
-    """Return a `repr` without memory addresses, which differ between processes."""
-    return " ".join(re.sub(r" at 0x[0-9a-fA-F]+", "", text).split())

@@ -6,9 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from hookx.errors import ModelError
 from hookx.models.names import distribution_of
@@ -74,33 +72,3 @@ class Source(Protocol):
     def weights_of(self, ref: str) -> list[tuple[str, bool]]:
         """Return the names of a model's weights, default first, each with whether it is in the cache."""
         raise ModelError(f"{ref} has no list of weights: only the models of torchvision and timm do")
-
-
-class _Unallocated(TorchFunctionMode):
-    """Let the factories that parameters come from allocate nothing.
-
-    `torch.device("meta")` would do so for every tensor, but RegNet's constructor computes its widths with small real
-    tensors (`torch.arange`, `torch.tensor`).
-    """
-
-    _FACTORIES: frozenset[Callable[..., Any]] = frozenset(
-        {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn}
-    )
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in self._FACTORIES and kwargs.get("device") is None:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
-def build_without_memory(build: Callable[[], nn.Module]) -> nn.Module:
-    """Build a module on the meta device.
-
-    Example:
-        >>> build_without_memory(lambda: nn.Linear(100_000, 100_000)).weight.device
-        device(type='meta')
-    """
-    with _Unallocated():
-        module = build()
-    return module.to("meta")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import pickle
@@ -12,20 +11,18 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchvision import models as zoo
 
 from hookx.errors import ModelError, closest, one_line
 from hookx.models.checkpoints import Weights, sha256_of
-from hookx.models.fitting import Filled, classes_in, without_prefix
+from hookx.models.fitting import Filled, without_prefix
 from hookx.models.preprocessing import from_preset
 from hookx.models.source import LoadedModel
-from hookx.models.zoo import Architecture, Prepared, Zoo, names_published
+from hookx.models.zoo import Architecture, Prepared, Zoo, cached_download, no_such_weights
 from hookx.options import ModelOptions
 from hookx.plan import Preprocessing, WeightsIdentity
 
@@ -56,19 +53,22 @@ class Torchvision(Zoo):
     def weights_of(self, ref: str) -> list[tuple[str, bool]]:
         enum = zoo.get_model_weights(ref)
         default_first = sorted(enum, key=lambda entry: entry is not enum.DEFAULT)
-        return [(entry.name, _cached_file(entry).exists()) for entry in default_first]
+        return [(entry.name, cached_download(entry.url).is_file()) for entry in default_first]
 
-    def find(self, ref: str, weights: str, options: ModelOptions = ModelOptions()) -> TorchvisionModel:
+    def find(self, ref: str, published: str, options: ModelOptions = ModelOptions()) -> TorchvisionModel:
         if ref not in zoo.list_models():
             similar = closest(ref, zoo.list_models())
             raise ModelError(f"no model is called '{ref}'; closest: {similar}", "list them all: hookx list-models")
-        kind = _kind_of(ref)
+        kind, enum = _kind_of(ref), zoo.get_model_weights(ref)
         if kind in _REFUSED:
             raise ModelError(f"{ref} takes {_REFUSED[kind]}; hookx reads still images")
-        if not names_published(weights):
-            return TorchvisionModel(ref, zoo.get_model_weights(ref).DEFAULT)
+        if not published:
+            return TorchvisionModel(ref=ref, entry=enum.DEFAULT)
+        name = "DEFAULT" if published == "default" else published.removeprefix(f"{enum.__name__}.")
+        if name not in enum.__members__:
+            raise no_such_weights(ref, published, [entry.name for entry in enum])
         # The auxiliary head of published segmentation models also runs in eval mode, so it is one of their layers.
-        return TorchvisionModel(ref, _find_weights(ref, weights), _with_auxiliary_head(ref))
+        return TorchvisionModel(ref=ref, entry=enum[name], variant=_with_auxiliary_head(ref))
 
 
 def _kind_of(ref: str) -> str:
@@ -76,38 +76,19 @@ def _kind_of(ref: str) -> str:
     return _KINDS.get(package, package)
 
 
-def _find_weights(ref: str, weights: str) -> Any:
-    """Return the member of torchvision's weights enum that a name stands for."""
-    enum = zoo.get_model_weights(ref)
-    if weights == "default":
-        return enum.DEFAULT
-    name = weights.removeprefix(f"{enum.__name__}.")
-    if name not in enum.__members__:
-        known = ", ".join(member.name for member in enum)
-        raise ModelError(
-            f"{ref} has no weights '{weights}'; it has: {known}",
-            "also: default, none (random), or a file (.safetensors, .pt, .pth)",
-        )
-    return enum[name]
-
-
 def _with_auxiliary_head(ref: str) -> dict[str, Any]:
     """Return the arguments that build an architecture with the auxiliary head that its default leaves out."""
     return {"aux_loss": True} if _kind_of(ref) == "segmentation" and not ref.startswith("lraspp") else {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TorchvisionModel(Architecture):
-    """An architecture, the weights whose preprocessing it takes, and the arguments of its variant."""
+    """An architecture, and the weights whose preprocessing it takes."""
 
-    ref: str
     entry: Any
     """A member of the architecture's weights enum."""
-    variant: dict[str, Any] = field(default_factory=dict)
     transforms_input: bool = False
     """Whether GoogLeNet and Inception renormalize their input, as their published weights need."""
-    arguments: Mapping[str, object] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
     def build(self) -> nn.Module:
         arguments, kind = dict(self.variant), _kind_of(self.ref)
@@ -128,18 +109,18 @@ class TorchvisionModel(Architecture):
         return self.build() if _kind_of(self.ref) == "quantized" else super().build_bare()
 
     def build_published(self, options: ModelOptions) -> Filled:
-        ref, entry, file = self.ref, self.entry, _cached_file(self.entry)
-        if not file.exists():
+        ref, entry, file = self.ref, self.entry, cached_download(self.entry.url)
+        if not file.is_file():
             log.info("downloading %s", entry.url)
         try:
-            with _socket_timeout(_DOWNLOAD_TIMEOUT_SECONDS), _quiet_unless_terminal():
+            with _downloading():
                 # Download before building, so that a failure is the download's. This also refuses a cached file that
                 # would run code; torchvision itself would not.
                 entry.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
                 module = _get_model(ref, weights=entry, **({"quantize": True} if _kind_of(ref) == "quantized" else {}))
         # URLError and HTTPError are OSErrors, a wrong hash is a RuntimeError, a damaged file any of the others.
         except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
-            if file.exists():
+            if file.is_file():
                 raise ModelError(
                     f"the cached weights for {ref} ({entry.name}) cannot be used: {one_line(error)}",
                     f"remove {file} and run again",
@@ -152,32 +133,18 @@ class TorchvisionModel(Architecture):
         return Filled(module, WeightsIdentity(str(entry)))
 
     def fit(self, weights: Weights) -> tuple[Weights, TorchvisionModel]:
-        ref, with_everything = self.ref, dataclasses.replace(self, variant=_with_auxiliary_head(self.ref))
-        weights = without_prefix(weights, with_everything.build_bare().state_dict().keys(), ref)
+        ref, head = self.ref, _with_auxiliary_head(self.ref)
+        weights = without_prefix(weights, replace(self, variant=head).build_bare().state_dict().keys(), ref)
         if ref.startswith("densenet"):
-            weights = dataclasses.replace(weights, state={_modernize(name): v for name, v in weights.state.items()})
-        variant: dict[str, Any] = {}
+            # Published DenseNets have dots in names where a module's name can no longer have one.
+            dotted = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
+            weights = replace(weights, state={dotted.sub(r"\1\2", name): v for name, v in weights.state.items()})
         has_auxiliary = any(name.startswith(("aux1.", "AuxLogits.", "aux_classifier.")) for name in weights.state)
-        if ref in ("googlenet", "inception_v3") and not has_auxiliary:
-            variant["aux_logits"] = False
-        if has_auxiliary:
-            variant |= _with_auxiliary_head(ref)
-        model, notes = dataclasses.replace(self, variant=variant), self.notes
-        classes = classes_in(
-            weights,
-            model.build_bare().state_dict(),
-            lambda count: model.with_classes(count).build_bare().state_dict(),
-            len(self.entry.meta["categories"]),
-        )
-        if classes:
-            model = model.with_classes(classes)
-            notes = (*notes, f"{ref} is built for {classes} classes, as the classifier in {weights.file.name} is")
+        without = {"aux_logits": False} if ref in ("googlenet", "inception_v3") else {}
+        model = replace(self, variant=head if has_auxiliary else without)
+        model = model.adapt_classes(weights, model.build_bare().state_dict(), len(self.entry.meta["categories"]))
         published = self.recognize(sha256_of(weights.file))
-        entry = published or self.entry
-        return weights, dataclasses.replace(model, entry=entry, transforms_input=published is not None, notes=notes)
-
-    def with_classes(self, count: int) -> TorchvisionModel:
-        return dataclasses.replace(self, variant={**self.variant, "num_classes": count})
+        return weights, replace(model, entry=published or self.entry, transforms_input=published is not None)
 
     def recognize(self, sha256: str) -> Any:
         """Return the published weights with a digest, or None; their URLs contain its beginning."""
@@ -194,8 +161,7 @@ class TorchvisionModel(Architecture):
             case "ImageClassification":
                 return from_preset(preset), None, ()
             case "SemanticSegmentation":
-                side_px = preset.resize_size[0]
-                return from_preset(preset, crop_px=side_px), None, ()
+                return from_preset(preset, crop_px=preset.resize_size[0]), None, ()
             case "ObjectDetection":
                 # These models resize and normalize images themselves, to this side; so pass pixels of it unchanged.
                 transform: Any = module.transform
@@ -205,12 +171,10 @@ class TorchvisionModel(Architecture):
                 raise ModelError(f"hookx cannot prepare images as {other} does")
 
     def finish(self, filled: Filled) -> LoadedModel:
-        kind = _kind_of(self.ref)
-        forward = _detect_without_boxes(filled.module) if kind == "detection" else filled.module
-        return dataclasses.replace(
+        return replace(
             super().finish(filled),
-            forward=forward,
-            cpu_only=kind == "quantized",
+            forward=forward_of(self.ref, filled.module),
+            cpu_only=_kind_of(self.ref) == "quantized",
             why_never_called=why_never_called,
         )
 
@@ -219,22 +183,14 @@ def _get_model(ref: str, **arguments: Any) -> nn.Module:
     with warnings.catch_warnings():
         # GoogLeNet and Inception announce a change of their random initialization whenever they are built, and
         # torch.ao.quantization announces its successor.
-        for category in (FutureWarning, DeprecationWarning, UserWarning):
-            warnings.simplefilter("ignore", category)
+        warnings.simplefilter("ignore")
         return zoo.get_model(ref, **arguments)
-
-
-def _modernize(name: str) -> str:
-    # Published DenseNets have dots in names where a module's name can no longer have one.
-    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)
 
 
 def forward_of(ref: str, module: nn.Module) -> Callable[[Tensor], Any]:
     """Return the function that takes a batch of images through a model."""
-    return _detect_without_boxes(module) if _kind_of(ref) == "detection" else module
-
-
-def _detect_without_boxes(module: nn.Module) -> Callable[[Tensor], Any]:
+    if _kind_of(ref) != "detection":
+        return module
     model: Any = module
 
     def forward(pixels_NCHW: Tensor) -> Any:
@@ -262,24 +218,17 @@ def why_never_called(path: str, modules: Mapping[str, nn.Module]) -> str:
     return ""
 
 
-def _cached_file(entry: Any) -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / entry.url.rsplit("/", 1)[1]
-
-
 @contextlib.contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """Bound every wait of a download: behind a firewall that drops packets, a run would hang forever."""
+def _downloading() -> Iterator[None]:
+    """Bound every wait of a download, and drop torch.hub's line about it: hookx has logged its own.
+
+    Behind a firewall that drops packets, a run would hang forever. Newer versions of torch write the line to stdout.
+    """
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
+    socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_SECONDS)
     try:
-        yield
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(nowhere):
+                yield
     finally:
         socket.setdefaulttimeout(before)
-
-
-@contextlib.contextmanager
-def _quiet_unless_terminal() -> Iterator[None]:
-    """Drop torch.hub's line about a download, which newer versions write to stdout; hookx has logged its own."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(nowhere):
-            yield

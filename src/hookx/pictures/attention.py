@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hookx.capture.hooks import Taps, tap
-from hookx.capture.modules import modules_of
-from hookx.capture.runner import Runner
+from hookx.capture.runner import Runner, modules_of
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,7 @@ class Attention:
 
 
 def find_attention(runner: Runner, pixels_NCHW: Tensor) -> list[Attention]:
-    """Return every attention of one image's forward pass, in the order of execution.
-
-    Args:
-        runner: holds the model; the path of an attention is that of the module that computes it.
-        pixels_NCHW: one image, on the model's device.
+    """Return every attention of one image's forward pass, in the order of execution, with the module that computes it.
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(d_model=8, nhead=2, batch_first=True).eval()
@@ -82,16 +77,13 @@ class _Watch(TorchDispatchMode):
         output = operation(*args, **kwargs)
         match operation.overloadpacket.__name__:
             case "softmax" | "_softmax" | "_safe_softmax":
-                if _is_attention(output, kwargs.get("dim", args[1] if len(args) > 1 else None)):
+                dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+                # The softmax of a classifier or of a segmentation has two dimensions, or another than the last.
+                if output.ndim in (3, 4, 5) and dim in (-1, output.ndim - 1) and output.shape[-1] > 1:
                     self.on_weights(output)
             case "scaled_dot_product_attention":
                 self.on_weights(attention_weights(*args, **kwargs))
         return output
-
-
-def _is_attention(weights: Tensor, dim: Any) -> bool:
-    """Distinguish attention, over the last of at least three dimensions, from the softmax of other models' outputs."""
-    return weights.ndim in (3, 4, 5) and dim in (-1, weights.ndim - 1) and weights.shape[-1] > 1
 
 
 def attention_weights(

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hookx.errors import UsageError, closest
-from hookx.pictures.page import Pixels
+
+Pixels = NDArray[np.uint8]  # height, width, 3
 
 MARK = (255, 0, 255)  # NaN and infinity: magenta, which no perceptually uniform colour map contains.
 _PHOTO_SHARE = 0.35  # the photograph's share of the colour where a heat map lies over it
@@ -30,9 +31,9 @@ def find_colormap(name: str) -> Colormap:
 
 @dataclass(frozen=True)
 class Scaled:
-    """Maps whose values lie between 0 and 1, each scaled by itself.
+    """Maps whose values lie between 0 and 1, each scaled by itself; a constant map is 0.5.
 
-    `lows` and `highs` are the extremes of each map's finite values, NaN where it has none. A constant map is 0.5.
+    `lows` and `highs` are the extremes of each map's finite values, NaN where it has none.
     """
 
     units_CHW: NDArray[np.float64]
@@ -59,16 +60,12 @@ def scale(values_CHW: NDArray[np.float64]) -> Scaled:
         ([[0.0, 1.0], [0.5, 0.5], [0.5, 0.5]], [False, True, True], 1)
     """
     marked = ~np.isfinite(values_CHW)
-    empty = marked.all((1, 2))
     lows = np.where(marked, np.inf, values_CHW).min((1, 2), initial=np.inf)
     highs = np.where(marked, -np.inf, values_CHW).max((1, 2), initial=-np.inf)
-    lows[empty], highs[empty] = 0.0, 0.0
+    lows, highs = (np.where(marked.all((1, 2)), np.nan, extremes) for extremes in (lows, highs))
     # Halved, because the difference of two finite numbers can overflow.
-    spans = (highs / 2 - lows / 2)[:, None, None]
-    finite = np.where(marked, lows[:, None, None], values_CHW)
-    units = np.divide(finite / 2 - lows[:, None, None] / 2, spans, where=spans > 0, out=np.full(finite.shape, 0.5))
-    units[marked] = 0.5
-    lows[empty], highs[empty] = np.nan, np.nan
+    spans, above_low = (highs / 2 - lows / 2)[:, None, None], values_CHW / 2 - lows[:, None, None] / 2
+    units = np.divide(above_low, spans, where=~marked & (spans > 0), out=np.full(values_CHW.shape, 0.5))
     return Scaled(units, marked, lows, highs)
 
 
@@ -76,10 +73,6 @@ def resize(maps: Scaled, enlarge: tuple[int, int], shrink: tuple[int, int]) -> S
     """Repeat every value `enlarge` times (down, across), or take the mean over blocks of `shrink` values.
 
     A block that holds NaN or infinity is marked; blocks at the right and lower edge can be smaller.
-
-    Example:
-        >>> resize(scale(np.array([[[0.0, 4.0, 1.0, 1.0]]])), (2, 1), (1, 2)).units_CHW.tolist()
-        [[[0.5, 0.25], [0.5, 0.25]]]
     """
     if shrink != (1, 1):
         marked = maps.marked_CHW
@@ -98,20 +91,15 @@ def _sum_blocks(values_CHW: NDArray[np.float64] | NDArray[np.bool_], block: tupl
     return sums
 
 
-def colour(maps: Scaled, colormap: Colormap) -> Pixels:
-    """Return maps (C, H, W) as colours (C, H, W, 3)."""
+def colour(maps: Scaled, colormap: Colormap, photo: Pixels | None = None) -> Pixels:
+    """Return maps (C, H, W) as colours (C, H, W, 3); with a photograph, they lie over its grey, resized to fit."""
     colours: Pixels = colormap(maps.units_CHW, bytes=True)[..., :3]
+    if photo is not None:
+        height, width = maps.units_CHW.shape[1:]
+        grey = np.asarray(resize_photo(photo, width, height, "L"), np.float64)[..., None]
+        colours = np.rint(_PHOTO_SHARE * grey + (1 - _PHOTO_SHARE) * colours).astype(np.uint8)
     colours[maps.marked_CHW] = MARK
     return colours
-
-
-def lay_over_photo(colours_CHW3: Pixels, photo: Pixels) -> Pixels:
-    """Lay coloured maps over the grey of a photograph, resized to fit; marks keep their colour."""
-    height, width = colours_CHW3.shape[1:3]
-    grey = np.asarray(resize_photo(photo, width, height, "L"), np.float64)[..., None]
-    marked = (colours_CHW3 == MARK).all(-1, keepdims=True)
-    blended = np.rint(_PHOTO_SHARE * grey + (1 - _PHOTO_SHARE) * colours_CHW3).astype(np.uint8)
-    return np.where(marked, np.array(MARK, np.uint8), blended)
 
 
 def resize_photo(photo: Pixels, width_px: int, height_px: int, mode: str = "RGB") -> Pixels:
@@ -119,7 +107,7 @@ def resize_photo(photo: Pixels, width_px: int, height_px: int, mode: str = "RGB"
     return np.asarray(image.resize((width_px, height_px), Image.Resampling.LANCZOS))
 
 
-def colour_bar(colormap: Colormap, width_px: int, height_px: int) -> Pixels:
+def colour_bar(colormap: Colormap) -> Pixels:
     """Return a strip that shows a colour map from its lowest to its highest value."""
-    strip: Pixels = colormap(np.linspace(0, 1, width_px), bytes=True)[:, :3]
-    return np.broadcast_to(strip, (height_px, width_px, 3))
+    strip: Pixels = colormap(np.linspace(0, 1, 96), bytes=True)[:, :3]
+    return np.broadcast_to(strip, (10, 96, 3))

@@ -11,13 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from hookx.errors import StoreError
-from hookx.pictures.bars import Vector, draw_bars
-from hookx.pictures.contents import ShownImage, ShownLayer
-from hookx.pictures.grids import Maps, draw_grid
-from hookx.pictures.header import Caption, count_nouns
-from hookx.pictures.look import Look, choose, find_strongest
-from hookx.pictures.overview import Cell, Row, draw_overview
-from hookx.pictures.page import Page, png
+from hookx.pictures.contents import Look, ShownImage, ShownLayer, choose, find_strongest
+from hookx.pictures.drawing import Cell, Content, Row, draw_bars, draw_grid, draw_overview
+from hookx.pictures.page import Caption, Page, count_nouns, png
 from hookx.store.files import write_whole
 
 _MAX_MAPS_IN_CELL, _MAX_ROWS = 16, 12  # in an overview
@@ -48,28 +44,25 @@ class Gallery:
 
 def draw(
     shown: Iterable[ShownImage],
-    out: Path,
     look: Look,
     *,
     images: Sequence[str],
     models: Sequence[str],
     progress: Callable[[int], None] = lambda pictures_done: None,
-    max_rows: int = _MAX_ROWS,
-) -> tuple[Picture, ...]:
+    failures: dict[str, str] | None = None,
+) -> Gallery:
     """Draw and write one picture per layer, and an overview with one row per image and model.
 
     Args:
         shown: the first image by every model, then the second.
-        out: the directory.
-        look: which channels, which colours.
-        images: the keys of all images that can come; several have a folder each.
-        models: the names of all models; several have a folder each.
-        progress: called with the number of pictures finished since the last call.
-        max_rows: the most rows of one overview; further rows go into the next.
+        look: which channels, which colours, and the directory.
+        images: the keys of all images that can come; several have a folder each, as several models have.
+        failures: the images that cannot be read; `shown` may still fill it.
 
     Raises:
         StoreError: the directory cannot be written, or a file to replace was not drawn by hookx.
     """
+    out = Path(look.options.out)
     image_folders, model_folders = name_image_folders(images), itertools.cycle(_name_model_folders(models))
     pictures: list[Picture] = []
     rows: list[Row] = []
@@ -85,7 +78,7 @@ def draw(
         file = out / f"overview{look.suffix}{f'-{number}' if number > 1 else ''}.png"
         footer, layers = _describe_cells(rows, look), max(len(row.cells) for row in rows)
         shows = f"{count_nouns(len(rows), 'row')}, {count_nouns(layers, 'layer')}"
-        page = draw_overview(rows, footer, colormap=look.colormap)
+        page = draw_overview(rows, footer, colormap=look.colormap, as_heat=look.as_heat)
         save(page, Caption("overview", (footer,)), Picture(str(file), "", "", "", shows))
         rows.clear()
 
@@ -95,20 +88,21 @@ def draw(
         for layer in one.layers:
             content, sentence = choose(layer, look)
             caption = _caption(one, layer, sentence, look)
-            if isinstance(content, Vector):
-                page = draw_bars(content, caption, one.photo)
-            else:
+            if content.are_maps:
                 page = draw_grid(content, caption, one.photo, colormap=look.colormap, as_heat=look.as_heat)
-            file = folder / f"{_name_file(layer.address)}{look.suffix}.png"
+            else:
+                page = draw_bars(content, caption, one.photo)
+            file = folder / f"{name_file(layer.address)}{look.suffix}.png"
             save(page, caption, Picture(str(file), one.image, one.model, layer.address, sentence))
-            cells.append(_cell(layer, content, look))
+            shape = " × ".join(map(str, layer.shape)) or "1"
+            cells.append(Cell(layer.address, shape, _choose_for_cell(content, look)))
         detail = f"{one.image}, weights {one.weights}" if len(images) > 1 else f"weights {one.weights}"
         rows.append(Row(one.model, detail, one.photo, cells))
-        if len(rows) == max_rows:
+        if len(rows) == _MAX_ROWS:
             save_overview()
     if rows:
         save_overview()
-    return tuple(pictures)
+    return Gallery(str(out), tuple(pictures), failures or {})
 
 
 def _caption(one: ShownImage, layer: ShownLayer, sentence: str, look: Look) -> Caption:
@@ -118,15 +112,14 @@ def _caption(one: ShownImage, layer: ShownLayer, sentence: str, look: Look) -> C
     return Caption(title, tuple(filter(None, lines)), layer.unit)
 
 
-def _cell(layer: ShownLayer, content: Maps | Vector, look: Look) -> Cell:
-    if isinstance(content, Maps) and len(content.numbers) > 1:
-        if look.attention and content.on_photo:
-            content = content.merge(content.values_CHW.mean(0))
-        else:
-            in_order = look.is_selective or look.attention
-            order = range(len(content.numbers)) if in_order else find_strongest(content)
-            content = content.pick(order[:_MAX_MAPS_IN_CELL])
-    return Cell(layer.address, " × ".join(map(str, layer.shape)) or "1", content, look.as_heat)
+def _choose_for_cell(content: Content, look: Look) -> Content:
+    if not content.are_maps or len(content.numbers) == 1:
+        return content
+    if look.attention and content.on_photo:
+        return content.merge(content.values.mean(0))
+    in_order = look.is_selective or look.attention
+    order = range(len(content.numbers)) if in_order else find_strongest(content)
+    return content.pick(order[:_MAX_MAPS_IN_CELL])
 
 
 def _describe_cells(rows: Sequence[Row], look: Look) -> str:
@@ -137,25 +130,23 @@ def _describe_cells(rows: Sequence[Row], look: Look) -> str:
         what = "heads" if look.attention else "channels"
         return f"each cell: the {look.options.reduce} of a layer's {what}, {own}, over the grey of the input"
     contents = [cell.content for row in rows for cell in row.cells]
-    if not any(isinstance(content, Maps) and len(content.numbers) > 1 for content in contents):
+    if not any(content.are_maps and len(content.numbers) > 1 for content in contents):
         return f"each map {own}"
-    which = "first of the channels asked for" if look.is_selective else "strongest channels of a layer"
+    which = "first of the requested channels" if look.is_selective else "strongest channels of a layer"
     return f"each cell: the {which}, {_MAX_MAPS_IN_CELL} at most, each {own}"
 
 
 def _write(file: Path, page: Page, caption: Caption) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        if file.exists() and not _is_ours(file):
-            raise StoreError(f"{file} exists and was not drawn by hookx", "choose another --out, or move the file away")
+        if file.exists():
+            with file.open("rb") as old:
+                if _MARK not in old.read(_BYTES_WITH_MARK):
+                    reason = f"{file} exists and was not drawn by hookx"
+                    raise StoreError(reason, "choose another --out, or move the file away")
     except OSError as error:
         raise StoreError(f"cannot write {file}: {error.strerror}", "choose another --out") from None
     write_whole(file, [png(page.pixels(), "\n".join((caption.title, *caption.lines)))])
-
-
-def _is_ours(file: Path) -> bool:
-    with file.open("rb") as content:
-        return _MARK in content.read(_BYTES_WITH_MARK)
 
 
 def name_image_folders(images: Sequence[str]) -> dict[str, str]:
@@ -168,27 +159,20 @@ def name_image_folders(images: Sequence[str]) -> dict[str, str]:
     for image, name in zip(images, bare, strict=True):
         folder = name if uses[name] == 1 else image
         # A stored key must not lead out of the directory.
-        folders[image] = "/".join(_name_file(part) for part in folder.split("/") if part not in ("", ".", ".."))
+        folders[image] = "/".join(name_file(part) for part in folder.split("/") if part not in ("", ".", ".."))
     return folders
 
 
 def _name_model_folders(models: Sequence[str]) -> list[str]:
     """Name the folder of each model: '' for a single one, else its name, with a number from its second use on."""
-    uses: Counter[str] = Counter()
-    folders = []
-    for model in models:
-        uses[model] += 1
-        folders.append(_name_file(model) + (f"-{uses[model]}" if uses[model] > 1 else ""))
-    return folders if len(models) > 1 else [""]
+    if len(models) == 1:
+        return [""]
+    earlier = [models[:position].count(model) for position, model in enumerate(models)]
+    return [name_file(model) + (f"-{uses + 1}" if uses else "") for model, uses in zip(models, earlier, strict=True)]
 
 
-def _name_file(text: str) -> str:
-    """Turn an address or a model's name into a file name; '.', the model's own output, becomes 'output'.
-
-    Example:
-        >>> _name_file("layer1.0.relu:1"), _name_file("./out"), _name_file("timm:vit_tiny_patch16_224")
-        ('layer1.0.relu:1', 'output,out', 'timm:vit_tiny_patch16_224')
-    """
+def name_file(text: str) -> str:
+    """Turn an address or a model's name into a file name; '.', the model's own output, becomes 'output'."""
     name = re.sub(r"^\.(?=$|[:/@])", "output", text)
     name = re.sub(r"[\x00-\x1f\x7f\\]", "_", name.replace("/", ",")).lstrip(".") or "_"
     encoded = name.encode("utf-8", "surrogateescape")

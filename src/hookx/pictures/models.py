@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hookx.capture.modules import module_classes
 from hookx.capture.probe import example_images
 from hookx.capture.rows import RowCapture, stored_dtype
-from hookx.capture.runner import Runner
+from hookx.capture.runner import Runner, module_classes
 from hookx.errors import HookxError, ImageError, LayerError, UsageError, closest
 from hookx.images.decoding import decode, failure_reason, model_input
+from hookx.images.listing import list_images
 from hookx.layers.select import Selector, matched_paths, parse_selectors
-from hookx.options import VisualizeOptions, takes
+from hookx.options import VisualizeOptions, list_paths, takes
 from hookx.pictures.attention import find_attention
-from hookx.pictures.contents import ShownImage, ShownLayer, show_attention, show_layer
+from hookx.pictures.contents import Look, ShownImage, ShownLayer, show_attention, show_input, show_layer
 from hookx.pictures.gallery import Gallery, draw
-from hookx.pictures.inputs import list_files, show_input
-from hookx.pictures.look import Look
-from hookx.pictures.places import find_token_grid, probe_places
+from hookx.pictures.places import probe_places
 from hookx.run.ready import ReadyModel, ready_model
 
 log = logging.getLogger("hookx")
@@ -49,70 +46,50 @@ def visualize(options: VisualizeOptions) -> Gallery:
     """
     look = Look(options, options.attention)
     asked = pair(options.model, options.weights, options.layers, attention=look.attention)
-    files = list_files(options.images)
+    listed = list_images(list_paths(options.images))
     viewers = []
     for ref, weights, selectors in asked:
-        ready = ready_model(
-            ref,
-            weights,
-            options,
-            [] if look.attention else selectors,
-            device=options.device,
-            precision=options.precision,
-            preprocessing=options,
-        )
-        for left_out in ready.selection.left_out.values():
-            log.info("left out: %s", left_out)
+        ready = ready_model(ref, weights, options, [] if look.attention else selectors)
         viewers.append(_Viewer(ready, selectors, look))
     failures: dict[str, str] = {}
+    shown = _show(dict(zip(listed.keys, listed.files, strict=True)), viewers, failures)
     models = [viewer.ready.loaded.name for viewer in viewers]
-    shown = _show(files, viewers, failures)
-    out = Path(options.out)
-    pictures = draw(shown, out, look, images=list(files), models=models, progress=options.progress)
-    return Gallery(str(options.out), pictures, failures)
+    return draw(shown, look, images=listed.keys, models=models, progress=options.progress, failures=failures)
 
 
 def pair(
     model: str | Sequence[str], weights: str | Sequence[str], layers: str | Sequence[str], *, attention: bool = False
 ) -> list[tuple[str, str, list[Selector]]]:
-    """Give each model its weights and layers: one of them for all models, or as many as there are models.
-
-    Example:
-        >>> for name, weights, selectors in pair(["vgg11", "resnet18"], "none", ["features.0", "conv1,layer4"]):
-        ...     print(name, weights, [selector.text for selector in selectors])
-        vgg11 none ['features.0']
-        resnet18 none ['conv1', 'layer4']
-    """
+    """Give each model its weights and layers: one of them for all models, or as many as there are models."""
     models, weights, layers = ([value] if isinstance(value, str) else list(value) for value in (model, weights, layers))
     if not models:
         raise UsageError("no model is named", "name one: --model resnet18    list them: hookx list-models")
-    if len(models) == 1:
-        layers = [",".join(layers)]
+    weights = weights or ["default"]
+    layers = [",".join(layers)] if len(models) == 1 or not layers else layers
     for flag, values in (("--weights", weights), ("--layers", layers)):
-        if len(values) not in (0, 1, len(models)):
+        if len(values) not in (1, len(models)):
             raise UsageError(
                 f"{flag} is given {len(values)} times for {len(models)} models",
                 f"give {flag} once for all models, or once for each, in the same order",
             )
     pairs = []
-    for number, name in enumerate(models):
-        selectors = parse_selectors(layers[number % len(layers)] if layers else "")
+    for name, named_weights, texts in zip(models, itertools.cycle(weights), itertools.cycle(layers), strict=False):
+        selectors = parse_selectors(texts)
         if not selectors and not attention:
             raise UsageError(
                 f"no layer of {name} is named", f"name one: --layers layer4    list them: hookx list-layers {name}"
             )
-        pairs.append((name, weights[number % len(weights)] if weights else "default", selectors))
+        pairs.append((name, named_weights, selectors))
     return pairs
 
 
 class _Viewer:
-    """Shows what one model makes of images."""
+    """Shows what one model makes of images: the activations of its selected layers, or its attention."""
 
     def __init__(self, ready: ReadyModel, selectors: Sequence[Selector], look: Look) -> None:
         self.ready, self.side_px = ready, ready.preprocessing.crop_px
         whole, bare = (Runner.of(model.module, model.forward) for model in (ready.loaded, ready.bare))
-        find_grid = functools.partial(find_token_grid, whole, self.side_px)
-        self.places = probe_places(bare, self.side_px, find_grid, look.options.layout)
+        self.places = probe_places(bare, lambda: whole, self.side_px, look.options.layout)
         self.attention_paths = self._find_attention_paths(selectors) if look.attention else None
 
     def decode(self, file: str) -> Tensor:
@@ -121,7 +98,14 @@ class _Viewer:
     def show(self, key: str, pixels_CHW: Tensor) -> ShownImage:
         loaded, device = self.ready.loaded, self.ready.runner.device
         pixels_NCHW = model_input(pixels_CHW.unsqueeze(0).to(device), self.ready.preprocessing)
-        layers = self._show_layers(pixels_NCHW) if self.attention_paths is None else self._show_attention(pixels_NCHW)
+        if self.attention_paths is None:
+            layers = self._show_layers(pixels_NCHW)
+        else:
+            layers = [
+                show_attention(one, self.places.grid(one.weights_HQK.shape[-1]) if one.windows == 1 else None)
+                for one in find_attention(self.ready.runner, pixels_NCHW)
+                if one.path in self.attention_paths
+            ]
         return ShownImage(key, loaded.name, loaded.weights, *show_input(pixels_CHW, self.side_px), layers)
 
     def _show_layers(self, pixels_NCHW: Tensor) -> list[ShownLayer]:
@@ -134,13 +118,6 @@ class _Viewer:
             capture.run(pixels_NCHW, rows)
             capture.wait()
         return [show_layer(address, rows[address][0], self.places) for address in self.places.sort(rows)]
-
-    def _show_attention(self, pixels_NCHW: Tensor) -> list[ShownLayer]:
-        return [
-            show_attention(one, self.places.grid(one.weights_HQK.shape[-1]) if one.windows == 1 else None)
-            for one in find_attention(self.ready.runner, pixels_NCHW)
-            if one.path in (self.attention_paths or ())
-        ]
 
     def _find_attention_paths(self, selectors: Sequence[Selector]) -> set[str]:
         """Return the modules that compute attention, if they are selected or lie within a selected module."""

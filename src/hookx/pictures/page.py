@@ -1,4 +1,4 @@
-"""A page: pixels at exact places, text that is measured before it is set, and the PNG file."""
+"""A page: pixels at exact places, text that is measured before it is set, its header, and the PNG file."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ import functools
 import io
 import re
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib.style
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
-from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-Pixels = NDArray[np.uint8]  # height, width, 3
+from hookx.pictures.colours import Pixels, colour_bar, resize_photo
 
 # About the width of a README, so that nothing on a page is shrunk when it is shown.
 WIDTH_PX, MARGIN_PX = 980, 20
 INNER_PX = WIDTH_PX - 2 * MARGIN_PX
+GAP_PX = 20
+_PHOTO_PX = 152
 
 # Opaque, so that a page looks the same on any background.
 PAPER, INK, FAINT_INK = (255, 255, 255), (31, 35, 40), (89, 99, 110)
-LINE_HEIGHT = 1.36  # relative to the size of the letters
+_LINE_HEIGHT = 1.36  # relative to the size of the letters
 
 # A power of two, so that no width in pixels is rounded on its way through inches.
 _DOTS_PER_INCH = 64
@@ -43,12 +44,9 @@ class Style:
     ink: tuple[int, int, int] = INK
     bold: bool = False
 
-    @property
-    def line_px(self) -> int:
-        return round(self.size_px * LINE_HEIGHT)
-
 
 SMALL = Style(11, FAINT_INK)
+_TITLE, _BODY = Style(17, bold=True), Style(12.5)
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class Page:
     def text(self, x: float, y: float, text: str, style: Style = Style(), align: str = "left") -> int:
         """Set one line whose top is at y; return where the next one begins."""
         self.texts.append(Text(x, y + style.size_px, legible(text), style, align))
-        return round(y + style.line_px)
+        return round(y + round(style.size_px * _LINE_HEIGHT))
 
     def paragraph(self, x: float, y: float, width_px: float, text: str, style: Style = Style()) -> int:
         """Set a text in at most three lines; return where the next one begins. A longer text loses its middle."""
@@ -117,7 +115,7 @@ class Page:
                     text.x / self.width_px,
                     1 - text.baseline / self.height_px,
                     text.text,
-                    fontproperties=_font(text.style.size_px, text.style.bold),
+                    fontproperties=_font(text.style),
                     color=[level / 255 for level in text.style.ink],
                     horizontalalignment=text.align,
                     verticalalignment="baseline",
@@ -147,9 +145,23 @@ def legible(text: str) -> str:
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
+@functools.lru_cache(maxsize=16_384)
 def width_of(text: str, style: Style) -> float:
     """Return the width of a line in pixels."""
-    return _width_px(legible(text), style.size_px, style.bold)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return float(_ruler().get_text_width_height_descent(legible(text), _font(style), ismath=False)[0])
+
+
+@functools.lru_cache(maxsize=1)
+def _ruler() -> Any:
+    return FigureCanvasAgg(Figure(figsize=(1, 1), dpi=_DOTS_PER_INCH)).get_renderer()
+
+
+@functools.lru_cache(maxsize=64)
+def _font(style: Style) -> FontProperties:
+    # matplotlib ships this font, so it is the same everywhere.
+    return FontProperties("DejaVu Sans", weight="bold" if style.bold else "normal", size=style.size_px * _POINTS_PER_PX)
 
 
 def wrap(text: str, width_px: float, style: Style, max_lines: int) -> list[str]:
@@ -182,30 +194,44 @@ def _break_lines(text: str, width_px: float, style: Style) -> list[str]:
             lines.append(line.rstrip())
             line = ""
         while len(piece) > 1 and width_of(piece.rstrip(), style) > width_px:
-            fitting = bisect.bisect_right(range(1, len(piece)), width_px, key=_width_up_to(piece, style)) or 1
+            fitting = next(end for end in range(1, len(piece)) if width_of(piece[: end + 1], style) > width_px)
             lines.append(piece[:fitting])
             piece = piece[fitting:]
         line += piece
     return [*lines, line.rstrip()] if line.strip() or not lines else lines
 
 
-def _width_up_to(piece: str, style: Style) -> Callable[[int], float]:
-    return lambda length: width_of(piece[:length], style)
+@dataclass(frozen=True)
+class Caption:
+    """What a picture shows; `unit` is what one of its maps or bars is called."""
+
+    title: str
+    lines: tuple[str, ...]
+    unit: str = "channel"
 
 
-@functools.lru_cache(maxsize=64)
-def _font(size_px: float, bold: bool) -> FontProperties:
-    # matplotlib ships this font, so it is the same everywhere.
-    return FontProperties("DejaVu Sans", weight="bold" if bold else "normal", size=size_px * _POINTS_PER_PX)
+def draw_header(
+    page: Page, caption: Caption, photo: Pixels | None, colours: Colormap | None = None, legend: str = ""
+) -> int:
+    """Draw the head of a page; return the y at which the page goes on."""
+    x, y = MARGIN_PX, MARGIN_PX
+    if photo is not None:
+        page.paste(x, y, resize_photo(photo, _PHOTO_PX, _PHOTO_PX))
+        x += _PHOTO_PX + GAP_PX
+    width = WIDTH_PX - MARGIN_PX - x
+    y = page.paragraph(x, y - 3, width, caption.title, _TITLE) + 3
+    for line in caption.lines:
+        y = page.paragraph(x, y, width, line, _BODY)
+    if colours is not None:
+        bar = colour_bar(colours)
+        page.paste(x, y + 8, bar)
+        y = page.text(x + bar.shape[1] + 10, y + 4, legend, SMALL)
+    return max(y, MARGIN_PX + (_PHOTO_PX if photo is not None else 0)) + GAP_PX
 
 
-@functools.lru_cache(maxsize=1)
-def _ruler() -> Any:
-    return FigureCanvasAgg(Figure(figsize=(1, 1), dpi=_DOTS_PER_INCH)).get_renderer()
+def count_nouns(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
-@functools.lru_cache(maxsize=16_384)
-def _width_px(text: str, size_px: float, bold: bool) -> float:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return float(_ruler().get_text_width_height_descent(text, _font(size_px, bold), ismath=False)[0])
+def format_number(value: float, digits: int = 3) -> str:
+    return f"{value:.{digits}g}".replace("-", "\N{MINUS SIGN}")

@@ -8,23 +8,22 @@ token of a transformer gets its place, or turns out to have none (a class token)
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from hookx.capture.hooks import Taps, tap
-from hookx.capture.modules import modules_of
+from hookx.capture.hooks import Parts, Taps, tap, tensors_given, tensors_in
 from hookx.capture.probe import example_images, probe
-from hookx.capture.runner import ForwardIsDone, Runner
-from hookx.capture.tensors import Parts, tensors_given, tensors_in
+from hookx.capture.runner import ForwardIsDone, Runner, modules_of
 from hookx.errors import CaptureError, LayerError
 from hookx.layers.address import Address
-from hookx.layers.tree import Layer, TensorInfo
+from hookx.layers.select import Layer, TensorInfo
 
 log = logging.getLogger("hookx")
 Role = Literal["channel", "height", "width", "token", "row", "column"]
@@ -38,12 +37,7 @@ _MAPS = (LAYOUTS["nchw"], LAYOUTS["nhwc"])
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """The tokens of a sequence that stand for places of the image: a grid, row by row.
-
-    Example:
-        >>> TokenGrid(2, 2, (1, 2, 3, 4)).without_place(count=5)
-        (0,)
-    """
+    """The tokens of a sequence that stand for places of the image: a grid, row by row."""
 
     height: int
     width: int
@@ -98,28 +92,19 @@ class Reading:
 
 @dataclass
 class Places:
-    """What the experiments showed about a model.
+    """What the experiments showed about a model: every layer, probed with square images and with wide ones.
 
-    Args:
-        square: every layer, probed with square images.
-        wide: the same with images twice as wide; empty if the model takes square ones only.
-        find_grid: runs the second experiment, for a number of tokens and the sides of the model's square maps.
-        layout: set by the user: 'nchw', 'nhwc' or 'tokens'; '' to learn it.
+    `find_grid` runs the second experiment, for a number of tokens; `layout` is one of `LAYOUTS` if the user has set it.
     """
 
-    square: Mapping[Address, TensorInfo]
-    wide: Mapping[Address, TensorInfo]
-    find_grid: Callable[[int, Sequence[int]], TokenGrid | None]
+    square: Mapping[Address, TensorInfo] = field(default_factory=dict)
+    wide: Mapping[Address, TensorInfo] = field(default_factory=dict)  # empty if the model takes square images only
+    find_grid: Callable[[int], TokenGrid | None] = lambda _count: None
     layout: str = ""
-    _grids: dict[int, TokenGrid | None] = field(default_factory=dict)
     _noted: set[Address] = field(default_factory=set)
 
     def read(self, address: Address, shape: tuple[int, ...]) -> Reading:
-        """Return what the dimensions of a stored activation mean; log its note once.
-
-        Args:
-            address: names the activation.
-            shape: its shape for one image.
+        """Return what the dimensions of one image's activation mean; log its note once.
 
         Raises:
             LayerError: it has more dimensions than a picture can show.
@@ -139,14 +124,11 @@ class Places:
     def sort(self, addresses: Iterable[str]) -> list[str]:
         """Order addresses as a forward pass computes them: a module returns after the modules within it."""
         entered = {address.path: depth for depth, address in enumerate(self.square)}
-        returned = dict(entered)
-        for path, depth in entered.items():
-            while "." in path:
-                path = path.rpartition(".")[0]
-                if path in returned:
-                    returned[path] = max(returned[path], depth)
-        if "." in returned:
-            returned["."] = len(self.square)
+        returned: dict[str, int] = {}
+        for depth, address in enumerate(self.square):
+            names = address.path.split(".")
+            returned |= {".".join(names[:end]): depth for end in range(1, len(names) + 1)}
+        returned["."] = len(self.square)
 
         def depth_of(text: str) -> float:
             address = replace(Address.parse(text), reduction=None)
@@ -162,12 +144,11 @@ class Places:
         """Return the places of a sequence of tokens; `growth` is how many more it has for an image twice as wide."""
         if self.layout == "tokens":
             return TokenGrid.last(math.isqrt(count), count)
-        if count not in self._grids:
-            self._grids[count] = self.find_grid(count, self._sides) if count > 1 else None
+        grid = self.find_grid(count)
         side = math.isqrt(max(growth, 0))
-        if self._grids[count] is None and growth and side * side == growth <= count:
+        if grid is None and growth and side * side == growth <= count:
             return TokenGrid.last(side, count)
-        return self._grids[count]
+        return grid
 
     def _read(self, address: Address, shape: tuple[int, ...]) -> Reading:
         reduction = address.reduction
@@ -197,7 +178,7 @@ class Places:
             return Reading(fitting[0])
         if fitting:
             return Reading(fitting[0], note="read as channel, height, width, though it could be otherwise: --layout")
-        return Reading(("channel", "row", "column"), note="the last two dimensions are no places of the image")
+        return Reading(("channel", "row", "column"), note="the last two dimensions are not places in the image")
 
     def _read_tokens(self, shape: tuple[int, ...], wide: tuple[int, ...]) -> Reading:
         for roles in (LAYOUTS["tokens"], LAYOUTS["tokens"][::-1]):
@@ -208,17 +189,11 @@ class Places:
             grid = self.grid(shape[dim], growth)
             if grid is not None:
                 return Reading(roles, grid)
-        return Reading(
-            ("row", "column"), note=f"not folded: which of its {shape[0]} rows are places of the image is not known"
-        )
+        note = f"not folded: which of its {shape[0]} rows are places of the image is not known"
+        return Reading(("row", "column"), note=note)
 
     def _is_sequence(self, length: int) -> bool:
         return any(len(info.shape) == 2 and info.shape[0] == length for info in self.square.values())
-
-    @property
-    def _sides(self) -> list[int]:
-        shapes = [info.shape for info in self.square.values() if len(info.shape) == 3]
-        return sorted({side for one in shapes for side, other in (one[:2], one[1:]) if side == other}, reverse=True)
 
 
 def _follows_width(roles: tuple[Role, ...], square: tuple[int, ...], wide: tuple[int, ...]) -> bool:
@@ -227,26 +202,24 @@ def _follows_width(roles: tuple[Role, ...], square: tuple[int, ...], wide: tuple
     return square[channel] == wide[channel] and square[height] == square[width] and wide[width] > wide[height]
 
 
-def probe_places(
-    runner: Runner,
-    side_px: int,
-    find_grid: Callable[[int, Sequence[int]], TokenGrid | None],
-    layout: str = "",
-) -> Places:
-    """Probe a model with square images, and with images twice as wide if it takes them.
+def probe_places(runner: Runner, load: Callable[[], Runner], side_px: int, layout: str = "") -> Places:
+    """Probe a model, or its skeleton, with square images, and with images twice as wide if it takes them.
 
-    Args:
-        runner: holds the model, or its skeleton without memory.
-        side_px: the side of its images.
-        find_grid: see `Places`.
-        layout: see `Places`.
+    `load` returns the model with any real weights; it is called when the places of tokens are first needed.
     """
     examples_NCHW = example_images(runner, side_px)
-    square = probe(runner, examples_NCHW)
-    wide: Iterable[Layer] = ()
+    square = _tensors_by_address(probe(runner, examples_NCHW))
+    wide: dict[Address, TensorInfo] = {}
     with contextlib.suppress(CaptureError):  # The model takes square images only.
-        wide = probe(runner, torch.cat([examples_NCHW, examples_NCHW], 3))
-    return Places(_tensors_by_address(square), _tensors_by_address(wide), find_grid, layout)
+        wide = _tensors_by_address(probe(runner, torch.cat([examples_NCHW, examples_NCHW], 3)))
+    shapes = [info.shape for info in square.values() if len(info.shape) == 3]
+    sides = {side for one in shapes for side, other in (one[:2], one[1:]) if side == other}
+
+    @functools.cache
+    def find_grid(count: int) -> TokenGrid | None:
+        return find_token_grid(load(), side_px, count, sides) if count > 1 else None
+
+    return Places(square, wide, find_grid, layout)
 
 
 def _tensors_by_address(layers: Iterable[Layer]) -> dict[Address, TensorInfo]:
@@ -256,21 +229,15 @@ def _tensors_by_address(layers: Iterable[Layer]) -> dict[Address, TensorInfo]:
     return tensors
 
 
-def find_token_grid(runner: Runner, side_px: int, count: int, sides: Sequence[int]) -> TokenGrid | None:
+def find_token_grid(runner: Runner, side_px: int, count: int, sides: Collection[int]) -> TokenGrid | None:
     """Find the place of each of `count` tokens: the one whose strips of the image make it NaN.
 
     The batch has an image for every row and for every column of the grid, in which that strip is NaN. It goes through
     the model until tokens appear that are not mixed yet, before the first attention. Where a token sees more than its
     own strips (overlapping patches), the middle of what it sees still gives the order.
 
-    Args:
-        runner: holds a model with any real weights.
-        side_px: the side of its images.
-        count: the number of tokens, including those that stand for no place.
-        sides: the sides of the square maps that the model makes, one of which the grid has.
-
-    Returns:
-        The grid, or None if no sequence of this length shows the place of each token.
+    The grid has one of `sides`, those of the square maps that the model makes. None if no sequence of this length shows
+    the place of each token.
     """
     side = max((side for side in sides if side * side <= count < 2 * side * side), default=0)
     if not sides:
@@ -294,7 +261,7 @@ def _trace_strips(runner: Runner, side_px: int, count: int, side: int) -> TokenG
         strip = slice(number * side_px // side, (number + 1) * side_px // side)
         pixels_NCHW[number, :, strip] = float("nan")
         pixels_NCHW[side + number, :, :, strip] = float("nan")
-    found: list[TokenGrid] = []
+    found: list[Tensor] = []
 
     def look(tensors: Iterable[tuple[Parts, Tensor]]) -> None:
         for _, tensor in tensors:
@@ -305,7 +272,7 @@ def _trace_strips(runner: Runner, side_px: int, count: int, side: int) -> TokenG
             if saw.shape[1] < 2:
                 continue
             if saw.shape[1] == count and saw.any():
-                found.extend(filter(None, [_order_tokens(saw.cpu(), side)]))
+                found.append(saw)
                 raise ForwardIsDone  # Later layers only mix the tokens further.
             if saw.all():
                 raise ForwardIsDone  # From here on every token has seen everything.
@@ -316,7 +283,7 @@ def _trace_strips(runner: Runner, side_px: int, count: int, side: int) -> TokenG
     )
     with tap(modules_of(runner.module), taps), contextlib.suppress(ForwardIsDone):
         runner.run(pixels_NCHW)
-    return found[0] if found else None
+    return _order_tokens(found[0].cpu(), side) if found else None
 
 
 def _order_tokens(saw: Tensor, side: int) -> TokenGrid | None:

@@ -7,21 +7,19 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 
 from torch import Tensor
 
 from hookx.capture.runner import Runner
 from hookx.errors import HookxError, ImageError, ModelError, NotStoredError, UsageError, closest
 from hookx.images.decoding import decode, failure_reason
+from hookx.images.listing import list_images
 from hookx.layers.address import Address
-from hookx.models import LoadedModel, load_model, may_run_code, skeleton
+from hookx.models import load_model, may_run_code, skeleton
 from hookx.options import Paths, VisualizeRunOptions, list_paths, takes
-from hookx.pictures.contents import ShownImage, show_layer
+from hookx.pictures.contents import Look, ShownImage, show_input, show_layer
 from hookx.pictures.gallery import Gallery, draw
-from hookx.pictures.inputs import list_files, show_input
-from hookx.pictures.look import Look
-from hookx.pictures.places import Places, TokenGrid, find_token_grid, probe_places
+from hookx.pictures.places import Places, probe_places
 from hookx.plan import Plan, WeightsIdentity
 from hookx.read.features import Features, open_features
 
@@ -61,8 +59,7 @@ def visualize_run(options: VisualizeRunOptions) -> Gallery:
             shown = [show_layer(address, features[address].of(key), places) for address in addresses]
             yield ShownImage(key, plan.model, plan.weights, *show_input(inputs.get(key), side_px), shown)
 
-    pictures = draw(show(), Path(options.out), look, images=keys, models=[plan.model], progress=options.progress)
-    return Gallery(str(options.out), pictures, {})
+    return draw(show(), look, images=keys, models=[plan.model], progress=options.progress)
 
 
 def _check_keys(features: Features, keys: Sequence[str]) -> list[str]:
@@ -101,20 +98,14 @@ def _learn_places(plan: Plan, layout: str) -> Places:
 
         @functools.cache
         def load() -> Runner:
-            return _runner(load_model(plan.model, "none"))  # Any weights show where tokens lie.
+            model = load_model(plan.model, "none")  # Any weights show where tokens lie.
+            return Runner.of(model.module, model.forward)
 
-        def find_grid(count: int, sides: Sequence[int]) -> TokenGrid | None:
-            return find_token_grid(load(), side_px, count, sides)
-
-        return probe_places(_runner(bare), side_px, find_grid, layout)
+        return probe_places(Runner.of(bare.module, bare.forward), load, side_px, layout)
     except HookxError as error:
         problem = str(error).splitlines()[0]
         log.info("%s; the layout of its layers is inferred from their shapes, or set it with --layout", problem)
-        return Places({}, {}, lambda _count, _sides: None, layout)
-
-
-def _runner(model: LoadedModel) -> Runner:
-    return Runner.of(model.module, model.forward)
+        return Places(layout=layout)
 
 
 def _prepare_inputs(plan: Plan, keys: Sequence[str], images: Paths) -> dict[str, Tensor]:
@@ -125,7 +116,8 @@ def _prepare_inputs(plan: Plan, keys: Sequence[str], images: Paths) -> dict[str,
     if plan.preprocessing.custom:
         log.info("the inputs are not shown: the plan does not describe the model's own preprocessing in full")
         return {}
-    files = list_files(sources)
+    listed = list_images(sources)
+    files = dict(zip(listed.keys, listed.files, strict=True))
     exactly = replace(plan.preprocessing, decode="exact")  # No visible difference, and it needs no GPU.
     inputs = {}
     for key in keys:

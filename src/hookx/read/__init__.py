@@ -1,1 +1,1 @@
-"""Read runs back: features (a run), activations (one address), datasets (for torch) and join (two runs)."""
+"""Read runs back: features (a run, or two joined), activations (one address) and datasets (for torch)."""

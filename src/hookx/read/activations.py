@@ -12,7 +12,7 @@ from functools import cached_property
 from itertools import groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -29,27 +29,19 @@ _BYTES_AT_ONCE = 2**20
 _KEYS_COMPARED = 100  # Neighbours of a missing key, for the error message.
 Index: TypeAlias = int | slice | Sequence[int] | Sequence[bool] | NDArray[Any] | Tensor
 Positions: TypeAlias = NDArray[np.int64]
+_Stretch: TypeAlias = tuple[int, int, int]  # Adjacent rows: the first in its shard, their start and stop in the result.
 
 
 @dataclass(frozen=True, eq=False)
 class RowIndex:
-    """Which rows there are and which files hold them; every address of a run shares it.
-
-    Attributes:
-        path: the directory of the run.
-        keys: the image key of every row, in order.
-        failures: key -> reason for the images that have no row.
-        files: the shards.
-        first_rows: how many rows of the run precede each file, and the total.
-        chosen: the position of each row in the run, ascending; None if all rows are chosen.
-    """
+    """Which rows there are and which files hold them; every address of a run shares it."""
 
     path: Path
     keys: Keys
-    failures: Mapping[str, str]
+    failures: Mapping[str, str]  # key -> reason
     files: Sequence[Path]
-    first_rows: Positions
-    chosen: Positions | None = None
+    first_rows: Positions  # how many rows of the run precede each file, and the total
+    chosen: Positions | None = None  # the position of each row in the run, ascending; None if all rows are chosen
 
     @cached_property
     def borders(self) -> Positions:
@@ -74,7 +66,7 @@ class Activations:
     Index it like the first dimension of a numpy array: by an integer (one row), a slice, a list, array or tensor of
     integers, or a mask over all rows. Only those rows are read, each file once and in order, into a copy that is yours
     to change. `shards`, and `torch` and `numpy` for a run of one shard, copy nothing: they map the file into memory,
-    where it is read on access. Writing to the result does not change the file.
+    where it is read on access. Writing to the result does not change the file. `keys` holds the key of every row.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -95,13 +87,8 @@ class Activations:
         self.dtype: torch.dtype = getattr(torch, layer.dtype)
         self.shape = (len(rows.keys), *layer.shape)
         self.bytes_per_row = layer.bytes_per_image
-        self.layer, self.rows = layer, rows
+        self.layer, self.rows, self.keys = layer, rows, rows.keys
         self._shards: dict[int, _ShardRows] = {}  # opened so far
-
-    @property
-    def keys(self) -> Keys:
-        """The image key of every row."""
-        return self.rows.keys
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -116,8 +103,14 @@ class Activations:
 
     def __getitem__(self, index: Index) -> Tensor:
         positions = _positions(index, len(self))
-        rows = self._read(np.atleast_1d(positions))
-        return rows if positions.ndim else rows[0]
+        ascending, places = np.unique(positions, return_inverse=True)  # Read each row once, in file order.
+        rows = np.empty((len(ascending), self.bytes_per_row), dtype=np.uint8)  # numpy lacks some of torch's types.
+        if rows.size:
+            for shard, stretches in self._stretches(ascending):
+                shard.read(stretches, rows)
+        if not np.array_equal(ascending, positions.ravel()):
+            rows = np.take(rows, places.ravel(), axis=0)
+        return torch.from_numpy(rows.ravel()).view(self.dtype).reshape((*positions.shape, *self.shape[1:]))
 
     def of(self, key: str | Sequence[str]) -> Tensor:
         """Return the activation of one image by its key, or those of several keys in their order.
@@ -169,36 +162,18 @@ class Activations:
 
     def prefetch(self, start: int, stop: int) -> None:
         """Start reading rows into the system's file cache, and return without waiting."""
-        for shard, stretches in self._stretches(self._in_run(np.arange(start, stop))):
+        for shard, stretches in self._stretches(np.arange(start, stop)):
             shard.prefetch(stretches)
 
-    def _in_run(self, positions: Positions) -> Positions:
-        return positions if self.rows.chosen is None else self.rows.chosen[positions]
-
-    def _read(self, positions: Positions) -> Tensor:
-        """Copy rows out of the files; open each file once, and read each row once, in file order."""
-        wanted = self._in_run(positions)
-        ascending, places = np.unique(wanted, return_inverse=True)
-        rows = torch.empty((len(ascending), *self.shape[1:]), dtype=self.dtype)
-        if rows.numel():
-            into = _bytes_of_rows(rows)
-            for shard, stretches in self._stretches(ascending):
-                shard.read(stretches, into)
-        if np.array_equal(ascending, wanted):
-            return rows
-        in_order = torch.empty((len(wanted), *self.shape[1:]), dtype=self.dtype)
-        if rows.numel():
-            np.take(_bytes_of_rows(rows), places, axis=0, out=_bytes_of_rows(in_order), mode="clip")
-        return in_order
-
-    def _stretches(self, ascending: Positions) -> Iterator[tuple[_ShardRows, list[_Stretch]]]:
-        """Group ascending rows of the run by shard, and in a shard into stretches of adjacent rows."""
+    def _stretches(self, positions: Positions) -> Iterator[tuple[_ShardRows, list[_Stretch]]]:
+        """Group ascending rows by shard, and in a shard into stretches of adjacent rows."""
         first_rows = self.rows.first_rows
+        ascending = positions if self.rows.chosen is None else self.rows.chosen[positions]
         gaps = np.flatnonzero(np.diff(ascending) != 1) + 1
         cuts = np.union1d(gaps, np.searchsorted(ascending, first_rows))
         numbers = np.searchsorted(first_rows, ascending[cuts[:-1]], side="right") - 1
         firsts = ascending[cuts[:-1]] - first_rows[numbers]
-        stretches = map(_Stretch, firsts.tolist(), cuts[:-1].tolist(), cuts[1:].tolist())
+        stretches = zip(firsts.tolist(), cuts[:-1].tolist(), cuts[1:].tolist(), strict=True)
         for number, of_shard in groupby(zip(numbers.tolist(), stretches, strict=True), key=itemgetter(0)):
             yield self._shard(number), [stretch for _, stretch in of_shard]
 
@@ -209,16 +184,8 @@ class Activations:
         return self._shards[number]
 
 
-class _Stretch(NamedTuple):
-    """Adjacent rows of a shard, beginning with row `first`; they become rows `start` to `stop` of the result."""
-
-    first: int
-    start: int
-    stop: int
-
-
 class _ShardRows:
-    """The rows of one address in one shard. Holds no open file, so it can be forked and pickled."""
+    """The rows of one address in one shard; without an open file, so it can be forked and pickled."""
 
     def __init__(self, file: Path, layer: LayerSpec, count: int) -> None:
         self.file, self.layer, self.count = file, layer, count
@@ -229,7 +196,6 @@ class _ShardRows:
         self.offset, self.file_bytes = start, file.stat().st_size
 
     def read(self, stretches: Sequence[_Stretch], into: NDArray[np.uint8]) -> None:
-        """Copy rows from the file into their places."""
         # A mapped file would need one line. But on a page fault the system also reads the surroundings, up to
         # megabytes for a row of a few kilobytes, and a disk error would crash the process.
         with self._open() as descriptor:
@@ -242,7 +208,6 @@ class _ShardRows:
                     at, wanted = at + count, wanted[count:]
 
     def prefetch(self, stretches: Sequence[_Stretch]) -> None:
-        """Ask the system to read rows into its file cache."""
         if hasattr(os, "posix_fadvise"):  # macOS lacks it.
             with self._open() as descriptor:
                 for first, start, stop in stretches:
@@ -250,10 +215,7 @@ class _ShardRows:
                     os.posix_fadvise(descriptor, at, length, os.POSIX_FADV_WILLNEED)
 
     def map(self) -> Tensor:
-        """Map all rows into memory; the system reads them on access.
-
-        The mapping is private, so writing to the tensor never changes the file.
-        """
+        """Map all rows into memory, privately: writing to the tensor never changes the file."""
         try:
             with open_shard(self.file) as opened:
                 rows: Tensor = opened.get_tensor(self.layer.address)
@@ -266,23 +228,15 @@ class _ShardRows:
     @contextlib.contextmanager
     def _open(self) -> Iterator[int]:
         try:
-            descriptor = os.open(self.file, os.O_RDONLY)
-            try:
-                if os.fstat(descriptor).st_size != self.file_bytes:
+            with open(self.file, "rb", buffering=0) as file:
+                if os.fstat(file.fileno()).st_size != self.file_bytes:
                     raise self._changed()
-                yield descriptor
-            finally:
-                os.close(descriptor)
+                yield file.fileno()
         except OSError as error:
             raise ShardError(self.file, f"cannot be read: {error.strerror}") from None
 
     def _changed(self) -> StoreError:
         return StoreError(f"{self.file} has changed since the run was opened", "open it again")
-
-
-def _bytes_of_rows(rows: Tensor) -> NDArray[np.uint8]:
-    """View rows of any type as an array of (rows, bytes), because numpy lacks some of torch's types."""
-    return rows.reshape(len(rows), -1).view(torch.uint8).numpy()
 
 
 def _positions(index: Any, length: int) -> Positions:
@@ -295,8 +249,8 @@ def _positions(index: Any, length: int) -> Positions:
         named = np.array(None)
     if named.dtype == bool and named.shape == (length,):
         return np.flatnonzero(named)
-    is_empty = named.shape == (0,)
-    if isinstance(index, tuple) or not (is_empty or (named.ndim <= 1 and named.dtype.kind in "iu")):
+    is_row_numbers = named.shape == (0,) or (named.ndim <= 1 and named.dtype.kind in "iu")
+    if isinstance(index, tuple) or not is_row_numbers:
         expected = f"an integer, a slice, a list of integers or a mask of length {length}"
         raise TypeError(f"rows must be {expected}, {_describe(index)}")
     outside = named[(named < -length) | (named >= length)]

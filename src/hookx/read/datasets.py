@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +11,6 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from hookx.errors import UsageError
-from hookx.keys import Keys
 from hookx.options import parse_bytes
 from hookx.read.activations import Activations, Positions
 
@@ -23,13 +22,12 @@ class ActivationDataset(Dataset[tuple[Any, str]]):
     """A map-style dataset of (activation, key), or of ({address: activation}, key) for several addresses.
 
     It holds no open file, so worker processes can be forked or spawned. A DataLoader's batch is read at once, each
-    shard in file order. A row is a copy, so a transform may change it in place.
+    shard in file order. A row is a copy, so a transform may change it in place. `keys` holds the key of every item.
 
     Args:
         activations: address -> activations, all over the same rows.
         address: the address whose activations are the items; None for a dict of all.
-        transform: applied to each item's activation (or dict of them) in the process that reads it; spawned workers
-            need one that can be pickled.
+        transform: applied to each activation (or dict of them) where it is read; spawned workers need to pickle it.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -52,14 +50,10 @@ class ActivationDataset(Dataset[tuple[Any, str]]):
     ) -> None:
         self.activations, self.address, self.transform = activations, address, transform
         self.rows = next(iter(activations.values())).rows
-
-    @property
-    def keys(self) -> Keys:
-        """The image key of every item."""
-        return self.rows.keys
+        self.keys = self.rows.keys
 
     def __len__(self) -> int:
-        return len(self.rows.keys)
+        return len(self.keys)
 
     def __getitem__(self, row: int) -> tuple[Any, str]:
         return self.__getitems__([row])[0]
@@ -67,14 +61,14 @@ class ActivationDataset(Dataset[tuple[Any, str]]):
     def __getitems__(self, rows: Sequence[int]) -> list[tuple[Any, str]]:
         """Return several items; a DataLoader gets each batch with one call."""
         read = {address: activations[rows] for address, activations in self.activations.items()}
-        return [
-            (self._item({address: tensor[number] for address, tensor in read.items()}), self.keys[row])
-            for number, row in enumerate(rows)
-        ]
-
-    def _item(self, activations: dict[str, Any]) -> Any:
-        item = activations if self.address is None else activations[self.address]
-        return item if self.transform is None else self.transform(item)
+        items: Iterable[Any]
+        if self.address is not None:
+            items = read[self.address]
+        else:
+            items = (dict(zip(read, tensors, strict=True)) for tensors in zip(*read.values(), strict=True))
+        if self.transform is not None:
+            items = map(self.transform, items)
+        return [(item, self.keys[row]) for item, row in zip(items, rows, strict=True)]
 
     def _prefetch(self, start: int, stop: int) -> None:
         for activations in self.activations.values():
@@ -83,10 +77,8 @@ class ActivationDataset(Dataset[tuple[Any, str]]):
     def sampler(self, *, seed: int = 0, window: str | int = "256MiB") -> ShardSampler:
         """Return a shuffling sampler for a DataLoader; see `ShardSampler`.
 
-        Args:
-            seed: decides the order, together with the epoch.
-            window: how much to shuffle at once, such as '1GiB'. The next window is read while one is in use, so the
-                system's file cache should have room for two.
+        `window` says how much to shuffle at once, such as '1GiB'. The next window is read while one is in use, so the
+        system's file cache should have room for two.
         """
         row_bytes = max(1, sum(activations.bytes_per_row for activations in self.activations.values()))
         window_bytes = parse_bytes(window) if isinstance(window, str) else window
@@ -115,7 +107,6 @@ class ShardSampler(Sampler[int]):
         prefetch: called with the first row of a stretch, and the one after its last, before its window is used.
         rows_per_stretch: the largest number of rows that stay together until their window is shuffled.
         rows_per_window: about how many rows to shuffle at once; at least one stretch.
-        seed: decides the order, together with the epoch.
     """
 
     def __init__(
@@ -151,15 +142,10 @@ class ShardSampler(Sampler[int]):
         # Windows of equal size, because a small remainder at the end would mix little.
         window_count = max(1, math.ceil(len(stretches) / self.stretches_per_window))
         windows = np.array_split(random.permutation(stretches), window_count)
-        coming = iter(windows)
-
-        def prefetch() -> None:
-            for start, stop in sorted(next(coming, stretches[:0]).tolist()):
+        # The disk reads the next window while one is in use.
+        for window, coming in pairwise([stretches[:0], *windows, stretches[:0]]):
+            for start, stop in sorted(coming.tolist()):
                 self.prefetch(start, stop)
-
-        prefetch()
-        for window in windows:
-            prefetch()  # The disk reads the next window while this one is in use.
             rows = np.concatenate([self.borders[:0], *(np.arange(start, stop) for start, stop in window)])
             random.shuffle(rows)
             yield from rows.tolist()

@@ -1,9 +1,11 @@
-"""A run read back: a mapping of addresses to activations that stay on disk until they are indexed."""
+"""A run read back, as a mapping of addresses to activations that stay on disk, and two runs joined by their keys."""
 
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 from hookx.errors import NotStoredError, ShardError, StoreError, UsageError
 from hookx.keys import Keys
 from hookx.plan import Plan
-from hookx.read.activations import Activations, RowIndex
+from hookx.read.activations import Activations, Positions, RowIndex
 from hookx.read.datasets import ActivationDataset
 from hookx.store.directory import present_shards, read_plan
 from hookx.store.record import read_record
@@ -22,7 +24,6 @@ def open_features(path: str | os.PathLike[str], *, partial: bool = False) -> Fea
     """Open the output directory of a run without reading any activation.
 
     Args:
-        path: the directory that `hookx extract` wrote.
         partial: accept an unfinished run and show its finished shards.
 
     Raises:
@@ -90,22 +91,17 @@ class Features(Mapping[str, Activations]):
 
     Attributes:
         plan: what was computed.
-        keys: the image key of every row, in order, for all addresses. `features.keys()` returns the addresses.
+        keys: the image key of every row, in order, for all addresses; also named `keys_of_rows`. `features.keys()`
+            returns the addresses.
         failures: key -> reason for the images that could not be read.
     """
 
     keys: RunKeys
 
     def __init__(self, path: Path, plan: Plan, rows: RowIndex) -> None:
-        self.path, self.plan, self.rows = path, plan, rows
-        self.failures = rows.failures
+        self.path, self.plan, self.rows, self.failures = path, plan, rows, rows.failures
         self._activations = {layer.address: Activations(layer, rows) for layer in plan.layers}
-        self.keys = RunKeys(rows.keys, list(self))
-
-    @property
-    def keys_of_rows(self) -> RunKeys:
-        """The same as `keys`."""
-        return self.keys
+        self.keys = self.keys_of_rows = RunKeys(rows.keys, list(self))
 
     def __getitem__(self, address: str) -> Activations:
         if address not in self._activations:
@@ -124,12 +120,77 @@ class Features(Mapping[str, Activations]):
     def dataset(self, address: str | Sequence[str], transform: Callable[[Any], Any] | None = None) -> ActivationDataset:
         """Return a map-style torch Dataset of (activation, key); see `ActivationDataset`.
 
-        Args:
-            address: one address, or several; for several the items are ({address: activation}, key).
-            transform: applied to each activation (or dict of them) in the process that reads it.
+        For several addresses, the items are ({address: activation}, key).
         """
         if isinstance(address, str):
             return ActivationDataset({address: self[address]}, address, transform)
         if not address:
             raise UsageError("a dataset needs at least one address", f"choose from: {', '.join(self)}")
         return ActivationDataset({one: self[one] for one in address}, None, transform)
+
+
+@dataclass(frozen=True)
+class Join:
+    """Two runs, reduced to the images they share: row n of one and row n of the other belong to the same image.
+
+    Attributes:
+        left, right: the runs, as `hookx.open` returns them, with only the common rows.
+        only_left, only_right: keys that have a row in only one of them; the other's `failures` may say why.
+    """
+
+    left: Features
+    right: Features
+    only_left: Keys
+    only_right: Keys
+
+    @property
+    def keys(self) -> Keys:
+        """The image key of every row, in order."""
+        return self.left.keys
+
+
+def join(left: Features, right: Features) -> Join:
+    """Match the rows of two runs by their keys, without reading any activation.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import hookx
+        >>> with TemporaryDirectory() as out:
+        ...     for model in ("resnet18", "squeezenet1_1"):
+        ...         _ = hookx.extract(model, "type:AdaptiveAvgPool2d", "images", weights="none", out=f"{out}/{model}")
+        ...     both = hookx.join(hookx.open(f"{out}/resnet18"), hookx.open(f"{out}/squeezenet1_1"))
+        ...     rows = both.left["avgpool"][:2].flatten(1), both.right["classifier.3"][:2].flatten(1)
+        >>> len(both.keys), len(both.only_left), [tuple(some.shape) for some in rows]
+        (8, 0, [(2, 512), (2, 1000)])
+    """
+    in_left, in_right = _match(left.keys, right.keys)
+    return Join(
+        left=_narrow(left, in_left),
+        right=_narrow(right, in_right),
+        only_left=_take(left.keys, np.delete(np.arange(len(left.keys)), in_left)),
+        only_right=_take(right.keys, np.delete(np.arange(len(right.keys)), in_right)),
+    )
+
+
+def _match(left: Keys, right: Keys) -> tuple[Positions, Positions]:
+    """Return the positions of the common keys in each."""
+    in_left, in_right = array("q"), array("q")
+    here = there = 0
+    while here < len(left) and there < len(right):
+        one, other = left.encoded(here), right.encoded(there)
+        if one == other:
+            in_left.append(here)
+            in_right.append(there)
+        here += one <= other
+        there += other <= one
+    return np.array(in_left), np.array(in_right)
+
+
+def _narrow(features: Features, positions: Positions) -> Features:
+    rows = features.rows
+    chosen = positions if rows.chosen is None else rows.chosen[positions]
+    return Features(features.path, features.plan, replace(rows, keys=_take(rows.keys, positions), chosen=chosen))
+
+
+def _take(keys: Keys, positions: Positions) -> Keys:
+    return Keys.pack(map(keys.encoded, positions.tolist()))

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from hookx.capture.modules import module_classes, modules_of
 from hookx.capture.probe import example_images, probe
-from hookx.capture.runner import MEMORY_FORMATS, Runner
+from hookx.capture.runner import MEMORY_FORMATS, Runner, module_classes, modules_of
 from hookx.errors import CaptureError, HookxError, UsageError
 from hookx.images.decoding import check_decoding
-from hookx.layers.select import Selection, Selector, matched_paths, select
-from hookx.layers.tree import Layer
-from hookx.models import LoadedModel, ModelOptions, load_model, skeleton
-from hookx.options import PreprocessingOptions
+from hookx.layers.select import Layer, Selection, Selector, matched_paths, select
+from hookx.models import LoadedModel, load_model, skeleton
+from hookx.options import ExtractOptions, PreprocessingOptions, VisualizeOptions
 from hookx.plan import Preprocessing
 from hookx.run.defaults import choose_device, choose_memory_format
 
@@ -40,66 +38,53 @@ class ReadyModel:
 def ready_model(
     model: str,
     weights: str,
-    options: ModelOptions,
+    options: ExtractOptions | VisualizeOptions,
     selectors: Sequence[Selector],
     excluded: Sequence[Selector] = (),
-    *,
-    device: str = "auto",
-    precision: str = "fp32",
     memory_format: str = "auto",
-    preprocessing: PreprocessingOptions = PreprocessingOptions(),
 ) -> ReadyModel:
     """Build a model and select its layers; a wrong selector fails on the skeleton, before weights are loaded.
 
     Without selectors nothing is probed, and the selection is empty.
     """
-    on_device = choose_device(device)
+    device = choose_device(options.device)
     bare = skeleton(model, weights, options)
-    prepares = _override(bare.preprocessing, preprocessing)
-    check_decoding(prepares, on_device)
+    preprocessing = _override(bare.preprocessing, options)
+    check_decoding(preprocessing, device)
     paths = matched_paths(selectors, module_classes(bare.module), model)
     matched_paths(excluded, module_classes(bare.module), model)
     convolutions: list[nn.Conv2d] = []
     if selectors:
-        without_memory = Runner.of(bare.module, bare.forward)
-        paths = list(dict.fromkeys([*paths, *_convolutions(bare.module)]))
-        probed = probe(
-            without_memory,
-            example_images(without_memory, prepares.crop_px),
-            paths=paths,
-            why_never_called=bare.why_never_called,
-        )
-        convolutions = _convolutions_up_to(select(selectors, probed, model, excluded), probed, bare.module)
+        by_path = {path: part for path, part in modules_of(bare.module).items() if isinstance(part, nn.Conv2d)}
+        probed = _probe(bare, Runner.of(bare.module, bare.forward), [*paths, *by_path], preprocessing.crop_px)
+        convolutions = _up_to_last(select(selectors, probed, model, excluded), probed, by_path)
 
     loaded = load_model(model, weights, options)
     log.info("weights: %s", loaded.weights)
     for note in loaded.notes:
         log.info("%s", note)
-    if loaded.cpu_only and on_device.type != "cpu":
-        if device != "auto":
+    if loaded.cpu_only and device.type != "cpu":
+        if options.device != "auto":
             raise UsageError(f"{model} has integer layers that run on the CPU only", "write --device cpu")
-        on_device = torch.device("cpu")
-        check_decoding(prepares, on_device)
-    chosen = choose_memory_format(memory_format, convolutions, on_device, precision)
-    runner = Runner(loaded.module, loaded.forward, on_device, precision, chosen)
+        device = torch.device("cpu")
+        check_decoding(preprocessing, device)
+    chosen = choose_memory_format(memory_format, convolutions, device, options.precision)
+    runner = Runner(loaded.module, loaded.forward, device, options.precision, chosen)
     try:
-        selection = place_and_select(loaded, runner, selectors, excluded, crop_px=prepares.crop_px)
+        selection = place_and_select(loaded, runner, preprocessing.crop_px, selectors, excluded)
     except CaptureError:
         if memory_format != "auto" or chosen == "contiguous":
             raise
         # A user's own model may take a view that only NCHW has.
         runner = dataclasses.replace(runner, memory_format="contiguous")
-        selection = place_and_select(loaded, runner, selectors, excluded, crop_px=prepares.crop_px)
-    return ReadyModel(loaded, bare, prepares, runner, selection)
+        selection = place_and_select(loaded, runner, preprocessing.crop_px, selectors, excluded)
+    for left_out in selection.left_out.values():
+        log.info("left out: %s", left_out)
+    return ReadyModel(loaded, bare, preprocessing, runner, selection)
 
 
 def place_and_select(
-    loaded: LoadedModel,
-    runner: Runner,
-    selectors: Sequence[Selector],
-    excluded: Sequence[Selector] = (),
-    *,
-    crop_px: int,
+    loaded: LoadedModel, runner: Runner, crop_px: int, selectors: Sequence[Selector], excluded: Sequence[Selector] = ()
 ) -> Selection:
     """Move a model to its runner's device and memory format, probe it there, and select its layers."""
     loaded.module.to(runner.device).to(memory_format=MEMORY_FORMATS[runner.memory_format])
@@ -109,22 +94,22 @@ def place_and_select(
     classes = module_classes(loaded.module)
     paths = matched_paths(selectors, classes, loaded.name)
     # Modules that the weights lack are probed too, for their place in the order of execution.
-    paths = list(dict.fromkeys([*paths, *(path for path in classes if _is_within(path, loaded.random_paths))]))
-    examples_NCHW = example_images(runner, crop_px)
-    try:
-        probed = probe(runner, examples_NCHW, paths=paths, why_never_called=loaded.why_never_called)
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(len(examples_NCHW), error) from None
+    paths += (path for path in classes if _is_within(path, loaded.random_paths))
+    probed = _probe(loaded, runner, paths, crop_px)
     selection = select(selectors, probed, loaded.name, excluded)
     _warn_of_random_modules(loaded, probed, selection)
     return selection
 
 
-def _convolutions(module: nn.Module) -> dict[str, nn.Conv2d]:
-    return {path: part for path, part in modules_of(module).items() if isinstance(part, nn.Conv2d)}
+def _probe(model: LoadedModel, runner: Runner, paths: Iterable[str], crop_px: int) -> list[Layer]:
+    images_NCHW = example_images(runner, crop_px)
+    try:
+        return probe(runner, images_NCHW, paths=list(dict.fromkeys(paths)), why_never_called=model.why_never_called)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(len(images_NCHW), error) from None
 
 
-def _convolutions_up_to(selection: Selection, probed: Sequence[Layer], module: nn.Module) -> list[nn.Conv2d]:
+def _up_to_last(selection: Selection, probed: Sequence[Layer], by_path: Mapping[str, nn.Conv2d]) -> list[nn.Conv2d]:
     """Return the convolutions that run before the last target has returned."""
     order = {layer.path: place for place, layer in enumerate(probed) if layer.calls}
     addresses = [target.address for target in selection.targets]
@@ -132,7 +117,7 @@ def _convolutions_up_to(selection: Selection, probed: Sequence[Layer], module: n
     finished = [address.path for address in addresses if not address.is_input]
     return [
         convolution
-        for path, convolution in _convolutions(module).items()
+        for path, convolution in by_path.items()
         if path in order and (order[path] < last or _is_within(path, finished))
     ]
 
@@ -145,10 +130,8 @@ def _warn_of_random_modules(loaded: LoadedModel, probed: Sequence[Layer], select
         path = target.address.path
         before = [other for other in random if order.index(other) <= order.index(path)]
         inside = [other for other in loaded.random_paths if path == "." or other.startswith(f"{path}.")]
-        if before or inside:
-            log.warning(
-                "'%s' depends on random weights: those of %s were missing", target.address, (before + inside)[0]
-            )
+        if lacking := before + inside:
+            log.warning("'%s' depends on random weights: those of %s were missing", target.address, lacking[0])
 
 
 def _is_within(path: str, paths: Iterable[str]) -> bool:
@@ -180,7 +163,6 @@ def _override(preprocessing: Preprocessing, options: PreprocessingOptions) -> Pr
 
 
 def out_of_memory(images_at_once: int, error: torch.OutOfMemoryError) -> HookxError:
-    """Return the error for a device with too little memory."""
     return HookxError(
         f"the device has too little memory for {images_at_once} images at once: {str(error).splitlines()[0]}",
         "try --precision bf16, a smaller --crop, or --device cpu",

@@ -6,16 +6,18 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
 
 from hookx.capture.rows import RowCapture
 from hookx.errors import ImageError
 from hookx.options import ExtractOptions, takes
 from hookx.plan import Shard
-from hookx.run.cores import single_threaded
+from hookx.run.defaults import device_name, single_threaded
 from hookx.run.lane import Lane
 from hookx.run.prepare import Job, prepare
-from hookx.run.provenance import Provenance
 from hookx.run.summary import Summary, Timing, summarize
 from hookx.run.workers import batches
 from hookx.store.directory import RunDirectory
@@ -57,9 +59,9 @@ def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) ->
 
 
 def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callable[[int], None]) -> None:
-    plan, on_gpu = job.plan, job.device.type == "cuda"
-    made = Provenance.of(job.model.distribution, job.device, plan.batch_size)
-    failures = _FailureLog(strict=job.strict)
+    plan, ready, on_gpu = job.plan, job.ready, job.device.type == "cuda"
+    made = _describe_process(job)
+    failures = 0
     with (
         single_threaded() if job.device.type == "cpu" else contextlib.nullcontext(),
         ShardWriter(
@@ -71,7 +73,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
             filled_at_once=_MAX_PASSES_IN_FLIGHT if on_gpu else 1,
             pin_memory=on_gpu,
         ) as writer,
-        RowCapture(job.runner, job.targets) as capture,
+        RowCapture(ready.runner, ready.selection.targets) as capture,
     ):
         lane = Lane(capture, writer, plan)
         decoded = batches(  # Forks the workers, before there are threads.
@@ -79,10 +81,10 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
             [positions for shard in job.pending for positions in shard.batches(plan.batch_size)],
             plan.preprocessing,
             workers=job.workers,
-            decode_timeout_seconds=job.decode_timeout_seconds,
+            decode_timeout_seconds=job.options.decode_timeout,
             pin_memory=on_gpu,
             in_worker=directory.release,
-            transform=job.model.transform,
+            transform=ready.loaded.transform,
             lane=lane if job.workers_compute else None,
             device=job.device,
         )
@@ -94,7 +96,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
                 written = []
                 for positions in shard.batches(plan.batch_size):
                     batch = next(computed)
-                    failures.log(batch.failures)
+                    failures = _report(batch.failures, failures, strict=job.options.strict)
                     record.keys += batch.keys
                     record.failures += batch.failures
                     record.rotations_ignored += batch.rotations_ignored
@@ -104,39 +106,40 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
                     written.append(batch.written)
                     progress(len(positions))
                 record.counts.add(capture.take_counts())
-                record.made = replace(made, batch_size=lane.images_at_once).to_json()
+                record.made = {**made, "batch_size": lane.images_at_once}
                 writer.publish(record, written)
             writer.finish()
-    failures.log_how_many_more()
+    if failures > _MAX_FAILURES_LOGGED:
+        log.warning("and %d more that cannot be read; see failures.csv", failures - _MAX_FAILURES_LOGGED)
     timing.model += capture.gpu_seconds
     timing.copying = capture.gpu_copying_seconds
     timing.writing = writer.seconds
 
 
-def _expected_record(job: Job, made: Provenance, shard: Shard) -> ShardRecord:
+def _describe_process(job: Job) -> dict[str, Any]:
+    """Describe the software, the device and the batch size that make a shard, for its record."""
+    distribution = job.ready.loaded.distribution
+    return {
+        "hookx": version("hookx-vision"),
+        "torch": torch.__version__,
+        distribution: version(distribution),
+        "pillow": version("pillow"),
+        "device": device_name(job.device),
+        "batch_size": job.plan.batch_size,  # Less once that was too much for a GPU.
+    }
+
+
+def _expected_record(job: Job, made: dict[str, Any], shard: Shard) -> ShardRecord:
     """Return the record of a shard if every image can be read."""
     positions = slice(shard.start, shard.stop)
-    return ShardRecord(
-        keys=list(job.images.keys[positions]),
-        sizes_bytes=list(job.images.sizes_bytes[positions]),
-        made=made.to_json(),
-    )
+    return ShardRecord(list(job.images.keys[positions]), made=made, sizes_bytes=list(job.images.sizes_bytes[positions]))
 
 
-class _FailureLog:
-    """Logs which images cannot be read, up to a number; the first is an error if `strict`."""
-
-    def __init__(self, *, strict: bool) -> None:
-        self._strict, self._count = strict, 0
-
-    def log(self, failures: Sequence[tuple[str, str]]) -> None:
-        for key, reason in failures:
-            if self._strict:
-                raise ImageError(f"cannot read '{key}': {reason}", "leave out --strict to go on without it")
-            if self._count < _MAX_FAILURES_LOGGED:
-                log.warning("cannot read '%s': %s", key, reason)
-            self._count += 1
-
-    def log_how_many_more(self) -> None:
-        if self._count > _MAX_FAILURES_LOGGED:
-            log.warning("and %d more that cannot be read; see failures.csv", self._count - _MAX_FAILURES_LOGGED)
+def _report(failures: Sequence[tuple[str, str]], count: int, *, strict: bool) -> int:
+    """Log images that cannot be read, after `count` others; return how many that makes. Raise the first if `strict`."""
+    for number, (key, reason) in enumerate(failures, count):
+        if strict:
+            raise ImageError(f"cannot read '{key}': {reason}", "leave out --strict to go on without it")
+        if number < _MAX_FAILURES_LOGGED:
+            log.warning("cannot read '%s': %s", key, reason)
+    return count + len(failures)

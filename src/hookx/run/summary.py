@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from hookx.plan import Plan
+from hookx.run.defaults import device_name
 from hookx.run.prepare import Job
-from hookx.run.provenance import device_name
 from hookx.store.record import Totals, read_record
 
 T = TypeVar("T")

@@ -7,6 +7,8 @@ hand. If the worker crashes, that image is a failure, and all workers are starte
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -14,28 +16,29 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from hookx.errors import ImageError
-from hookx.images.decoding import known_formats
+from hookx.errors import HookxError, ImageError
+from hookx.images.decoding import decode, failure_reason, known_formats
 from hookx.images.listing import ImageList
 from hookx.plan import Preprocessing
-from hookx.run.batch import Batch
-from hookx.run.lane import Lane
-from hookx.run.worker import CRASHES, FINISHED, NOTHING, InHand, Worker
+from hookx.run.defaults import keep_freed_memory
+from hookx.run.lane import Batch, Lane, stack
 from hookx.signals import defer_signals
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 _CPU = torch.device("cpu")
 _POLL_SECONDS = 0.2
 _WAIT_FOR_EXIT_SECONDS, _WAIT_FOR_DISK_SECONDS = 20, 60
+_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
+_NOTHING, _FINISHED = -1, -2  # in hand, in place of a position
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when the thread that forked it ends
 
 
 def batches(
@@ -59,7 +62,7 @@ def batches(
     threads, which Linux allows: they wait for no lock that one of them holds.
 
     Args:
-        in_worker: runs once in each worker.
+        in_worker: runs in each worker before its first batch.
         transform: a model's own preprocessing, in place of what `preprocessing` says.
         lane: what each worker runs its batches through; they come without pixels then, but written.
         device: where nvjpeg decodes, if the preprocessing says so; the pixels are there then.
@@ -72,8 +75,7 @@ def batches(
 
     def start(first: int) -> _Processes:
         in_hand = InHand(workers, decode_timeout_seconds)
-        rest = positions[first:]
-        worker = Worker(images, rest, preprocessing, transform, lane, reasons, in_hand, in_worker)
+        worker = Worker(images, positions[first:], preprocessing, transform, lane, reasons, in_hand, in_worker)
         return _Processes(worker, workers=workers, pin_memory=pin_memory)
 
     known_formats()  # Imports the decoders: not in every worker, and not in the time of its first image.
@@ -94,7 +96,8 @@ def batches(
                 if batch.error is not None:
                     raise batch.error
                 batch.decode_rest(preprocessing, device)
-                batch.look_up_keys(images)
+                batch.keys = [images.keys[position] for position in batch.positions if position not in batch.reasons]
+                batch.failures = [(images.keys[position], reason) for position, reason in batch.reasons.items()]
                 yield batch
         finally:
             processes.end()
@@ -132,15 +135,9 @@ class _Processes:
     def receive(self, positions: range) -> Batch | None:
         """Return the batch at these positions, or None if a worker has crashed or was killed."""
         while positions not in self._early:
-            if (batch := self._receive_any()) is None:
-                return None
-            self._early[batch.positions] = batch
-        return self._early.pop(positions)
-
-    def _receive_any(self) -> Batch | None:
-        while True:
             try:
-                return next(self._batches)
+                batch = next(self._batches)
+                self._early[batch.positions] = batch
             except MemoryError:
                 raise _out_of_memory("a worker has no memory for its batch") from None
             except TimeoutError:
@@ -157,17 +154,14 @@ class _Processes:
                         return None
                     multiprocessing.connection.wait(alive, timeout=seconds_left)
                 raise
+        return self._early.pop(positions)
 
     def fatal_images(self) -> dict[int, str]:
-        """Return the positions of the images that crashed their workers, each with the reason.
-
-        Raises:
-            ImageError: a process was killed from outside, or had no image in hand.
-        """
+        """Return position -> why its image crashed a worker; `ImageError` if no image is to blame."""
         fatal = {}
         for exit_code, position in self._crashed():
             how = signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
-            if position == NOTHING or not (exit_code >= 0 or -exit_code in (signal.SIGALRM, *CRASHES)):
+            if position == _NOTHING or not (exit_code >= 0 or -exit_code in (signal.SIGALRM, *_CRASHES)):
                 raise _out_of_memory(f"a worker exited unexpectedly: {how}")
             if exit_code == -signal.SIGALRM:
                 fatal[position] = f"took longer than {self._in_hand.timeout_seconds:g} s to decode"
@@ -178,7 +172,7 @@ class _Processes:
     def _crashed(self) -> Iterator[tuple[int, int]]:
         """Yield the exit code of every process that ended before its work did, and the position it had in hand."""
         for process in self._processes:
-            if process.exitcode is not None and (position := self._in_hand.of(process.pid)) != FINISHED:
+            if process.exitcode is not None and (position := self._in_hand.of(process.pid)) != _FINISHED:
                 yield process.exitcode, position
 
     def end(self, wait_seconds: float = 1) -> bool:
@@ -213,3 +207,157 @@ def _keep_child_signals() -> Iterator[None]:
     yield
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, before)
+
+
+class InHand:
+    """Which image each worker is decoding, in memory that the workers share with the main process.
+
+    The system ends a worker whose image takes longer than `timeout_seconds` (0: any time). The alarm's signal works
+    where a decoder written in C keeps Python from running, and where the main process is gone. It is blocked while no
+    image is in hand, because the worker could hold a lock that the main process needs.
+    """
+
+    def __init__(self, workers: int, timeout_seconds: float) -> None:
+        self.timeout_seconds = timeout_seconds
+        self.table = torch.full((workers, 2), _NOTHING).share_memory_()  # one row per worker: its process, its position
+
+    def of(self, process_id: int | None) -> int:
+        return dict(self.table.tolist()).get(process_id, _NOTHING)
+
+    def take(self, position: int) -> None:
+        if (worker := get_worker_info()) is not None:
+            self.table[worker.id, 1] = position
+            signal.setitimer(signal.ITIMER_REAL, self.timeout_seconds)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+
+    def release(self, then: int = _NOTHING) -> None:
+        if (worker := get_worker_info()) is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+            self.table[worker.id, 1] = then
+
+
+@dataclass(eq=False)
+class Worker(IterableDataset[Batch]):
+    """The batches that one process decodes and, if it has a lane, computes and writes."""
+
+    images: ImageList
+    positions: Sequence[range]
+    preprocessing: Preprocessing
+    transform: Callable[[Image], Tensor] | None
+    lane: Lane | None
+    reasons: Mapping[int, str]  # position -> why it is not to be decoded
+    in_hand: InHand
+    in_worker: Callable[[], None]
+
+    def __post_init__(self) -> None:
+        self._parent = os.getpid()
+        self._taken = multiprocessing.Value("q", 0)  # how many batches the workers have taken
+
+    def start(self, worker_number: int) -> None:
+        """Do what a worker process does first."""
+        # The loader's own watch over the parent begins later, and takes whoever is the parent by then for it.
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != self._parent:
+            os._exit(1)  # The parent was killed already; nobody will ever ask for a batch.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+        # The terminal sends Ctrl-C to every process; the parent alone decides, and then ends its workers.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # The parent reports a crash; torch's handlers would print lines of their own, and so would Pillow's log.
+        for number in (signal.SIGTERM, signal.SIGALRM, *_CRASHES):
+            signal.signal(number, signal.SIG_DFL)
+        logging.getLogger("PIL").setLevel(logging.CRITICAL)
+        # Only the thread that hands tensors over raises here, when the parent was killed while it took one.
+        sys.excepthook = lambda *_: None
+        self.in_hand.table[worker_number, 0] = os.getpid()
+        self.in_worker()
+        keep_freed_memory()
+
+    def __iter__(self) -> Iterator[Batch]:
+        writing: Batch | None = None  # the batch before, which may still be on its way to the disk
+        for positions in self._mine():
+            batch = self._decode(positions)
+            if self.lane is None:
+                yield batch
+                continue
+            if writing is not None and (not isinstance(writing.written, Future) or writing.written.done()):
+                yield _wait_for_disk(writing)
+                writing = None
+            with _interruptible(batch):
+                self.lane.run(batch)
+            if writing is not None:
+                yield _wait_for_disk(writing)
+            writing = batch
+        if writing is not None:
+            yield _wait_for_disk(writing)
+        self.in_hand.release(_FINISHED)
+
+    def _mine(self) -> Iterator[range]:
+        """Yield the positions of the batches that this process decodes.
+
+        Some lanes are held up more than others, so each takes the next batch when it has none: no run ends with one
+        lane working alone. Batches that are only decoded come in turn, as the loader asks for them; otherwise they
+        would pile up behind a slow image.
+        """
+        worker = get_worker_info()
+        if worker is None or self.lane is None:
+            first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+            yield from self.positions[first::step]
+            return
+        while True:
+            with self._taken.get_lock():
+                number = self._taken.value
+                self._taken.value += 1
+            if number >= len(self.positions):
+                return
+            yield self.positions[number]
+
+    def _decode(self, positions: range) -> Batch:
+        batch, pixels, encoded, start = Batch(positions), [], {}, time.perf_counter()
+        for position in positions:
+            if position in self.reasons:
+                batch.reasons[position] = self.reasons[position]
+                continue
+            self.in_hand.take(position)
+            try:
+                file, listed_bytes = self.images.files[position], self.images.sizes_bytes[position]
+                pixels_CHW, rotation_ignored = decode(file, self.preprocessing, listed_bytes, self.transform)
+            except Exception as error:  # Whatever a decoder raises on foreign bytes is that image's failure.
+                batch.reasons[position] = failure_reason(error)
+            else:
+                if pixels_CHW.ndim == 1:
+                    encoded[position] = pixels_CHW
+                else:
+                    pixels.append(pixels_CHW)
+                batch.rotations_ignored += rotation_ignored
+            self.in_hand.release()  # Not in a `finally`: what leaves this loop ends the process, as the image made it.
+        batch.pixels_NCHW = stack(pixels)
+        if encoded:
+            files = torch.tensor([(position, len(content)) for position, content in encoded.items()])
+            batch.encoded = torch.cat(list(encoded.values())), files
+        if get_worker_info() is not None and self.lane is None:
+            batch.share()
+        batch.reading_seconds = time.perf_counter() - start
+        return batch
+
+
+def _wait_for_disk(batch: Batch) -> Batch:
+    """Put what was written, or the error, in place of the future, which cannot be handed over."""
+    writing, batch.written = batch.written, None
+    if isinstance(writing, Future):
+        with _interruptible(batch):
+            batch.written = writing.result()
+    return batch
+
+
+@contextlib.contextmanager
+def _interruptible(batch: Batch) -> Iterator[None]:
+    """Let the alarm's signal end this process, as it may while an image is in hand: `_Processes.end` sends it."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    try:
+        yield
+    except HookxError as error:  # Kept: a DataLoader words what a worker raises in its own way.
+        batch.error = error
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])

@@ -26,11 +26,8 @@ _MAX_PLAN_BYTES = 16 * 2**20
 class RunDirectory:
     """An output directory, locked by this process while the `with` block lasts.
 
-    Entering creates the directory, refuses one that holds another run or that another process has locked, removes the
-    half-written files of a killed run, and writes plan.json.
-
-    Raises:
-        StoreError: another plan, another process, a damaged shard, or a directory that cannot be written.
+    Entering creates the directory, removes the half-written files of a killed run, and writes plan.json. It raises
+    `StoreError` if the directory holds another run, another process has locked it, or it cannot be written.
     """
 
     def __init__(self, path: Path, plan: Plan) -> None:
@@ -44,7 +41,14 @@ class RunDirectory:
         except OSError as error:
             raise StoreError(f"cannot use {self.path} as the output directory: {error.strerror}") from None
         try:
-            self._lock()
+            try:
+                # The kernel drops the lock with its last descriptor, so a killed run leaves no stale lock.
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StoreError(
+                    f"another hookx process is writing to {self.path}{_holder(self._descriptor)}",
+                    "wait for it, or choose another --out",
+                ) from None
             check_resumable(self.path, self.plan)
             for left_over in self.path.glob(f".*{ASIDE}"):
                 if left_over.is_symlink() or not left_over.is_dir():
@@ -63,18 +67,7 @@ class RunDirectory:
         # A spawned worker, unlike a forked one, has not inherited the descriptor, only its number.
         return {**self.__dict__, "_descriptor": -1}
 
-    def _lock(self) -> None:
-        # The kernel drops the lock with its last descriptor, so a killed run leaves no stale lock.
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StoreError(
-                f"another hookx process is writing to {self.path}{_holder(self._descriptor)}",
-                "wait for it, or choose another --out",
-            ) from None
-
     def file_of(self, shard: Shard) -> Path:
-        """Return where a shard is, or will be."""
         return self.path / self.plan.shard_file(shard)
 
     def release(self) -> None:
@@ -101,8 +94,7 @@ def derived_tables(path: Path, plan: Plan) -> dict[str, Iterator[bytes]]:
 
     tables = {}
     if any(record.failures for _, record in records()):
-        failures = (failure for _, record in records() for failure in record.failures)
-        tables[FAILURES] = _csv(("key", "reason"), failures)
+        tables[FAILURES] = _csv(("key", "reason"), (failure for _, record in records() for failure in record.failures))
     rows = ((key, name, row) for name, record in records() for row, key in enumerate(record.keys))
     tables[INDEX] = _csv(("key", "shard", "row"), rows)
     return tables

@@ -31,14 +31,11 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
 
 @contextlib.contextmanager
 def made_whole(path: Path) -> Iterator[Path]:
-    """Yield where to make a file or a folder, by any library, so that it is whole or absent; it must not exist yet.
+    """Yield where to make a file or a folder, by any library, so that it is whole or absent.
 
     The path lies in a folder aside, which this process alone holds. What else is made in that folder goes with it, and
-    `path` itself comes last. The folder is gone afterwards, even after an error; what a killed process leaves in it,
-    the next process that makes `path` removes.
-
-    Raises:
-        StoreError: `path` exists, another process is making it, or it cannot be written.
+    `path` itself comes last. What a killed process leaves there, the next process that makes `path` removes. Raises
+    `StoreError` if `path` exists, another process is making it, or it cannot be written.
     """
     folder = aside_of(path)
     with report_write_errors(path), _held_folder(folder, path):

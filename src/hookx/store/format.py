@@ -31,39 +31,31 @@ def checksum(tensor: Tensor) -> int:
     return zlib_ng.crc32(bytes_of(tensor)) if tensor.numel() else 0
 
 
-def checksum_of_both(first: int, second: int, second_bytes: int) -> int:
-    """Return the CRC-32 of two stretches of bytes in a row from the CRC-32 of each and the length of the second."""
-    return zlib_ng.crc32_combine(first, second, second_bytes)
-
-
 def open_shard(file: Path) -> Any:
     """Open a shard for reading; check that its header is not too long and fits the file's size."""
-    try:
-        with open_at_header(file):
-            return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ShardError(file, f"is damaged: {error}") from None
+    with _open_at_header(file):
+        return safe_open(file, framework="pt")
 
 
 def data_range(file: Path, address: str) -> tuple[int, int]:
     """Return where in a shard's file a tensor begins and ends, in bytes."""
-    try:
-        with open_at_header(file) as (opened, header_bytes):
-            start, stop = json.loads(opened.read(header_bytes))[address]["data_offsets"]
-    except (ValueError, LookupError, TypeError, RecursionError, OSError) as error:
-        raise ShardError(file, f"is damaged: {error}") from None
+    with _open_at_header(file) as (opened, header_bytes):
+        start, stop = json.loads(opened.read(header_bytes))[address]["data_offsets"]
     return 8 + header_bytes + start, 8 + header_bytes + stop
 
 
 @contextlib.contextmanager
-def open_at_header(file: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """Open a shard at its header; yield the file and the length of the header, which is not too long to read."""
-    check_is_file(file)
-    with open(file, "rb") as opened:
-        header_bytes = int.from_bytes(opened.read(8), "little")
-        if header_bytes > MAX_HEADER_BYTES:
-            raise ShardError(file, f"is damaged: its header claims {header_bytes:,} bytes")
-        yield opened, header_bytes
+def _open_at_header(file: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a shard at its header; yield the file and the length of the header; `ShardError` if reading it fails."""
+    try:
+        check_is_file(file)
+        with open(file, "rb") as opened:
+            header_bytes = int.from_bytes(opened.read(8), "little")
+            if header_bytes > MAX_HEADER_BYTES:
+                raise ValueError(f"its header claims {header_bytes:,} bytes")
+            yield opened, header_bytes
+    except (SafetensorError, ValueError, LookupError, TypeError, RecursionError, OSError) as error:
+        raise ShardError(file, f"is damaged: {error}") from None
 
 
 def shard_header(layers: Sequence[LayerSpec], rows: int, metadata: Mapping[str, str], header_bytes: int = 0) -> bytes:

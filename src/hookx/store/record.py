@@ -30,18 +30,8 @@ class ShardRecord:
 
     def to_metadata(self, plan: Plan, shard: Shard) -> dict[str, str]:
         """Return the metadata of a safetensors file, with a CRC-32 of its own."""
-        metadata = {
-            "format": FORMAT,
-            "fingerprint": plan.fingerprint,
-            "shard": str(shard.number),
-            "keys": json.dumps(self.keys),
-            "failures": json.dumps(self.failures),
-            "rotations_ignored": str(self.rotations_ignored),
-            "counts": json.dumps(self.counts),
-            "made": json.dumps(self.made),
-            "checksums": json.dumps(self.checksums),
-            "sizes_bytes": json.dumps(self.sizes_bytes),
-        }
+        metadata = {"format": FORMAT, "fingerprint": plan.fingerprint, "shard": str(shard.number)}
+        metadata |= {name: json.dumps(value) for name, value in vars(self).items()}
         return {**metadata, "checksum": _checksum_of_metadata(metadata)}
 
 
@@ -55,7 +45,6 @@ class Totals:
     counts: ValueCounts = field(default_factory=ValueCounts)
 
     def add(self, record: ShardRecord) -> None:
-        """Add one shard's record."""
         self.rows += len(record.keys)
         self.failures += len(record.failures)
         self.rotations_ignored += record.rotations_ignored
@@ -72,12 +61,9 @@ def read_record(path: Path, plan: Plan, shard: Shard) -> ShardRecord:
     file = path / plan.shard_file(shard)
     with open_shard(file) as opened:
         metadata = opened.metadata() or {}
-        addresses = list(opened.keys())
-        if len(addresses) == len(plan.layers):
-            slices = {address: opened.get_slice(address) for address in addresses}
-        else:
-            slices = {}
-        tensors = {address: (data.get_dtype(), data.get_shape()) for address, data in slices.items()}
+        addresses = opened.keys() if len(opened.keys()) == len(plan.layers) else []
+        slices = [(address, opened.get_slice(address)) for address in addresses]
+        tensors = {address: (data.get_dtype(), data.get_shape()) for address, data in slices}
     if metadata.get("fingerprint") != plan.fingerprint:
         raise ShardError(file, "belongs to another run")
     try:
@@ -98,37 +84,40 @@ def read_record(path: Path, plan: Plan, shard: Shard) -> ShardRecord:
         raise ShardError(file, f"is damaged: {error}") from None
 
 
+def _is_text(value: Any) -> bool:
+    # File names hold no lone surrogates but U+DC80 to U+DCFF, which os.fsdecode makes of bytes that are not UTF-8.
+    return isinstance(value, str) and not re.search("[\ud800-\udc7f\udd00-\udfff]", value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int)
+
+
+def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
+
+
+def _dict_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "keys": _list_of(_is_text),
+    "failures": _list_of(lambda failure: _list_of(_is_text)(failure) and len(failure) == 2),
+    "rotations_ignored": _is_whole,
+    "counts": _dict_of(_dict_of(_is_whole)),
+    "made": _dict_of(lambda _: True),
+    "checksums": _dict_of(_is_whole),
+    "sizes_bytes": _list_of(_is_whole),
+}
+
+
 def _parse(metadata: Mapping[str, str]) -> ShardRecord:
     """Parse a shard's metadata, trusting no type in it; `KeyError` or `ValueError` if it is not a record."""
-
-    def parse(name: str, fits: Callable[[Any], bool]) -> Any:
-        value = json.loads(metadata[name])
-        if not fits(value):
+    values = {}
+    for name, fits in _FIELDS.items():
+        values[name] = json.loads(metadata[name])
+        if not fits(values[name]):
             raise ValueError(f"its record's {name} cannot be understood")
-        return value
-
-    def is_list(value: Any, of: Callable[[Any], bool]) -> bool:
-        return isinstance(value, list) and all(map(of, value))
-
-    def is_dict(value: Any, of: Callable[[Any], bool]) -> bool:
-        return isinstance(value, dict) and all(map(of, value.values()))
-
-    def is_text(value: Any) -> bool:
-        # File names hold no lone surrogates but U+DC80 to U+DCFF, which os.fsdecode makes of bytes that are not UTF-8.
-        return isinstance(value, str) and not re.search("[\ud800-\udc7f\udd00-\udfff]", value)
-
-    def is_whole(value: Any) -> bool:
-        return isinstance(value, int)
-
-    def is_failure(value: Any) -> bool:
-        return is_list(value, is_text) and len(value) == 2
-
-    return ShardRecord(
-        keys=parse("keys", lambda value: is_list(value, is_text)),
-        failures=[(key, reason) for key, reason in parse("failures", lambda value: is_list(value, is_failure))],
-        rotations_ignored=parse("rotations_ignored", is_whole),
-        counts=ValueCounts(parse("counts", lambda value: is_dict(value, lambda by_kind: is_dict(by_kind, is_whole)))),
-        made=parse("made", lambda value: is_dict(value, lambda _: True)),
-        checksums=parse("checksums", lambda value: is_dict(value, is_whole)),
-        sizes_bytes=parse("sizes_bytes", lambda value: is_list(value, is_whole)),
-    )
+    values["failures"], values["counts"] = list(map(tuple, values["failures"])), ValueCounts(values["counts"])
+    return ShardRecord(**values)

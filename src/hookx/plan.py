@@ -1,0 +1,450 @@
+"""The plan: everything that decides the numbers of a run, its fingerprint, its cut into shards. No torch, no disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, get_args, get_origin, get_type_hints
+
+from hookx.errors import StoreError
+from hookx.keys import LazySequence
+from hookx.options import MAX_SHARD_BYTES, MAX_SHARD_IMAGES
+
+FORMAT = "hookx 1"
+_FIELDS = {
+    "memory_format": "memory formats",
+    "model": "models",
+    "image_count": "numbers of images",
+    "images_sha256": "images (names or sizes)",
+    "images_per_shard": "images per shard",
+    "precision": "precisions",
+}
+_UNCOVERED = ("batch_size", "notes")  # by the fingerprint
+# Fields of the preprocessing that are left out at these values, so that plans from before them keep their fingerprints.
+_OMITTED = {"custom": "", "decode": "exact"}
+
+# No honest plan comes near these; they stop a crafted one.
+_MAX_IMAGES = 2**40
+_MAX_VALUES = 2**40  # in one image's activation
+_MAX_DIMENSIONS = 32
+_MAX_SIDE_PX = 2**16
+_MAX_CUSTOM_SHOWN = 160  # characters
+
+# torch's name -> (safetensors' code, bytes per element), for every dtype that a safetensors file can hold.
+DTYPES = {
+    "float64": ("F64", 8),
+    "float32": ("F32", 4),
+    "float16": ("F16", 2),
+    "bfloat16": ("BF16", 2),
+    "int64": ("I64", 8),
+    "int32": ("I32", 4),
+    "int16": ("I16", 2),
+    "int8": ("I8", 1),
+    "uint8": ("U8", 1),
+    "bool": ("BOOL", 1),
+    "complex64": ("C64", 8),
+}
+_SENTENCES = {
+    "non_finite": "NaN or infinity in {address} of {count:,} images",
+    "all_zero": "{address} is all zero for {count:,} images",
+    "overflowed": "{count:,} values of {address} became infinite in the stored type",
+    "flushed": "{count:,} values of {address} became zero in the stored type",
+}
+_OTHER = "{count:,} of {address} are of another kind"  # which a later version of hookx counted
+KINDS = tuple(_SENTENCES)
+
+# Cut shards at multiples of a common batch size, so that few of them end in a small batch.
+_CUT_IMAGES = 32
+
+
+# --- shards --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One tensor of every shard: its key, its shape for one image, and its stored dtype."""
+
+    address: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def bytes_per_image(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Consecutive images that share a file: positions `start` to `stop` in the sorted list."""
+
+    number: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def batches(self, batch_size: int) -> Iterator[range]:
+        """Cut the shard into ranges of positions; a batch never straddles two shards."""
+        for start in range(self.start, self.stop, batch_size):
+            yield range(start, min(start + batch_size, self.stop))
+
+
+class Shards(LazySequence[Shard]):
+    """The shards of a plan, cut on access."""
+
+    def __init__(self, image_count: int, images_per_shard: int) -> None:
+        self._starts = range(0, image_count, images_per_shard)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def item(self, position: int) -> Shard:
+        start = self._starts[position]
+        return Shard(position, start, min(start + self._starts.step, self._starts.stop))
+
+
+def images_per_shard(bytes_per_image: int, max_shard_bytes: int, max_images: int) -> int:
+    """Return how many images share a shard: as many as both limits allow, at least one.
+
+    Example:
+        >>> images_per_shard(3_211_264, 512 * 2**20, 4096)  # conv1 of resnet18, fp32
+        160
+    """
+    count = min(max_images, max_shard_bytes // max(bytes_per_image, 1))
+    if _CUT_IMAGES < count < max_images:
+        count -= count % _CUT_IMAGES
+    return max(count, 1)
+
+
+class ValueCounts(dict[str, dict[str, int]]):
+    """Counts by address and kind (see `KINDS`); what did not occur is absent.
+
+    'non_finite' and 'all_zero' count images; 'overflowed' and 'flushed' count values that the stored type made
+    infinite or zero.
+
+    Example:
+        >>> counts = ValueCounts({"conv1": {"all_zero": 2}})
+        >>> counts.add({"conv1": {"all_zero": 1, "overflowed": 5000}})
+        >>> print("; ".join(counts.sentences()))
+        conv1 is all zero for 3 images; 5,000 values of conv1 became infinite in the stored type
+    """
+
+    def add(self, counts: Mapping[str, Mapping[str, int]]) -> None:
+        for address, by_kind in counts.items():
+            total = self.setdefault(address, {})
+            for kind, count in by_kind.items():
+                total[kind] = total.get(kind, 0) + count
+
+    def sentences(self) -> list[str]:
+        return [
+            _SENTENCES.get(kind, _OTHER).format(count=count, address=address)
+            for address, by_kind in self.items()
+            for kind, count in by_kind.items()
+        ]
+
+
+# --- the model's weights and its input -----------------------------------------------------------------------------
+
+
+def describe_arguments(arguments: Mapping[str, object]) -> str:
+    """Return a model's arguments as an identity shows them: 'act=tanh, width=6'."""
+    return ", ".join(f"{name}={value}" for name, value in sorted(arguments.items()))
+
+
+@dataclass(frozen=True)
+class WeightsIdentity:
+    """Where weights come from, precisely enough to tell them from all others.
+
+    The text is part of a plan's fingerprint, so its wording never changes. It has one of these forms:
+
+        ResNet18_Weights.IMAGENET1K_V1                           published weights
+        random (seed 3)                                          no weights
+        sha256:1f0a... (state_dict; without module.)             a file, and what was unwrapped from it
+        timm:resnet18.a1_in1k, hf:facebook/dinov2-small@4f2a...  weights that belong to the model's name
+        python:nets:make(width=6) sha256:9b1c...                 what a factory returned
+        random (seed 3), python:nets:make sha256:9b1c...         the same, seeded on request
+
+    '; random (seed 3): fc' follows if the weights lack modules, and '(img_size=96)' if the model has arguments.
+
+    Example:
+        >>> identity = WeightsIdentity.of_file("1f0a", "state_dict", "without module.")
+        >>> str(identity), identity.published_name, identity.seed, identity.is_file
+        ('sha256:1f0a (state_dict; without module.)', '', None, True)
+    """
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    @classmethod
+    def of_seed(cls, seed: int) -> WeightsIdentity:
+        return cls(f"random (seed {seed})")
+
+    @classmethod
+    def of_file(cls, sha256: str, *unwrapped: str) -> WeightsIdentity:
+        """Return the identity of a file, and of what was unwrapped to get at the weights."""
+        steps = "; ".join(filter(None, unwrapped))
+        return cls(f"sha256:{sha256}" + (f" ({steps})" if steps else ""))
+
+    @classmethod
+    def of_factory(cls, call: str, state_sha256: str, seed: int | None = None) -> WeightsIdentity:
+        """Return the identity of what a factory returned; `call` is its name with its arguments."""
+        return cls(("" if seed is None else f"{cls.of_seed(seed)}, ") + f"{call} sha256:{state_sha256}")
+
+    def in_factory_model(self, call: str, state_sha256: str = "") -> WeightsIdentity:
+        """Return the identity of these weights in a factory's model; the digest covers what they lack."""
+        return WeightsIdentity(f"{call} {self}" + (f" (sha256:{state_sha256})" if state_sha256 else ""))
+
+    def lacking(self, paths: Iterable[str], instead: str) -> WeightsIdentity:
+        """Return the identity of these weights without some modules, and what those hold instead."""
+        return WeightsIdentity(f"{self}; {instead}: {', '.join(paths)}")
+
+    def with_arguments(self, arguments: Mapping[str, object]) -> WeightsIdentity:
+        return WeightsIdentity(f"{self} ({describe_arguments(arguments)})") if arguments else self
+
+    @property
+    def published_name(self) -> str:
+        """The name that `--weights` takes for published weights; '' for all others."""
+        published = re.fullmatch(r"\w+Weights\.(\w+)", self.text)
+        return published[1] if published else ""
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of random weights; None for all others."""
+        random = re.match(r"random \(seed (-?\d{1,20})\)", self.text)
+        # `torch.manual_seed` accepts no others.
+        return int(random[1]) if random and -(2**63) <= int(random[1]) < 2**64 else None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether a file holds the weights: one of their own, or the model's."""
+        return self.text.startswith("sha256:")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes a model's input; `mean` and `std` are per channel of an image in [0, 1].
+
+    Args:
+        resize_px: length of the shorter side after resizing.
+        crop_px: side of the square cut from the centre.
+        interpolation: 'nearest', 'bilinear', 'bicubic', ... (the values of `InterpolationMode`).
+        exif: 'ignore' (as the published preprocessing does) or 'apply' the rotation that a camera recorded.
+        custom: describes a model's own transform, where the fields above cannot; then only `crop_px` (the side of its
+            output) and `exif` apply.
+        decode: 'exact'; 'fast' decodes a JPEG at 1/2, 1/4 or 1/8 of its size if that is still large enough; 'nvjpeg'
+            decodes and resizes a JPEG on an NVIDIA GPU.
+    """
+
+    resize_px: int
+    crop_px: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    antialias: bool = True
+    exif: str = "ignore"
+    custom: str = ""
+    decode: str = "exact"
+
+    def __str__(self) -> str:
+        exif = ", EXIF applied" if self.exif == "apply" else ""
+        if self.custom:
+            what = self.custom if len(self.custom) <= _MAX_CUSTOM_SHOWN else f"{self.custom[:_MAX_CUSTOM_SHOWN]}…"
+            return f"{what}, {self.crop_px} x {self.crop_px}{exif}"
+        mean, std = (",".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        decode = {"exact": "", "fast": ", decoded fast"}.get(self.decode, f", decoded by {self.decode}")
+        size = f"resize {self.resize_px} ({self.interpolation}), crop {self.crop_px}"
+        return f"{size}, mean {mean}, std {std}{exif}{decode}"
+
+    def options(self) -> list[str]:
+        """Return the options of `hookx extract` that ask for this; none for the preprocessing of most weights."""
+        asked = ["--exif", self.exif] if self.exif != "ignore" else []
+        asked += ["--decode", self.decode] if self.decode != "exact" else []
+        if self.custom or replace(self, exif="ignore", decode="exact") == IMAGENET:
+            return asked
+        mean, std = (",".join(map(repr, values)) for values in (self.mean, self.std))
+        sizes = ["--resize", str(self.resize_px), "--crop", str(self.crop_px), "--interpolation", self.interpolation]
+        return [*sizes, "--mean", mean, "--std", std, *asked]
+
+
+IMAGENET = Preprocessing(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
+
+
+# --- the plan ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be computed. Two runs with one fingerprint store the same numbers."""
+
+    model: str
+    weights: str
+    layers: tuple[LayerSpec, ...]
+    preprocessing: Preprocessing
+    precision: str
+    memory_format: str
+    image_count: int
+    images_sha256: str
+    images_per_shard: int
+    # Recorded, but outside the fingerprint: the batch size changes values by rounding only.
+    batch_size: int
+    notes: tuple[str, ...] = ()  # what a reader should know about the weights, such as what was unwrapped
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The fields that the fingerprint covers, as plain JSON values."""
+        fields = {name: value for name, value in asdict(self).items() if name not in _UNCOVERED}
+        for name, usual in _OMITTED.items():
+            if fields["preprocessing"][name] == usual:
+                del fields["preprocessing"][name]
+        return dict(json.loads(json.dumps({"format": FORMAT, **fields})))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the identity, as 64 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def bytes_per_image(self) -> int:
+        return sum(layer.bytes_per_image for layer in self.layers)
+
+    @property
+    def shards(self) -> Sequence[Shard]:
+        """How the image list is cut; computed on access, so a plan of any length costs nothing."""
+        return Shards(self.image_count, self.images_per_shard)
+
+    def shard_file(self, shard: Shard) -> str:
+        return f"shard-{shard.number:05}-of-{len(self.shards):05}.safetensors"
+
+    def command(self, out: str) -> str:
+        """Return the command line that resumes this plan, with IMAGES for the images.
+
+        A resumed run keeps the batch size and memory format that were chosen automatically, so they are left out. A
+        plan does not record the path of a weights file (WEIGHTS stands for it), `--model-arg` or `--transform`; a
+        command without them is refused with an error that shows what differs.
+
+        Example:
+            >>> layers = (LayerSpec("conv1", (64, 112, 112), "float32"), LayerSpec("avgpool", (512, 1, 1), "float32"))
+            >>> plan = Plan("resnet18", "ResNet18_Weights.IMAGENET1K_V1", layers, IMAGENET, "fp32", "contiguous",
+            ...             image_count=8, images_sha256="", images_per_shard=160, batch_size=32)
+            >>> plan.command("features/")
+            'hookx extract --model resnet18 --weights IMAGENET1K_V1 --layers conv1,avgpool --out features/ IMAGES'
+        """
+        words = ["--model", self.model, *self._weights_options()]
+        words += ["--layers", ",".join(layer.address for layer in self.layers), *self.preprocessing.options()]
+        if self.precision != "fp32":
+            words += ["--precision", self.precision]
+        # Mixed dtypes mean that no --dtype was given.
+        floats = {layer.dtype for layer in self.layers if "float" in layer.dtype}
+        if len(floats) == 1 and (self.precision, floats) != ("fp32", {"float32"}):
+            words += ["--dtype", *floats]
+        if self.images_per_shard != images_per_shard(self.bytes_per_image, MAX_SHARD_BYTES, MAX_SHARD_IMAGES):
+            words += ["--shard-images", str(self.images_per_shard)]
+            if (shard_bytes := self.images_per_shard * self.bytes_per_image) > MAX_SHARD_BYTES:
+                words += ["--max-shard-size", str(shard_bytes)]
+        return shlex.join(["hookx", "extract", *words, "--out", out, "IMAGES"])
+
+    def _weights_options(self) -> list[str]:
+        identity = WeightsIdentity(self.weights)
+        if identity.seed is not None:
+            return ["--weights", "none", *(["--seed", str(identity.seed)] if identity.seed else [])]
+        if identity.published_name:
+            return ["--weights", identity.published_name]
+        # A model that is itself a file or a folder brings its weights; one from a list of names got them from a file.
+        is_listed = self.model.isidentifier() or re.fullmatch(r"\w+:[\w.]+", self.model)
+        return ["--weights", "WEIGHTS"] if identity.is_file and is_listed else []
+
+    def to_json(self) -> str:
+        document = {"fingerprint": self.fingerprint, **self.identity, "chosen": {"batch_size": self.batch_size}}
+        return json.dumps({**document, "notes": list(self.notes)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Parse a plan; raise `StoreError` if the text is not one, or was altered."""
+        try:
+            document = json.loads(text)
+            if document["format"] != FORMAT:
+                raise StoreError(f"plan.json has the format {document['format']!r}; this hookx reads {FORMAT!r}")
+            notes = document.get("notes", [])
+            if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+                raise ValueError("notes must be a list of strings")
+            covered = {name: hint for name, hint in get_type_hints(cls).items() if name not in _UNCOVERED}
+            plan = cls(
+                **{name: _parse(hint, document[name]) for name, hint in covered.items()},
+                batch_size=int(document["chosen"]["batch_size"]),
+                notes=tuple(notes),
+            )
+            whole = plan.fingerprint == document["fingerprint"]
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise StoreError(f"plan.json cannot be read: {type(error).__name__}: {error}") from None
+        if not whole:
+            raise StoreError("plan.json was altered: its fingerprint does not match its contents")
+        if unknown := document.keys() - {"fingerprint", "chosen", "notes", *plan.identity}:
+            raise StoreError(f"plan.json was altered, or written by a later hookx: it holds {min(unknown)!r}")
+        plan._check_possible()
+        return plan
+
+    def _check_possible(self) -> None:
+        # Anyone can compute a fingerprint, so bound what is allocated, counted or iterated over later.
+        addresses = {layer.address for layer in self.layers}
+        sides_px = (self.preprocessing.crop_px, self.preprocessing.resize_px)
+        possible = {
+            "layers": len(addresses) == len(self.layers) and "__metadata__" not in addresses,
+            "shapes": all(map(_is_plausible, self.layers)),
+            "image_count": 0 < self.image_count <= _MAX_IMAGES,
+            "images_per_shard": 0 < self.images_per_shard <= _MAX_IMAGES,
+            "batch_size": 0 < self.batch_size <= _MAX_IMAGES,
+            "preprocessing": all(0 < side_px <= _MAX_SIDE_PX for side_px in sides_px)
+            and all(map(math.isfinite, (*self.preprocessing.mean, *self.preprocessing.std))),
+        }
+        for name, is_possible in possible.items():
+            if not is_possible:
+                raise StoreError(f"plan.json describes an impossible run: check its {name}")
+
+    def differences(self, asked: Plan) -> list[str]:
+        """Describe what another plan would change, one phrase a field: 'layers differ (there: ...; asked: ...)'."""
+        phrases = []
+        for name, there in self.identity.items():
+            if there != (other := asked.identity[name]):
+                shown = [_format(name, value) for value in (there, other)]
+                if name == "layers" and shown[0] == shown[1]:
+                    shown = [_format(name, value, "{address} {shape} {dtype}") for value in (there, other)]
+                phrases.append(f"{_FIELDS.get(name, name)} differ (there: {shown[0]}; asked: {shown[1]})")
+        # The number of images per shard follows from the layers, so mention it only if nothing else differs.
+        return [phrase for phrase in phrases if len(phrases) == 1 or not phrase.startswith("images per shard")]
+
+
+def _parse(kind: Any, value: Any) -> Any:
+    """Convert plain JSON values to the type of a plan's field."""
+    if kind in (LayerSpec, Preprocessing):
+        parsed = {}
+        for name, hint in get_type_hints(kind).items():
+            parsed[name] = _parse(hint, value.get(name, _OMITTED[name]) if name in _OMITTED else value[name])
+        return kind(**parsed)
+    if get_origin(kind) is tuple:
+        return tuple(_parse(get_args(kind)[0], item) for item in value)
+    return kind(value)
+
+
+def _is_plausible(layer: LayerSpec) -> bool:
+    is_shape = len(layer.shape) <= _MAX_DIMENSIONS and min(layer.shape, default=1) >= 0
+    # A dimension of 0 would hide the others in the product.
+    return layer.dtype in DTYPES and is_shape and math.prod(max(side, 1) for side in layer.shape) <= _MAX_VALUES
+
+
+def _format(name: str, value: Any, layer: str = "{address}") -> str:
+    if name == "layers":
+        return ", ".join(map(layer.format_map, value))
+    if name == "images_sha256":
+        return f"{value[:12]}…"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    return str(value)
