@@ -166,7 +166,7 @@ def takes(group: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]
     """Give a function of one value the signature of the value's class: every option becomes an argument.
 
     Type checkers and editors follow the ParamSpec; `help()` and `inspect.signature` are told at run time, as are the
-    sentences of the options, which stand in front of the docstring's "Raises".
+    sentences of the options, which stand in front of the docstring's "Raises", or at its end.
 
     Example:
         >>> from hookx.options import ComputeOptions
@@ -196,7 +196,8 @@ def takes(group: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]
             return_annotation=inspect.signature(function).return_annotation,
         )
         sentences = "".join(f"        {name}: {option.sentence}\n" for name, option in options.items())
-        called.__doc__ = (function.__doc__ or "").replace("    Raises:\n", f"    Args:\n{sentences}\n    Raises:\n", 1)
+        described, raises, errors = (function.__doc__ or "").partition("    Raises:\n")
+        called.__doc__ = f"{described.rstrip()}\n\n    Args:\n{sentences}\n{raises}{errors}"
         return typing.cast(Callable[P, R], called)
 
     return give_signature
