@@ -63,9 +63,6 @@ KINDS = tuple(_SENTENCES)
 _CUT_IMAGES = 32
 
 
-# --- shards --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class LayerSpec:
     """One tensor of every shard: its key, its shape for one image, and its stored dtype."""
@@ -111,12 +108,7 @@ class Shards(LazySequence[Shard]):
 
 
 def images_per_shard(bytes_per_image: int, max_shard_bytes: int, max_images: int) -> int:
-    """Return how many images share a shard: as many as both limits allow, at least one.
-
-    Example:
-        >>> images_per_shard(3_211_264, 512 * 2**20, 4096)  # conv1 of resnet18, fp32
-        160
-    """
+    """Return how many images share a shard: as many as both limits allow, at least one."""
     count = min(max_images, max_shard_bytes // max(bytes_per_image, 1))
     if _CUT_IMAGES < count < max_images:
         count -= count % _CUT_IMAGES
@@ -356,11 +348,10 @@ class Plan:
         identity = WeightsIdentity(self.weights)
         if identity.seed is not None:
             return ["--weights", "none", *(["--seed", str(identity.seed)] if identity.seed else [])]
-        if identity.published_name:
-            return ["--weights", identity.published_name]
         # A model that is itself a file or a folder brings its weights; one from a list of names got them from a file.
         is_listed = self.model.isidentifier() or re.fullmatch(r"\w+:[\w.]+", self.model)
-        return ["--weights", "WEIGHTS"] if identity.is_file and is_listed else []
+        name = identity.published_name or ("WEIGHTS" if identity.is_file and is_listed else "")
+        return ["--weights", name] if name else []
 
     def to_json(self) -> str:
         document = {"fingerprint": self.fingerprint, **self.identity, "chosen": {"batch_size": self.batch_size}}
@@ -382,11 +373,10 @@ class Plan:
                 batch_size=int(document["chosen"]["batch_size"]),
                 notes=tuple(notes),
             )
-            whole = plan.fingerprint == document["fingerprint"]
+            if plan.fingerprint != document["fingerprint"]:
+                raise StoreError("plan.json was altered: its fingerprint does not match its contents")
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise StoreError(f"plan.json cannot be read: {type(error).__name__}: {error}") from None
-        if not whole:
-            raise StoreError("plan.json was altered: its fingerprint does not match its contents")
         if unknown := document.keys() - {"fingerprint", "chosen", "notes", *plan.identity}:
             raise StoreError(f"plan.json was altered, or written by a later hookx: it holds {min(unknown)!r}")
         plan._check_possible()

@@ -18,10 +18,8 @@ from hookx.errors import ModelError, closest
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
-def arguments_for(
-    function: Callable[..., Any], texts: Mapping[str, str], name: str
-) -> tuple[list[Any], dict[str, Any]]:
-    """Parse arguments as a function's annotations say; return the positional ones and the keyword ones.
+def arguments_for(factory: Callable[..., Any], texts: Mapping[str, str], name: str) -> tuple[list[Any], dict[str, Any]]:
+    """Parse arguments as a factory's annotations say; return the positional ones and the keyword ones.
 
     Raises:
         ModelError: an argument is unknown, missing, or does not match its annotation.
@@ -32,12 +30,12 @@ def arguments_for(
         ([], {'width': 8, 'bias': False, 'scale': None})
     """
     try:
-        parameters = inspect.signature(function).parameters
+        parameters = inspect.signature(factory).parameters
     except (TypeError, ValueError):  # Compiled code can lack a signature.
         return [], {key: literal(text) for key, text in texts.items()}
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     named = {key: parameter for key, parameter in parameters.items() if parameter.kind not in variadic}
-    annotations = {key: hint for key, hint in _annotations(function).items() if key in named}
+    annotations = {key: hint for key, hint in _annotations(factory).items() if key in named}
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key in texts:
         if key not in named and not takes_any:
@@ -83,7 +81,14 @@ def _parse(text: str, annotation: Any, default: Any) -> Any:
     if origin is typing.Annotated:
         return _parse(text, inside[0], default)
     if origin in (Union, types.UnionType):
-        return _parse_union(text, inside, default)
+        problems = []
+        # Any text is a `str`, so try the other members first.
+        for member in sorted(inside, key=lambda member: (member is str, member is not type(None))):
+            try:
+                return _parse(text, member, default)
+            except (ValueError, TypeError) as error:
+                problems.append(str(error))
+        raise ValueError("; or ".join(problems))
     if origin is Literal:
         return _choose(text, {str(choice): choice for choice in inside})
     if isinstance(annotation, type) and issubclass(annotation, Enum):
@@ -111,17 +116,6 @@ def _choose(text: str, choices: Mapping[str, Any]) -> Any:
     return choices[text]
 
 
-def _parse_union(text: str, members: Sequence[Any], default: Any) -> Any:
-    problems = []
-    # Any text is a `str`, so try the other members first.
-    for member in sorted(members, key=lambda member: (member is str, member is not type(None))):
-        try:
-            return _parse(text, member, default)
-        except (ValueError, TypeError) as error:
-            problems.append(str(error))
-    raise ValueError("; or ".join(problems))
-
-
 def _parse_sequence(text: str, kind: Any, inside: tuple[Any, ...]) -> Any:
     pieces = [piece.strip() for piece in text.strip("()[]").split(",") if piece.strip()]
     fixed = kind is tuple and inside and inside[-1] is not Ellipsis
@@ -133,12 +127,7 @@ def _parse_sequence(text: str, kind: Any, inside: tuple[Any, ...]) -> Any:
 
 
 def literal(text: str) -> Any:
-    """Parse a text as a Python literal; a text that is not one stands for itself.
-
-    Example:
-        >>> literal("8"), literal("(64, 64)"), literal("true"), literal("avg")
-        (8, (64, 64), True, 'avg')
-    """
+    """Parse a text as a Python literal, in which case 'true' and 'none' count too; any other stands for itself."""
     try:
         return ast.literal_eval(text.title() if text.lower() in ("true", "false", "none") else text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):

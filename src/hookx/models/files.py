@@ -62,20 +62,16 @@ class ModelFiles(Source):
             note = f"{path.name} names the architecture {architecture}, taken to be torchvision's"
             return dataclasses.replace(loaded, notes=(note, *loaded.notes))
         found = checkpoints.choose(content.value, options.weights_key, path)
-        if isinstance(found.value, nn.Module):
-            return _load_pickled(path, found.value, found.entry)
+        if isinstance(module := found.value, nn.Module):
+            while isinstance(module, nn.DataParallel):
+                module = module.module  # So that paths are those of the model itself.
+            return _describe(path, module.to("cpu"), found.entry, imagenet_preprocessing(), "ImageNet's default")
         named = f"'{architecture}', which torchvision does not have" if architecture else "no architecture"
         settings = " (an entry 'arch')" if isinstance(content.value, Mapping) and not architecture else ""
         raise ModelError(
             f"'{ref}' holds weights and names {named}{settings}",
             f"name it: --model {f'timm:{architecture}' if architecture else 'NAME'} --weights {ref}",
         )
-
-
-def _load_pickled(path: Path, module: nn.Module, entry: str) -> LoadedModel:
-    while isinstance(module, nn.DataParallel):
-        module = module.module  # So that paths are those of the model itself.
-    return _describe(path, module.to("cpu"), entry, imagenet_preprocessing(), "ImageNet's default")
 
 
 def _load_exported(path: Path, *, trust: bool) -> LoadedModel:

@@ -35,10 +35,8 @@ def fetch_file(
     """Return the first of some files that a repository has; download it unless it is in the cache.
 
     Args:
-        what: the model, for messages.
         names: preferred files first.
         revision: a branch, a tag or a commit; None for the main branch.
-        next_steps: what an error advises.
         required: raise an error if the repository has none of the files; otherwise return None.
     """
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache

@@ -31,7 +31,7 @@ from hookx.models.arguments import arguments_for
 from hookx.models.checkpoints import is_weights_file, read_weights
 from hookx.models.fitting import fill, without_prefix
 from hookx.models.names import PYTHON
-from hookx.models.preprocessing import from_timm_config, imagenet_preprocessing, square_side_px, try_transform
+from hookx.models.preprocessing import Recorded, from_timm_config, imagenet_preprocessing, square_side_px, try_transform
 from hookx.models.source import LoadedModel, Source
 from hookx.options import ModelOptions
 from hookx.plan import IMAGENET, Preprocessing, WeightsIdentity, describe_arguments
@@ -95,9 +95,6 @@ class OwnCode(Source):
         return self._skeletons[key]
 
 
-# --- building ------------------------------------------------------------------------------------------------------
-
-
 def _build(ref: str, options: ModelOptions) -> LoadedModel:
     torch.manual_seed(options.seed)  # A module can build a model while it is imported.
     made = _import_factory(ref)
@@ -108,15 +105,14 @@ def _build(ref: str, options: ModelOptions) -> LoadedModel:
         name = next(iter(options.model_args))
         raise ModelError(f"{ref} is a model, not a factory, so it takes no --model-arg {name}")
     module, notes = _make_ready(made, ref)
-    replaced = options.transform is not None
-    preprocessing, transform, more = _find_preprocessing(module, ref) if not replaced else (IMAGENET, None, ())
+    recorded, more = _find_preprocessing(module, ref) if options.transform is None else ((IMAGENET, None), ())
     return LoadedModel(
         name=ref,
         module=module,
-        preprocessing=preprocessing,
+        preprocessing=recorded[0],
         weights="none",
         forward=_print_to_stderr(module),
-        transform=transform,
+        transform=recorded[1],
         notes=(*notes, *more),
     )
 
@@ -175,20 +171,18 @@ def state_sha256(module: nn.Module) -> str:
 # --- what it expects of an image -----------------------------------------------------------------------------------
 
 
-def _find_preprocessing(
-    module: nn.Module, ref: str
-) -> tuple[Preprocessing, Callable[[Any], Tensor] | None, tuple[str, ...]]:
+def _find_preprocessing(module: nn.Module, ref: str) -> tuple[Recorded, tuple[str, ...]]:
     """Return what a model says about its images; if it says nothing, assume ImageNet's preprocessing and say so."""
     given = getattr(module, "preprocessing", None)
     if isinstance(given, Preprocessing):
-        return given, None, ()
+        return (given, None), ()
     if given is not None:
-        return *_check_transform(given, f"the attribute 'preprocessing' of {ref}"), ()
+        return _check_transform(given, f"the attribute 'preprocessing' of {ref}"), ()
     configs = [getattr(module, name, None) for name in ("pretrained_cfg", "default_cfg")]
-    config = next((c for c in configs if isinstance(c, Mapping) and c.keys() >= {"input_size", "mean", "std"}), None)
+    config = next((c for c in configs if isinstance(c, Mapping) and set(c) >= {"input_size", "mean", "std"}), None)
     usual = {"crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic"}
     if config is not None and (simple := from_timm_config({**usual, **config}, ref)) is not None:
-        return simple, None, ()
+        return (simple, None), ()
     side_px = _side_px(module, ref)
     assumed = imagenet_preprocessing(side_px or _DEFAULT_SIDE_PX)
     size = "" if side_px else f" {_DEFAULT_SIDE_PX} pixels and"
@@ -196,7 +190,7 @@ def _find_preprocessing(
         f"{ref} does not say how to prepare images: assumed{size} ImageNet's mean and std ({assumed}); "
         "override them with --resize, --crop, --mean, --std, or with --transform"
     )
-    return assumed, None, (note,)
+    return (assumed, None), (note,)
 
 
 def _side_px(module: nn.Module, ref: str) -> int | None:
@@ -209,8 +203,8 @@ def _side_px(module: nn.Module, ref: str) -> int | None:
 
 
 @functools.lru_cache(maxsize=8)
-def load_transform(ref: str) -> tuple[Preprocessing, Callable[[Any], Tensor] | None]:
-    """Call the factory of a transform; return what a plan records, and the transform if a plan cannot express it."""
+def load_transform(ref: str) -> Recorded:
+    """Call the factory of a transform, and try what it returns."""
     found = _import_factory(ref)
     if isinstance(found, type | functools.partial) or hasattr(found, "__code__"):
         found = _call(found, {}, ref)
@@ -222,7 +216,7 @@ def load_transform(ref: str) -> tuple[Preprocessing, Callable[[Any], Tensor] | N
     return _check_transform(found, ref)
 
 
-def _check_transform(transform: Any, source: str) -> tuple[Preprocessing, Callable[[Any], Tensor] | None]:
+def _check_transform(transform: Any, source: str) -> Recorded:
     if not callable(transform):
         raise ModelError(f"{source} is {_a(transform)}; expected a function of an image")
     with contextlib.redirect_stdout(sys.stderr):
@@ -304,18 +298,18 @@ def _running(what: str, ref: str) -> Iterator[None]:
     where, _ = _parse_ref(ref)
     folder = str(where.resolve().parent) if isinstance(where, Path) else os.getcwd()
     sys.path.insert(0, folder)  # Where Python puts a script's folder.
-    try:
-        with _stdout_to_stderr():
+    with _stdout_to_stderr():
+        try:
             yield
-    except HookxError:
-        raise
-    except (Exception, SystemExit) as error:  # Code can raise anything, and some modules call sys.exit.
-        raise ModelError(f"{what}: {type(error).__name__}: {one_line(error)}{_locate(error)}") from error
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(folder)
-        if folder not in sys.path:  # Code may import more when it runs.
-            sys.path.append(folder)
+        except HookxError:
+            raise
+        except (Exception, SystemExit) as error:  # Code can raise anything, and some modules call sys.exit.
+            raise ModelError(f"{what}: {type(error).__name__}: {one_line(error)}{_locate(error)}") from error
+        finally:
+            with contextlib.suppress(ValueError):
+                sys.path.remove(folder)
+            if folder not in sys.path:  # Code may import more when it runs.
+                sys.path.append(folder)
 
 
 def _locate(error: BaseException) -> str:

@@ -16,6 +16,9 @@ from torchvision.transforms.functional import to_pil_image
 from hookx.errors import ModelError, one_line
 from hookx.plan import IMAGENET, Preprocessing
 
+Recorded = tuple[Preprocessing, Callable[[Any], Tensor] | None]
+"""What a plan records about a transform, and the transform itself if a plan cannot express it."""
+
 # One landscape, one portrait: a transform that keeps proportions returns two shapes.
 _EXAMPLE_SIZES_PX = ((320, 240), (200, 333))
 
@@ -41,13 +44,7 @@ def square_side_px(size: Any, name: str) -> int:
 
 
 def from_timm_config(config: Mapping[str, Any], name: str) -> Preprocessing | None:
-    """Return what timm's data configuration says, or None if it asks for more than resizing and a centre crop.
-
-    Example:
-        >>> config = {"input_size": (3, 224, 224), "crop_pct": 0.9, "interpolation": "bicubic", "crop_mode": "center"}
-        >>> str(from_timm_config({**config, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}, "vit"))
-        'resize 248 (bicubic), crop 224, mean 0.5,0.5,0.5, std 0.5,0.5,0.5'
-    """
+    """Return what timm's data configuration says, or None if it asks for more than resizing and a centre crop."""
     side_px = square_side_px(config["input_size"], name)
     if config["crop_mode"] != "center":
         return None
@@ -60,15 +57,11 @@ def from_timm_config(config: Mapping[str, Any], name: str) -> Preprocessing | No
     )
 
 
-def try_transform(
-    transform: Any, source: str, description: str = ""
-) -> tuple[Preprocessing, Callable[[Any], Tensor] | None]:
-    """Try a transform on two images; return what a plan records, and the transform if a plan cannot express it.
+def try_transform(transform: Any, source: str, description: str = "") -> Recorded:
+    """Try a transform, which must turn an RGB image (PIL) into pixels (3, side, side), float32, on two images.
 
-    Args:
-        transform: must turn an RGB image (PIL) into pixels (3, side, side), float32.
-        source: its origin, for messages and for the plan.
-        description: what it does, in the same words in every process; its `repr` if empty.
+    `source` is its origin, for messages and for the plan. `description` tells what it does, in the same words in every
+    process; its `repr` if empty.
 
     Raises:
         ModelError: it fails, returns something else, or returns different pixels at every call.
