@@ -512,9 +512,9 @@ def test_a_checkpoint_that_names_its_architecture_is_enough(zipped: bool, tmp_pa
     assert has(model, state_of(classes=10))
     assert model.name == NET and model.weights == f"{sha256_of(file)} (state_dict; without module.)"
     assert model.notes == (
-        f"checkpoint.pth.tar names the architecture {NET}, taken to be torchvision's",
-        f"{NET} is built for 10 classes, as the classifier in checkpoint.pth.tar is",
+        f"checkpoint.pth.tar says that its architecture is {NET}, taken to be torchvision's",
         "weights in checkpoint.pth.tar: taken from 'state_dict'; prefix 'module.' removed",
+        f"{NET} is built for 10 classes, as the classifier in checkpoint.pth.tar is",
     )
     bones = skeleton(str(file))
     assert {tensor.device.type for tensor in bones.module.state_dict().values()} == {"meta"}

@@ -59,7 +59,7 @@ class ModelFiles(Source):
         if zoo.owns(architecture):
             load = zoo.skeleton if shapes_only else zoo.load_model
             loaded = load(architecture, ref, options)
-            note = f"{path.name} names the architecture {architecture}, taken to be torchvision's"
+            note = f"{path.name} says that its architecture is {architecture}, taken to be torchvision's"
             return dataclasses.replace(loaded, notes=(note, *loaded.notes))
         found = checkpoints.choose(content.value, options.weights_key, path)
         if isinstance(module := found.value, nn.Module):

@@ -39,6 +39,8 @@ class Architecture(ABC):
     """The arguments that the weights need."""
     notes: tuple[str, ...] = ()
     """What a user should read about the architecture."""
+    fitting_notes: tuple[str, ...] = ()
+    """What a user should read about the variant; a plan holds it behind the notes on the weights."""
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -85,7 +87,7 @@ class Architecture(ABC):
             changed = {n for n, tensor in built.items() if isinstance(tensor, Tensor) and tensor.shape != own[n].shape}
             if changed == other.keys() and all(built[name].shape == other[name][0] for name in changed):
                 note = f"{self.ref} is built for {count} classes, as the classifier in {weights.file.name} is"
-                return replace(adapted, notes=(*self.notes, note))
+                return replace(adapted, fitting_notes=(note,))
         return self
 
     def finish(self, filled: Filled) -> LoadedModel:
@@ -99,7 +101,7 @@ class Architecture(ABC):
             weights=str(filled.identity.with_arguments(self.arguments)),
             forward=module,
             transform=transform,
-            notes=(*self.notes, *filled.notes, *notes),
+            notes=(*self.notes, *filled.notes, *self.fitting_notes, *notes),
             random_paths=filled.random_paths,
         )
 
