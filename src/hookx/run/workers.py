@@ -19,9 +19,9 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -32,6 +32,9 @@ from hookx.plan import Preprocessing
 from hookx.run.defaults import keep_freed_memory
 from hookx.run.lane import Batch, Lane, stack
 from hookx.signals import defer_signals
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _CPU = torch.device("cpu")
 _POLL_SECONDS = 0.2
