@@ -446,7 +446,7 @@ def test_the_classifier_is_built_for_the_classes_in_the_file_and_it_is_said(
     model = load(file, name)
     assert has(model, state)
     assert model.forward(torch.rand(2, 3, 64, 64)).shape == (2, 7)
-    assert model.notes[0] == f"{name} is built for 7 classes, as the classifier in w.pth is"
+    assert model.notes[-1] == f"{name} is built for 7 classes, as the classifier in w.pth is"
     bones = skeleton(name, str(file))
     assert bones.forward(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 7)
 
