@@ -63,14 +63,14 @@ def list_layers(options: given.ListLayersOptions, form: JsonOptions) -> None:
     from hookx.capture.probe import example_images, probe
     from hookx.capture.runner import Runner
     from hookx.cli import reports
-    from hookx.layers.select import narrowed
+    from hookx.layers.select import narrow
     from hookx.models import skeleton
 
     bare = skeleton(options.model, options.weights, given.ModelOptions(**options.values_of(given.BuildOptions)))
     runner = Runner.of(bare.module, bare.forward)
     examples_NCHW = example_images(runner, bare.preprocessing.crop_px)
     layers = probe(runner, examples_NCHW, why_never_called=bare.why_never_called)
-    layers = narrowed(layers, options.model, paths=options.paths, types=options.types, depth=options.depth)
+    layers = narrow(layers, options.model, paths=options.paths, types=options.types, depth=options.depth)
     report(form, reports.describe_layers, partial(reports.print_model_layers, tree=options.tree), layers)
 
 

@@ -72,7 +72,7 @@ def _join_words_of_bash() -> tuple[str, bool]:
 def models(incomplete: str) -> Iterable[str]:
     """Return the names of torchvision's models, or of the zoo whose prefix is typed."""
     prefix = next((prefix for prefix in LISTED_PREFIXES if incomplete.startswith(prefix)), "")
-    return _remembered(prefix, lambda: _list_models(f"{prefix}*")) if prefix else torchvision_names()
+    return _remember(prefix, lambda: _list_models(f"{prefix}*")) if prefix else torchvision_names()
 
 
 def weights(model: str | None, incomplete: str) -> Iterable[str]:
@@ -99,11 +99,11 @@ def _known_of(model: str) -> dict[str, Any]:
     # Other references may run code, use the network, or change.
     if may_run_code(model) or not re.fullmatch(r"(\w+:)?[\w.]+", model):
         return {"classes": {}, "weights": []}
-    known: dict[str, Any] = _remembered(model, build)
+    known: dict[str, Any] = _remember(model, build)
     return known
 
 
-def _remembered(name: str, find_out: Callable[[], Any]) -> Any:
+def _remember(name: str, find_out: Callable[[], Any]) -> Any:
     """Return what these versions found out before, or find it out and keep it in the user's cache."""
     versions = "-".join(f"{package}-{version(package)}" for package in ("torch", distribution_of(name)))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

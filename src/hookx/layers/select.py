@@ -175,7 +175,7 @@ def matched_paths(selectors: Sequence[Selector], class_names: Mapping[str, str],
     return list(paths)
 
 
-def narrowed(
+def narrow(
     layers: Sequence[Layer],
     model: str,
     *,
