@@ -220,7 +220,8 @@ def capture(
 ) -> Captured:
     """Capture all modules at once, into rows, the way a run does it; the first `BATCH` images are the batch."""
     device = pixels_NCHW.device.type
-    set_tf32(precision != "tf32")  # The switches of the process must not matter.
+    if device == "cuda":
+        set_tf32(precision != "tf32")  # The switches of the process must not matter.
     forward = model if kind == "timm" else forward_of(name, model)
     runner = Runner.of(model, forward, precision=precision, memory_format=memory_format)
     layers = probe(runner, pixels_NCHW)

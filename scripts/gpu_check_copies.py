@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import threading
 import warnings
-from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -79,7 +78,7 @@ def copies(settings: Settings, report: Report) -> None:
     from hookx.capture.runner import Runner
     from hookx.layers.select import parse_selectors, select
 
-    images, side, passes, channels = (4, 16, 6, 4) if settings.quick else (32, 112, 240, 64)
+    images, side, passes, channels = (4, 16, 6, 4) if settings.quick else (32, 112, 120, 64)
     in_flight = 4
     torch.manual_seed(0)
     net = Overwrites(channels).eval().to(settings.device)
@@ -111,7 +110,6 @@ def copies(settings: Settings, report: Report) -> None:
         torch.cuda.set_per_process_memory_fraction(used / torch.cuda.get_device_properties(0).total_memory)
     wrong = compared = 0
     load = Load(3) if settings.on_gpu else None
-    waiting: deque[int] = deque()
 
     def compare(number: int) -> None:
         nonlocal wrong, compared
@@ -130,17 +128,17 @@ def copies(settings: Settings, report: Report) -> None:
         if load:
             load.__enter__()
         try:
-            for number in range(passes):
+            for first in range(0, passes, in_flight):
                 if report.seconds_left < 5:
-                    report.left_out.append(f"{passes - number} of {passes} passes")
+                    report.left_out.append(f"{passes - first} of {passes} passes")
                     break
-                if len(waiting) == in_flight:
-                    compare(waiting.popleft())
-                # As the run does it: the pixels are a temporary that the pass may still read when it is freed.
-                capture.run(batches[number % len(batches)].clone(), memory[number % in_flight])
-                waiting.append(number)
-            while waiting:
-                compare(waiting.popleft())
+                # Without a pause, so that the copies of a pass meet the next passes and the memory that these reuse.
+                together = range(first, min(first + in_flight, passes))
+                for number in together:
+                    # As in a run, the pixels are a temporary that the pass may still read when it is freed.
+                    capture.run(batches[number % len(batches)].clone(), memory[number % in_flight])
+                for number in together:
+                    compare(number)
         finally:
             if load:
                 load.__exit__()

@@ -121,7 +121,7 @@ def speed(settings: Settings, report: Report) -> None:
 
 def measure_limits(settings: Settings, report: Report, rows: list[Row]) -> dict[str, Any] | None:
     """Fill in the limits of every row; return the measurements, or None if they failed."""
-    seconds = "0.1" if settings.quick else "1"
+    seconds = "0.1" if settings.quick else "0.5"
     photographs = ["--photographs", str(settings.photographs), "--seconds", seconds]
     commands = {
         "decode": ["decode", *photographs],
