@@ -26,6 +26,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 GPU = torch.device("cuda")
 
 
+@pytest.fixture(autouse=True)
+def _plain_torch_computes_as_fp32_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second routes multiply in full precision, by deterministic algorithms."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
 def test_pixels_are_scaled_on_the_gpu_to_the_same_bits_as_on_the_cpu(photos: Path) -> None:
     preprocessing = hookx.load_model("resnet18", "none").preprocessing
     for file in sorted(photos.rglob("*.jpg")):
