@@ -156,7 +156,6 @@ def arithmetic(device: str, precision: str) -> Iterator[None]:
         with torch.autocast("cpu", AUTOCAST[precision], enabled=AUTOCAST[precision] is not None):
             yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a workspace of its own.
     set_tf32(precision == "tf32")
     deterministic = torch.are_deterministic_algorithms_enabled()
     before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
@@ -221,6 +220,8 @@ def capture(
     """Capture all modules at once, into rows, the way a run does it; the first `BATCH` images are the batch."""
     device = pixels_NCHW.device.type
     if device == "cuda":
+        # cuBLAS reads this once, at its first product. It is deterministic with a workspace of its own.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         set_tf32(precision != "tf32")  # The switches of the process must not matter.
     forward = model if kind == "timm" else forward_of(name, model)
     runner = Runner.of(model, forward, precision=precision, memory_format=memory_format)

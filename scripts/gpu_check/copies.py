@@ -12,9 +12,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from benchmark import largest_difference
-from gpu_check_step import Report, Settings
 from PIL import Image
 from torch import Tensor, nn
+
+from gpu_check.step import Report, Settings
 
 # --- copies in flight ----------------------------------------------------------------------------------------------
 
@@ -188,7 +189,7 @@ def nvjpeg(settings: Settings, report: Report) -> None:
     import hookx
     from hookx.images.decoding import decode, decode_jpegs
 
-    root = Path(__file__).resolve().parents[1] / "images"
+    root = Path(__file__).resolve().parents[2] / "images"
     photographs = sorted(root.rglob("*.jpg"))[: 1 if settings.quick else 8]
     kinds = {"photographs": photographs, **make_jpegs(settings.scratch / "jpegs", photographs)}
     exact = hookx.load_model("resnet18", "none").preprocessing

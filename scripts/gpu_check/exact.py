@@ -14,9 +14,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 import torch
-from gpu_check_step import Report, Settings
 
-ROOT = Path(__file__).resolve().parents[1]
+from gpu_check.step import Report, Settings
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Small models of torchvision's families and of some of timm's; the slowest first, because several processes share them.
 FAMILIES = {

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmark import CORES, Finished, largest_difference
-from gpu_check_runs import link_images
-from gpu_check_step import Report, Settings
 
-SCRIPTS = Path(__file__).resolve().parent
+from gpu_check.runs import link_images
+from gpu_check.step import Report, Settings
+
+SCRIPTS = Path(__file__).resolve().parents[1]
 BATCH = 64
 VIT_BLOCKS = ",".join(f"encoder.layers.encoder_layer_{number}@cls" for number in range(12))
 # Different kernels and memory formats add in another order; bf16 has 8 significant bits.
@@ -133,7 +134,7 @@ def measure_limits(settings: Settings, report: Report, rows: list[Row]) -> dict[
     found: dict[str, Any] = {}
     for name, command in commands.items():
         done = subprocess.run(
-            [sys.executable, str(SCRIPTS / "gpu_check_limits.py"), *command],
+            [sys.executable, "-m", "gpu_check.limits", *command],
             text=True,
             capture_output=True,
             check=False,

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmark import largest_difference
-from gpu_check_step import Report, Settings
 from PIL import Image
+
+from gpu_check.step import Report, Settings
 
 SHARDS = "shard-*.safetensors"
 ROUNDING = 1e-5  # between two batch sizes in fp32, relative to a row's largest value
