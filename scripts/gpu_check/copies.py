@@ -209,9 +209,9 @@ def nvjpeg(settings: Settings, report: Report) -> None:
                 ours = decode_jpeg(content, ImageReadMode.RGB, device).cpu().int()
             with Image.open(file) as image:
                 pillow = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).int()
-            (pixels_CHW,) = decode_jpegs([content], exact, device)
-            if not isinstance(pixels_CHW, Tensor):
-                report.problems.append(f"{file.name}: {pixels_CHW}")
+            (pixels_CHW,), refused = decode_jpegs([content], exact, device)
+            if refused:
+                report.problems.append(f"{file.name}: {refused[0]}")
                 continue
             raw = (ours - pillow).abs()
             scaled = (pixels_CHW.cpu().int() - decode(str(file), exact)[0].int()).abs()
