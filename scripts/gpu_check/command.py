@@ -211,7 +211,8 @@ class Check:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=self.variables,
+                # Steps side by side share the cores; threads of all of them that wait for each other would take long.
+                env=self.variables | ({"OMP_NUM_THREADS": "1"} if step.processes < CORES else {}),
                 start_new_session=True,  # So that it can be killed with all that it has started.
             )
         return Running(step, process, folder, time.monotonic(), seconds)
