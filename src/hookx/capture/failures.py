@@ -22,14 +22,14 @@ _BROKEN = re.compile(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error means that a device has too little memory, whichever library reports it."""
+    """Return whether an error means that a device has too little memory, whichever library reports it."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))
 
 
 def is_broken(error: BaseException) -> bool:
-    """Say whether an error comes from the device itself, which then computes nothing more for this process."""
+    """Return whether an error comes from the device itself, which then computes nothing more for this process."""
     newer = getattr(torch, "AcceleratorError", ())
     return not is_out_of_memory(error) and (
         isinstance(error, newer) or (isinstance(error, RuntimeError) and bool(_BROKEN.search(str(error))))
