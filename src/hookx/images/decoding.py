@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import stat
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import BinaryIO, TypeVar
@@ -42,6 +44,8 @@ _MAX_PIXELS = 178_956_970
 _MAX_REASON_LENGTH = 300  # characters
 
 _GPU_INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic")
+_MAX_PIXELS_RESIZED_AT_ONCE = 16 * 2**20  # in float32
+_NO_MEMORY_OF_NVJPEG = r"out of memory|failed: 5\b"  # its status 5 is NVJPEG_STATUS_ALLOCATOR_FAILURE
 _END_OF_JPEG = b"\xff\xd9"
 _Picture = TypeVar("_Picture", Image.Image, Tensor)
 
@@ -113,14 +117,24 @@ def decode_jpegs(
     each file its pixels on the device, uint8 (3, crop_px, crop_px), or the error.
     """
     try:
-        with warnings.catch_warnings():  # torchvision recommends TorchCodec on every call.
-            warnings.simplefilter("ignore")
-            pictures = decode_jpeg(list(encoded), ImageReadMode.RGB, device)
+        pictures = decode_jpeg(list(encoded), ImageReadMode.RGB, device)
     except RuntimeError as error:
+        if not re.search("jpeg", str(error), re.IGNORECASE) or re.search(_NO_MEMORY_OF_NVJPEG, str(error)):
+            raise  # The device's fault, and no file's.
         if len(encoded) > 1:  # The error does not say which file failed.
             return [found for one in encoded for found in decode_jpegs([one], preprocessing, device)]
         return [UnreadableError(f"nvjpeg: {str(error).splitlines()[0][:_MAX_REASON_LENGTH]}")]
-    return [_resize_and_crop(picture_CHW, preprocessing) for picture_CHW in pictures]
+    by_size = defaultdict(list)
+    for number, picture_CHW in enumerate(pictures):
+        by_size[picture_CHW.shape].append(number)
+    pixels: list[Tensor | UnreadableError] = list(pictures)
+    for (_, height_px, width_px), same_size in by_size.items():  # A GPU resizes pictures of one size in one go.
+        at_once = max(1, _MAX_PIXELS_RESIZED_AT_ONCE // (height_px * width_px))
+        for numbers in (same_size[start : start + at_once] for start in range(0, len(same_size), at_once)):
+            resized = _resize_and_crop(torch.stack([pictures[number] for number in numbers]), preprocessing)
+            for number, pixels_CHW in zip(numbers, resized, strict=True):
+                pixels[number] = pixels_CHW
+    return pixels
 
 
 def check_decoding(preprocessing: Preprocessing, device: torch.device) -> None:

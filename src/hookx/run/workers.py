@@ -31,6 +31,7 @@ from hookx.images.listing import ImageList
 from hookx.plan import Preprocessing
 from hookx.run.defaults import keep_freed_memory
 from hookx.run.lane import Batch, Lane, stack
+from hookx.run.nvjpeg import decode_rest
 from hookx.signals import defer_signals
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def batches(
     known_formats()  # Imports the decoders: not in every worker, and not in the time of its first image.
     processes = start(0)
 
-    def in_order() -> Generator[Batch]:
+    def received() -> Generator[Batch]:
         nonlocal processes
         try:
             for number, expected in enumerate(positions):
@@ -98,12 +99,19 @@ def batches(
                     processes = start(number)
                 if batch.error is not None:
                     raise batch.error
-                batch.decode_rest(preprocessing, device)
-                batch.keys = [images.keys[position] for position in batch.positions if position not in batch.reasons]
-                batch.failures = [(images.keys[position], reason) for position, reason in batch.reasons.items()]
                 yield batch
         finally:
             processes.end()
+
+    def in_order() -> Generator[Batch]:
+        with (
+            contextlib.closing(received()) as whole_or_in_part,
+            contextlib.closing(decode_rest(whole_or_in_part, preprocessing, device)) as decoded,
+        ):
+            for batch in decoded:
+                batch.keys = [images.keys[position] for position in batch.positions if position not in batch.reasons]
+                batch.failures = [(images.keys[position], reason) for position, reason in batch.reasons.items()]
+                yield batch
 
     return in_order()
 
