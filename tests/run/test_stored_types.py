@@ -215,8 +215,9 @@ def test_a_model_that_cannot_be_moved_is_an_error_that_tells_why(
 
 def test_a_pickled_model_that_cannot_be_moved_is_an_error_that_tells_why(thumbnails: Path, tmp_path: Path) -> None:
     torch.save(Stuck(), tmp_path / "net.pt")
+    published = {**SMALL, "weights": "default"}
     with pytest.raises(ModelError, match=r"net\.pt' cannot be moved to the CPU: RuntimeError: it stays"):
-        extract(f"{tmp_path}/net.pt", "conv", thumbnails, out=tmp_path / "out", trust_checkpoint=True, **{**SMALL, "weights": "default"})
+        extract(f"{tmp_path}/net.pt", "conv", thumbnails, out=tmp_path / "out", trust_checkpoint=True, **published)
 
 
 class Stuck(nn.Module):
