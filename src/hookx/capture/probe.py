@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hookx.capture.hooks import Parts, Taps, dtype_name, tap, tensors_given, tensors_in
+from hookx.capture.hooks import Taps, tap
 from hookx.capture.runner import Runner, modules_of, parameter_count
+from hookx.capture.tensors import Parts, Unusable, dtype_name, look_into, look_into_arguments
 from hookx.errors import CaptureError
 from hookx.layers.select import Call, Layer, TensorInfo
 
@@ -69,10 +70,17 @@ def probe(
                 "so its activations cannot be assigned to images"
             )
     tensors: dict[tuple[str, int, bool], list[TensorInfo]] = {}
-    for key, (shape, _) in first.items():
-        gone = TensorInfo(key[3], tuple(shape), "", None, problem="it exists for 2 images but not for 3")
-        tensors.setdefault(key[:3], []).append(infos.pop(key, gone))
+    for key, seen in first.items():
+        info = infos.pop(key, None)
+        if isinstance(seen, Unusable) or isinstance(info, Unusable):
+            reason = seen.reason if isinstance(seen, Unusable) else info.reason
+            info = TensorInfo.of_unusable(key[3], reason)
+        elif info is None:
+            info = TensorInfo(key[3], tuple(seen[0]), "", None, problem="it exists for 2 images but not for 3")
+        tensors.setdefault(key[:3], []).append(info)
     for key, info in infos.items():  # They exist for 3 images only.
+        if isinstance(info, Unusable):
+            info = TensorInfo.of_unusable(key[3], info.reason)
         tensors.setdefault(key[:3], []).append(info)
     first_paths = {id(module): path for path, module in reversed(modules.items())}
     layers, place = [], -1
@@ -112,16 +120,16 @@ def _record(
     seen: dict[_Key, Any] = {}
     entered: dict[str, int] = {}
 
-    def note(path: str, call: int, is_input: bool, tensors: Iterable[tuple[Parts, Tensor]]) -> None:
-        for parts, tensor in tensors:
+    def note(path: str, call: int, is_input: bool, found: Iterable[tuple[Parts, Tensor | Unusable]]) -> None:
+        for parts, one in found:
             key = (path, call, is_input, parts)
-            seen[key] = look(key, tensor)
+            seen[key] = one if isinstance(one, Unusable) else look(key, one)
 
     def on_enter(path: str, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entered.setdefault(path, len(entered))
-        note(path, call, True, tensors_given(args, kwargs))
+        note(path, call, True, look_into_arguments(args, kwargs))
 
-    taps = Taps(on_enter, lambda path, call, _args, _kwargs, output: note(path, call, False, tensors_in(output)))
+    taps = Taps(on_enter, lambda path, call, _args, _kwargs, output: note(path, call, False, look_into(output)))
     random_state = torch.get_rng_state()
     with tap(modules, taps):
         try:
