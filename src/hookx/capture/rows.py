@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hookx.capture.compare import split_by_image
 from hookx.capture.hooks import Parts, Taps, dtype_name, reduce, tensors_given, tensors_in
 from hookx.capture.runner import ForwardIsDone, Runner, modules_of
 from hookx.errors import CaptureError, LayerError
@@ -126,7 +127,7 @@ class RowCapture:
         assert info.batch_dim is not None
         expected = list(info.shape)
         if info.rows_per_image > 1:
-            expected[0] *= len(rows)
+            expected[info.batch_dim] *= len(rows)
         else:
             expected.insert(info.batch_dim, len(rows))
         if list(tensor.shape) != expected or dtype_name(tensor.dtype) != info.dtype:
@@ -134,11 +135,7 @@ class RowCapture:
                 f"'{target.address}' is {dtype_name(tensor.dtype)} {list(tensor.shape)} in this batch; "
                 f"the probe saw {info.dtype} {expected}"
             )
-        if info.rows_per_image > 1:
-            by_image = tensor.unflatten(0, (len(rows), info.rows_per_image))
-        else:
-            by_image = tensor.movedim(info.batch_dim, 0)
-        value = reduce(by_image, target.address.reduction)
+        value = reduce(split_by_image(tensor, info, len(rows)), target.address.reduction)
         if value.is_floating_point():
             stored = value.to(rows.dtype)
             self._counter.add(str(target.address), value, stored)
