@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hookx.capture.arithmetic import PRECISIONS
 from hookx.capture.rows import RowCapture
-from hookx.capture.runner import MEMORY_FORMATS, PRECISIONS, Runner
+from hookx.capture.runner import MEMORY_FORMATS, Runner
 from hookx.check.verify import Problem
 from hookx.errors import ShardError, StoreError, UsageError
 from hookx.images.decoding import check_decoding, decode, decode_jpegs, failure_reason, model_input

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -345,8 +345,15 @@ def print_models(kinds: Mapping[str, str], weights: ModelWeights) -> None:
 
 def versions() -> dict[str, str]:
     """Return what a bug report needs: the versions that are installed, torch's CUDA, and the devices here. No torch."""
-    packages = {name: version(name) for name in ("torch", "torchvision", "safetensors", "pillow")}
-    return {"hookx": version("hookx-vision"), "python": platform.python_version(), **packages, "CUDA": _cuda()}
+    packages = {name: _version(name) for name in ("torch", "torchvision", "safetensors", "pillow")}
+    return {"hookx": _version("hookx-vision"), "python": platform.python_version(), **packages, "CUDA": _cuda()}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:  # A checkout that is only on PYTHONPATH, say.
+        return "not installed"
 
 
 def _cuda() -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import stat
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,7 @@ _MAX_PIXELS = 178_956_970
 _MAX_REASON_LENGTH = 300  # characters
 
 _GPU_INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic")
+_NO_MEMORY_OF_NVJPEG = r"out of memory|failed: 5\b"  # its status 5 is NVJPEG_STATUS_ALLOCATOR_FAILURE
 _END_OF_JPEG = b"\xff\xd9"
 _Picture = TypeVar("_Picture", Image.Image, Tensor)
 
@@ -117,6 +119,8 @@ def decode_jpegs(
             warnings.simplefilter("ignore")
             pictures = decode_jpeg(list(encoded), ImageReadMode.RGB, device)
     except RuntimeError as error:
+        if not re.search("jpeg", str(error), re.IGNORECASE) or re.search(_NO_MEMORY_OF_NVJPEG, str(error)):
+            raise  # The device's fault, and no file's.
         if len(encoded) > 1:  # The error does not say which file failed.
             return [found for one in encoded for found in decode_jpegs([one], preprocessing, device)]
         return [UnreadableError(f"nvjpeg: {str(error).splitlines()[0][:_MAX_REASON_LENGTH]}")]

@@ -28,9 +28,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from zlib_ng import zlib_ng
 
 from hookx.plan import KINDS, Plan, Shard, ValueCounts
+from hookx.store.crc import crc32_combine
 from hookx.store.directory import RunDirectory
 from hookx.store.files import aside_of, put_in_place, report_write_errors
 from hookx.store.format import bytes_of, checksum, in_file_order, shard_header, tensor_places
@@ -262,7 +262,7 @@ class ShardWriter:
             for layer in self._layers:
                 before, added = record.checksums[layer.address], written.checksums[layer.address]
                 added_bytes = written.rows * layer.bytes_per_image
-                record.checksums[layer.address] = zlib_ng.crc32_combine(before, added, added_bytes)
+                record.checksums[layer.address] = crc32_combine(before, added, added_bytes)
             rows += written.rows
             self.seconds += written.seconds / self._processes
         start = time.perf_counter()
