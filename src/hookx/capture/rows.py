@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -60,10 +61,11 @@ class RowCapture:
     def __exit__(self, *_: object) -> None:
         self._taps.detach()
 
-    def run(self, pixels_NCHW: Tensor, rows: Mapping[str, Tensor]) -> None:
+    def run(self, pixels_NCHW: Tensor, rows: Mapping[str, Tensor], *, counted: bool = True) -> None:
         """Run one batch; `rows` holds for each address a tensor (images in the batch, *shape) to write into.
 
-        The pixels are on the runner's device. On a GPU the rows are complete only after `wait`.
+        The pixels are on the runner's device. On a GPU the rows are complete only after `wait`. What is not `counted`
+        is left out of `take_counts`.
         """
         self._rows, self._remaining = rows, set(self._targets)
         self._counter.begin_pass()
@@ -77,7 +79,8 @@ class RowCapture:
             raise CaptureError(f"'{missing}' did not run in this batch, though it did in the probe")
         if self._copies is not None:
             self._copies.end_pass()
-        self._counter.end_pass()
+        if counted:
+            self._counter.end_pass()
         self.passes += 1
 
     def wait(self, passes: int | None = None) -> None:
@@ -216,6 +219,7 @@ class _GPUCopies:
         self._copies: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._passes: deque[tuple[torch.cuda.Event, torch.cuda.Event, list[Any]]] = deque()
         self._finished = 0
+        self._lock = threading.Lock()  # The writer's thread waits, and so does whoever looks at the rows before it.
 
     def begin_pass(self) -> None:
         self._begin, self._copies = self._now(), []
@@ -233,14 +237,15 @@ class _GPUCopies:
         self._passes.append((self._begin, self._now(), self._copies))
 
     def wait(self, passes: int) -> None:
-        while self._finished < passes:
-            begin, end, copies = self._passes.popleft()
-            end.synchronize()
-            self.model_seconds += begin.elapsed_time(end) / 1000
-            for begin, end in copies:
+        with self._lock:
+            while self._finished < passes:
+                begin, end, copies = self._passes.popleft()
                 end.synchronize()
-                self.copying_seconds += begin.elapsed_time(end) / 1000
-            self._finished += 1
+                self.model_seconds += begin.elapsed_time(end) / 1000
+                for begin, end in copies:
+                    end.synchronize()
+                    self.copying_seconds += begin.elapsed_time(end) / 1000
+                self._finished += 1
 
     def _now(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
