@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hookx.capture.agreement import ELEMENTS_PER_STEP, Disagreement, disagreement, max_rounding, rounding_between
+from hookx.capture.agreement import (
+    ELEMENTS_PER_STEP,
+    Disagreement,
+    disagreement,
+    is_unsteady,
+    max_rounding,
+    rounding_between,
+)
 
 HALVES = [torch.float16, torch.bfloat16]
 FLOATS = [torch.float64, torch.float32, *HALVES]
@@ -169,6 +176,41 @@ def test_values_without_steps_may_not_jump() -> None:
     changed = row.clone()
     changed[50] = 0.5
     assert disagreement(row, changed, 0) is not None
+
+
+# --- rows that an image's own last bits move -----------------------------------------------------------------------
+
+
+def flip(row: Tensor, places: slice) -> Tensor:
+    flipped = row.clone()
+    flipped[places] = 1 - flipped[places]
+    return flipped
+
+
+def test_elements_on_the_edge_of_a_step_may_take_it_where_a_nudge_of_the_image_takes_it_too() -> None:
+    mask = (torch.arange(1000) % 3 > 0).to(torch.uint8)
+    again, nudged = flip(mask, slice(0, 2)), [mask, flip(mask, slice(500, 501))]
+    assert disagreement(mask, again, 0) is not None
+    assert is_unsteady(mask, again, mask, nudged)
+    assert not is_unsteady(mask, flip(mask, slice(0, 200)), mask, nudged)  # Far too many of them.
+    assert not is_unsteady(mask, again, mask, [mask, mask])  # The image alone is steady.
+
+
+def test_noise_that_a_layer_amplifies_is_told_from_a_dependence_of_another_size() -> None:
+    row = torch.linspace(-1, 1, 100)
+    noise = torch.randn(4, 100, generator=torch.Generator().manual_seed(0)) * 1e-3
+    nudged = list(row + noise[:3])
+    assert is_unsteady(row, row + noise[3], row, nudged)
+    assert not is_unsteady(row, row + 0.1, row, nudged)
+    assert not is_unsteady(row, flip(row, slice(0, 1)), row, nudged)
+
+
+def test_one_element_that_overflows_does_not_excuse_the_others() -> None:
+    row = torch.ones(100)
+    overflowed = row.clone()
+    overflowed[3] = math.inf
+    assert is_unsteady(row, overflowed, row, [overflowed])
+    assert not is_unsteady(row, -overflowed, row, [overflowed])
 
 
 def test_what_can_be_believed_to_be_rounding_depends_on_the_coarsest_arithmetic() -> None:

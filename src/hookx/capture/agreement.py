@@ -9,10 +9,16 @@ computes the same image in two batches and passes what `rounding_between` return
   a float32 if that is more, both as a share of the row's largest magnitude; and by one unit in its own last place.
 - A row of at most `MAX_LEVELS` different values is step-like: signs, masks, quantised values. Rounding moves such an
   element either not at all or by a whole step, so one element in `ELEMENTS_PER_STEP` may move to the next value.
+
+What a step decides further on, or amplifies, moves more: the nearest entry of a codebook, the normalised noise of a
+black image. `is_unsteady` recognises it, at the price of more passes: the row moves as much when the image, alone,
+changes in its last place.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +92,8 @@ def disagreement(row: Tensor, again: Tensor, rounding: float) -> Disagreement | 
         return None
     if row.shape != again.shape or row.dtype != again.dtype:
         return Disagreement(float("inf"), row.numel(), row.numel())
+    if _are_close(row, again, max(ROUNDING_FACTOR * rounding, _MIN_ROUNDING)):
+        return None
     one, other = _comparable(row), _comparable(again)
     moves = _moves(one, other)
     has_moved = moves > _allowed(one, other, row.dtype, rounding)
@@ -93,6 +101,40 @@ def disagreement(row: Tensor, again: Tensor, rounding: float) -> Disagreement | 
     if not count or _is_step(one, other, has_moved, count):
         return None
     return Disagreement(float(moves.max()), count, one.numel())
+
+
+def is_unsteady(row: Tensor, again: Tensor, alone: Tensor, nudged: Sequence[Tensor]) -> bool:
+    """Return whether a row moves no more than the image's own last bits can move it.
+
+    The image is alone in the batches of the last two arguments, so that no dependence on others can hide in them. Both
+    the largest difference and the mean square of all differences count: a few elements on the edge of a step may take
+    it, while a dependence that moves all of them a little, or as few of them much further, is none of rounding.
+
+    Args:
+        row: the activation of one image, as it is stored.
+        again: the same image's activation from another batch.
+        alone: its activation from a batch of one.
+        nudged: its activations from batches of one, each time with pixels that differ in their last place.
+    """
+    # A finite row moves by at most twice its largest magnitude; an element that overflows must not excuse all others.
+    moves = _moves(_comparable(row), _comparable(again)).clamp(max=2)
+    noise = [_moves(_comparable(alone), _comparable(other)).clamp(max=2) for other in nudged]
+    return all(
+        float(size(moves)) <= ROUNDING_FACTOR * max(float(size(some)) for some in noise)
+        for size in (torch.max, _root_mean_square)
+    )
+
+
+def _root_mean_square(values: Tensor) -> Tensor:
+    return values.square().mean().sqrt()
+
+
+def _are_close(row: Tensor, again: Tensor, share: float) -> bool:
+    """Return whether two rows are obviously close: a few passes over memory, in their own type."""
+    if row.dtype not in (torch.float32, torch.float64):
+        return False
+    move = float(torch.dist(row, again, p=float("inf")))
+    return math.isfinite(move) and move <= share * float(torch.linalg.vector_norm(row, float("inf")))
 
 
 def _have_same_values(row: Tensor, again: Tensor) -> bool:

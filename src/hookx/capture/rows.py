@@ -63,10 +63,11 @@ class RowCapture:
     def __exit__(self, *_: object) -> None:
         self._taps.detach()
 
-    def run(self, pixels_NCHW: Tensor, rows: Mapping[str, Tensor]) -> None:
+    def run(self, pixels_NCHW: Tensor, rows: Mapping[str, Tensor], *, counted: bool = True) -> None:
         """Run one batch; `rows` holds for each address a tensor (images in the batch, *shape) to write into.
 
-        The pixels are on the runner's device. On an accelerator the rows are complete only after `wait`.
+        The pixels are on the runner's device. On an accelerator the rows are complete only after `wait`. What is not
+        `counted` is left out of `take_counts`.
         """
         self._rows, self._remaining = rows, set(self._targets)
         self._counter.begin_pass()
@@ -80,7 +81,8 @@ class RowCapture:
             raise CaptureError(f"'{missing}' did not run in this batch, though it did in the probe")
         if self._copies is not None:
             self._copies.end_pass()
-        self._counter.end_pass()
+        if counted:
+            self._counter.end_pass()
         self.passes += 1
 
     def wait(self, passes: int | None = None) -> None:
