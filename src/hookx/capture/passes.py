@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hookx.capture.arithmetic import PRECISIONS
 from hookx.capture.compare import Batch, Comparison
-from hookx.capture.hooks import Parts, Taps, dtype_name, tap, tensors_given, tensors_in
-from hookx.capture.runner import PRECISIONS, Runner
+from hookx.capture.hooks import Taps, tap
+from hookx.capture.runner import Runner
 from hookx.capture.state import ModuleState
+from hookx.capture.tensors import Parts, Unusable, dtype_name, look_into, look_into_arguments
 from hookx.errors import CaptureError
 from hookx.layers.select import TensorInfo
 
@@ -27,7 +29,7 @@ class Passes:
     ) -> None:
         self.runner, self.modules, self.state, self.compares = runner, modules, state, compares
         self.comparisons: dict[Key, Comparison] = {}
-        self.late: dict[Key, TensorInfo] = {}  # what the first pass did not have
+        self.others: dict[Key, TensorInfo] = {}  # what is no tensor, or not one of the first pass
         self.batches: list[Batch] = []
         self.entered: dict[str, int] = {}  # path -> when it was first called
         self.calls: list[tuple[Batch, dict[str, int]]] = []
@@ -61,7 +63,7 @@ class Passes:
             else:
                 problem = f"it exists for {batch} but not for {self.batches[0]}"
                 info = TensorInfo(key[3], tuple(tensor.shape), dtype_name(tensor.dtype), None, problem=problem)
-                self.late.setdefault(key, info)
+                self.others.setdefault(key, info)
 
         self.calls.append((batch, self.run(batch, look)))
         self.batches.append(batch)
@@ -89,15 +91,19 @@ class Passes:
     def run(self, batch: Batch, look: Callable[[Key, Tensor], None]) -> dict[str, int]:
         """Run a pass and look at each tensor at the moment it passes; return path -> number of calls."""
 
-        def note(path: str, call: int, is_input: bool, tensors: Iterable[tuple[Parts, Tensor]]) -> None:
-            for parts, tensor in tensors:
-                look((path, call, is_input, parts), tensor)
+        def note(path: str, call: int, is_input: bool, found: Iterable[tuple[Parts, Tensor | Unusable]]) -> None:
+            for parts, one in found:
+                key = (path, call, is_input, parts)
+                if isinstance(one, Unusable):
+                    self.others[key] = TensorInfo.of_unusable(parts, one.reason)
+                else:
+                    look(key, one)
 
         def on_enter(path: str, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.entered.setdefault(path, len(self.entered))
-            note(path, call, True, tensors_given(args, kwargs))
+            note(path, call, True, look_into_arguments(args, kwargs))
 
-        taps = Taps(on_enter, lambda path, call, _args, _kwargs, output: note(path, call, False, tensors_in(output)))
+        taps = Taps(on_enter, lambda path, call, _args, _kwargs, output: note(path, call, False, look_into(output)))
         with tap(self.modules, taps):
             try:
                 self.runner.run(batch.pixels_NCHW)
@@ -135,7 +141,4 @@ def _arithmetic(runner: Runner) -> tuple[tuple[torch.dtype, ...], bool]:
     types: Collection[torch.dtype] = {
         parameter.dtype for parameter in runner.module.parameters() if parameter.is_floating_point()
     }
-    tf32 = runner.device.type == "cuda" and (
-        torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32  # type: ignore[no-untyped-call,unused-ignore]
-    )
-    return (*types, *([autocast] if autocast else [])), tf32
+    return (*types, *([autocast] if autocast else [])), runner.precision == "tf32"

@@ -175,12 +175,13 @@ def _describe(
     tensors: dict[tuple[str, int, bool], list[TensorInfo]] = {}
     uneven = {path: passes.uneven_calls(path) for path in passes.modules}
     for key, comparison in passes.comparisons.items():
-        info = comparison.info(reasons.get(key, ""))
-        if key in passes.drawn:
+        info = passes.others.get(key) or comparison.info(reasons.get(key, ""))
+        if key in passes.drawn and info.is_dense:
             info = replace(info, problem="the forward pass draws random numbers before it")
         tensors.setdefault(key[:3], []).append(info)
-    for key, info in passes.late.items():
-        tensors.setdefault(key[:3], []).append(info)
+    for key, info in passes.others.items():
+        if key not in passes.comparisons:
+            tensors.setdefault(key[:3], []).append(info)
     first_paths = {id(module): path for path, module in reversed(modules.items())}
     layers, place = [], -1
     for path, module in passes.modules.items():

@@ -13,8 +13,9 @@ from torch import Tensor
 from hookx.capture.compare import split_by_image
 from hookx.capture.copies import Copies, has_streams
 from hookx.capture.failures import report_broken_device
-from hookx.capture.hooks import Parts, Taps, dtype_name, reduce, tensors_given, tensors_in
+from hookx.capture.hooks import Taps
 from hookx.capture.runner import ForwardIsDone, Runner, modules_of
+from hookx.capture.tensors import Parts, computable, dtype_name, reduce, tensors_given, tensors_in
 from hookx.errors import CaptureError, LayerError
 from hookx.layers.address import Address
 from hookx.layers.select import Target
@@ -150,7 +151,11 @@ class RowCapture:
         value = reduce(split_by_image(tensor, info, len(rows)), target.address.reduction)
         if value.is_floating_point():
             stored = value.to(rows.dtype)
-            self._counter.add(str(target.address), value, stored)
+            self._counter.add(str(target.address), computable(value), computable(stored))
+            value = stored
+        elif value.dtype != rows.dtype:  # complex numbers, in a type that a file can hold
+            stored = value.to(rows.dtype)
+            self._counter.add(str(target.address), *map(_real_numbers, (value, stored)))
             value = stored
         # This copy is the snapshot: whatever overwrites `tensor` later in the pass cannot reach it.
         if self._copies is not None:
@@ -158,6 +163,10 @@ class RowCapture:
             self._copies.copy(rows, value, is_live=is_live)
         else:
             _copy(rows, value)
+
+
+def _real_numbers(numbers: Tensor) -> Tensor:
+    return torch.view_as_real(computable(numbers))
 
 
 def _copy(rows: Tensor, value: Tensor) -> None:

@@ -64,7 +64,7 @@ def print_summary(summary: Summary) -> None:
     if summary.shards_computed < summary.shards:
         shards += f", {summary.shards - summary.shards_computed:,} of them already there"
     facts.append(("shards", f"{shards}; {decimal(summary.bytes)} of activations"))
-    facts += _plan_facts(summary.plan, summary.device, notes=summary.notes)
+    facts += _plan_facts(summary.plan, summary.device, batch_size=summary.batch_size, notes=summary.notes)
     print_rows([*facts, ("time", _time_text(summary)), ("result", f"{summary.out}/")])
 
 
@@ -136,13 +136,15 @@ def _stored_row(address: str, shape: Sequence[int], dtype: str, bytes: int) -> l
     return [address, ",".join(map(str, shape)), dtype, decimal(bytes)]
 
 
-def _plan_facts(plan: Plan, device: object = "", *, notes: Iterable[str] = (), made: Iterable[str] = ()) -> Facts:
+def _plan_facts(
+    plan: Plan, device: object = "", *, batch_size: int = 0, notes: Iterable[str] = (), made: Iterable[str] = ()
+) -> Facts:
     computed = f"{plan.precision} on {device}" if device else plan.precision
     memory_format = "" if plan.memory_format == "contiguous" else f", {plan.memory_format}"
     return [
         ("model", f"{plan.model}, weights {plan.weights}"),
         *(("note", note) for note in notes),
-        ("computed", f"{computed}, batches of {plan.batch_size:,}{memory_format}"),
+        ("computed", f"{computed}, batches of {batch_size or plan.batch_size:,}{memory_format}"),
         *(("made", text) for text in made),
         ("pixels", str(plan.preprocessing)),
     ]
@@ -306,12 +308,11 @@ def print_model_layers(layers: Sequence[Layer], tree: bool) -> None:
 def _outputs_text(layer: Layer) -> str:
     texts: list[str] = []
     for address, tensor in layer.addresses().items():
-        place = "/".join(address.parts)
-        text = f"{place}={tensor.shape_text}" if place else tensor.shape_text
+        text = f"{address.place}={tensor.shape_text}" if address.place else tensor.shape_text
         if tensor.is_constant:
             text += " (constant)"
         elif tensor.problem:
-            text += " (not by image)"
+            text += " (not by image)" if tensor.is_dense else " (cannot be captured)"
         texts.append(text)
     return " ".join(dict.fromkeys(texts)) or "-"
 

@@ -145,11 +145,13 @@ def _make_ready(made: Any, ref: str) -> tuple[nn.Module, list[str]]:
         raise ModelError(f"{ref} has parameters on the meta device, which have no values: {_list_some(empty)}")
     if devices := sorted({str(tensor.device) for tensor in tensors.values()} - {"cpu"}):
         notes.append(f"{ref}: moved from {', '.join(devices)} to the CPU; choose the device with --device")
-        made = made.cpu()
+        with _running(f"{ref} cannot be moved to the CPU", ref):
+            made = made.cpu()
     if training := [path or "." for path, module in made.named_modules() if module.training]:
         some = f" ({_list_some(training)} {'was' if len(training) == 1 else 'were'} in training mode)"
         notes.append(f"{ref}: put into eval mode" + ("" if made.training else some))
-        made = made.eval()
+        with _running(f"{ref} cannot be put into eval mode", ref):
+            made = made.eval()
     if stubborn := [path or "." for path, module in made.named_modules() if module.training]:
         raise ModelError(f"{ref} stays in training mode after eval(): {_list_some(stubborn)}", "check its train method")
     return made, notes

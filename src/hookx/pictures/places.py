@@ -18,9 +18,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hookx.capture.hooks import Parts, Taps, tap, tensors_given, tensors_in
+from hookx.capture.hooks import Taps, tap
 from hookx.capture.probe import example_images, probe
 from hookx.capture.runner import ForwardIsDone, Runner, modules_of
+from hookx.capture.tensors import Parts, tensors_given, tensors_in
 from hookx.errors import CaptureError, LayerError
 from hookx.layers.address import Address
 from hookx.layers.select import Layer, TensorInfo

@@ -16,7 +16,7 @@ from hookx.capture.determinism import find_nondeterministic
 from hookx.capture.failures import is_out_of_memory
 from hookx.capture.probe import example_images, probe
 from hookx.capture.runner import MEMORY_FORMATS, Runner, module_classes, modules_of
-from hookx.errors import CaptureError, HookxError, UsageError
+from hookx.errors import CaptureError, HookxError, UsageError, one_line
 from hookx.images.decoding import check_decoding
 from hookx.layers.select import Layer, Selection, Selector, matched_paths, select
 from hookx.models import LoadedModel, load_model, skeleton
@@ -101,7 +101,7 @@ def place_and_select(
     loaded: LoadedModel, runner: Runner, crop_px: int, selectors: Sequence[Selector], excluded: Sequence[Selector] = ()
 ) -> Selection:
     """Move a model to its runner's device and memory format, probe it there, and select its layers."""
-    loaded.module.to(runner.device).to(memory_format=MEMORY_FORMATS[runner.memory_format])
+    _place(loaded, runner)
     if not selectors:
         return Selection()
     # Published weights can lack a module that their architecture has: GoogLeNet's auxiliary classifiers.
@@ -113,6 +113,23 @@ def place_and_select(
     selection = select(selectors, probed, loaded.name, excluded)
     _warn_of_random_modules(loaded, probed, selection)
     return selection
+
+
+def _place(loaded: LoadedModel, runner: Runner) -> None:
+    """Move a model to its runner's device and memory format; `CaptureError` if its `.to` fails."""
+    try:
+        loaded.module.to(runner.device)
+        loaded.module.to(memory_format=MEMORY_FORMATS[runner.memory_format])
+    except torch.OutOfMemoryError as error:
+        raise HookxError(
+            f"the device has too little memory for {loaded.name}: {one_line(error)}", "try --device cpu"
+        ) from None
+    except Exception as error:  # Offloaded, quantized and hand-written modules have a `.to` of their own.
+        raise CaptureError(
+            f"{loaded.name} cannot be moved to {runner.device} as {runner.memory_format}: "
+            f"{type(error).__name__}: {one_line(error)}",
+            "choose another --device or --memory-format, or move the model where it is built",
+        ) from error
 
 
 def _probe(model: LoadedModel, runner: Runner, paths: Iterable[str], crop_px: int) -> list[Layer]:

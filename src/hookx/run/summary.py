@@ -61,6 +61,7 @@ class Summary:
     workers: int
     shards_computed: int  # by this call; the others were there already
     images_computed: int
+    batch_size: int  # with which the shards were computed; the smallest, if the device had too little memory for some
 
     model = _derive(lambda summary: summary.plan.model)
     weights = _derive(lambda summary: summary.plan.weights)
@@ -69,7 +70,6 @@ class Summary:
     layers = _derive(lambda summary: summary.plan.layers)
     precision = _derive(lambda summary: summary.plan.precision)
     memory_format = _derive(lambda summary: summary.plan.memory_format)
-    batch_size = _derive(lambda summary: summary.plan.batch_size)
     images = _derive(lambda summary: summary.totals.rows)  # stored
     failures = _derive(lambda summary: summary.totals.failures)
     rotations_ignored = _derive(lambda summary: summary.totals.rotations_ignored)
@@ -92,8 +92,14 @@ class Summary:
 def summarize(job: Job, timing: Timing) -> Summary:
     """Add up the shards of a finished run."""
     totals = Totals()
+    pending = set(job.pending)
+    batch_sizes = []
     for shard in job.plan.shards:  # One record in memory at a time: a run can have millions of images.
-        totals.add(read_record(job.out, job.plan, shard))
+        record = read_record(job.out, job.plan, shard)
+        totals.add(record)
+        made_with = record.made.get("batch_size")
+        if isinstance(made_with, int) and (shard in pending or not pending):
+            batch_sizes.append(made_with)
     timing.stop()
     return Summary(
         plan=job.plan,
@@ -104,4 +110,5 @@ def summarize(job: Job, timing: Timing) -> Summary:
         workers=job.workers,
         shards_computed=len(job.pending),
         images_computed=sum(map(len, job.pending)),
+        batch_size=min(batch_sizes, default=job.plan.batch_size),
     )
