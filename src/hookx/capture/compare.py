@@ -1,4 +1,4 @@
-"""What the passes of the probe say of one tensor: its batch dimension, which of its rows are an image's, how it rounds."""
+"""What passes say of one tensor: its batch dimension, which of its rows are an image's, and how far it rounds."""
 
 from __future__ import annotations
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-Explain = Callable[[str, Mapping[str, nn.Module]], str]
+Reason = Callable[[str, Mapping[str, nn.Module]], str]
 
 
-def why_never_called(path: str, modules: Mapping[str, nn.Module], of_this_model: Explain) -> str:
+def why_never_called(path: str, modules: Mapping[str, nn.Module], of_this_model: Reason) -> str:
     """Return why the module at a path is never called, given all modules by path; '' if unknown.
 
     `of_this_model` knows reasons of the model's own.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hookx.capture.compare import Batch
 from hookx.capture.diagnosis import explain
-from hookx.capture.never_called import Explain, why_never_called
+from hookx.capture.never_called import Reason, why_never_called
 from hookx.capture.passes import Key, Passes
 from hookx.capture.runner import Runner, modules_of, parameter_count
 from hookx.capture.state import ModuleState
@@ -28,7 +28,7 @@ def probe(
     images_NCHW: Tensor,
     *,
     paths: Sequence[str] | None = None,
-    why_never_called: Explain = lambda _path, _modules: "",
+    why_never_called: Reason = lambda _path, _modules: "",
     batch_size: int | None = None,
     shapes_only: bool = False,
     state: ModuleState | None = None,
@@ -156,9 +156,10 @@ def _compare_passes_of_one(passes: Passes, followed: Tensor, other: Tensor) -> d
 
     def look_for_dependence(key: Key, tensor: Tensor) -> None:
         comparison = comparisons.get(key)
-        if comparison is not None and comparison.batch_dim is None and not comparison.is_whole:
-            if comparison.compare(tensor, passes.batches[0]) is not None:
-                comparison.make_whole()
+        if comparison is None or comparison.batch_dim is not None or comparison.is_whole:
+            return
+        if comparison.compare(tensor, passes.batches[0]) is not None:
+            comparison.make_whole()
 
     passes.run(Batch(other, ()), look_for_dependence)
     passes.go_on(Batch(other, ()))
@@ -169,7 +170,7 @@ def _compare_passes_of_one(passes: Passes, followed: Tensor, other: Tensor) -> d
 
 
 def _describe(
-    passes: Passes, modules: Mapping[str, nn.Module], reasons: Mapping[Key, str], of_this_model: Explain
+    passes: Passes, modules: Mapping[str, nn.Module], reasons: Mapping[Key, str], of_this_model: Reason
 ) -> list[Layer]:
     """Return the layers, from what the passes have shown."""
     tensors: dict[tuple[str, int, bool], list[TensorInfo]] = {}
@@ -182,7 +183,7 @@ def _describe(
     for key, info in passes.others.items():
         if key not in passes.comparisons:
             tensors.setdefault(key[:3], []).append(info)
-    first_paths = {id(module): path for path, module in reversed(modules.items())}
+    first_paths = {id(module): path for path, module in reversed(list(modules.items()))}
     layers, place = [], -1
     for path, module in passes.modules.items():
         # A module that is never called takes the place of the one registered before it.

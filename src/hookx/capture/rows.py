@@ -15,6 +15,7 @@ from hookx.capture.copies import Copies, has_streams
 from hookx.capture.failures import report_broken_device
 from hookx.capture.hooks import Taps
 from hookx.capture.runner import ForwardIsDone, Runner, modules_of
+from hookx.capture.state import Settled
 from hookx.capture.tensors import Parts, computable, dtype_name, reduce, tensors_given, tensors_in
 from hookx.errors import CaptureError, LayerError
 from hookx.layers.address import Address
@@ -34,14 +35,15 @@ def stored_dtype(target: Target) -> str:
 class RowCapture:
     """Run batches, leave the targets' activations in rows of preallocated buffers, and stop each pass after the last.
 
-    The modules are hooked while the `with` block lasts. On the CPU nothing is allocated.
+    The modules are hooked while the `with` block lasts; at its end, what the passes changed in the model is put back as
+    far as `settled` knows of it. On the CPU nothing is allocated.
 
     Raises:
         CaptureError: a pass differs from what the probe saw: another shape or dtype, a call more or less.
     """
 
-    def __init__(self, runner: Runner, targets: Sequence[Target]) -> None:
-        self.runner = runner
+    def __init__(self, runner: Runner, targets: Sequence[Target], settled: Settled | None = None) -> None:
+        self.runner, self._settled = runner, settled or Settled()
         self.passes = 0  # run so far; on an accelerator their copies may still be under way
         self._copies = Copies(runner.device) if has_streams(runner.device) else None
         self._counter = _ValueCounter()
@@ -63,6 +65,7 @@ class RowCapture:
 
     def __exit__(self, *_: object) -> None:
         self._taps.detach()
+        self._settled.end()
 
     def run(self, pixels_NCHW: Tensor, rows: Mapping[str, Tensor], *, counted: bool = True) -> None:
         """Run one batch; `rows` holds for each address a tensor (images in the batch, *shape) to write into.
@@ -75,6 +78,7 @@ class RowCapture:
         if self._copies is not None:
             self._copies.begin_pass()
         self._taps.begin_pass()
+        self._settled.begin_pass()
         with report_broken_device(), contextlib.suppress(ForwardIsDone):
             self.runner.run(pixels_NCHW)
         if self._remaining:
@@ -132,7 +136,7 @@ class RowCapture:
                     raise CaptureError(f"'{target.address}' is missing in this batch, though the probe saw it")
                 self._store(target, found[parts])
         self._remaining.discard(event)
-        if not self._remaining:
+        if not self._remaining and self._settled.stops:
             raise ForwardIsDone
 
     def _store(self, target: Target, tensor: Tensor) -> None:

@@ -13,10 +13,19 @@ from hookx.models.names import may_run_code
 from hookx.options import ModelOptions
 
 if TYPE_CHECKING:
-    from hookx.models.loading import list_models, load_model, skeleton, weights_of
+    from hookx.models.loading import forget_skeletons, list_models, load_model, skeleton, weights_of
     from hookx.models.source import LoadedModel
 
-__all__ = ["LoadedModel", "ModelOptions", "list_models", "load_model", "may_run_code", "skeleton", "weights_of"]
+__all__ = [
+    "LoadedModel",
+    "ModelOptions",
+    "forget_skeletons",
+    "list_models",
+    "load_model",
+    "may_run_code",
+    "skeleton",
+    "weights_of",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -77,6 +77,12 @@ def skeleton(ref: str, weights: str = "default", options: ModelOptions = ModelOp
     return _with_transform(_source_of(ref, options).skeleton(ref, weights, options), options)
 
 
+def forget_skeletons() -> None:
+    """Drop the models that a source has built for `skeleton` and that no `load_model` has taken."""
+    for source in _SOURCES:
+        source.forget_skeletons()
+
+
 def _source_of(ref: str, options: ModelOptions = ModelOptions()) -> Source:
     # An unknown name gets torchvision's error, which lists similar ones.
     source = next((source for source in _SOURCES if source.owns(ref)), _TORCHVISION)

@@ -94,6 +94,9 @@ class OwnCode(Source):
             self._skeletons = {key: _build(ref, options)}
         return self._skeletons[key]
 
+    def forget_skeletons(self) -> None:
+        self._skeletons.clear()
+
 
 def _build(ref: str, options: ModelOptions) -> LoadedModel:
     torch.manual_seed(options.seed)  # A module can build a model while it is imported.

@@ -49,7 +49,7 @@ def visualize(options: VisualizeOptions) -> Gallery:
     listed = list_images(list_paths(options.images))
     viewers = []
     for ref, weights, selectors in asked:
-        ready = ready_model(ref, weights, options, [] if look.attention else selectors)
+        ready = ready_model(ref, weights, options, [] if look.attention else selectors, batch_size=1)
         viewers.append(_Viewer(ready, selectors, look))
     failures: dict[str, str] = {}
     shown = _show(dict(zip(listed.keys, listed.files, strict=True)), viewers, failures)
@@ -90,6 +90,7 @@ class _Viewer:
         self.ready, self.side_px = ready, ready.preprocessing.crop_px
         whole, bare = (Runner.of(model.module, model.forward) for model in (ready.loaded, ready.bare))
         self.places = probe_places(bare, lambda: whole, self.side_px, look.options.layout)
+        self._settled = ready.settle()
         self.attention_paths = self._find_attention_paths(selectors) if look.attention else None
 
     def decode(self, file: str) -> Tensor:
@@ -114,7 +115,7 @@ class _Viewer:
             str(target.address): torch.empty((1, *target.shape), dtype=getattr(torch, stored_dtype(target)))
             for target in targets
         }
-        with RowCapture(self.ready.runner, targets) as capture:
+        with RowCapture(self.ready.runner, targets, self._settled) as capture:
             capture.run(pixels_NCHW, rows)
             capture.wait()
         return [show_layer(address, rows[address][0], self.places) for address in self.places.sort(rows)]
