@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from hookx.capture.arithmetic import PRECISIONS
 from hookx.capture.compare import Batch, Comparison
+from hookx.capture.failures import is_out_of_memory
 from hookx.capture.hooks import Taps, tap
 from hookx.capture.runner import Runner
 from hookx.capture.state import ModuleState
 from hookx.capture.tensors import Parts, Unusable, dtype_name, look_into, look_into_arguments
-from hookx.errors import CaptureError
+from hookx.errors import CaptureError, one_line
 from hookx.layers.select import TensorInfo
 
 Key = tuple[str, int, bool, Parts]  # path, call, whether it is an input, part
@@ -79,8 +80,10 @@ class Passes:
             try:
                 self.go_on(batch)
                 return failed
-            except CaptureError as error:
-                failed = str(error)
+            except Exception as error:
+                if not isinstance(error, CaptureError) and not is_out_of_memory(error):
+                    raise
+                failed = one_line(error)
                 self.state.restore()
                 for key, (problem, moved, groups) in before.items():
                     comparison = self.comparisons[key]
@@ -107,9 +110,9 @@ class Passes:
         with tap(self.modules, taps):
             try:
                 self.runner.run(batch.pixels_NCHW)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 shape = ", ".join(map(str, batch.pixels_NCHW.shape))
                 what = f" {batch.what}" if batch.what else ""
                 raise CaptureError(

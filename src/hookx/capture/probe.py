@@ -16,7 +16,7 @@ from hookx.capture.never_called import Reason, why_never_called
 from hookx.capture.passes import Key, Passes
 from hookx.capture.runner import Runner, modules_of, parameter_count
 from hookx.capture.state import ModuleState
-from hookx.errors import CaptureError
+from hookx.errors import CaptureError, one_line
 from hookx.layers.select import Call, Layer, TensorInfo
 
 log = logging.getLogger("hookx")
@@ -118,7 +118,7 @@ def _compare_batches(passes: Passes, followed: Tensor, other: Tensor, third: Ten
         Batch(torch.cat([nan, followed, nan]), (1,), "of NaN"), Batch(torch.cat([other, followed, third]), (1,))
     )
     if failed:
-        log.info("%s; so NaN proves nothing of it, and ordinary images do", failed.replace("\n", " "))
+        log.info("%s; so NaN proves nothing of it, and ordinary images do", failed)
     copies = followed.expand(3, -1, -1, -1)
     what = f"of {_LARGE} times the usual values"
     passes.go_on_with_one_of(
@@ -147,7 +147,7 @@ def _compare_passes_of_one(passes: Passes, followed: Tensor, other: Tensor) -> d
     try:
         passes.run(batch, find_batch_dim)
     except CaptureError as error:
-        log.info("%s; it takes one image at a time", str(error).replace("\n", " "))
+        log.info("%s; it takes one image at a time", one_line(error))
     for comparison in comparisons.values():
         comparison.groups = [1]
         if comparison.problem:

@@ -171,18 +171,17 @@ class Search:
             return
 
         self._add_namespace(_namespace_of(of, "class attribute", of.__name__, lambda _key: True))
-        for function in _functions_of(of):
-            self.add(function, f"a default argument of {function.__qualname__}")
-        self._add_file(sys.modules.get(of.__module__))
+        file = sys.modules.get(of.__module__)
+        if file is not None and _is_own_code(file):
+            for function in _functions_of(of):
+                self.add(function, f"a default argument of {function.__qualname__}")
+            self._add_file(file)
 
-    def _add_file(self, file: types.ModuleType | None) -> None:
-        """Add the globals of a user's own file; an installed package has registries, which are no state of passes."""
-        path = getattr(file, "__file__", None)
-        if file is None or not path or not self._is_new(file):
+    def _add_file(self, file: types.ModuleType) -> None:
+        """Add the globals of a user's own file."""
+        if not self._is_new(file):
             return
-        if "site-packages" in path or "dist-packages" in path or file.__name__.partition(".")[0] == "hookx":
-            return
-
+        stem = Path(str(file.__file__)).stem
         functions, classes = [], []
         for value in list(vars(file).values()):
             if getattr(value, "__module__", None) == file.__name__:
@@ -193,12 +192,12 @@ class Search:
         self._in_globals = True
         for key, value in list(vars(file).items()):
             if _is_data(key, value):
-                self.add(value, f"global '{Path(path).stem}.{key}'")
+                self.add(value, f"global '{stem}.{key}'")
         for function in functions:
             self.add(function, f"a default argument of {function.__name__}")
         functions += itertools.chain.from_iterable(map(_functions_of, classes))
         assigned = {name for function in functions for name in _assigned_globals(function.__code__)}
-        self._add_namespace(_namespace_of(file, "global", Path(path).stem, assigned.__contains__))
+        self._add_namespace(_namespace_of(file, "global", stem, assigned.__contains__))
         self._in_globals = False
 
     def _add_script_module(self, module: torch.jit.ScriptModule, dot: str) -> None:
@@ -240,6 +239,13 @@ def _name(kind: str, dot: str, key: str) -> str:
 
 def _is_data(key: str, value: Any) -> bool:
     return not (key.startswith("__") or key == "_abc_impl" or isinstance(value, _NOT_DATA) or hasattr(value, "__get__"))
+
+
+def _is_own_code(file: types.ModuleType) -> bool:
+    """Return whether a file is a user's own. An installed package has registries, which are no state of passes."""
+    path = getattr(file, "__file__", None)
+    is_installed = not path or "site-packages" in path or "dist-packages" in path
+    return not is_installed and file.__name__.partition(".")[0] != "hookx"
 
 
 def _is_large(value: Any) -> bool:

@@ -162,7 +162,10 @@ def _place(loaded: LoadedModel, runner: Runner) -> None:
 
 def settle_passes(runner: Runner, targets: Sequence[Target], preprocessing: Preprocessing) -> Settled:
     """Settle how passes follow one another; see `hookx.capture.settle`."""
-    return settle(runner, targets, _images(runner, preprocessing))
+    try:
+        return settle(runner, targets, _images(runner, preprocessing))
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(1, error) from None
 
 
 def _probe(
