@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hookx.capture.agreement import ROUNDING_FACTOR, Disagreement, disagreement, max_rounding, rounding_between
+from hookx.capture.agreement import (
+    ROUNDING_FACTOR,
+    Disagreement,
+    disagreement,
+    is_within,
+    max_rounding,
+    rounding_between,
+    sizes_of_moves,
+)
 from hookx.capture.tensors import Parts, dtype_name
 from hookx.layers.select import TensorInfo
 
@@ -51,6 +59,7 @@ class Comparison:
     problem: str = ""
     is_whole: bool = False  # a batch never has another image, so the whole tensor belongs to this one
     moved: dict[int, Disagreement] = field(default_factory=dict)  # number of the pass -> how far the row moved
+    sizes: tuple[float, float] = (0.0, 0.0)  # of the largest moves: see `sizes_of_moves`
     _has_seen_more: bool = False
 
     @property
@@ -76,6 +85,7 @@ class Comparison:
             self._calibrate(tensor, batch)
         elif (moved := self.compare(tensor, batch)) is not None:
             self.moved[number] = moved
+            self.sizes = self._sizes(tensor, batch)
 
     def compare(self, tensor: Tensor, batch: Batch) -> Disagreement | None:
         """Return how far the followed image's row moves in a batch; None if it stays.
@@ -104,9 +114,18 @@ class Comparison:
 
     def accept(self, rounding: float) -> bool:
         """Return whether what moved is explained by as much rounding; if so, take that as the tensor's rounding."""
-        if rounding > self._limit or any(moved.by > ROUNDING_FACTOR * rounding for moved in self.moved.values()):
+        rounding = min(rounding, self.limit)
+        if any(moved.by > ROUNDING_FACTOR * rounding for moved in self.moved.values()):
             return False
         self.rounding = max(self.rounding, rounding)
+        self.moved.clear()
+        return True
+
+    def accept_noise(self, noise: list[tuple[float, float]]) -> bool:
+        """Return whether what moved is explained by as much noise, which the image's own last bits make of it."""
+        if not is_within(self.sizes, noise):
+            return False
+        self.rounding = max(self.rounding, min(self.sizes[0], self.limit) / ROUNDING_FACTOR)
         self.moved.clear()
         return True
 
@@ -129,12 +148,18 @@ class Comparison:
         return TensorInfo(self.parts, tuple(shape), dtype, dim, rows, problem, self.groups[0], self.rounding)
 
     @property
-    def _limit(self) -> float:
+    def limit(self) -> float:
         return max_rounding(self.alone.dtype, *self.coarsest, tf32=self.tf32)
 
     def make_whole(self) -> None:
         """Take the whole tensor as one image's, whatever a larger batch has shown."""
         self.problem, self.batch_dim, self.rows, self.groups, self.is_whole = "", None, 1, [1], True
+
+    def _sizes(self, tensor: Tensor, batch: Batch) -> tuple[float, float]:
+        """Return the sizes of the largest moves, of this pass and those before."""
+        rows = [self._split(tensor, len(batch), self.groups[0], place) for place in batch.places]
+        found = [self.sizes, *(sizes_of_moves(alone, row) for alone, row in rows)]
+        return max(largest for largest, _ in found), max(mean for _, mean in found)
 
     def _find_batch_dim(self, of_batch: torch.Size, batch: Batch) -> None:
         alone = self.alone.shape
@@ -160,14 +185,15 @@ class Comparison:
 
     def _calibrate(self, tensor: Tensor, batch: Batch) -> None:
         """Measure the rounding between the image alone and beside copies of itself."""
-        self.rounding = self._limit / ROUNDING_FACTOR
+        self.rounding = self.limit / ROUNDING_FACTOR
         moved = self.compare(tensor, batch)
         self.rounding = 0.0
         if moved is not None:
-            self.moved[0] = moved
+            self.moved[1] = moved
+            self.sizes = self._sizes(tensor, batch)
         else:
             rounding = self.rounding_of(tensor, batch)
-            self.rounding = rounding if rounding <= self._limit else 0.0  # More is a step, see `disagreement`.
+            self.rounding = rounding if rounding <= self.limit else 0.0  # More is a step, see `disagreement`.
 
     def _agrees_at_first_sight(self, tensor: Tensor, batch: Batch, groups: int) -> bool:
         return all(

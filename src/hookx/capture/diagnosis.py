@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator
 
+import torch
 from torch import Tensor
 
-from hookx.capture.agreement import Disagreement, disagreement
+from hookx.capture.agreement import Disagreement, disagreement, sizes_of_moves
 from hookx.capture.compare import Batch, Comparison
 from hookx.capture.passes import Key, Passes
 from hookx.capture.state import ModuleState
 from hookx.errors import CaptureError
 
 _ALONE = "; one image at a time has none: --batch-size 1"
+_NUDGES = 4
 _MAX_NAMES = 3
 _MAX_SUSPECTS = 30
 
@@ -37,20 +40,34 @@ class _Diagnosis:
             reasons.update(dict.fromkeys(keys, reason))
             self.failed -= set(keys)
 
+        changed = bool(set(self.state.changed()) - set(self.state.generators().names()))
         alone = self.passes.batches[0]
+        random = self._moved_afresh(alone)
+        # Two passes of a GPU can differ by rounding.
+        random = {key: moved for key, moved in random.items() if not self._comparison(key).accept(moved.by)}
+        self.failed = {key for key in self.failed if self._comparison(key).has_failed}
         explained(
-            self._moved_afresh(alone),
+            random,
             "it differs between two passes of one image from one state of the model: by random numbers, or by "
             "something outside the model's buffers and attributes",
         )
+        if not changed:
+            explained(
+                {key for key in self.failed if self._comparison(key).batch_dim is None},
+                "it depends on the images but has no batch dimension",
+            )
         self._accept_rounding()
-        afresh = {number: self._moved_afresh(batch) for number, batch in enumerate(self.passes.batches) if number}
-        by_history = {
-            key
-            for key in self.failed
-            if any((key in moved) != (number in self._comparison(key).moved) for number, moved in afresh.items())
-        }
-        by_history |= self._moved_by_what_ran_before()
+        self._accept_noise()
+        by_history = set()
+        if changed:
+            batches = enumerate(self.passes.batches)
+            afresh = {number: self._moved_afresh(batch) for number, batch in batches if number}
+            by_history = {
+                key
+                for key in self.failed
+                if any((key in moved) != (number in self._comparison(key).moved) for number, moved in afresh.items())
+            }
+            by_history |= self._moved_by_what_ran_before()
         for key, names in self._find_what_carries(by_history).items():
             explained([key], f"its rows depend on what ran before, through {names}")
         for key, reason in self._explain_within_batch().items():
@@ -108,6 +125,33 @@ class _Diagnosis:
             except CaptureError:
                 continue
         self.failed = {key for key in self.failed if not self._comparison(key).accept(found.get(key, 0.0))}
+
+    def _accept_noise(self) -> None:
+        """Measure how far the image's own last bits move its rows, with nothing beside it."""
+        noise: dict[Key, list[tuple[float, float]]] = {key: [] for key in self.failed}
+
+        def look(key: Key, tensor: Tensor) -> None:
+            if key in noise and tensor.shape == self._comparison(key).alone.shape:
+                noise[key].append(sizes_of_moves(self._comparison(key).alone, tensor))
+
+        for pixels_NCHW in self._nudge() if noise else ():
+            self.state.restore()
+            with contextlib.suppress(CaptureError):
+                self.passes.run(Batch(pixels_NCHW, (0,)), look)
+        self.failed = {
+            key for key in self.failed if not (noise[key] and self._comparison(key).accept_noise(noise[key]))
+        }
+
+    def _nudge(self) -> Iterator[Tensor]:
+        """Yield the followed image with pixels that are a little larger or smaller, by what the arithmetic rounds."""
+        image = self.passes.batches[0].pixels_NCHW
+        eps = 2 * max(torch.finfo(dtype).eps for dtype in (torch.float32, *self.passes.coarsest))
+        generator = torch.Generator().manual_seed(0)
+        for number in range(_NUDGES):
+            signs = torch.randint(0, 2, image.shape, generator=generator).to(image) * 2 - 1
+            if number < 2:
+                signs = torch.full_like(image, (1, -1)[number])
+            yield image + eps * signs * image.abs().clamp(min=1)
 
     def _moved_by_what_ran_before(self) -> set[Key]:
         """Return what moves in the first batch once the last one has run before it."""

@@ -29,6 +29,7 @@ class Passes:
         self, runner: Runner, modules: Mapping[str, nn.Module], state: ModuleState, *, compares: bool = True
     ) -> None:
         self.runner, self.modules, self.state, self.compares = runner, modules, state, compares
+        self.coarsest, self.tf32 = _arithmetic(runner)
         self.comparisons: dict[Key, Comparison] = {}
         self.others: dict[Key, TensorInfo] = {}  # what is no tensor, or not one of the first pass
         self.batches: list[Batch] = []
@@ -38,7 +39,6 @@ class Passes:
 
     def begin(self, batch: Batch) -> None:
         """Make the first pass, with one image."""
-        coarsest, tf32 = _arithmetic(self.runner)
         generators, has_drawn = self.state.generators(), False
 
         def look(key: Key, tensor: Tensor) -> None:
@@ -48,7 +48,7 @@ class Passes:
             if has_drawn:
                 self.drawn.add(key)
             alone = tensor.detach().clone() if self.compares else tensor
-            self.comparisons[key] = Comparison(key[3], alone, coarsest, tf32, self.compares)
+            self.comparisons[key] = Comparison(key[3], alone, self.coarsest, self.tf32, self.compares)
 
         self.calls.append((batch, self.run(batch, look)))
         self.batches.append(batch)
