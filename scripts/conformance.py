@@ -195,8 +195,11 @@ def check(name: str, kind: str = "classification", *, channels_last: bool = Fals
     for target in selection.targets:
         address, info = target.address, target.tensor
         reference = left.pop((address.path, address.call or 0, address.parts))
-        if info.rows_per_image > 1:
-            reference = reference.reshape(BATCH, info.rows_per_image, *reference.shape[1:])
+        if info.rows_per_image > 1 and info.batch_dim is not None:
+            in_group = info.rows_per_image // info.groups_per_image
+            rows_of_image = torch.arange(reference.shape[info.batch_dim]) // in_group % BATCH
+            of_images = [(rows_of_image == image).nonzero().flatten() for image in range(BATCH)]
+            reference = torch.stack([reference.index_select(info.batch_dim, indices) for indices in of_images])
         elif info.batch_dim:
             reference = reference.movedim(info.batch_dim, 0)
         row.compared += 1
