@@ -13,7 +13,14 @@ from hookx.models.names import may_run_code
 from hookx.options import ModelOptions
 
 if TYPE_CHECKING:
-    from hookx.models.loading import forget_skeletons, list_models, load_model, skeleton, weights_of
+    from hookx.models.loading import (
+        forget_skeletons,
+        list_models,
+        load_model,
+        release_models,
+        skeleton,
+        weights_of,
+    )
     from hookx.models.source import LoadedModel
 
 __all__ = [
@@ -23,6 +30,7 @@ __all__ = [
     "list_models",
     "load_model",
     "may_run_code",
+    "release_models",
     "skeleton",
     "weights_of",
 ]

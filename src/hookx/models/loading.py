@@ -83,6 +83,12 @@ def forget_skeletons() -> None:
         source.forget_skeletons()
 
 
+def release_models() -> None:
+    """Put back what was changed in models of the user's own to make them ready; none of them is used any more."""
+    for source in _SOURCES:
+        source.release()
+
+
 def _source_of(ref: str, options: ModelOptions = ModelOptions()) -> Source:
     # An unknown name gets torchvision's error, which lists similar ones.
     source = next((source for source in _SOURCES if source.owns(ref)), _TORCHVISION)

@@ -16,6 +16,7 @@ from hookx.errors import HookxError, ImageError, LayerError, UsageError, closest
 from hookx.images.decoding import decode, failure_reason, model_input
 from hookx.images.listing import list_images
 from hookx.layers.select import Selector, matched_paths, parse_selectors
+from hookx.models import release_models
 from hookx.options import VisualizeOptions, list_paths, takes
 from hookx.pictures.attention import find_attention
 from hookx.pictures.contents import Look, ShownImage, ShownLayer, show_attention, show_input, show_layer
@@ -48,13 +49,16 @@ def visualize(options: VisualizeOptions) -> Gallery:
     asked = pair(options.model, options.weights, options.layers, attention=look.attention)
     listed = list_images(list_paths(options.images))
     viewers = []
-    for ref, weights, selectors in asked:
-        ready = ready_model(ref, weights, options, [] if look.attention else selectors, batch_size=1)
-        viewers.append(_Viewer(ready, selectors, look))
     failures: dict[str, str] = {}
-    shown = _show(dict(zip(listed.keys, listed.files, strict=True)), viewers, failures)
-    models = [viewer.ready.loaded.name for viewer in viewers]
-    return draw(shown, look, images=listed.keys, models=models, progress=options.progress, failures=failures)
+    try:
+        for ref, weights, selectors in asked:
+            ready = ready_model(ref, weights, options, [] if look.attention else selectors, batch_size=1)
+            viewers.append(_Viewer(ready, selectors, look))
+        shown = _show(dict(zip(listed.keys, listed.files, strict=True)), viewers, failures)
+        models = [viewer.ready.loaded.name for viewer in viewers]
+        return draw(shown, look, images=listed.keys, models=models, progress=options.progress, failures=failures)
+    finally:
+        release_models()
 
 
 def pair(

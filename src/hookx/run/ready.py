@@ -20,7 +20,7 @@ from hookx.capture.state import Settled
 from hookx.errors import CaptureError, HookxError, UsageError, one_line
 from hookx.images.decoding import check_decoding
 from hookx.layers.select import Layer, Selection, Selector, Target, matched_paths, select
-from hookx.models import LoadedModel, forget_skeletons, load_model, skeleton
+from hookx.models import LoadedModel, forget_skeletons, load_model, release_models, skeleton
 from hookx.options import ExtractOptions, PreprocessingOptions, VisualizeOptions
 from hookx.plan import Preprocessing
 from hookx.run.defaults import check_precision, choose_device, choose_memory_format, device_name
@@ -59,9 +59,12 @@ def ready_model(
     and no layer is refused because its rows depend on other images.
     """
     try:
-        return _ready_model(model, weights, options, selectors, excluded, memory_format, batch_size)
-    finally:
-        forget_skeletons()
+        ready = _ready_model(model, weights, options, selectors, excluded, memory_format, batch_size)
+    except BaseException:
+        release_models()
+        raise
+    forget_skeletons()
+    return ready
 
 
 def _ready_model(
