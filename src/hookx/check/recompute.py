@@ -23,7 +23,7 @@ from hookx.images.decoding import check_decoding, decode, decode_jpegs, failure_
 from hookx.images.listing import list_images
 from hookx.keys import key_bytes
 from hookx.layers.select import Selector, Target
-from hookx.models import LoadedModel, load_model, may_run_code, release_models
+from hookx.models import LoadedModel, borrowed_models, load_model, may_run_code
 from hookx.options import CheckpointOptions, ModelOptions, RecomputeOptions, list_paths, takes
 from hookx.plan import Plan, Shard, WeightsIdentity
 from hookx.run.defaults import choose_device, single_threaded
@@ -95,41 +95,41 @@ def recompute(options: RecomputeOptions) -> Recomputation:
     for value, known in ((plan.precision, PRECISIONS), (plan.memory_format, MEMORY_FORMATS)):
         if value not in known:
             raise StoreError(f"{path}/ was computed in '{value}', which this version of hookx does not support")
+    with borrowed_models():
+        return _recompute(options, path, plan)
+
+
+def _recompute(options: RecomputeOptions, path: Path, plan: Plan) -> Recomputation:
     chosen = _choose_rows(path, plan, options.count, random.Random(options.seed))
     listed = list_images(list_paths(options.images))
     files = dict(zip(listed.keys, listed.files, strict=True))
     model_options = options.options or ModelOptions(**options.values_of(CheckpointOptions))
-    try:
-        loaded = _load_again(plan, options.model, options.weights, model_options)
-        runner = Runner(
-            loaded.module, loaded.forward, choose_device(options.device), plan.precision, plan.memory_format
-        )
-        targets = _find_targets(path, plan, loaded, runner)
+    loaded = _load_again(plan, options.model, options.weights, model_options)
+    runner = Runner(loaded.module, loaded.forward, choose_device(options.device), plan.precision, plan.memory_format)
+    targets = _find_targets(path, plan, loaded, runner)
 
-        rows: list[RecomputedRow] = []
-        problems: list[Problem] = []
-        with (
-            single_threaded() if runner.device.type == "cpu" else nullcontext(),
-            RowCapture(runner, targets, settle_passes(runner, targets, plan.preprocessing)) as capture,
-        ):
-            for batch in _find_batches(path, plan, chosen):
-                try:
-                    pixels_NCHW = _decode_again(batch, files, plan, loaded, runner.device)
-                except StoreError as error:
-                    problems += [Problem(batch.file, f"row {row:,}: {error}") for row in batch.rows.values()]
-                    continue
-                computed = {
-                    layer.address: torch.empty((len(batch.keys), *layer.shape), dtype=getattr(torch, layer.dtype))
-                    for layer in plan.layers
-                }
-                capture.run(model_input(pixels_NCHW, plan.preprocessing), computed)
-                capture.wait()
-                compared = list(_compare(path, batch, computed))
-                rows += compared
-                problems += _find_deviations(compared, plan, same_device=batch.made_on == runner.device.type)
-        return Recomputation(str(runner.device), tuple(rows), tuple(problems))
-    finally:
-        release_models()
+    rows: list[RecomputedRow] = []
+    problems: list[Problem] = []
+    with (
+        single_threaded() if runner.device.type == "cpu" else nullcontext(),
+        RowCapture(runner, targets, settle_passes(runner, targets, plan.preprocessing)) as capture,
+    ):
+        for batch in _find_batches(path, plan, chosen):
+            try:
+                pixels_NCHW = _decode_again(batch, files, plan, loaded, runner.device)
+            except StoreError as error:
+                problems += [Problem(batch.file, f"row {row:,}: {error}") for row in batch.rows.values()]
+                continue
+            computed = {
+                layer.address: torch.empty((len(batch.keys), *layer.shape), dtype=getattr(torch, layer.dtype))
+                for layer in plan.layers
+            }
+            capture.run(model_input(pixels_NCHW, plan.preprocessing), computed)
+            capture.wait()
+            compared = list(_compare(path, batch, computed))
+            rows += compared
+            problems += _find_deviations(compared, plan, same_device=batch.made_on == runner.device.type)
+    return Recomputation(str(runner.device), tuple(rows), tuple(problems))
 
 
 def _choose_rows(path: Path, plan: Plan, count: int, generator: random.Random) -> dict[Shard, list[int]]:

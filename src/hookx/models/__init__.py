@@ -14,6 +14,7 @@ from hookx.options import ModelOptions
 
 if TYPE_CHECKING:
     from hookx.models.loading import (
+        borrowed_models,
         forget_skeletons,
         list_models,
         load_model,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LoadedModel",
     "ModelOptions",
+    "borrowed_models",
     "forget_skeletons",
     "list_models",
     "load_model",

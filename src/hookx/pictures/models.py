@@ -16,7 +16,7 @@ from hookx.errors import HookxError, ImageError, LayerError, UsageError, closest
 from hookx.images.decoding import decode, failure_reason, model_input
 from hookx.images.listing import list_images
 from hookx.layers.select import Selector, matched_paths, parse_selectors
-from hookx.models import release_models
+from hookx.models import borrowed_models
 from hookx.options import VisualizeOptions, list_paths, takes
 from hookx.pictures.attention import find_attention
 from hookx.pictures.contents import Look, ShownImage, ShownLayer, show_attention, show_input, show_layer
@@ -45,20 +45,22 @@ def visualize(options: VisualizeOptions) -> Gallery:
         >>> [(picture.layer, picture.shows) for picture in gallery.pictures]
         [('conv1', '64 channels of 112 × 112'), ('layer4', '512 channels of 7 × 7'), ('', '1 row, 2 layers')]
     """
+    with borrowed_models():
+        return _visualize(options)
+
+
+def _visualize(options: VisualizeOptions) -> Gallery:
     look = Look(options, options.attention)
     asked = pair(options.model, options.weights, options.layers, attention=look.attention)
     listed = list_images(list_paths(options.images))
     viewers = []
+    for ref, weights, selectors in asked:
+        ready = ready_model(ref, weights, options, [] if look.attention else selectors, batch_size=1)
+        viewers.append(_Viewer(ready, selectors, look))
     failures: dict[str, str] = {}
-    try:
-        for ref, weights, selectors in asked:
-            ready = ready_model(ref, weights, options, [] if look.attention else selectors, batch_size=1)
-            viewers.append(_Viewer(ready, selectors, look))
-        shown = _show(dict(zip(listed.keys, listed.files, strict=True)), viewers, failures)
-        models = [viewer.ready.loaded.name for viewer in viewers]
-        return draw(shown, look, images=listed.keys, models=models, progress=options.progress, failures=failures)
-    finally:
-        release_models()
+    shown = _show(dict(zip(listed.keys, listed.files, strict=True)), viewers, failures)
+    models = [viewer.ready.loaded.name for viewer in viewers]
+    return draw(shown, look, images=listed.keys, models=models, progress=options.progress, failures=failures)
 
 
 def pair(

@@ -13,7 +13,7 @@ import torch
 from hookx.capture.copies import has_streams
 from hookx.capture.rows import RowCapture
 from hookx.errors import ImageError
-from hookx.models import release_models
+from hookx.models import borrowed_models
 from hookx.options import ExtractOptions, takes
 from hookx.plan import Shard
 from hookx.run.defaults import describe_device, device_name, single_threaded
@@ -46,10 +46,8 @@ def extract(options: ExtractOptions) -> Summary:
         >>> summary.images, [layer.shape for layer in summary.layers]
         (8, [(64, 112, 112), (512, 1, 1)])
     """
-    try:
+    with borrowed_models():
         return run(prepare(**vars(options)), options.progress)
-    finally:
-        release_models()
 
 
 def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) -> Summary:
