@@ -9,10 +9,12 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils import deterministic
+
+T = TypeVar("T")
 
 PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -62,27 +64,33 @@ def _float32_products(*, allow_tf32: bool) -> Iterator[None]:
     Since PyTorch 2.9 each kind of operation has a precision of its own. The older switches set these too, but raise an
     error when they are read after the newer ones were used: pytorch.org/docs/stable/notes/cuda.html.
     """
-    switches: list[tuple[Callable[[], Any], Callable[[Any], None], Any]] = [
-        (lambda: torch.backends.cudnn.allow_tf32, _setter(torch.backends.cudnn, "allow_tf32"), allow_tf32),
-        (
-            torch.get_float32_matmul_precision,
-            torch.set_float32_matmul_precision,
-            "high" if allow_tf32 else "highest",
-        ),
-    ]
-    for kind in _kinds_of_products():
-        switches.append((_getter(kind), _setter(kind, "fp32_precision"), "tf32" if allow_tf32 else "ieee"))
-    before: list[tuple[Callable[[Any], None], Any]] = []
+    kinds = _kinds_of_products()
+    newer = [kind.fp32_precision for kind in kinds]
+    cudnn, matrices = torch.backends.cudnn, torch.get_float32_matmul_precision
+    older = _read_older(lambda: cudnn.allow_tf32, kinds), _read_older(matrices, kinds)
     try:
-        for read, write, _ in switches:
-            with contextlib.suppress(RuntimeError):  # The caller has used the newer switches.
-                before.append((write, read()))
-        for _, write, value in switches:
-            write(value)
+        _set(kinds, allow_tf32, "high" if allow_tf32 else "highest", ["tf32" if allow_tf32 else "ieee"] * len(kinds))
         yield
     finally:
-        for write, value in before:  # The older ones first: they change the newer ones.
-            write(value)
+        _set(kinds, *older, newer)
+
+
+def _set(kinds: list[Any], allow_tf32: bool, matrices: str, newer: list[str]) -> None:
+    torch.backends.cudnn.allow_tf32 = allow_tf32
+    torch.set_float32_matmul_precision(matrices)
+    for kind, precision in zip(kinds, newer, strict=True):  # At last: the older switches change the newer ones.
+        kind.fp32_precision = precision
+
+
+def _read_older(read: Callable[[], T], kinds: list[Any]) -> T:
+    """Read an older switch; where the newer ones disagree with it, it can be read once these are set to agree."""
+    for agreeing in ("ieee", "tf32"):
+        try:
+            return read()
+        except RuntimeError:
+            for kind in kinds:
+                kind.fp32_precision = agreeing
+    return read()
 
 
 def _kinds_of_products() -> list[Any]:
@@ -92,14 +100,6 @@ def _kinds_of_products() -> list[Any]:
     if not hasattr(cudnn, "conv"):
         return []
     return [cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
-
-
-def _getter(kind: Any) -> Callable[[], Any]:
-    return lambda: kind.fp32_precision
-
-
-def _setter(owner: Any, name: str) -> Callable[[Any], None]:
-    return lambda value: setattr(owner, name, value)
 
 
 @contextlib.contextmanager

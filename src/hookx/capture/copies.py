@@ -56,7 +56,7 @@ class Copies:
         """
         snapshot = value.clone(memory_format=torch.contiguous_format) if is_live else value.contiguous()
         self._stream.wait_stream(torch.accelerator.current_stream(self._device))
-        with _current(self._stream):
+        with as_current(self._stream):
             begin = self._now()
             rows.copy_(snapshot, non_blocking=True)
             self._pass.copies.append((begin, self._now()))
@@ -87,13 +87,14 @@ class Copies:
         return self._ended > before
 
     def _now(self) -> torch.Event:
-        event = torch.Event(self._device, enable_timing=True)
+        # Waiting without `blocking` takes a core, which could decode images.
+        event = torch.Event(self._device, enable_timing=True, blocking=True)
         event.record(torch.accelerator.current_stream(self._device))
         return event
 
 
 @contextmanager
-def _current(stream: torch.Stream) -> Iterator[None]:
+def as_current(stream: torch.Stream) -> Iterator[None]:
     """Make a stream the current one; `with stream:` is newer than the oldest PyTorch that hookx runs on."""
     before = torch.accelerator.current_stream(stream.device)
     torch.accelerator.set_stream(stream)

@@ -225,10 +225,10 @@ def _decode_again(
             pixels_CHW, _ = decode(files[key], plan.preprocessing, batch.sizes_bytes.get(key), loaded.transform)
             if pixels_CHW.ndim > 1:
                 return pixels_CHW.to(device)
-            (decoded,) = decode_jpegs([pixels_CHW], plan.preprocessing, device)  # It is a JPEG file, for the GPU.
-            if isinstance(decoded, Tensor):
-                return decoded
-            raise decoded
+            (decoded_CHW,), refused = decode_jpegs([pixels_CHW], plan.preprocessing, device)  # a JPEG file, for the GPU
+            if refused:
+                raise refused[0]
+            return decoded_CHW
         except Exception as error:  # Decoders can raise anything.
             raise StoreError(f"its batch needs the image '{key}': {failure_reason(error)}") from None
 

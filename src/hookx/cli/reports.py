@@ -36,7 +36,15 @@ if TYPE_CHECKING:  # They import torch.
 _SUMMARY = (
     *("out", "model", "weights", "notes", "preprocessing", "layers", "images", "failures", "shards", "shards_computed"),
     *("images_computed", "bytes", "device", "precision", "memory_format", "batch_size", "workers", "rotations_ignored"),
-    *("counts", "seconds_total", "seconds_reading", "seconds_model", "seconds_copying", "seconds_writing"),
+    *(
+        "counts",
+        "seconds_total",
+        "seconds_reading",
+        "seconds_nvjpeg",
+        "seconds_model",
+        "seconds_copying",
+        "seconds_writing",
+    ),
     *("busy", "bound_by", "files"),
 )
 Facts = list[tuple[str, str]]  # names and values, a line each

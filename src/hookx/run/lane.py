@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -16,8 +16,8 @@ from hookx.capture.copies import has_streams
 from hookx.capture.failures import is_out_of_memory, report_broken_device
 from hookx.capture.rows import RowCapture
 from hookx.errors import HookxError
-from hookx.images.decoding import UnreadableError, decode_jpegs, model_input
-from hookx.plan import Plan, Preprocessing, ValueCounts
+from hookx.images.decoding import model_input
+from hookx.plan import Plan, ValueCounts
 from hookx.run.ready import out_of_memory
 from hookx.store.writer import ShardWriter, Written
 
@@ -36,6 +36,7 @@ class Batch:
     reasons: dict[int, str] = field(default_factory=dict)  # position -> why it could not be read
     rotations_ignored: int = 0
     reading_seconds: float = 0.0
+    nvjpeg_seconds: float = 0.0
     # Computed and written, by a lane.
     counts: ValueCounts = field(default_factory=ValueCounts)
     model_seconds: float = 0.0
@@ -62,41 +63,6 @@ class Batch:
                     tensor.share_memory_()
         except RuntimeError as error:  # torch has no other error for too little memory
             raise MemoryError(str(error)) from None
-
-    def decode_rest(self, preprocessing: Preprocessing, device: torch.device) -> None:
-        """Decode by nvjpeg what was left to it, and put it in its place among the other pixels."""
-        if self.encoded is None:
-            return
-        start = time.perf_counter()
-        content, files = self.encoded
-        positions, sizes_bytes = (column.tolist() for column in files.unbind(1))
-        with report_broken_device():
-            decoded = dict(zip(positions, _decode(content.split(sizes_bytes), preprocessing, device), strict=True))
-        refused = {position: str(result) for position, result in decoded.items() if not isinstance(result, Tensor)}
-        self.reasons = dict(sorted((self.reasons | refused).items()))
-        others: Iterator[Tensor] = iter(() if self.pixels_NCHW is None else self.pixels_NCHW.to(device))
-        pixels = [
-            decoded[position] if position in decoded else next(others)
-            for position in self.positions
-            if position not in self.reasons
-        ]
-        self.pixels_NCHW, self.encoded = stack(pixels), None
-        self.reading_seconds += time.perf_counter() - start
-
-
-def _decode(
-    files: Sequence[Tensor], preprocessing: Preprocessing, device: torch.device
-) -> list[Tensor | UnreadableError]:
-    """Decode files with nvjpeg, in halves of halves if the device has too little memory for their pixels."""
-    try:
-        return decode_jpegs(files, preprocessing, device)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        if len(files) == 1:
-            raise out_of_memory(1, error) from None
-    half = len(files) // 2
-    return [*_decode(files[:half], preprocessing, device), *_decode(files[half:], preprocessing, device)]
 
 
 def stack(pixels: list[Tensor]) -> Tensor | None:

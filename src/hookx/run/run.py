@@ -104,6 +104,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
                     record.rotations_ignored += batch.rotations_ignored
                     record.counts.add(batch.counts)
                     timing.reading += batch.reading_seconds
+                    timing.nvjpeg += batch.nvjpeg_seconds
                     timing.model += batch.model_seconds
                     written.append(batch.written)
                     progress(len(positions))
