@@ -344,7 +344,7 @@ class Plan:
         dtypes = {layer.dtype for layer in self.layers}
         floats = {dtype for dtype in dtypes if "float" in dtype}
         if "complex64" in dtypes and not floats:
-            floats = {"float32"}  # complex128 is stored as complex64 if that was asked for.
+            floats = {"float32"}  # complex128 is stored as complex64 with --dtype fp32.
         is_usual = (self.precision, floats) == ("fp32", {"float32"}) and "complex64" not in dtypes
         if len(floats) == 1 and floats <= set(DTYPE_NAMES.values()) and not is_usual:
             words += ["--dtype", *floats]

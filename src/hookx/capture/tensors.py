@@ -49,7 +49,7 @@ _COMPUTABLE = {
 }
 _PACKED_DTYPES = re.compile(r"u?int[1-7]|bits\w+|float4\w+")  # torch cannot even copy most of these
 
-# What is not searched. A module's parameters are no activations; the rest leads into the whole program, or nowhere.
+# What is not searched. A module's parameters are not activations; the rest leads into the whole program, or nowhere.
 _LEAVES = (
     *(type(None), bool, int, float, complex, str, bytes, bytearray, memoryview, range, slice, type, enum.Enum),
     *(types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial),
