@@ -70,6 +70,9 @@ class Passes:
         self.batches.append(batch)
         for key in self.comparisons.keys() - seen:
             comparison = self.comparisons[key]
+            if batch.what:
+                comparison.is_excused = True
+                continue
             comparison.problem = comparison.problem or f"it exists for {self.batches[0]} but not for {batch}"
 
     def go_on_with_one_of(self, *batches: Batch) -> str:
@@ -128,7 +131,7 @@ class Passes:
         """Return how the number of a module's calls changes from pass to pass; '' if it does not."""
         first, count = self.calls[0][0], self.calls[0][1][path]
         for batch, calls in self.calls[1:]:
-            if calls[path] != count:
+            if calls[path] != count and not batch.what:
                 images = "other images" if len(batch) == len(first) else len(batch)
                 return f"called {_times(count)} for {first} and {_times(calls[path])} for {images}"
         return ""
