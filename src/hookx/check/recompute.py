@@ -23,11 +23,11 @@ from hookx.images.decoding import check_decoding, decode, decode_jpegs, failure_
 from hookx.images.listing import list_images
 from hookx.keys import key_bytes
 from hookx.layers.select import Selector, Target
-from hookx.models import LoadedModel, load_model, may_run_code
+from hookx.models import LoadedModel, borrowed_models, load_model, may_run_code
 from hookx.options import CheckpointOptions, ModelOptions, RecomputeOptions, list_paths, takes
 from hookx.plan import Plan, Shard, WeightsIdentity
 from hookx.run.defaults import choose_device, single_threaded
-from hookx.run.ready import place_and_select
+from hookx.run.ready import place_and_select, settle_passes
 from hookx.store.directory import present_shards, read_plan
 from hookx.store.format import open_shard
 from hookx.store.record import read_record
@@ -95,6 +95,11 @@ def recompute(options: RecomputeOptions) -> Recomputation:
     for value, known in ((plan.precision, PRECISIONS), (plan.memory_format, MEMORY_FORMATS)):
         if value not in known:
             raise StoreError(f"{path}/ was computed in '{value}', which this version of hookx does not support")
+    with borrowed_models():
+        return _recompute(options, path, plan)
+
+
+def _recompute(options: RecomputeOptions, path: Path, plan: Plan) -> Recomputation:
     chosen = _choose_rows(path, plan, options.count, random.Random(options.seed))
     listed = list_images(list_paths(options.images))
     files = dict(zip(listed.keys, listed.files, strict=True))
@@ -107,7 +112,7 @@ def recompute(options: RecomputeOptions) -> Recomputation:
     problems: list[Problem] = []
     with (
         single_threaded() if runner.device.type == "cpu" else nullcontext(),
-        RowCapture(runner, targets) as capture,
+        RowCapture(runner, targets, settle_passes(runner, targets, plan.preprocessing)) as capture,
     ):
         for batch in _find_batches(path, plan, chosen):
             try:
@@ -171,7 +176,7 @@ def _find_targets(path: Path, plan: Plan, loaded: LoadedModel, runner: Runner) -
         raise UsageError(f"{plan.model} has integer layers that run on the CPU only", "write --device cpu")
     check_decoding(plan.preprocessing, runner.device)
     selectors = [Selector.parse(layer.address) for layer in plan.layers]
-    targets = place_and_select(loaded, runner, plan.preprocessing.crop_px, selectors).targets
+    targets = place_and_select(loaded, runner, plan.preprocessing, selectors, (), plan.batch_size).targets
     shapes = {layer.address: layer.shape for layer in plan.layers}
     if {str(target.address): target.shape for target in targets} != shapes:
         raise StoreError(f"{plan.model} does not have the layers and shapes of {path}/")

@@ -13,6 +13,7 @@ import torch
 from hookx.capture.copies import has_streams
 from hookx.capture.rows import RowCapture
 from hookx.errors import ImageError
+from hookx.models import borrowed_models
 from hookx.options import ExtractOptions, takes
 from hookx.plan import Shard
 from hookx.run.defaults import describe_device, device_name, single_threaded
@@ -45,7 +46,8 @@ def extract(options: ExtractOptions) -> Summary:
         >>> summary.images, [layer.shape for layer in summary.layers]
         (8, [(64, 112, 112), (512, 1, 1)])
     """
-    return run(prepare(**vars(options)), options.progress)
+    with borrowed_models():
+        return run(prepare(**vars(options)), options.progress)
 
 
 def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) -> Summary:
@@ -73,7 +75,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
             filled_at_once=_MAX_PASSES_IN_FLIGHT if on_gpu else 1,
             pin_memory=on_gpu,
         ) as writer,
-        RowCapture(ready.runner, ready.selection.targets) as capture,
+        RowCapture(ready.runner, ready.selection.targets, ready.settle()) as capture,
     ):
         lane = Lane(capture, writer, plan)
         decoded = batches(  # Forks the workers, before there are threads.
