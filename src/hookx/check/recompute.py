@@ -192,8 +192,7 @@ def _find_batches(path: Path, plan: Plan, chosen: dict[Shard, list[int]]) -> Ite
     """Yield the batches of the chosen rows: cut at multiples of the batch size, without unreadable images."""
     for shard, numbers in chosen.items():
         record = read_record(path, plan, shard)
-        made_with = record.made.get("batch_size")
-        batch_size = made_with if isinstance(made_with, int) and made_with > 0 else plan.batch_size
+        batch_size = record.made_in_batches_of or plan.batch_size
         made_on = str(record.made.get("device")).partition(":")[0].partition(" ")[0]
         readable, wanted = set(record.keys), {record.keys[row]: row for row in numbers}
         keys = sorted([*record.keys, *(key for key, _ in record.failures)], key=key_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
@@ -17,6 +18,7 @@ from hookx.errors import HookxError
 from hookx.images.decoding import decode_jpegs, model_input
 from hookx.plan import Plan, Preprocessing, ValueCounts
 from hookx.run.ready import out_of_memory
+from hookx.run.selfcheck import SelfCheck
 from hookx.store.writer import ShardWriter, Written
 
 log = logging.getLogger("hookx")
@@ -36,6 +38,7 @@ class Batch:
     reading_seconds: float = 0.0
     # Computed and written, by a lane.
     counts: ValueCounts = field(default_factory=ValueCounts)
+    self_checked: int = 0  # rows that were computed again
     model_seconds: float = 0.0
     written: Written | Future[Written] | None = None
     error: HookxError | None = None  # in place of `written`
@@ -101,8 +104,8 @@ class Lane:
     has memory for their rows.
     """
 
-    def __init__(self, capture: RowCapture, writer: ShardWriter, plan: Plan) -> None:
-        self.capture, self.writer, self.plan = capture, writer, plan
+    def __init__(self, capture: RowCapture, writer: ShardWriter, plan: Plan, check: SelfCheck | None = None) -> None:
+        self.capture, self.writer, self.plan, self.check = capture, writer, plan, check
         self.images_at_once = plan.batch_size  # in the model; fewer once that was too much for a GPU
 
     def run(self, batch: Batch) -> Batch:
@@ -113,7 +116,7 @@ class Lane:
         if pixels_NCHW is not None:
             start = time.perf_counter()
             on_device = pixels_NCHW.to(device, non_blocking=device.type == "cuda")
-            self._run_in_parts(model_input(on_device, self.plan.preprocessing), rows)
+            self._run(batch, model_input(on_device, self.plan.preprocessing), rows)
             if device.type != "cuda":  # A GPU measures its own time.
                 batch.model_seconds = time.perf_counter() - start
         if device.type == "cpu":  # Elsewhere the counts of a shard are taken at its end: they wait for the device.
@@ -121,16 +124,44 @@ class Lane:
         batch.written = self.writer.write(batch.positions, functools.partial(self.capture.wait, self.capture.passes))
         return batch
 
-    def _run_in_parts(self, pixels_NCHW: Tensor, rows: Mapping[str, Tensor]) -> None:
-        """Run a batch, in halves of halves if the device has too little memory."""
+    def finish(self) -> None:
+        """Do what a process does after its last batch: raise if its first rows are others by now."""
+        if self.check is not None:
+            with self._report_memory():
+                self.check.finish()
+
+    def _run(self, batch: Batch, pixels_NCHW: Tensor, rows: Mapping[str, Tensor]) -> None:
+        """Run a batch, and check it if it is one of those to check."""
+        copy_NCHW = None if self.check is None else self.check.copy_pixels(batch.positions, pixels_NCHW)
+        parts = self._run_in_parts(pixels_NCHW, rows)
+        if self.check is not None and copy_NCHW is not None:
+            readable = [position for position in batch.positions if position not in batch.reasons]
+            with self._report_memory():
+                self.capture.wait()
+                batch.self_checked = self.check.check(
+                    batch.positions, readable, copy_NCHW, rows, parts, self.images_at_once
+                )
+
+    def _run_in_parts(self, pixels_NCHW: Tensor, rows: Mapping[str, Tensor]) -> list[range]:
+        """Run a batch, in halves of halves if the device has too little memory; return what ran together."""
+        parts: list[range] = []
         start = 0
         while start < len(pixels_NCHW):
             stop = min(start + self.images_at_once, len(pixels_NCHW))
             try:
                 self.capture.run(pixels_NCHW[start:stop], {address: rows[address][start:stop] for address in rows})
+                parts.append(range(start, stop))
                 start = stop
             except OutOfMemoryError as error:
                 if stop - start == 1:
                     raise out_of_memory(1, error) from None
                 self.images_at_once = (stop - start) // 2
                 log.warning("out of memory with %d images at once: going on with %d", stop - start, self.images_at_once)
+        return parts
+
+    @contextlib.contextmanager
+    def _report_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except OutOfMemoryError as error:
+            raise out_of_memory(self.images_at_once, error) from None

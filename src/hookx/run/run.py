@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from hookx.capture.rows import RowCapture
+from hookx.capture.second_look import SecondLook
 from hookx.errors import ImageError
 from hookx.options import ExtractOptions, takes
 from hookx.plan import Shard
 from hookx.run.defaults import device_name, single_threaded
 from hookx.run.lane import Lane
 from hookx.run.prepare import Job, prepare
+from hookx.run.selfcheck import SelfCheck, choose_batches
 from hookx.run.summary import Summary, Timing, summarize
 from hookx.run.workers import batches
 from hookx.store.directory import RunDirectory
@@ -75,7 +77,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
         ) as writer,
         RowCapture(ready.runner, ready.selection.targets) as capture,
     ):
-        lane = Lane(capture, writer, plan)
+        lane = Lane(capture, writer, plan, _self_check(job, capture))
         decoded = batches(  # Forks the workers, before there are threads.
             job.images,
             [positions for shard in job.pending for positions in shard.batches(plan.batch_size)],
@@ -93,6 +95,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
             computed = decoded if job.workers_compute else map(lane.run, decoded)
             for shard in job.pending:
                 record = ShardRecord(sizes_bytes=list(job.images.sizes_bytes[shard.start : shard.stop]))
+                record.self_checked = 0 if lane.check else None
                 written = []
                 for positions in shard.batches(plan.batch_size):
                     batch = next(computed)
@@ -101,10 +104,14 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
                     record.failures += batch.failures
                     record.rotations_ignored += batch.rotations_ignored
                     record.counts.add(batch.counts)
+                    if record.self_checked is not None:
+                        record.self_checked += batch.self_checked
                     timing.reading += batch.reading_seconds
                     timing.model += batch.model_seconds
                     written.append(batch.written)
                     progress(len(positions))
+                if shard is job.pending[-1] and not job.workers_compute:
+                    lane.finish()
                 record.counts.add(capture.take_counts())
                 record.made = {**made, "batch_size": lane.images_at_once}
                 writer.publish(record, written)
@@ -114,6 +121,12 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
     timing.model += capture.gpu_seconds
     timing.copying = capture.gpu_copying_seconds
     timing.writing = writer.seconds
+
+
+def _self_check(job: Job, capture: RowCapture) -> SelfCheck | None:
+    starts = choose_batches(job.plan, job.options.self_check)
+    look = SecondLook(capture, job.ready.selection.targets, job.plan.layers)
+    return SelfCheck(look, job.plan, starts, job.images.keys) if starts else None
 
 
 def _describe_process(job: Job) -> dict[str, Any]:
@@ -132,7 +145,12 @@ def _describe_process(job: Job) -> dict[str, Any]:
 def _expected_record(job: Job, made: dict[str, Any], shard: Shard) -> ShardRecord:
     """Return the record of a shard if every image can be read."""
     positions = slice(shard.start, shard.stop)
-    return ShardRecord(list(job.images.keys[positions]), made=made, sizes_bytes=list(job.images.sizes_bytes[positions]))
+    return ShardRecord(
+        keys=list(job.images.keys[positions]),
+        made=made,
+        sizes_bytes=list(job.images.sizes_bytes[positions]),
+        self_checked=None if job.options.self_check == "off" else len(shard),
+    )
 
 
 def _report(failures: Sequence[tuple[str, str]], count: int, *, strict: bool) -> int:
