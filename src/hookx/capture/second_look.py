@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ class SecondLook:
 
     The rounding of each layer is the probe's, measured on two copies of an image. Batches of other sizes can round
     worse, and a layer can amplify rounding for some images. So before a row counts as moved, the rounding is measured
-    on the image itself: in a batch of its copies that is as large as the one its row comes from, and alone, with pixels
+    on the image itself: in batches of its copies that are as large as the two that are compared, and alone, with pixels
     that differ in their last place. No other image is in these batches, so no dependence on others can hide in what
     they measure. They cost passes only where a row moves.
     """
@@ -77,21 +78,23 @@ class SecondLook:
         self._capture.wait()
         return rows
 
-    def find_moved(self, stored: Rows, again: Rows, image_CHW: Tensor, images_together: int) -> list[Moved]:
+    def find_moved(self, stored: Rows, again: Rows, image_CHW: Tensor, images_together: tuple[int, int]) -> list[Moved]:
         """Return the activations of one image that are others in another batch.
 
         Args:
             stored: the rows of the image.
             again: its rows from the other batch.
             image_CHW: its pixels.
-            images_together: how many images the batch had that the stored rows come from.
+            images_together: how many images the batch had that the stored rows come from, and the other one.
         """
         moved = self._compare(stored, again, self._rounding)
         if moved:
-            alone = self.compute(image_CHW[None])
-            copies = self.compute(image_CHW.expand(images_together, *image_CHW.shape))
+            sizes = {1, *images_together}
+            copies = {size: self.compute(image_CHW.expand(size, *image_CHW.shape)) for size in sizes}
+            alone = copies[1]
             for address in moved:
-                measured = rounding_between(copies[address][0], alone[address][0])
+                pairs = itertools.combinations([rows[address][0] for rows in copies.values()], 2)
+                measured = max((rounding_between(*pair) for pair in pairs), default=0.0)
                 # The number of images can matter too, so do not believe everything that depends on it.
                 self._rounding[address] = max(self._rounding[address], min(measured, self._max_rounding))
             moved = self._compare(stored, again, moved)

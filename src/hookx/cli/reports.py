@@ -36,7 +36,8 @@ if TYPE_CHECKING:  # They import torch.
 _SUMMARY = (
     *("out", "model", "weights", "notes", "preprocessing", "layers", "images", "failures", "shards", "shards_computed"),
     *("images_computed", "bytes", "device", "precision", "memory_format", "batch_size", "workers", "rotations_ignored"),
-    *("counts", "self_checked", "seconds_total", "seconds_reading", "seconds_model", "seconds_copying", "seconds_writing"),
+    *("counts", "self_checked"),
+    *("seconds_total", "seconds_reading", "seconds_model", "seconds_copying", "seconds_writing"),
     *("busy", "bound_by", "files"),
 )
 Facts = list[tuple[str, str]]  # names and values, a line each
@@ -71,7 +72,7 @@ def print_summary(summary: Summary) -> None:
 
 def _checked_text(self_checked: int | None) -> str:
     if self_checked is None:
-        return "no row: the self-check was off"
+        return "no row was computed again: without --self-check"
     return f"{self_checked:,} rows computed again in other company: the same within rounding"
 
 

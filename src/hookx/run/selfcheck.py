@@ -70,10 +70,13 @@ class _Image:
 class SelfCheck:
     """Checks the batches of one process.
 
-    In a batch at one of the chosen positions, the last and the first image are computed again, together with the oldest
-    one, which is the first that this process computed, and in the first of all batches one more image alone. The oldest
-    image is computed once more at the end of the process's work. Where every image is stored from a pass of its own,
-    no row can depend on companions, and all these passes have one image.
+    In a batch at one of the chosen positions, the last image and the brightest are computed again, together with the
+    oldest one, which is the first that this process computed. In the first of all batches one more image is computed
+    again, alone, and so is the oldest at the end of the process's work. The last image is where a batch runs out of
+    room, and the brightest is the one most likely to be treated in a way that random images are not.
+
+    Where every image is stored from a pass of its own, no row can depend on companions, and all these passes have one
+    image.
 
     Args:
         starts: the first positions of the batches to check; see `choose_batches`.
@@ -130,18 +133,20 @@ class SelfCheck:
             self._oldest = _detach(batch[0])
         if positions.start not in self._starts:
             return 0
-        chosen = {id(image): image for image in (batch[-1], batch[0])}
-        last, *first = chosen.values()
-        together = [last, *others, *first]
+        last = len(batch) - 1
+        # Any other than the last, if there is one.
+        brightest = int(pixels_NCHW[:last].flatten(1).mean(1).argmax()) if last else 0
+        together = [batch[last], *others, *([batch[brightest]] if last else [])]
         for start in range(0, len(together), images_at_once):
             self._compute_again(together[start : start + images_at_once])
+        checked = {last, brightest}
         if others:
             self._images_since = 0
         if positions.start == min(self._starts):
-            middle = batch[len(batch) // 2]
-            self._compute_again([middle])
-            chosen[id(middle)] = middle
-        return len(chosen)
+            alone = min(set(range(len(batch))) - checked, default=last)
+            self._compute_again([batch[alone]])
+            checked.add(alone)
+        return len(checked)
 
     def finish(self) -> None:
         """Compute the oldest image again, unless it was lately; raise `CaptureError` if its rows are others by now."""
@@ -154,7 +159,8 @@ class SelfCheck:
         again = [{address: of_batch[number] for address, of_batch in rows.items()} for number in range(len(images))]
         # If the oldest image alone moves, it is not for its companions.
         for image, its_rows in sorted(zip(images, again, strict=True), key=lambda pair: pair[0].batch_NCHW is None):
-            if moved := self._look.find_moved(image.rows, its_rows, image.pixels_CHW, image.images_together):
+            together = image.images_together, len(images)
+            if moved := self._look.find_moved(image.rows, its_rows, image.pixels_CHW, together):
                 raise self._explain(image, moved, len(images) - 1)
 
     def _explain(self, image: _Image, moved: list[Moved], companions: int) -> CaptureError:
@@ -163,22 +169,23 @@ class SelfCheck:
         if image.batch_NCHW is not None:
             rows = self._look.compute(image.batch_NCHW)
             repeated = {address: of_batch[image.place] for address, of_batch in rows.items()}
-            changed = self._look.find_moved(image.rows, repeated, image.pixels_CHW, image.images_together)
+            together = image.images_together, image.images_together
+            changed = self._look.find_moved(image.rows, repeated, image.pixels_CHW, together)
             is_repeatable, moved = not changed, changed or moved
         more = f", and so {'does' if len(moved) == 2 else 'do'} {len(moved) - 1:,} more" if len(moved) > 1 else ""
         layer = f"'{moved[0].address}' of '{image.key}'"
         if is_repeatable:
             beside = f"beside {companions:,} other{'s' if companions > 1 else ''}" if companions else "alone"
-            return CaptureError(
-                f"{layer} depends on the other images of its batch{more}: computed again {beside}, {moved[0]}",
-                "batches of one image have no others: --batch-size 1",
-                "or name earlier layers; --self-check off stores such rows all the same",
-            )
-        return CaptureError(
-            f"{layer} depends on what ran before it{more}: computed again, {moved[0]}",
-            "the model keeps something from one pass to the next, or draws random numbers, where hookx cannot reset it",
-            "name earlier layers, or change the model; --self-check off stores such rows all the same",
-        )
+            problem = f"depends on the other images of its batch{more}: computed again {beside}, {moved[0]}"
+            steps = ["batches of one image have no others: --batch-size 1", "or name earlier layers"]
+        else:
+            problem = f"depends on what ran before it{more}: computed again, {moved[0]}"
+            kept = "keeps something from one pass to the next, or draws random numbers, where hookx cannot reset it"
+            steps = [f"the model {kept}", "name earlier layers, or change the model"]
+        steps[-1] += "; --self-check off stores such rows all the same"
+        if len(self._plan.shards) > 1:
+            steps.append("shards that are published already may hold such rows, too: choose another --out")
+        return CaptureError(f"{layer} {problem}", *steps)
 
 
 def _detach(image: _Image) -> _Image:
