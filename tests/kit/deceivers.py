@@ -133,7 +133,7 @@ class Late(_Net):
 
 
 class Drawn(_Net):
-    """Adds noise from a generator that is nobody's buffer or attribute."""
+    """Adds noise from a generator that belongs to no module."""
 
     def deceive(self, x: Tensor, y: Tensor) -> Tensor:
         return y + 0.01 * torch.rand(y.shape, generator=_generator) * (len(x) > 3)

@@ -152,7 +152,7 @@ def test_an_honest_model_passes_in_batches_of_any_size(
 ) -> None:
     summary = run(name, "conv,trap,pool/in,.", thumbnails, tmp_path, batch_size=batch_size, self_check=100)
     assert summary.images == 24 and summary.batch_size == min(batch_size, 24)
-    # Of every batch the last and the brightest, and of the first batch one more.
+    # The last and the brightest of every batch, and one more of the first.
     checked = sum(min(2, batch_size, 24 - start) for start in range(0, 24, batch_size))
     assert summary.self_checked == checked + (batch_size > 2)
 

@@ -188,7 +188,7 @@ def print_verification(verification: Verification, recomputation: Recomputation 
         ("images", f"{verification.rows:,} rows, {verification.failures:,} failures"),
     ]
     if recomputation is not None:
-        again = f"{len(recomputation.rows):,} rows on {recomputation.device}"
+        again = f"{len(recomputation.rows):,} rows on {recomputation.device}, in other company too"
         if recomputation.rows:
             address, deviation = max(recomputation.deviations.items(), key=lambda item: item[1])
             again += f", {recomputation.rows_with_same_bits:,} with the same bits"

@@ -61,7 +61,7 @@ class _Image:
 
     key: str
     pixels_CHW: Tensor
-    rows: Rows  # of this image
+    rows: Rows  # (*shape) each
     images_together: int  # in the pass that its rows come from
     batch_NCHW: Tensor | None  # all of them, if they are still there
     place: int  # among them
@@ -80,7 +80,7 @@ class SelfCheck:
 
     Args:
         starts: the first positions of the batches to check; see `choose_batches`.
-        keys: of all images of the run, for errors.
+        keys: the keys of all images of the run, for errors.
     """
 
     def __init__(self, look: SecondLook, plan: Plan, starts: frozenset[int], keys: Sequence[str]) -> None:
@@ -106,10 +106,10 @@ class SelfCheck:
         """Check a batch whose rows are complete; return how many of them were computed again.
 
         Args:
-            positions: of the batch.
+            positions: the whole batch.
             readable: the positions of the images that could be read.
             pixels_NCHW: what `copy_pixels` returned.
-            rows: those of the batch.
+            rows: what is about to be stored.
             parts: which images went through the model together.
             images_at_once: how many may.
 
@@ -164,7 +164,7 @@ class SelfCheck:
                 raise self._explain(image, moved, len(images) - 1)
 
     def _explain(self, image: _Image, moved: list[Moved], companions: int) -> CaptureError:
-        """Say why rows move: the same batch, computed once more, tells companions from what ran before."""
+        """Find out why rows move: the same batch, computed once more, tells companions from what ran before."""
         is_repeatable = False
         if image.batch_NCHW is not None:
             rows = self._look.compute(image.batch_NCHW)
