@@ -395,7 +395,7 @@ def test_a_model_of_ones_own_is_computed_again_if_it_is_named_again(thumbnails: 
 NETS = ROOT / "tests" / "kit" / "deceivers.py"
 
 
-@pytest.mark.parametrize("name", ["Crowded", "Numerous", "Bright", "Experts", "Masks", "Pairs"])
+@pytest.mark.parametrize("name", ["Crowded", "Numerous", "Bright", "Experts", "Masks"])
 @pytest.mark.parametrize("count", [1, 3, 24])
 def test_a_run_of_a_model_that_looks_at_the_whole_batch_is_not_called_whole(
     thumbnails: Path, tmp_path: Path, name: str, count: int
