@@ -25,7 +25,7 @@ import hookx
 from hookx.check.inspect import inspect
 from hookx.check.verify import verify
 from hookx.cli.app import app
-from hookx.errors import CaptureError, UsageError
+from hookx.errors import CaptureError
 from hookx.run.prepare import prepare
 from hookx.run.run import extract
 from hookx.run.run import run as run_job
@@ -319,20 +319,6 @@ def test_the_summary_says_what_was_checked(thumbnails: Path, tmp_path: Path) -> 
     assert "checked   no row was computed again: without --self-check\n" in call(*off)
     assert json.loads(call(*off, "--json"))["self_checked"] is None
     assert "checked" not in CliRunner().invoke(app, ["inspect", str(tmp_path / "off")]).stdout
-
-
-@pytest.mark.parametrize(
-    ("value", "said"),
-    [
-        (0, "--self-check must be at least 1, got 0"),
-        ("some", "--self-check must be a whole number, auto or off, got 'some'"),
-    ],
-)
-def test_a_number_of_batches_that_makes_no_sense_is_refused(
-    thumbnails: Path, tmp_path: Path, value: int | str, said: str
-) -> None:
-    with pytest.raises(UsageError, match=said):
-        run("Honest", "trap", thumbnails, tmp_path, self_check=value)
 
 
 # --- the batch size of the summary ---------------------------------------------------------------------------------
