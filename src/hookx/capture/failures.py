@@ -37,7 +37,7 @@ def is_broken(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def report_broken_device() -> Iterator[None]:
+def report_broken_device(when: str = "in the middle of a run") -> Iterator[None]:
     """Raise `DeviceError` for an error of the device, which can surface in any call after the one that caused it."""
     try:
         yield
@@ -46,7 +46,7 @@ def report_broken_device() -> Iterator[None]:
             raise
         first_line = str(error).splitlines()[0]
         raise DeviceError(
-            f"the device failed in the middle of a run: {first_line}",
+            f"the device failed {when}: {first_line}",
             "finished shards are kept; run the same command again to resume",
             "if it fails at the same place, find the operation: CUDA_LAUNCH_BLOCKING=1, or --device cpu",
         ) from None

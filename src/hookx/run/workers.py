@@ -303,6 +303,9 @@ class Worker(IterableDataset[Batch]):
                 yield _wait_for_disk(writing)
             writing = batch
         if writing is not None:
+            if self.lane is not None and writing.error is None:
+                with _interruptible(writing):
+                    self.lane.finish()
             yield _wait_for_disk(writing)
         self.in_hand.release(_FINISHED)
 
