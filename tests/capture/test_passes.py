@@ -63,14 +63,21 @@ class Features(nn.Module):
 # --- recomputation -------------------------------------------------------------------------------------------------
 
 
+class Copy(nn.Module):
+    """Does what hookx does in between, for checkpoints that remember results by the operation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * 2).clone()
+
+
 class Checkpointed(nn.Module):
-    """A block that backward computes again, in one of PyTorch's two ways."""
+    """A block that backward computes again, in one of PyTorch's ways."""
 
     def __init__(self, **how: Any) -> None:
         super().__init__()
         self.how = how
         self.stem = nn.Conv2d(3, 4, 1)
-        self.block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Sigmoid())
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), Copy(), nn.Sigmoid())
         self.head = nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,8 +86,9 @@ class Checkpointed(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def save_everything(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE
+def save_copies(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    is_copy = operation is torch.ops.aten.clone.default
+    return CheckpointPolicy.MUST_SAVE if is_copy else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -88,7 +96,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "not reentrant": {"use_reentrant": False},
     "selective": {
         "use_reentrant": False,
-        "context_fn": lambda: create_selective_checkpoint_contexts(save_everything),
+        "context_fn": lambda: create_selective_checkpoint_contexts(save_copies),
     },
 }
 
@@ -100,7 +108,7 @@ def test_what_backward_computes_again_is_not_captured(way: str, detach: bool) ->
     plain.load_state_dict(net.state_dict())
     pixels = images()
     plain(pixels).sum().backward()
-    asked = "stem,block.0,block.1,block.1@norm23,block.2,block.3,head"
+    asked = "stem,block.0,block.1,block.1@norm23,block.2,block.3,block.4,head"
     with Capture(net, asked, keep=None, detach=detach, transform=lambda maps: maps * maps.tanh()) as capture:
         output = net(pixels)
         taken = {address: value.detach().clone() for address, value in capture.items()}
@@ -108,7 +116,7 @@ def test_what_backward_computes_again_is_not_captured(way: str, detach: bool) ->
         assert list(capture) == list(taken) == asked.split(",")
         assert all(torch.equal(capture[address], value) for address, value in taken.items())
         assert len(capture.history("block.0")) == 1
-        assert "6 calls" not in capture.summary() and "2 calls" not in capture.summary()
+        assert "2 calls" not in capture.summary()
     for (name, weight), expected in zip(net.named_parameters(), plain.parameters(), strict=True):
         assert weight.grad is not None and expected.grad is not None
         assert torch.equal(weight.grad, expected.grad), name
@@ -120,7 +128,7 @@ def test_gradients_reach_a_layer_within_a_checkpoint() -> None:
         score = net(pixels)[:, 0].sum()
     [gradient] = torch.autograd.grad(score, capture["block.1"])
     maps = net.block[1](net.block[0](net.stem(pixels))).detach().requires_grad_()
-    [expected] = torch.autograd.grad(net.head(maps.relu().sigmoid().mean((2, 3)))[:, 0].sum(), maps)
+    [expected] = torch.autograd.grad(net.head(net.block[2:](maps).mean((2, 3)))[:, 0].sum(), maps)
     assert torch.equal(gradient, expected)
 
 
@@ -174,20 +182,15 @@ def test_a_part_that_is_called_by_itself_is_held_as_often_as_a_pass(keep: int) -
     assert torch.equal(capture["block.relu:1"], net.features(images() + 9))
     held = capture.history("conv")
     assert len(held) == keep and len(capture.history("block.relu:1")) == keep
-    assert all(torch.equal(held[-back], net.conv(images() + 10 - back)) for back in range(1, keep + 1))
+    assert all(torch.equal(held[-back], net.conv(images() + (10 - back))) for back in range(1, keep + 1))
 
 
 def test_memory_of_parts_is_bounded() -> None:
-    net, alive = Features().eval(), weakref.WeakSet[Tensor]()
-
-    def note(maps: Tensor) -> Tensor:
-        result = maps.clone()
-        alive.add(result.untyped_storage())  # type: ignore[arg-type]
-        return maps
+    net = Features().eval()
 
     def tensors_alive() -> int:
         gc.collect()
-        return sum(isinstance(thing, Tensor) and thing.shape[:1] == (7,) for thing in gc.get_objects())
+        return sum(type(thing) is Tensor and thing.shape[:1] == (7,) for thing in gc.get_objects())
 
     with torch.no_grad(), Capture(net, "**") as capture:
         pixels = torch.randn(7, 3, 8, 8)
@@ -433,7 +436,8 @@ def test_passes_of_several_threads_do_not_mix() -> None:
             def run() -> None:
                 for number in range(start, start + 5):
                     net(images() + number)
-                    own.append(torch.equal(last["0"], net[0](images() + number)))
+                    expected = nn.functional.conv2d(images() + number, net[0].weight, net[0].bias)
+                    own.append(torch.equal(last["0"], expected))
 
             return run
 

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+@contextlib.contextmanager
+def compute_aside() -> Iterator[None]:
+    """Hide operations of hookx from activation checkpointing, and from whoever else watches the model's own.
+
+    Checkpointing counts the tensors that are saved for backward, or remembers results by their order, and expects the
+    same from the pass in backward, where nothing is captured.
+    """
+    with contextlib.ExitStack() as stack:
+        if torch._C._len_torch_dispatch_stack():
+            stack.enter_context(_disable_current_modes())
+        with contextlib.suppress(RuntimeError):  # torch.func allows no such hooks, and so no checkpointing either.
+            stack.enter_context(saved_tensors_hooks(_as_it_is, _as_it_is))
+        yield
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class _GoOn(Function):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FrameType
@@ -10,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
-from hookx.capture.gradients import AttachedCopies
+from hookx.capture.gradients import AttachedCopies, compute_aside
 from hookx.capture.hooks import Parts, Watch, dtype_name, reduce, tensors_given, tensors_in
 from hookx.capture.passes import Pass, Passes
 from hookx.capture.runner import module_classes, modules_of, parameter_count
@@ -254,22 +252,14 @@ class Capture(Mapping[str, Tensor]):
                 one_pass.activations[address] = self._value_of(wish, tensor, copies)
 
     def _value_of(self, wish: _Wish, tensor: Tensor, copies: AttachedCopies) -> Tensor:
-        copied = tensor.detach() if self._detach else copies.of(tensor)
-        value = copied
-        if wish.address.reduction is not None or wish.transform is not None:
-            # Activation checkpointing counts what is saved for backward, in the forward pass and again in backward,
-            # where nothing is captured. So save past it.
-            saving = contextlib.nullcontext() if self._detach else saved_tensors_hooks(_as_it_is, _as_it_is)
-            with saving, self._passes.mute():
-                value = reduce(value, wish.address.reduction)
-                value = value if wish.transform is None else wish.transform(value)
-        if not isinstance(value, Tensor):
-            raise CaptureError(f"the transform of '{wish.address}' returned a {type(value).__name__}, not a tensor")
-        return value if value is copied and not self._detach else value.clone()
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
+        with compute_aside(), self._passes.mute():
+            copied = tensor.detach() if self._detach else copies.of(tensor)
+            value = reduce(copied, wish.address.reduction)
+            if wish.transform is not None:
+                value = wish.transform(value)
+            if not isinstance(value, Tensor):
+                raise CaptureError(f"the transform of '{wish.address}' returned a {type(value).__name__}, not a tensor")
+            return value if value is copied and not self._detach else value.clone()
 
 
 def _refuse_compiled(modules: Mapping[str, nn.Module], path: str) -> None:
