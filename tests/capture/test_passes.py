@@ -428,7 +428,8 @@ class Meets(nn.Module):
 
 
 def test_passes_of_several_threads_do_not_mix() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), Meets(threading.Barrier(2)), nn.ReLU(), Meets(threading.Barrier(2)))
+    conv = nn.Conv2d(3, 4, 1)
+    net = nn.Sequential(conv, Meets(threading.Barrier(2)), nn.ReLU(), Meets(threading.Barrier(2)))
     own: list[bool] = []
     with Capture(net, "0,2", keep=None) as capture, Capture(net, "0") as last:
 
@@ -436,7 +437,7 @@ def test_passes_of_several_threads_do_not_mix() -> None:
             def run() -> None:
                 for number in range(start, start + 5):
                     net(images() + number)
-                    expected = nn.functional.conv2d(images() + number, net[0].weight, net[0].bias)
+                    expected = nn.functional.conv2d(images() + number, conv.weight, conv.bias)
                     own.append(torch.equal(last["0"], expected))
 
             return run
@@ -475,7 +476,7 @@ def test_a_pass_that_ends_leaves_the_fast_path_off_for_a_pass_in_another_thread(
 
 def test_layers_within_compiled_code_are_refused_by_name() -> None:
     net = Features().eval()
-    compiled = torch.compile(net, backend="eager")
+    compiled: Any = torch.compile(net, backend="eager")
     with pytest.raises(LayerError, match=r"cannot capture '_orig_mod.conv': torch.compile runs '.' as one program"):
         Capture(compiled, "_orig_mod.conv")
     with pytest.raises(LayerError, match=r"cannot capture 'block.conv': TorchScript runs 'block' as one program"):
@@ -489,7 +490,7 @@ def test_layers_within_compiled_code_are_refused_by_name() -> None:
 
 def test_the_output_of_a_compiled_model_and_of_a_scripted_part_is_captured() -> None:
     net, pixels = Features().eval(), images()
-    compiled = torch.compile(net, backend="eager")
+    compiled: Any = torch.compile(net, backend="eager")
     with Capture(compiled, ".") as capture:
         output = compiled(pixels)
     assert torch.equal(capture["."], output)
@@ -512,7 +513,7 @@ def test_replicas_of_data_parallel_are_refused() -> None:
     net = Features().eval()
     with Capture(net, "conv"):
         replica = net._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        with pytest.raises(CaptureError, match="under nn.DataParallel"):
+        with pytest.raises(CaptureError, match=r"under nn\.DataParallel"):
             replica(images())
 
 

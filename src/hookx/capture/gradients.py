@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -46,6 +47,10 @@ class _GoOn(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         return None, gradient
 
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _tangent_of_copy: Tensor) -> Tensor:
+        return tangent.mul_(1)  # PyTorch checks that it was changed in place, as the tensor was.
+
 
 class _GoOnAsAlias(Function):
     """Another tensor with the same memory, whose gradient goes to the copy."""
@@ -58,13 +63,19 @@ class _GoOnAsAlias(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
+    @staticmethod
+    def jvp(ctx: Any, tangent_of_copy: Tensor, _boxed: None) -> Tensor:
+        return tangent_of_copy.clone()
+
 
 class AttachedCopies:
     """Copies of the tensors that one call of a layer got or returned, put on the path of their gradients.
 
     The model goes on with the same tensor object, and so with the same memory: whatever it does in place happens as if
-    nothing was captured, and never reaches the copy. Autograd cannot do that to leaves and views; they go on as an alias
-    that the layer's output, or its arguments, must hold in their place (see `put_aliases_in`).
+    nothing was captured, and never reaches the copy. Autograd cannot do that to leaves and views. They go on as an
+    alias, which the layer's output or its arguments must hold in their place (see `put_aliases_in`). The memory is the
+    same, but autograd does not know: if the model changes the alias in place and then reads the original, the gradient
+    of the original lacks that change.
 
     Example:
         >>> weight = torch.ones(3, requires_grad=True)
@@ -80,15 +91,17 @@ class AttachedCopies:
         self._aliases: dict[int, Tensor] = {}
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return the copy of a tensor, one for each; without a gradient there is no path, and it is just a copy."""
+        """Return the copy of a tensor, always the same one."""
         if id(tensor) not in self._copies:
             copied = tensor.clone()
             self._copies[id(tensor)] = tensor, copied
-            if copied.requires_grad and (tensor.is_leaf or tensor._is_view()):
+            if not copied.requires_grad or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state():
+                pass  # There is no path, or none that a function of ours can be put on.
+            elif tensor.is_leaf or tensor._is_view():
                 self._aliases[id(tensor)] = _GoOnAsAlias.apply(copied, [tensor])
-            elif copied.requires_grad:
+            else:
                 # The values stay the same, so what autograd saved of the tensor before is still valid.
-                with torch.autograd._unsafe_preserve_version_counter(tensor):
+                with _unsafe_preserve_version_counter(tensor):
                     _GoOn.apply(tensor, copied)
         return self._copies[id(tensor)][1]
 

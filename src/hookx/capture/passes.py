@@ -78,7 +78,7 @@ class _Running(threading.local):
         self.is_muted = False
 
     def end_calls_not_on(self, frame: FrameType) -> None:
-        """End calls that ended without telling: by an exception that is no `Exception`, or unhooked on the way."""
+        """End calls that ended unnoticed: by a `KeyboardInterrupt`, say, or because they were unhooked meanwhile."""
         while self.calls and not _is_on_stack(self.calls[-1].frame, frame):
             self.calls.pop()
         self.end_pass_if_over()
@@ -187,7 +187,7 @@ class Passes:
             since = of_model.number if of_model else -1
             of_parts = list({p.path: p for p in held if p.path != "." and p.number > since}.values())
         last = Pass(".", -1)
-        for one_pass in [of_model] * (of_model is not None) + sorted(of_parts, key=lambda part: part.number):
+        for one_pass in [*([of_model] if of_model else []), *sorted(of_parts, key=lambda part: part.number)]:
             again = {key.path for key in one_pass.activations}
             last.activations = {key: value for key, value in last.activations.items() if key.path not in again}
             last.activations.update(one_pass.activations)

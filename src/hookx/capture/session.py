@@ -219,31 +219,33 @@ class Capture(Mapping[str, Tensor]):
     def _on_enter(
         self, path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType
     ) -> tuple[Any, Any] | None:
-        begun = self._passes.enter(path, frame)
-        copies = AttachedCopies()
-        for wish in self._wishes.get(path, ()) if begun else ():
+        begun, copies = self._passes.enter(path, frame), AttachedCopies()
+        if begun is None:
+            return None
+        for wish in self._wishes.get(path, ()):
             if wish.address.is_input and wish.hook is None:
-                self._keep(wish, *begun, tensors_given(args, kwargs), copies)
+                self._keep(wish, begun, tensors_given(args, kwargs), copies)
         return copies.put_aliases_in((args, kwargs))
 
     def _on_return(
-        self, path: str, module: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any], frame: FrameType, output: Any
+        self, path: str, module: nn.Module, args: tuple[Any, ...], _kwargs: Any, frame: FrameType, output: Any
     ) -> Any:
-        ended = self._passes.leave(path, frame)
-        copies = AttachedCopies()
-        for wish in self._wishes.get(path, ()) if ended else ():
+        ended, copies = self._passes.leave(path, frame), AttachedCopies()
+        if ended is None:
+            return None
+        for wish in self._wishes.get(path, ()):
             if wish.hook is not None:
                 with self._passes.mute():
                     chosen = wish.hook(module, args, output)
-                self._keep(wish, *ended, tensors_in(chosen), copies)
+                self._keep(wish, ended, tensors_in(chosen), copies)
             elif not wish.address.is_input:
-                self._keep(wish, *ended, tensors_in(output), copies)
+                self._keep(wish, ended, tensors_in(output), copies)
         return copies.put_aliases_in(output)
 
     def _keep(
-        self, wish: _Wish, one_pass: Pass, call: int, tensors: Iterable[tuple[Parts, Tensor]], copies: AttachedCopies
+        self, wish: _Wish, place: tuple[Pass, int], tensors: Iterable[tuple[Parts, Tensor]], copies: AttachedCopies
     ) -> None:
-        wanted = wish.address
+        wanted, (one_pass, call) = wish.address, place
         if wanted.call not in (None, call):
             return
         for parts, tensor in tensors:
