@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -16,19 +16,19 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 
-@contextlib.contextmanager
-def compute_aside() -> Iterator[None]:
+def compute_aside() -> contextlib.AbstractContextManager[object]:
     """Hide operations of hookx from activation checkpointing, and from whoever else watches the model's own.
 
     Checkpointing counts the tensors that are saved for backward, or remembers results by their order, and expects the
     same from the pass in backward, where nothing is captured.
     """
-    with contextlib.ExitStack() as stack:
-        if torch._C._len_torch_dispatch_stack():
-            stack.enter_context(_disable_current_modes())
+    stack = contextlib.ExitStack()
+    if torch._C._len_torch_dispatch_stack():
+        stack.enter_context(_disable_current_modes())
+    if torch.is_grad_enabled():
         with contextlib.suppress(RuntimeError):  # torch.func allows no such hooks, and so no checkpointing either.
             stack.enter_context(saved_tensors_hooks(_as_it_is, _as_it_is))
-        yield
+    return stack
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

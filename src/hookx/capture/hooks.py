@@ -138,7 +138,7 @@ class _Hook:
         callback = self._callback()
         if callback is None:
             return None
-        if getattr(module, "_is_replica", False) and not output:
+        if not output and module.__dict__.get("_is_replica"):
             raise CaptureError(
                 f"cannot capture '{self._path}' under nn.DataParallel, which runs copies of the model side by side",
                 "capture and call the model within it, or use DistributedDataParallel",

@@ -36,22 +36,34 @@ class _Wish:
 class Capture(Mapping[str, Tensor]):
     """Take activations out of your own forward passes, of any module, on any device, in any mode.
 
-    The model is hooked from construction until `remove()` or the end of the `with` block, and otherwise untouched. A
-    pass begins when the model itself is called. As a mapping, a capture shows the last pass: address -> tensor, a copy
-    made when the layer returned. A module that ran twice is listed as `relu:0` and `relu:1`, a tuple as `attention/0`.
+    The model is hooked from construction until `remove()`, the end of the `with` block, or the last reference to the
+    capture, and otherwise untouched. As a mapping, a capture shows the last pass: address -> tensor, a copy made when
+    the layer returned. A module that ran twice is listed as `relu:0` and `relu:1`, a tuple as `attention/0`.
+
+    A pass is a call of the model, with all calls within it, its own included. A part of the model that is called by
+    itself makes a pass of that part: until the model is called again, its last call is shown in place of what the part
+    gave before. Passes of several threads do not mix, and a thread that has run the model reads its own last pass.
+    A pass that fails shows what ran before the error.
+
+    A capture takes what a layer gave when the capture's hook ran, and PyTorch runs hooks in the order of registration:
+    changes by earlier hooks are in it, changes by later ones are not. It takes nothing while autograd runs backward,
+    where activation checkpointing computes layers again; nothing from copies of the model, by `copy.deepcopy` or by
+    pickle; nothing that a transform or a hook of the capture calls; and nothing within torch.compile.
 
     Args:
         model: the module whose `forward` you call.
         layers: addresses, globs, 'type:Conv2d' (one string with commas, or a sequence), modules of the model, or a
             mapping from your own names to any of these. More can be added later.
-        keep: how many of the last passes to hold; None for all of them (see `history`).
-        detach: False keeps the activations in the autograd graph.
+        keep: how many of the last passes to hold, of the model and of each part; None for all (see `history`).
+        detach: False keeps the activations in the autograd graph, between the layer and what follows: the gradient of
+            a later result with respect to an activation is the gradient at that layer. Reductions and transforms are
+            computed aside; differentiate through them.
         transform: applied to each tensor before it is kept.
         hook: a function `hook(module, inputs, output)` that chooses what to keep: the tensor it returns, or nothing if
             it returns None. What it returns never reaches the model.
 
     Raises:
-        LayerError: a layer does not exist; the message names the closest ones.
+        LayerError: a layer does not exist; the message names the closest ones. Or it runs within compiled code.
         NotCapturedError: (on reading; a KeyError) the layer has not run, or has run more than once.
 
     Example:
@@ -171,7 +183,7 @@ class Capture(Mapping[str, Tensor]):
         return len(self._last)
 
     def history(self, address: str) -> list[Tensor]:
-        """Return one activation from every pass held, oldest first."""
+        """Return one activation from every pass held, oldest first, of all threads."""
         path = Address.parse(address).path
         found = [
             _find(one_pass.activations, address)
@@ -254,11 +266,12 @@ class Capture(Mapping[str, Tensor]):
                 one_pass.activations[address] = self._value_of(wish, tensor, copies)
 
     def _value_of(self, wish: _Wish, tensor: Tensor, copies: AttachedCopies) -> Tensor:
-        with compute_aside(), self._passes.mute():
+        with compute_aside():
             copied = tensor.detach() if self._detach else copies.of(tensor)
             value = reduce(copied, wish.address.reduction)
             if wish.transform is not None:
-                value = wish.transform(value)
+                with self._passes.mute():
+                    value = wish.transform(value)
             if not isinstance(value, Tensor):
                 raise CaptureError(f"the transform of '{wish.address}' returned a {type(value).__name__}, not a tensor")
             return value if value is copied and not self._detach else value.clone()
