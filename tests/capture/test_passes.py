@@ -252,15 +252,17 @@ def test_a_model_that_calls_itself_is_one_pass() -> None:
 
 
 @pytest.mark.parametrize("failing", [ValueError("no"), KeyboardInterrupt(), GeneratorExit()], ids=repr)
-def test_a_pass_that_fails_leaves_nothing_for_the_next(failing: BaseException) -> None:
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_pass_that_fails_leaves_nothing_for_the_next(failing: BaseException, reads: bool) -> None:
     net, words = CallsItself().eval(), torch.randn(2, 4, 4)
     with torch.inference_mode(), Capture(net, "encoder,.", keep=None) as capture:
         output = net(words)
         net.failing = failing
         with pytest.raises(type(failing)):
             net(words)
-        assert list(capture) == ["encoder:0", "encoder:1", "encoder:2"]  # What ran until then; no call returned.
-        assert is_fast_path_on()
+        if reads:
+            assert list(capture) == ["encoder:0", "encoder:1", "encoder:2"]  # What ran until then; no call returned.
+            assert is_fast_path_on()
         net.failing = None
         assert torch.equal(net(words), output)
         assert set(capture) == {f"{path}:{call}" for path in ("encoder", ".") for call in range(3)}
@@ -290,6 +292,23 @@ def test_an_exception_that_the_model_catches_ends_one_call_and_not_the_pass() ->
         output = net(images())
     assert list(capture) == ["fails.conv:0", "works:0", "fails.conv:1", "works:1", "."]
     assert torch.equal(capture["."], output) and len(capture.history(".")) == 1
+
+
+def test_a_call_within_a_call_of_the_same_module_can_fail() -> None:
+    class Tries(nn.Module):
+        def forward(self, x: Tensor, depth: int = 0) -> Tensor:
+            if depth == 2:
+                raise ValueError("too deep")
+            try:
+                return self(x, depth + 1) + 1
+            except ValueError:
+                return x * 2
+
+    net = nn.Sequential(Tries(), nn.Flatten()).eval()
+    with Capture(net, "0,1", keep=None) as capture:
+        net(images())
+    assert list(capture) == ["0:1", "0:0", "1"] and len(capture.history("1")) == 1
+    assert torch.equal(capture["0:1"], images() * 2) and torch.equal(capture["0:0"], images() * 2 + 1)
 
 
 def test_a_transform_that_fails_ends_the_pass() -> None:
@@ -337,11 +356,17 @@ def test_a_capture_stands_in_the_order_of_hooks_where_it_was_made() -> None:
 
 def test_hooks_that_always_run_do_so_once_and_what_they_return_after_a_failure_is_not_kept() -> None:
     net, ran = nets.Fails().eval(), []
+
+    def give(*_: Any) -> Tensor:
+        ran.append(1)
+        return torch.ones(1)
+
+    net.register_forward_hook(give, always_call=True)
     with Capture(net, "conv,.") as capture:
-        net.register_forward_hook(lambda *_: ran.append(1), always_call=True)
+        net.register_forward_hook(give, always_call=True)
         with pytest.raises(RuntimeError, match="always fails"):
             net(images())
-    assert ran == [1] and list(capture) == ["conv"]
+    assert ran == [1, 1] and list(capture) == ["conv"]
 
 
 def test_two_captures_of_one_model_do_not_know_each_other() -> None:
