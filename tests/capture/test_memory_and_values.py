@@ -178,3 +178,35 @@ def test_a_pass_that_runs_out_of_memory_is_not_counted_twice() -> None:
         handle.remove()
         capture.run(pixels, rows)
     assert capture.take_counts() == {"conv": {"non_finite": 2}, "relu": {"non_finite": 2}}
+
+
+def test_every_shard_begins_with_whole_batches_however_small_they_had_to_be_before(
+    thumbnails: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(thumbnails, tmp_path / "at once", batch_size=8, shard_images=8)
+    sizes = limit_the_memory(monkeypatch, 4)
+    run(thumbnails, tmp_path / "resumed", batch_size=8, shard_images=8)
+    assert sizes[2:] == [8, 4, 4] * 3
+    shards = sorted((tmp_path / "resumed").glob("shard-*"))
+    contents = [shard.read_bytes() for shard in shards]
+    shards[1].unlink()
+    run(thumbnails, tmp_path / "resumed", batch_size=8, shard_images=8)
+    assert [shard.read_bytes() for shard in shards] == contents
+    made = [origin["batch_size"] for origin in hookx.inspect(tmp_path / "resumed").made]
+    assert made == [4], "what a shard says of itself is the batch that ran"
+
+
+def test_a_device_without_memory_for_the_pixels_of_a_batch_takes_fewer(
+    thumbnails: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    move = Tensor.to
+
+    def limited(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.dtype == torch.uint8 and self.ndim == 4 and len(self) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return move(self, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "to", limited)
+    with caplog.at_level(logging.WARNING, "hookx"):
+        assert run(thumbnails, tmp_path, batch_size=8).images == 24
+    assert "out of memory with 8 images at once: going on with 4" in caplog.messages

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hookx.capture.copies import Copies, has_streams
+from hookx.capture.failures import report_broken_device
 from hookx.capture.hooks import Parts, Taps, dtype_name, reduce, tensors_given, tensors_in
 from hookx.capture.runner import ForwardIsDone, Runner, modules_of
 from hookx.errors import CaptureError, LayerError
@@ -38,8 +40,8 @@ class RowCapture:
 
     def __init__(self, runner: Runner, targets: Sequence[Target]) -> None:
         self.runner = runner
-        self.passes = 0  # run so far; on a GPU their copies may still be under way
-        self._copies = _GPUCopies(runner.device) if runner.device.type == "cuda" else None
+        self.passes = 0  # run so far; on an accelerator their copies may still be under way
+        self._copies = Copies(runner.device) if has_streams(runner.device) else None
         self._counter = _ValueCounter()
         self._targets: dict[tuple[str, int, bool], dict[Parts, list[Target]]] = {}
         for target in targets:
@@ -63,14 +65,14 @@ class RowCapture:
     def run(self, pixels_NCHW: Tensor, rows: Mapping[str, Tensor]) -> None:
         """Run one batch; `rows` holds for each address a tensor (images in the batch, *shape) to write into.
 
-        The pixels are on the runner's device. On a GPU the rows are complete only after `wait`.
+        The pixels are on the runner's device. On an accelerator the rows are complete only after `wait`.
         """
         self._rows, self._remaining = rows, set(self._targets)
         self._counter.begin_pass()
         if self._copies is not None:
             self._copies.begin_pass()
         self._taps.begin_pass()
-        with contextlib.suppress(ForwardIsDone):
+        with report_broken_device(), contextlib.suppress(ForwardIsDone):
             self.runner.run(pixels_NCHW)
         if self._remaining:
             missing = next(iter(self._targets[min(self._remaining)].values()))[0].address
@@ -83,7 +85,15 @@ class RowCapture:
     def wait(self, passes: int | None = None) -> None:
         """Wait until the rows of the first `passes` passes, by default all, are complete."""
         if self._copies is not None:
-            self._copies.wait(self.passes if passes is None else passes)
+            with report_broken_device():
+                self._copies.wait(self.passes if passes is None else passes)
+
+    def wait_for_all(self) -> bool:
+        """Wait until a device works on no pass any more, not even one that failed; return whether it had worked."""
+        if self._copies is None:
+            return False
+        with report_broken_device():
+            return self._copies.wait_for_all()
 
     def take_counts(self) -> ValueCounts:
         """Return what was remarkable in the values since the last call."""
@@ -199,50 +209,3 @@ class _ValueCounter:
                 counts.add({address: {kind: count}})
         self._sums.clear()
         return counts
-
-
-class _GPUCopies:
-    """Copies to pinned memory on a separate stream, overlapping the passes that follow.
-
-    A live activation is first cloned on the GPU, in stream order, so that a later in-place operation cannot reach it
-    before it is copied. The clones take memory until their pass is waited for.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.model_seconds = self.copying_seconds = 0.0
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._begin = self._now()
-        self._copies: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._passes: deque[tuple[torch.cuda.Event, torch.cuda.Event, list[Any]]] = deque()
-        self._finished = 0
-
-    def begin_pass(self) -> None:
-        self._begin, self._copies = self._now(), []
-
-    def copy(self, rows: Tensor, value: Tensor, *, is_live: bool) -> None:
-        snapshot = value.clone(memory_format=torch.contiguous_format) if is_live else value.contiguous()
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            begin = self._now()
-            rows.copy_(snapshot, non_blocking=True)
-            self._copies.append((begin, self._now()))
-        snapshot.record_stream(self._stream)  # The allocator must not reuse its memory before it is copied.
-
-    def end_pass(self) -> None:
-        self._passes.append((self._begin, self._now(), self._copies))
-
-    def wait(self, passes: int) -> None:
-        while self._finished < passes:
-            begin, end, copies = self._passes.popleft()
-            end.synchronize()
-            self.model_seconds += begin.elapsed_time(end) / 1000
-            for begin, end in copies:
-                end.synchronize()
-                self.copying_seconds += begin.elapsed_time(end) / 1000
-            self._finished += 1
-
-    def _now(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event

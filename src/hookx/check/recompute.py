@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hookx.capture.arithmetic import PRECISIONS
 from hookx.capture.rows import RowCapture
-from hookx.capture.runner import MEMORY_FORMATS, PRECISIONS, Runner
+from hookx.capture.runner import MEMORY_FORMATS, Runner
 from hookx.check.verify import Problem
 from hookx.errors import ShardError, StoreError, UsageError
 from hookx.images.decoding import check_decoding, decode, decode_jpegs, failure_reason, model_input
@@ -219,10 +220,10 @@ def _decode_again(
             pixels_CHW, _ = decode(files[key], plan.preprocessing, batch.sizes_bytes.get(key), loaded.transform)
             if pixels_CHW.ndim > 1:
                 return pixels_CHW.to(device)
-            (decoded,) = decode_jpegs([pixels_CHW], plan.preprocessing, device)  # It is a JPEG file, for the GPU.
-            if isinstance(decoded, Tensor):
-                return decoded
-            raise decoded
+            (decoded_CHW,), refused = decode_jpegs([pixels_CHW], plan.preprocessing, device)  # a JPEG file, for the GPU
+            if refused:
+                raise refused[0]
+            return decoded_CHW
         except Exception as error:  # Decoders can raise anything.
             raise StoreError(f"its batch needs the image '{key}': {failure_reason(error)}") from None
 

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,15 @@ if TYPE_CHECKING:  # They import torch.
 _SUMMARY = (
     *("out", "model", "weights", "notes", "preprocessing", "layers", "images", "failures", "shards", "shards_computed"),
     *("images_computed", "bytes", "device", "precision", "memory_format", "batch_size", "workers", "rotations_ignored"),
-    *("counts", "seconds_total", "seconds_reading", "seconds_model", "seconds_copying", "seconds_writing"),
+    *(
+        "counts",
+        "seconds_total",
+        "seconds_reading",
+        "seconds_nvjpeg",
+        "seconds_model",
+        "seconds_copying",
+        "seconds_writing",
+    ),
     *("busy", "bound_by", "files"),
 )
 Facts = list[tuple[str, str]]  # names and values, a line each
@@ -345,8 +353,15 @@ def print_models(kinds: Mapping[str, str], weights: ModelWeights) -> None:
 
 def versions() -> dict[str, str]:
     """Return what a bug report needs: the versions that are installed, torch's CUDA, and the devices here. No torch."""
-    packages = {name: version(name) for name in ("torch", "torchvision", "safetensors", "pillow")}
-    return {"hookx": version("hookx-vision"), "python": platform.python_version(), **packages, "CUDA": _cuda()}
+    packages = {name: _version(name) for name in ("torch", "torchvision", "safetensors", "pillow")}
+    return {"hookx": _version("hookx-vision"), "python": platform.python_version(), **packages, "CUDA": _cuda()}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:  # A checkout that is only on PYTHONPATH, say.
+        return "not installed"
 
 
 def _cuda() -> str:

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from hookx.capture.copies import has_streams
+from hookx.capture.determinism import find_nondeterministic
+from hookx.capture.failures import is_out_of_memory
 from hookx.capture.probe import example_images, probe
 from hookx.capture.runner import MEMORY_FORMATS, Runner, module_classes, modules_of
 from hookx.errors import CaptureError, HookxError, UsageError
@@ -19,7 +22,7 @@ from hookx.layers.select import Layer, Selection, Selector, matched_paths, selec
 from hookx.models import LoadedModel, load_model, skeleton
 from hookx.options import ExtractOptions, PreprocessingOptions, VisualizeOptions
 from hookx.plan import Preprocessing
-from hookx.run.defaults import choose_device, choose_memory_format
+from hookx.run.defaults import check_precision, choose_device, choose_memory_format, device_name
 
 log = logging.getLogger("hookx")
 
@@ -33,6 +36,7 @@ class ReadyModel:
     preprocessing: Preprocessing
     runner: Runner
     selection: Selection
+    nondeterministic: dict[str, str]  # path -> operation, of the layers whose bits can differ from run to run
 
 
 def ready_model(
@@ -51,6 +55,7 @@ def ready_model(
     bare = skeleton(model, weights, options)
     preprocessing = _override(bare.preprocessing, options)
     check_decoding(preprocessing, device)
+    check_precision(options.precision, device)
     paths = matched_paths(selectors, module_classes(bare.module), model)
     matched_paths(excluded, module_classes(bare.module), model)
     convolutions: list[nn.Conv2d] = []
@@ -68,6 +73,7 @@ def ready_model(
             raise UsageError(f"{model} has integer layers that run on the CPU only", "write --device cpu")
         device = torch.device("cpu")
         check_decoding(preprocessing, device)
+        check_precision(options.precision, device)
     chosen = choose_memory_format(memory_format, convolutions, device, options.precision)
     runner = Runner(loaded.module, loaded.forward, device, options.precision, chosen)
     try:
@@ -80,7 +86,15 @@ def ready_model(
         selection = place_and_select(loaded, runner, preprocessing.crop_px, selectors, excluded)
     for left_out in selection.left_out.values():
         log.info("left out: %s", left_out)
-    return ReadyModel(loaded, bare, preprocessing, runner, selection)
+    nondeterministic = {}
+    if selectors and has_streams(device):
+        nondeterministic = find_nondeterministic(runner, example_images(runner, preprocessing.crop_px)[:1])
+        for path, operation in nondeterministic.items():
+            log.warning(
+                "'%s' runs %s, which has no deterministic algorithm on %s: the same run again can differ by rounding",
+                *(path, operation, device_name(device)),
+            )
+    return ReadyModel(loaded, bare, preprocessing, runner, selection, nondeterministic)
 
 
 def place_and_select(
@@ -105,7 +119,9 @@ def _probe(model: LoadedModel, runner: Runner, paths: Iterable[str], crop_px: in
     images_NCHW = example_images(runner, crop_px)
     try:
         return probe(runner, images_NCHW, paths=list(dict.fromkeys(paths)), why_never_called=model.why_never_called)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise out_of_memory(len(images_NCHW), error) from None
 
 
@@ -162,7 +178,7 @@ def _override(preprocessing: Preprocessing, options: PreprocessingOptions) -> Pr
     return changed
 
 
-def out_of_memory(images_at_once: int, error: torch.OutOfMemoryError) -> HookxError:
+def out_of_memory(images_at_once: int, error: Exception) -> HookxError:
     return HookxError(
         f"the device has too little memory for {images_at_once} images at once: {str(error).splitlines()[0]}",
         "try --precision bf16, a smaller --crop, or --device cpu",

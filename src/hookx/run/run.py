@@ -6,22 +6,22 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
+from hookx.capture.copies import has_streams
 from hookx.capture.rows import RowCapture
 from hookx.errors import ImageError
 from hookx.options import ExtractOptions, takes
 from hookx.plan import Shard
-from hookx.run.defaults import device_name, single_threaded
+from hookx.run.defaults import describe_device, device_name, single_threaded
 from hookx.run.lane import Lane
 from hookx.run.prepare import Job, prepare
 from hookx.run.summary import Summary, Timing, summarize
 from hookx.run.workers import batches
 from hookx.store.directory import RunDirectory
-from hookx.store.record import ShardRecord
+from hookx.store.record import ShardRecord, version_of
 from hookx.store.writer import ShardWriter
 
 log = logging.getLogger("hookx")
@@ -59,7 +59,7 @@ def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) ->
 
 
 def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callable[[int], None]) -> None:
-    plan, ready, on_gpu = job.plan, job.ready, job.device.type == "cuda"
+    plan, ready, on_gpu = job.plan, job.ready, has_streams(job.device)
     made = _describe_process(job)
     failures = 0
     with (
@@ -102,6 +102,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
                     record.rotations_ignored += batch.rotations_ignored
                     record.counts.add(batch.counts)
                     timing.reading += batch.reading_seconds
+                    timing.nvjpeg += batch.nvjpeg_seconds
                     timing.model += batch.model_seconds
                     written.append(batch.written)
                     progress(len(positions))
@@ -119,13 +120,16 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
 def _describe_process(job: Job) -> dict[str, Any]:
     """Describe the software, the device and the batch size that make a shard, for its record."""
     distribution = job.ready.loaded.distribution
+    nondeterministic = job.ready.nondeterministic
     return {
-        "hookx": version("hookx-vision"),
+        "hookx": version_of("hookx-vision"),
         "torch": torch.__version__,
-        distribution: version(distribution),
-        "pillow": version("pillow"),
+        distribution: version_of(distribution),
+        "pillow": version_of("pillow"),
         "device": device_name(job.device),
-        "batch_size": job.plan.batch_size,  # Less once that was too much for a GPU.
+        **describe_device(job.device),
+        **({"nondeterministic": ", ".join(nondeterministic)} if nondeterministic else {}),
+        "batch_size": job.plan.batch_size,  # Less if that was too much for a GPU.
     }
 
 
