@@ -263,11 +263,15 @@ def key_of(target: Target) -> Key:
 
 
 def split_images(target: Target, reference: Tensor) -> Tensor:
-    """Turn what a module returned for a batch into one row per image."""
+    """Move a tensor's images to the front, by gathering the rows of each."""
     info = target.tensor
-    if info.rows_per_image > 1:
-        return reference.reshape(BATCH, info.rows_per_image, *reference.shape[1:])
-    return reference.movedim(info.batch_dim, 0) if info.batch_dim else reference
+    dim = info.batch_dim or 0
+    if info.rows_per_image == 1:
+        return reference.movedim(dim, 0)
+    in_group = info.rows_per_image // info.groups_per_image
+    image_of_row = torch.arange(reference.shape[dim], device=reference.device) // in_group % BATCH
+    images = [(image_of_row == image).nonzero().flatten() for image in range(BATCH)]
+    return torch.stack([reference.index_select(dim, rows) for rows in images])
 
 
 def check(

@@ -1,31 +1,23 @@
-"""PyTorch's forward hooks, on watched modules and on a whole model, and the tensors that pass through them.
+"""PyTorch's forward hooks, on watched modules and on a whole model.
 
-No other file of hookx registers a hook. What a hook returns would replace a layer's input or output, so the hooks here
-return None whatever the callbacks do.
+No other file of hookx registers a hook. What a hook returns would replace a layer's input or output, so the hooks of
+`Taps` return None whatever the callbacks do, and those of `Watch` what their callbacks return on purpose.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from hookx.layers.address import Reduction
-
-Parts = tuple[str, ...]  # the path to a tensor within a module's output or arguments
-
-_OVER_DIMS = {
-    "mean": torch.mean,
-    "sum": torch.sum,
-    "max": torch.amax,
-    "min": torch.amin,
-    "norm": torch.linalg.vector_norm,
-}
+from hookx.errors import CaptureError
 
 
 class Taps:
@@ -88,55 +80,65 @@ def tap(modules: Mapping[str, nn.Module], taps: Taps) -> Iterator[None]:
         taps.detach()
 
 
-def watch_passes(model: nn.Module, begin: Callable[[], None], end: Callable[[], None]) -> list[RemovableHandle]:
-    """Run `begin` before every call of a model, ahead of its other hooks, and `end` after it, even if it fails."""
-    return [
-        model.register_forward_pre_hook(lambda *_: begin(), prepend=True),
-        model.register_forward_hook(lambda *_: end(), always_call=True),
-    ]
+OnEnter = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], FrameType], tuple[Any, Any] | None]
+OnReturn = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], FrameType, Any], Any]
 
 
-def tensors_in(value: Any, parts: Parts = ()) -> Iterator[tuple[Parts, Tensor]]:
-    """Yield the tensors in nested tuples, lists, mappings, named tuples and dataclasses, with their path.
+class Watch:
+    """Hooks that tell an object of the calls of some modules, for as long as that object exists.
 
-    Example:
-        >>> [parts for parts, _ in tensors_in({"out": torch.ones(1), "aux": (torch.ones(1), None)})]
-        [('out',), ('aux', '0')]
+    Both callbacks are bound methods of the object, which is held weakly. `on_enter(path, module, args, kwargs, frame)`
+    runs when a module is called, `on_return(path, module, args, kwargs, frame, output)` when it returns or fails.
+    `frame` is the running call into which PyTorch puts the hook: the same for both, unless the call failed. What they
+    return other than None replaces the arguments or the output.
+
+    The hooks are silent where a layer runs without being part of a forward pass: while autograd runs backward
+    (activation checkpointing computes layers again), and while torch.compile and torch.export look at a model.
     """
-    if isinstance(value, Tensor):
-        # A quantized tensor's integers mean nothing without its scale; dequantizing is exact.
-        yield parts, value.dequantize() if value.is_quantized else value
-        return
-    items: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        items = zip(value._fields, value, strict=True)
-    elif isinstance(value, tuple | list):
-        items = enumerate(value)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-    for name, item in items:
-        yield from tensors_in(item, (*parts, str(name)))
+
+    def __init__(self, on_enter: OnEnter, on_return: OnReturn) -> None:
+        self._on_enter: weakref.ref[OnEnter] = weakref.WeakMethod(on_enter)
+        self._on_return: weakref.ref[OnReturn] = weakref.WeakMethod(on_return)
+        self._hooks: dict[str, list[RemovableHandle]] = {}
+        weakref.finalize(on_enter.__self__, _unhook, self._hooks).atexit = False  # type: ignore[attr-defined]
+
+    def set(self, modules: Mapping[str, nn.Module]) -> None:
+        """Hook these modules, where they are not hooked yet, and unhook all others."""
+        _unhook(self._hooks, keep=modules)
+        for path, module in modules.items():
+            if path not in self._hooks:
+                enter, leave = _Hook(path, self._on_enter), _Hook(path, self._on_return)
+                self._hooks[path] = [
+                    module.register_forward_pre_hook(enter, with_kwargs=True),
+                    module.register_forward_hook(leave, with_kwargs=True, always_call=True),
+                ]
 
 
-def tensors_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Parts, Tensor]]:
-    """Return the tensors among a call's arguments; a lone argument with tensors needs no name."""
-    arguments: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
-    with_tensors = {name: value for name, value in arguments.items() if any(True for _ in tensors_in(value))}
-    return list(tensors_in(next(iter(with_tensors.values())) if len(with_tensors) == 1 else with_tensors))
+class _Hook:
+    """One hook of `Watch`; a copy of it does nothing, so that copies of the model are not watched."""
+
+    def __init__(self, path: str, callback: weakref.ref[Callable[..., Any]]) -> None:
+        self._path, self._callback = path, callback
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+            return None
+        callback = self._callback()
+        if callback is None:
+            return None
+        if not output and module.__dict__.get("_is_replica"):
+            raise CaptureError(
+                f"cannot capture '{self._path}' under nn.DataParallel, which runs copies of the model side by side",
+                "capture and call the model within it, or use DistributedDataParallel",
+            )
+        return callback(self._path, module, args, kwargs, sys._getframe(1), *output)
+
+    def __reduce__(self) -> Any:
+        # A method that takes anything and returns None, and can be loaded where hookx is not installed.
+        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
-def reduce(tensor: Tensor, reduction: Reduction | None) -> Tensor:
-    """Apply an address's reduction to an activation whose dimension 0 is the batch."""
-    if reduction is None:
-        return tensor
-    if reduction.name == "cls":
-        return tensor[:, 0]
-    if reduction.name == "flatten":
-        return tensor.flatten(1)
-    return _OVER_DIMS[reduction.name](tensor, dim=reduction.dims)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _unhook(hooks: dict[str, list[RemovableHandle]], keep: Iterable[str] = ()) -> None:
+    for path in hooks.keys() - set(keep):
+        for hook in hooks.pop(path):
+            hook.remove()

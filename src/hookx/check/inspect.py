@@ -61,6 +61,7 @@ class Inspection:
     bytes: int  # activations only
     layers: tuple[InspectedLayer, ...]
     counts: ValueCounts
+    self_checked: int | None  # rows that the run computed again in other company; None if it did not check itself
     made: tuple[dict[str, Any], ...]  # how the shards were made, without repetition
 
     @property
@@ -155,7 +156,7 @@ class Moments:
         """Add values of any shape and type."""
         values = (torch.view_as_real(piece) if piece.is_complex() else piece).flatten()
         self.values += values.numel()
-        self.zeros += values.numel() - int(values.count_nonzero())
+        self.zeros += int((values == 0).sum())
         for some in values.split(_VALUES_AT_ONCE):
             self._add_finite(some.to(torch.float64))
 

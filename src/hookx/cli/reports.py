@@ -36,15 +36,8 @@ if TYPE_CHECKING:  # They import torch.
 _SUMMARY = (
     *("out", "model", "weights", "notes", "preprocessing", "layers", "images", "failures", "shards", "shards_computed"),
     *("images_computed", "bytes", "device", "precision", "memory_format", "batch_size", "workers", "rotations_ignored"),
-    *(
-        "counts",
-        "seconds_total",
-        "seconds_reading",
-        "seconds_nvjpeg",
-        "seconds_model",
-        "seconds_copying",
-        "seconds_writing",
-    ),
+    *("counts", "self_checked"),
+    *("seconds_total", "seconds_reading", "seconds_nvjpeg", "seconds_model", "seconds_copying", "seconds_writing"),
     *("busy", "bound_by", "files"),
 )
 Facts = list[tuple[str, str]]  # names and values, a line each
@@ -72,8 +65,15 @@ def print_summary(summary: Summary) -> None:
     if summary.shards_computed < summary.shards:
         shards += f", {summary.shards - summary.shards_computed:,} of them already there"
     facts.append(("shards", f"{shards}; {decimal(summary.bytes)} of activations"))
-    facts += _plan_facts(summary.plan, summary.device, notes=summary.notes)
+    facts += _plan_facts(summary.plan, summary.device, batch_size=summary.batch_size, notes=summary.notes)
+    facts.append(("checked", _checked_text(summary.self_checked)))
     print_rows([*facts, ("time", _time_text(summary)), ("result", f"{summary.out}/")])
+
+
+def _checked_text(self_checked: int | None) -> str:
+    if self_checked is None:
+        return "no row was computed again: without --self-check"
+    return f"{self_checked:,} rows computed again in other company: the same within rounding"
 
 
 def _time_text(summary: Summary) -> str:
@@ -144,13 +144,15 @@ def _stored_row(address: str, shape: Sequence[int], dtype: str, bytes: int) -> l
     return [address, ",".join(map(str, shape)), dtype, decimal(bytes)]
 
 
-def _plan_facts(plan: Plan, device: object = "", *, notes: Iterable[str] = (), made: Iterable[str] = ()) -> Facts:
+def _plan_facts(
+    plan: Plan, device: object = "", *, batch_size: int = 0, notes: Iterable[str] = (), made: Iterable[str] = ()
+) -> Facts:
     computed = f"{plan.precision} on {device}" if device else plan.precision
     memory_format = "" if plan.memory_format == "contiguous" else f", {plan.memory_format}"
     return [
         ("model", f"{plan.model}, weights {plan.weights}"),
         *(("note", note) for note in notes),
-        ("computed", f"{computed}, batches of {plan.batch_size:,}{memory_format}"),
+        ("computed", f"{computed}, batches of {batch_size or plan.batch_size:,}{memory_format}"),
         *(("made", text) for text in made),
         ("pixels", str(plan.preprocessing)),
     ]
@@ -186,7 +188,7 @@ def print_verification(verification: Verification, recomputation: Recomputation 
         ("images", f"{verification.rows:,} rows, {verification.failures:,} failures"),
     ]
     if recomputation is not None:
-        again = f"{len(recomputation.rows):,} rows on {recomputation.device}"
+        again = f"{len(recomputation.rows):,} rows on {recomputation.device}, in other company too"
         if recomputation.rows:
             address, deviation = max(recomputation.deviations.items(), key=lambda item: item[1])
             again += f", {recomputation.rows_with_same_bits:,} with the same bits"
@@ -228,6 +230,7 @@ def print_inspection(inspection: Inspection) -> None:
         *(("values", sentence) for sentence in inspection.counts.sentences()),
         ("shards", f"{shards}; {decimal(inspection.bytes)} of activations"),
         *_plan_facts(plan, made=made),
+        *([] if inspection.self_checked is None else [("checked", _checked_text(inspection.self_checked))]),
         ("plan", plan.fingerprint),
         ("result", f"{inspection.path}/ is {'finished' if inspection.is_finished else 'not finished'}"),
     ]
@@ -314,12 +317,11 @@ def print_model_layers(layers: Sequence[Layer], tree: bool) -> None:
 def _outputs_text(layer: Layer) -> str:
     texts: list[str] = []
     for address, tensor in layer.addresses().items():
-        place = "/".join(address.parts)
-        text = f"{place}={tensor.shape_text}" if place else tensor.shape_text
+        text = f"{address.place}={tensor.shape_text}" if address.place else tensor.shape_text
         if tensor.is_constant:
             text += " (constant)"
         elif tensor.problem:
-            text += " (not by image)"
+            text += " (not by image)" if tensor.is_dense else " (cannot be captured)"
         texts.append(text)
     return " ".join(dict.fromkeys(texts)) or "-"
 

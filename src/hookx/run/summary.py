@@ -63,6 +63,7 @@ class Summary:
     out: str
     device: str
     workers: int
+    batch_size: int  # the largest that ran, in the last shard
     shards_computed: int  # by this call; the others were there already
     images_computed: int
 
@@ -73,11 +74,12 @@ class Summary:
     layers = _derive(lambda summary: summary.plan.layers)
     precision = _derive(lambda summary: summary.plan.precision)
     memory_format = _derive(lambda summary: summary.plan.memory_format)
-    batch_size = _derive(lambda summary: summary.plan.batch_size)
     images = _derive(lambda summary: summary.totals.rows)  # stored
     failures = _derive(lambda summary: summary.totals.failures)
     rotations_ignored = _derive(lambda summary: summary.totals.rotations_ignored)
     counts = _derive(lambda summary: summary.totals.counts)
+    # Rows that were computed again in other company, and are the same; None if the run did not check itself.
+    self_checked = _derive(lambda summary: summary.totals.self_checked)
     bytes = _derive(lambda summary: summary.totals.rows * summary.plan.bytes_per_image)  # of the activations
     shards = _derive(lambda summary: len(summary.plan.shards))
     seconds_total = _derive(lambda summary: round(summary.timing.total, 3))
@@ -96,9 +98,11 @@ class Summary:
 
 def summarize(job: Job, timing: Timing) -> Summary:
     """Add up the shards of a finished run."""
-    totals = Totals()
+    totals, batch_size = Totals(), job.plan.batch_size
     for shard in job.plan.shards:  # One record in memory at a time: a run can have millions of images.
-        totals.add(read_record(job.out, job.plan, shard))
+        record = read_record(job.out, job.plan, shard)
+        totals.add(record)
+        batch_size = record.made_in_batches_of or batch_size
     timing.stop()
     return Summary(
         plan=job.plan,
@@ -107,6 +111,7 @@ def summarize(job: Job, timing: Timing) -> Summary:
         out=str(job.out),
         device=device_name(job.device),
         workers=job.workers,
+        batch_size=min(batch_size, max(map(len, (job.plan.shards[0], job.plan.shards[-1])))),
         shards_computed=len(job.pending),
         images_computed=sum(map(len, job.pending)),
     )
