@@ -177,6 +177,14 @@ def test_a_step_that_hangs_is_killed_with_its_children_and_what_it_found_is_kept
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+def test_a_step_that_is_stopped_before_its_time_is_over_is_not_called_disproved(
+    check: Callable[..., dict[str, Any]],
+) -> None:
+    found = check("hangs", seconds=2)
+    assert (found["hangs"].outcome, found["hangs"].problems) == ("not reached", [])
+    assert found["hangs"].figure.isdigit() and found["hangs"].left_out[0].endswith(" of at most 60 s")
+
+
 def test_a_step_for_which_no_time_is_left_is_not_begun(check: Callable[..., dict[str, Any]]) -> None:
     found = check("fine", "partly", seconds=30, partly=lambda step: replace(step, least_seconds=31))
     assert found["fine"].outcome == "proved"
