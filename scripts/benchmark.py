@@ -301,8 +301,13 @@ def map_stored(folder: Path) -> dict[str, list[Stored]]:
     return arrays
 
 
-def largest_difference(ours: Path, theirs: Path) -> float:
+def largest_difference(ours: Path, theirs: Path, most_rows: int | None = None) -> float:
     """Return the largest difference between two folders of activations, relative to the largest value of its row.
+
+    Args:
+        ours: safetensors files with the rows that the others are compared with.
+        theirs: safetensors files with the same rows, cut into files in any way.
+        most_rows: compare only the first rows of each layer.
 
     Raises:
         ValueError: the layers, the shapes or the numbers of rows differ.
@@ -318,7 +323,8 @@ def largest_difference(ours: Path, theirs: Path) -> float:
         if shapes[0] != shapes[1]:
             raise ValueError(f"'{address}' is {shapes[1]} instead of {shapes[0]}")
         rows, others = (itertools.chain.from_iterable(part.rows() for part in parts[address]) for parts in (a, b))
-        for row, other in zip(rows, others, strict=True):
+        pairs = itertools.islice(zip(rows, others, strict=True), most_rows)
+        for row, other in pairs:
             difference, scale = float(np.abs(row - other).max(initial=0)), float(np.abs(row).max(initial=0))
             if not difference <= 0:  # Also true for NaN.
                 largest = max(largest, difference / scale if scale > 0 and math.isfinite(difference) else math.inf)

@@ -5,16 +5,22 @@
     scripts/conformance.py 'resnet*' swin_t     some of them
     scripts/conformance.py --kind detection     another kind: segmentation, quantized, detection
     scripts/conformance.py --kind timm          a model of each of timm's families, about 3 minutes; needs timm
+    scripts/conformance.py --device cuda --precision bf16 --channels-last       on a GPU, against passes on that GPU
 
 The second route shares no code with the capture: the model's own forward, with each output cloned as it returns; and,
 where torch.fx can trace the model, torchvision's feature extractor, which returns one node at a time. Comparison is bit
 for bit. The usual hook, `store[...] = output.detach()`, is compared on the same pass. Exits with 1 if anything is wrong
 or missed.
+
+Both routes run on the same device and in the same precision. The second one sets torch's switches for that itself
+(`arithmetic`), and they are set the other way round while hookx runs, which has to set its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import random
 import sys
 import time
@@ -32,12 +38,13 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from hookx.capture.probe import probe
 from hookx.capture.rows import RowCapture, stored_dtype
 from hookx.capture.runner import Runner
-from hookx.layers.select import parse_selectors, select
+from hookx.layers.select import Layer, Selection, Target, parse_selectors, select
 from hookx.models import list_models
 from hookx.models.torchvision import forward_of
 
 BATCH = 2
 FX_NODES = 2
+AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # A small model of each of timm's families: those that take images of any size, and those that are built for one.
 TIMM_OF_ANY_SIZE = """
@@ -126,6 +133,43 @@ def plain(tensor: Tensor) -> Tensor:
     return tensor.dequantize() if tensor.is_quantized else tensor
 
 
+def is_same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors on the CPU hold the same bits; NaN equals the same NaN."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    if torch.equal(one, other):
+        return True
+    a, b = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other))
+    return torch.equal(a, b)
+
+
+def set_tf32(allowed: bool) -> None:
+    """Switch TF32 on or off for cuBLAS and cuDNN."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextlib.contextmanager
+def arithmetic(device: str, precision: str) -> Iterator[None]:
+    """Compute in a precision and with deterministic algorithms, by torch's own switches."""
+    if device == "cpu":
+        with torch.autocast("cpu", AUTOCAST[precision], enabled=AUTOCAST[precision] is not None):
+            yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a workspace of its own.
+    set_tf32(precision == "tf32")
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with torch.autocast("cuda", AUTOCAST[precision], enabled=AUTOCAST[precision] is not None):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
+
+
 def by_cloning(
     model: nn.Module, kind: str, pixels_NCHW: Tensor
 ) -> tuple[dict[Key, Tensor], dict[str, int], set[Key], set[Key]]:
@@ -162,47 +206,87 @@ def by_cloning(
     return cloned, calls, overwritten, different
 
 
-def check(name: str, kind: str = "classification", *, channels_last: bool = False) -> Row:
+@dataclass
+class Captured:
+    """What hookx finds in a model, and stores of one batch."""
+
+    layers: list[Layer]
+    selection: Selection
+    rows: dict[str, Tensor]
+
+
+def capture(
+    name: str, kind: str, model: nn.Module, pixels_NCHW: Tensor, precision: str, memory_format: str
+) -> Captured:
+    """Capture all modules at once, into rows, the way a run does it; the first `BATCH` images are the batch."""
+    device = pixels_NCHW.device.type
+    set_tf32(precision != "tf32")  # The switches of the process must not matter.
+    forward = model if kind == "timm" else forward_of(name, model)
+    runner = Runner.of(model, forward, precision=precision, memory_format=memory_format)
+    layers = probe(runner, pixels_NCHW)
+    selection = select(parse_selectors("**,." if kind != "detection" else "**"), layers, name)
+    rows = {
+        str(target.address): torch.empty(
+            (BATCH, *target.shape), dtype=getattr(torch, stored_dtype(target)), pin_memory=device == "cuda"
+        )
+        for target in selection.targets
+    }
+    with RowCapture(runner, selection.targets) as capturing:
+        capturing.run(pixels_NCHW[:BATCH], rows)
+        capturing.wait()
+    return Captured(layers, selection, rows)
+
+
+def key_of(target: Target) -> Key:
+    return target.address.path, target.address.call or 0, target.address.parts
+
+
+def split_images(target: Target, reference: Tensor) -> Tensor:
+    """Move a tensor's images to the front, by gathering the rows of each."""
+    info = target.tensor
+    dim = info.batch_dim or 0
+    if info.rows_per_image == 1:
+        return reference.movedim(dim, 0)
+    in_group = info.rows_per_image // info.groups_per_image
+    image_of_row = torch.arange(reference.shape[dim], device=reference.device) // in_group % BATCH
+    images = [(image_of_row == image).nonzero().flatten() for image in range(BATCH)]
+    return torch.stack([reference.index_select(dim, rows) for rows in images])
+
+
+def check(
+    name: str,
+    kind: str = "classification",
+    *,
+    channels_last: bool = False,
+    device: str = "cpu",
+    precision: str = "fp32",
+) -> Row:
     """Compare every activation of one model."""
     start, row = time.perf_counter(), Row(name)
     model, side = small(name, kind)
-    pixels_NCHW = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(1))
+    pixels_NCHW = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(1)).to(device)
+    model = model.to(device)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
         pixels_NCHW = pixels_NCHW.contiguous(memory_format=torch.channels_last)
     batch = pixels_NCHW[:BATCH]
 
-    # hookx: all modules at once, into rows, the way a run does it.
-    runner = Runner.of(
-        model,
-        model if kind == "timm" else forward_of(name, model),
-        memory_format="channels_last" if channels_last else "contiguous",
-    )
-    layers = probe(runner, pixels_NCHW)
-    selection = select(parse_selectors("**,." if kind != "detection" else "**"), layers, name)
-    rows = {
-        str(target.address): torch.empty((BATCH, *target.shape), dtype=getattr(torch, stored_dtype(target)))
-        for target in selection.targets
-    }
-    with RowCapture(runner, selection.targets) as capture:
-        capture.run(batch, rows)
+    memory_format = "channels_last" if channels_last else "contiguous"
+    captured = capture(name, kind, model, pixels_NCHW, precision, memory_format)
+    layers, selection, rows = captured.layers, captured.selection, captured.rows
 
     # The second route.
-    expected, calls, overwritten, different = by_cloning(model, kind, batch)
+    with arithmetic(pixels_NCHW.device.type, precision):
+        expected, calls, overwritten, different = by_cloning(model, kind, batch)
     row.modules, row.calls = len(calls), sum(calls.values())
     row.never_called = sum(not layer.calls for layer in layers)
     left: dict[Key, Tensor] = dict(expected)
     for target in selection.targets:
-        address, info = target.address, target.tensor
-        reference = left.pop((address.path, address.call or 0, address.parts))
-        if info.rows_per_image > 1:
-            reference = reference.reshape(BATCH, info.rows_per_image, *reference.shape[1:])
-        elif info.batch_dim:
-            reference = reference.movedim(info.batch_dim, 0)
+        reference = split_images(target, left.pop(key_of(target)))
         row.compared += 1
-        if not torch.equal(rows[str(address)], reference):
+        if not is_same(rows[str(target.address)], reference.cpu()):
             row.wrong += 1
-            print(f"wrong: {name} {address}", file=sys.stderr)
+            print(f"wrong: {name} {target.address}", file=sys.stderr)
     described = {
         (layer.path, call, tensor.parts): tensor
         for layer in layers
@@ -220,8 +304,9 @@ def check(name: str, kind: str = "classification", *, channels_last: bool = Fals
             print(f"missed: {name} {key}", file=sys.stderr)
     row.usual_hook_wrong, row.usual_hook_differs = len(overwritten), len(different)
 
-    if kind == "classification" and not channels_last:
-        row.by_fx, wrong = by_fx(model, batch, rows)
+    if kind == "classification" and not channels_last and precision == "fp32":
+        with arithmetic(pixels_NCHW.device.type, precision):
+            row.by_fx, wrong = by_fx(model, batch, rows)
         row.wrong += wrong
     row.seconds = time.perf_counter() - start
     return row
@@ -247,7 +332,7 @@ def by_fx(model: nn.Module, batch: Tensor, rows: dict[str, Tensor]) -> tuple[int
     for node in chosen:
         with torch.inference_mode():
             alone = create_feature_extractor(model, [node])(batch)[node]
-        if not torch.equal(alone, rows[comparable[node]]):
+        if not is_same(alone.cpu(), rows[comparable[node]]):
             wrong += 1
             print(f"differs from fx: {node}", file=sys.stderr)
     return len(chosen), wrong
@@ -261,6 +346,8 @@ def main() -> int:
     kinds = ["classification", "segmentation", "quantized", "detection", "timm"]
     parser.add_argument("--kind", choices=kinds, default="classification")
     parser.add_argument("--channels-last", action="store_true", help="compare in this memory format")
+    parser.add_argument("--device", default="cpu", help="where both routes run: cpu (default) or cuda")
+    parser.add_argument("--precision", choices=AUTOCAST, default="fp32")
     arguments = parser.parse_args()
     of_timm = sorted(TIMM_OF_ANY_SIZE + TIMM_OF_ONE_SIZE)
     known = of_timm if arguments.kind == "timm" else [n for n, kind in list_models().items() if kind == arguments.kind]
@@ -273,7 +360,13 @@ def main() -> int:
     print("  ".join([f"{headers[0]:30}", *(f"{header:>8}" for header in headers[1:])]))
     total = Row(f"{len(names)} models")
     for name in names:
-        row = check(name, arguments.kind, channels_last=arguments.channels_last)
+        row = check(
+            name,
+            arguments.kind,
+            channels_last=arguments.channels_last,
+            device=arguments.device,
+            precision=arguments.precision,
+        )
         print_row(row)
         for field in fields(Row)[1:]:
             setattr(total, field.name, getattr(total, field.name) + getattr(row, field.name))

@@ -9,6 +9,7 @@
     ├── ModelError             a model cannot be built, or its weights are unavailable or do not fit
     ├── ImageError             the images cannot be listed or read
     ├── CaptureError           a forward pass fails, or differs from what the probe saw
+    ├── DeviceError            a GPU fails in the middle of a run
     └── StoreError             an output directory is damaged, belongs to another run, or cannot be written
         └── ShardError         one shard is damaged
 
@@ -79,6 +80,10 @@ class ImageError(HookxError):
 
 class CaptureError(HookxError):
     """A forward pass fails, or differs from what the probe saw; nothing wrong is stored."""
+
+
+class DeviceError(HookxError):
+    """A GPU fails in the middle of a run; the process can compute nothing more on it."""
 
 
 class StoreError(HookxError):

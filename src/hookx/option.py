@@ -153,7 +153,7 @@ def options_of(group: type[Options]) -> dict[str, Option]:
     Example:
         >>> from hookx.options import ComputeOptions
         >>> list(options_of(ComputeOptions)), options_of(ComputeOptions)["precision"].choices
-        (['device', 'precision'], ('fp32', 'bf16', 'fp16'))
+        (['device', 'precision'], ('fp32', 'tf32', 'bf16', 'fp16'))
     """
     found: dict[str, Option] = {}
     for owner in group.__mro__:

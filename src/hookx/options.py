@@ -23,7 +23,7 @@ from hookx.option import Options, option
 from hookx.option import takes as takes
 
 Device = Literal["auto", "cpu", "cuda", "mps"] | str  # the words that a shell offers, or another, as in cuda:1
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 MemoryFormat = Literal["contiguous", "channels_last"]
 Dtype = Literal["fp64", "fp32", "fp16", "bf16"]
 Exif = Literal["ignore", "apply"]

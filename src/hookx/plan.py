@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from hookx.errors import StoreError
 from hookx.keys import LazySequence
-from hookx.options import MAX_SHARD_BYTES, MAX_SHARD_IMAGES
+from hookx.options import DTYPE_NAMES, MAX_SHARD_BYTES, MAX_SHARD_IMAGES
 
 FORMAT = "hookx 1"
 _FIELDS = {
@@ -36,7 +36,8 @@ _MAX_DIMENSIONS = 32
 _MAX_SIDE_PX = 2**16
 _MAX_CUSTOM_SHOWN = 160  # characters
 
-# torch's name -> (safetensors' code, bytes per element), for every dtype that a safetensors file can hold.
+# torch's name -> (safetensors' code, bytes per element), for every dtype that a safetensors file can hold: those of
+# safetensors 0.7, the lowest that hookx runs with. Later ones have more kinds of float8.
 DTYPES = {
     "float64": ("F64", 8),
     "float32": ("F32", 4),
@@ -49,6 +50,11 @@ DTYPES = {
     "uint8": ("U8", 1),
     "bool": ("BOOL", 1),
     "complex64": ("C64", 8),
+    "float8_e4m3fn": ("F8_E4M3", 1),
+    "float8_e5m2": ("F8_E5M2", 1),
+    "uint64": ("U64", 8),
+    "uint32": ("U32", 4),
+    "uint16": ("U16", 2),
 }
 _SENTENCES = {
     "non_finite": "NaN or infinity in {address} of {count:,} images",
@@ -334,9 +340,13 @@ class Plan:
         words += ["--layers", ",".join(layer.address for layer in self.layers), *self.preprocessing.options()]
         if self.precision != "fp32":
             words += ["--precision", self.precision]
-        # Mixed dtypes mean that no --dtype was given.
-        floats = {layer.dtype for layer in self.layers if "float" in layer.dtype}
-        if len(floats) == 1 and (self.precision, floats) != ("fp32", {"float32"}):
+        # Mixed dtypes, or one that no --dtype names, mean that no --dtype was given.
+        dtypes = {layer.dtype for layer in self.layers}
+        floats = {dtype for dtype in dtypes if "float" in dtype}
+        if "complex64" in dtypes and not floats:
+            floats = {"float32"}  # complex128 is stored as complex64 with --dtype fp32.
+        is_usual = (self.precision, floats) == ("fp32", {"float32"}) and "complex64" not in dtypes
+        if len(floats) == 1 and floats <= set(DTYPE_NAMES.values()) and not is_usual:
             words += ["--dtype", *floats]
         if self.images_per_shard != images_per_shard(self.bytes_per_image, MAX_SHARD_BYTES, MAX_SHARD_IMAGES):
             words += ["--shard-images", str(self.images_per_shard)]

@@ -55,7 +55,16 @@ def test_out_of_memory_halves_the_batch_says_so_and_goes_on(
     sizes = limit_the_memory(monkeypatch, 4)
     with caplog.at_level(logging.WARNING, "hookx"):
         halved = run(thumbnails, tmp_path / "halved", batch_size=16)
-    assert sizes[2:] == [16, 8, 4, 4, 4, 4, 4, 4]  # the probe's 2 and 3; it does not try the large ones again
+    assert sizes[sizes.index(16) :] == [
+        16,
+        8,
+        4,
+        4,
+        4,
+        4,
+        4,
+        4,
+    ]  # after the probe; it does not try the large ones again
     assert [record.getMessage() for record in caplog.records] == [
         "out of memory with 16 images at once: going on with 8",
         "out of memory with 8 images at once: going on with 4",
@@ -77,7 +86,7 @@ def test_too_little_memory_for_one_image_is_an_error_and_not_a_loop(
     monkeypatch.setattr(RowCapture, "run", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
     with pytest.raises(HookxError, match="too little memory for 1 images at once: no memory"):
         run(thumbnails, tmp_path / "run")
-    assert sizes == [2, 3] and not list((tmp_path / "run").glob("shard-*"))
+    assert max(sizes) == 5 and not list((tmp_path / "run").glob("shard-*"))
 
 
 class Odd(nn.Module):
@@ -179,3 +188,35 @@ def test_a_pass_that_runs_out_of_memory_is_not_counted_twice() -> None:
         handle.remove()
         capture.run(pixels, rows)
     assert capture.take_counts() == {"conv": {"non_finite": 2}, "relu": {"non_finite": 2}}
+
+
+def test_every_shard_begins_with_whole_batches_however_small_they_had_to_be_before(
+    thumbnails: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(thumbnails, tmp_path / "at once", batch_size=8, shard_images=8)
+    sizes = limit_the_memory(monkeypatch, 4)
+    run(thumbnails, tmp_path / "resumed", batch_size=8, shard_images=8)
+    assert sizes[2:] == [8, 4, 4] * 3
+    shards = sorted((tmp_path / "resumed").glob("shard-*"))
+    contents = [shard.read_bytes() for shard in shards]
+    shards[1].unlink()
+    run(thumbnails, tmp_path / "resumed", batch_size=8, shard_images=8)
+    assert [shard.read_bytes() for shard in shards] == contents
+    made = [origin["batch_size"] for origin in hookx.inspect(tmp_path / "resumed").made]
+    assert made == [4], "what a shard says of itself is the batch that ran"
+
+
+def test_a_device_without_memory_for_the_pixels_of_a_batch_takes_fewer(
+    thumbnails: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    move = Tensor.to
+
+    def limited(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.dtype == torch.uint8 and self.ndim == 4 and len(self) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return move(self, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "to", limited)
+    with caplog.at_level(logging.WARNING, "hookx"):
+        assert run(thumbnails, tmp_path, batch_size=8).images == 24
+    assert "out of memory with 8 images at once: going on with 4" in caplog.messages

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 import hookx
 from hookx import options as written
-from hookx.capture.runner import MEMORY_FORMATS, PRECISIONS
+from hookx.capture.arithmetic import PRECISIONS
+from hookx.capture.runner import MEMORY_FORMATS
 from hookx.check.recompute import recompute
 from hookx.cli.app import COMMANDS, app
 from hookx.cli.options import Command, key_of, variable_of
@@ -145,7 +146,7 @@ WRONG = [
     ("resize", "0", "--resize must be at least 1, got 0"),
     ("decode_timeout", "-0.5", "--decode-timeout must be at least 0, got -0.5"),
     ("decode_timeout", "nan", "--decode-timeout must be at least 0, got nan"),
-    ("precision", "fp8", "invalid --precision 'fp8': choose fp32, bf16, fp16"),
+    ("precision", "fp8", "invalid --precision 'fp8': choose fp32, tf32, bf16, fp16"),
     ("exif", "rotate", "invalid --exif 'rotate': choose ignore, apply"),
     ("mean", "0.5;0.5", "invalid --mean '0.5;0.5': give three numbers, as in 0.485,0.456,0.406"),
     ("std", "0,1,1", "invalid --std '0,1,1': no deviation can be 0"),

@@ -76,8 +76,9 @@ def activations(draw: st.DrawFn) -> Tensor:
 
 
 def numpy_of(values: Tensor) -> np.ndarray[Any, Any]:
-    """Return a tensor as numpy has it: bfloat16, which it does not have, as float32."""
-    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    """Return a tensor as numpy has it: bfloat16 and float8, which it does not have, as float32."""
+    has_it = values.dtype not in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+    return (values if has_it else values.float()).numpy()
 
 
 def assert_same(read: np.ndarray[Any, Any], values: Tensor) -> None:

@@ -18,7 +18,9 @@ from hookx.layers.select import Call, Layer, Selection, Selector, TensorInfo, ma
 module_names = st.text(st.characters(exclude_characters="."), min_size=1) | st.sampled_from(
     ["in", "type", "0", "%", "%2F", "a/b", "a:1", "a@mean1", "a b", "*", "**", "?", "[0]", "a,b", "\n", "'", "\udcff"]
 )
-part_names = st.text(st.characters(), min_size=1) | st.sampled_from(["in", "0", ".", "..", "%69n", "a/b", "@cls", ":0"])
+part_names = st.text(st.characters()) | st.sampled_from(
+    ["in", "0", ".", "..", "%69n", "a/b", "@cls", ":0", "", "%empty", "''"]
+)
 paths = st.just(".") | st.lists(module_names, min_size=1, max_size=4).map(".".join)
 dims = st.sets(st.integers(1, 9)).map(lambda some: tuple(sorted(some)))
 reductions = st.builds(Reduction, st.sampled_from(["mean", "max", "min", "sum", "norm"]), dims) | st.builds(
@@ -54,6 +56,11 @@ def test_a_printed_address_has_nothing_in_it_that_a_terminal_or_a_line_could_bre
     str(address).encode()  # UTF-8, whatever the name was
 
 
+def test_no_activation_has_the_name_under_which_a_safetensors_file_keeps_its_metadata() -> None:
+    assert str(Address("__metadata__")) == "%5F_metadata__"
+    assert Address.parse("%5F_metadata__") == Address.parse("__metadata__") == Address("__metadata__")
+
+
 @given(st.text(st.characters()))
 def test_quoting_is_undone_by_unquoting(name: str) -> None:
     assert unquote(quote(name)) == name
@@ -79,6 +86,8 @@ def test_a_text_that_is_no_address_is_an_address_error_and_nothing_else(text: st
         ("layer1[0].relu:01/in@mean32", "layer1.0.relu:1/in@mean23"),
         (".", "."),
         (".:0/logits", ".:0/logits"),
+        ("attn/%empty", "attn/%empty"),
+        ("attn/%25empty", "attn/%25empty"),
     ],
 )
 def test_python_s_brackets_are_normalised_to_dots(text: str, canonical: str) -> None:
@@ -280,6 +289,11 @@ def test_a_module_with_two_names_is_taken_once_by_a_glob_that_matches_both() -> 
     assert names("h*") == names("type:Linear") == ["head"]
     assert names("ti*") == ["tied"]  # The other name is not among the matches.
     assert names("tied,head") == ["tied", "head"]
+
+
+def test_a_target_that_a_glob_and_a_name_select_counts_as_named() -> None:
+    named = {str(target.address): target.is_named for target in selected("s*,norm,stem,nor?").targets}
+    assert named == {"stem": True, "norm": True} and not selected("s*").targets[0].is_named
 
 
 # --- what cannot be captured ---------------------------------------------------------------------------------------

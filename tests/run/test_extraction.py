@@ -443,7 +443,7 @@ def bad_arguments() -> Iterator[Any]:
     )
     yield case(UsageError, "invalid --decode 'fastest': choose exact, fast, nvjpeg", decode="fastest")
     yield case(UsageError, "--shard-images must be at least 1, got 0", shard_images=0)
-    yield case(UsageError, "invalid --precision 'fp8': choose fp32, bf16, fp16", precision="fp8")
+    yield case(UsageError, "invalid --precision 'fp8': choose fp32, tf32, bf16, fp16", precision="fp8")
     yield case(UsageError, "invalid --dtype 'int8': choose fp64, fp32, fp16, bf16", dtype="int8")
     yield case(UsageError, "invalid --device 'tpu': this machine has cpu", device="tpu")
     yield case(UsageError, "invalid --max-shard-size 'much': write it as in 512MiB, 2GB or 4096", max_shard_size="much")

@@ -520,3 +520,22 @@ def test_what_the_system_writes_in_parts_is_written_to_the_end(tmp_path: Path, i
     values = write(tmp_path, plan, 2, tuning=Tuning(direct=False))
     assert len(interrupted_writes) > 16
     assert same_bits(hookx.open(tmp_path)["conv1"][:], values["conv1"])
+
+
+def test_checksums_computed_beside_the_writing_are_those_of_the_bytes(tmp_path: Path) -> None:
+    plan = plan_of((LayerSpec("maps", (64, 64, 64), "float32"), LayerSpec("fc", (7,), "float64")), 6)
+    values = random_rows(plan, 6)
+    with (
+        RunDirectory(tmp_path, plan) as directory,
+        ShardWriter(directory, plan.shards, 2, expected, filled_at_once=3) as writer,
+    ):
+        written = []
+        for start in (0, 2, 4):  # All three are filled before the first is written, as beside a GPU.
+            for address, rows in writer.rows(range(start, start + 2), 2).items():
+                rows[:] = values[address][start : start + 2]
+        for start in (0, 2, 4):
+            written.append(writer.write(range(start, start + 2)))
+        writer.publish(expected(plan.shards[0]), written)
+        writer.finish()
+    assert not [problem for problem in verify(tmp_path).problems if problem.file.startswith("shard")]
+    assert all(same_bits(hookx.open(tmp_path)[address][:], rows) for address, rows in values.items())

@@ -118,17 +118,21 @@ def is_unsteady(row: Tensor, again: Tensor, alone: Tensor, nudged: Sequence[Tens
         alone: its activation from a batch of one.
         nudged: its activations from batches of one, each time with pixels that differ in their last place.
     """
+    return is_within(sizes_of_moves(row, again), [sizes_of_moves(alone, other) for other in nudged])
+
+
+def sizes_of_moves(row: Tensor, again: Tensor) -> tuple[float, float]:
+    """Return the largest difference and the root mean square of all, as shares of the row's largest magnitude."""
     # A finite row moves by at most twice its largest magnitude; an element that overflows must not excuse all others.
     moves = _moves(_comparable(row), _comparable(again)).clamp(max=2)
-    noise = [_moves(_comparable(alone), _comparable(other)).clamp(max=2) for other in nudged]
+    return (float(moves.max()), float(moves.square().mean().sqrt())) if moves.numel() else (0.0, 0.0)
+
+
+def is_within(sizes: tuple[float, float], noise: Sequence[tuple[float, float]]) -> bool:
+    """Return whether a move is no larger, by either of its `sizes_of_moves`, than rounding makes of noise."""
     return all(
-        float(size(moves)) <= ROUNDING_FACTOR * max(float(size(some)) for some in noise)
-        for size in (torch.max, _root_mean_square)
+        size <= ROUNDING_FACTOR * max(of_noise) for size, of_noise in zip(sizes, zip(*noise, strict=True), strict=True)
     )
-
-
-def _root_mean_square(values: Tensor) -> Tensor:
-    return values.square().mean().sqrt()
 
 
 def _are_close(row: Tensor, again: Tensor, share: float) -> bool:

@@ -1,4 +1,4 @@
-"""PyTorch's forward hooks, on watched modules and on a whole model, and the tensors that pass through them.
+"""PyTorch's forward hooks, on watched modules and on a whole model.
 
 No other file of hookx registers a hook. What a hook returns would replace a layer's input or output, so the hooks here
 return None whatever the callbacks do.
@@ -7,25 +7,18 @@ return None whatever the callbacks do.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from hookx.layers.address import Reduction
-
-Parts = tuple[str, ...]  # the path to a tensor within a module's output or arguments
-
-_OVER_DIMS = {
-    "mean": torch.mean,
-    "sum": torch.sum,
-    "max": torch.amax,
-    "min": torch.amin,
-    "norm": torch.linalg.vector_norm,
-}
+# Until all that imports these from here names hookx.capture.tensors.
+from hookx.capture.tensors import Parts as Parts
+from hookx.capture.tensors import dtype_name as dtype_name
+from hookx.capture.tensors import reduce as reduce
+from hookx.capture.tensors import tensors_given as tensors_given
+from hookx.capture.tensors import tensors_in as tensors_in
 
 
 class Taps:
@@ -94,49 +87,3 @@ def watch_passes(model: nn.Module, begin: Callable[[], None], end: Callable[[], 
         model.register_forward_pre_hook(lambda *_: begin(), prepend=True),
         model.register_forward_hook(lambda *_: end(), always_call=True),
     ]
-
-
-def tensors_in(value: Any, parts: Parts = ()) -> Iterator[tuple[Parts, Tensor]]:
-    """Yield the tensors in nested tuples, lists, mappings, named tuples and dataclasses, with their path.
-
-    Example:
-        >>> [parts for parts, _ in tensors_in({"out": torch.ones(1), "aux": (torch.ones(1), None)})]
-        [('out',), ('aux', '0')]
-    """
-    if isinstance(value, Tensor):
-        # A quantized tensor's integers mean nothing without its scale; dequantizing is exact.
-        yield parts, value.dequantize() if value.is_quantized else value
-        return
-    items: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, tuple) and hasattr(value, "_fields"):
-        items = zip(value._fields, value, strict=True)
-    elif isinstance(value, tuple | list):
-        items = enumerate(value)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-    for name, item in items:
-        yield from tensors_in(item, (*parts, str(name)))
-
-
-def tensors_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Parts, Tensor]]:
-    """Return the tensors among a call's arguments; a lone argument with tensors needs no name."""
-    arguments: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
-    with_tensors = {name: value for name, value in arguments.items() if any(True for _ in tensors_in(value))}
-    return list(tensors_in(next(iter(with_tensors.values())) if len(with_tensors) == 1 else with_tensors))
-
-
-def reduce(tensor: Tensor, reduction: Reduction | None) -> Tensor:
-    """Apply an address's reduction to an activation whose dimension 0 is the batch."""
-    if reduction is None:
-        return tensor
-    if reduction.name == "cls":
-        return tensor[:, 0]
-    if reduction.name == "flatten":
-        return tensor.flatten(1)
-    return _OVER_DIMS[reduction.name](tensor, dim=reduction.dims)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

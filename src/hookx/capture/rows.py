@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hookx.capture.hooks import Parts, Taps, dtype_name, reduce, tensors_given, tensors_in
+from hookx.capture.compare import split_by_image
+from hookx.capture.copies import Copies, has_streams
+from hookx.capture.failures import report_broken_device
+from hookx.capture.hooks import Taps
 from hookx.capture.runner import ForwardIsDone, Runner, modules_of
+from hookx.capture.state import Settled
+from hookx.capture.tensors import Parts, computable, dtype_name, reduce, tensors_given, tensors_in
 from hookx.errors import CaptureError, LayerError
 from hookx.layers.address import Address
 from hookx.layers.select import Target
@@ -31,16 +35,17 @@ def stored_dtype(target: Target) -> str:
 class RowCapture:
     """Run batches, leave the targets' activations in rows of preallocated buffers, and stop each pass after the last.
 
-    The modules are hooked while the `with` block lasts. On the CPU nothing is allocated.
+    The modules are hooked while the `with` block lasts; at its end, what the passes changed in the model is put back as
+    far as `settled` knows of it. On the CPU nothing is allocated.
 
     Raises:
         CaptureError: a pass differs from what the probe saw: another shape or dtype, a call more or less.
     """
 
-    def __init__(self, runner: Runner, targets: Sequence[Target]) -> None:
-        self.runner = runner
-        self.passes = 0  # run so far; on a GPU their copies may still be under way
-        self._copies = _GPUCopies(runner.device) if runner.device.type == "cuda" else None
+    def __init__(self, runner: Runner, targets: Sequence[Target], settled: Settled | None = None) -> None:
+        self.runner, self._settled = runner, settled or Settled()
+        self.passes = 0  # run so far; on an accelerator their copies may still be under way
+        self._copies = Copies(runner.device) if has_streams(runner.device) else None
         self._counter = _ValueCounter()
         self._targets: dict[tuple[str, int, bool], dict[Parts, list[Target]]] = {}
         for target in targets:
@@ -60,19 +65,21 @@ class RowCapture:
 
     def __exit__(self, *_: object) -> None:
         self._taps.detach()
+        self._settled.end()
 
     def run(self, pixels_NCHW: Tensor, rows: Mapping[str, Tensor], *, counted: bool = True) -> None:
         """Run one batch; `rows` holds for each address a tensor (images in the batch, *shape) to write into.
 
-        The pixels are on the runner's device. On a GPU the rows are complete only after `wait`. What is not `counted`
-        is left out of `take_counts`.
+        The pixels are on the runner's device. On an accelerator the rows are complete only after `wait`. What is not
+        `counted` is left out of `take_counts`.
         """
         self._rows, self._remaining = rows, set(self._targets)
         self._counter.begin_pass()
         if self._copies is not None:
             self._copies.begin_pass()
         self._taps.begin_pass()
-        with contextlib.suppress(ForwardIsDone):
+        self._settled.begin_pass()
+        with report_broken_device(), contextlib.suppress(ForwardIsDone):
             self.runner.run(pixels_NCHW)
         if self._remaining:
             missing = next(iter(self._targets[min(self._remaining)].values()))[0].address
@@ -86,7 +93,15 @@ class RowCapture:
     def wait(self, passes: int | None = None) -> None:
         """Wait until the rows of the first `passes` passes, by default all, are complete."""
         if self._copies is not None:
-            self._copies.wait(self.passes if passes is None else passes)
+            with report_broken_device():
+                self._copies.wait(self.passes if passes is None else passes)
+
+    def wait_for_all(self) -> bool:
+        """Wait until a device works on no pass any more, not even one that failed; return whether it had worked."""
+        if self._copies is None:
+            return False
+        with report_broken_device():
+            return self._copies.wait_for_all()
 
     def take_counts(self) -> ValueCounts:
         """Return what was remarkable in the values since the last call."""
@@ -121,7 +136,7 @@ class RowCapture:
                     raise CaptureError(f"'{target.address}' is missing in this batch, though the probe saw it")
                 self._store(target, found[parts])
         self._remaining.discard(event)
-        if not self._remaining:
+        if not self._remaining and self._settled.stops:
             raise ForwardIsDone
 
     def _store(self, target: Target, tensor: Tensor) -> None:
@@ -129,7 +144,7 @@ class RowCapture:
         assert info.batch_dim is not None
         expected = list(info.shape)
         if info.rows_per_image > 1:
-            expected[0] *= len(rows)
+            expected[info.batch_dim] *= len(rows)
         else:
             expected.insert(info.batch_dim, len(rows))
         if list(tensor.shape) != expected or dtype_name(tensor.dtype) != info.dtype:
@@ -137,14 +152,14 @@ class RowCapture:
                 f"'{target.address}' is {dtype_name(tensor.dtype)} {list(tensor.shape)} in this batch; "
                 f"the probe saw {info.dtype} {expected}"
             )
-        if info.rows_per_image > 1:
-            by_image = tensor.unflatten(0, (len(rows), info.rows_per_image))
-        else:
-            by_image = tensor.movedim(info.batch_dim, 0)
-        value = reduce(by_image, target.address.reduction)
+        value = reduce(split_by_image(tensor, info, len(rows)), target.address.reduction)
         if value.is_floating_point():
             stored = value.to(rows.dtype)
-            self._counter.add(str(target.address), value, stored)
+            self._counter.add(str(target.address), computable(value), computable(stored))
+            value = stored
+        elif value.dtype != rows.dtype:  # complex numbers, in a type that a file can hold
+            stored = value.to(rows.dtype)
+            self._counter.add(str(target.address), *map(_real_numbers, (value, stored)))
             value = stored
         # This copy is the snapshot: whatever overwrites `tensor` later in the pass cannot reach it.
         if self._copies is not None:
@@ -152,6 +167,10 @@ class RowCapture:
             self._copies.copy(rows, value, is_live=is_live)
         else:
             _copy(rows, value)
+
+
+def _real_numbers(numbers: Tensor) -> Tensor:
+    return torch.view_as_real(computable(numbers))
 
 
 def _copy(rows: Tensor, value: Tensor) -> None:
@@ -202,52 +221,3 @@ class _ValueCounter:
                 counts.add({address: {kind: count}})
         self._sums.clear()
         return counts
-
-
-class _GPUCopies:
-    """Copies to pinned memory on a separate stream, overlapping the passes that follow.
-
-    A live activation is first cloned on the GPU, in stream order, so that a later in-place operation cannot reach it
-    before it is copied. The clones take memory until their pass is waited for.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.model_seconds = self.copying_seconds = 0.0
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-        self._begin = self._now()
-        self._copies: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._passes: deque[tuple[torch.cuda.Event, torch.cuda.Event, list[Any]]] = deque()
-        self._finished = 0
-        self._lock = threading.Lock()  # The writer's thread waits, and so does whoever looks at the rows before it.
-
-    def begin_pass(self) -> None:
-        self._begin, self._copies = self._now(), []
-
-    def copy(self, rows: Tensor, value: Tensor, *, is_live: bool) -> None:
-        snapshot = value.clone(memory_format=torch.contiguous_format) if is_live else value.contiguous()
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            begin = self._now()
-            rows.copy_(snapshot, non_blocking=True)
-            self._copies.append((begin, self._now()))
-        snapshot.record_stream(self._stream)  # The allocator must not reuse its memory before it is copied.
-
-    def end_pass(self) -> None:
-        self._passes.append((self._begin, self._now(), self._copies))
-
-    def wait(self, passes: int) -> None:
-        with self._lock:
-            while self._finished < passes:
-                begin, end, copies = self._passes.popleft()
-                end.synchronize()
-                self.model_seconds += begin.elapsed_time(end) / 1000
-                for begin, end in copies:
-                    end.synchronize()
-                    self.copying_seconds += begin.elapsed_time(end) / 1000
-                self._finished += 1
-
-    def _now(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event

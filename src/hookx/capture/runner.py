@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+from hookx.capture.arithmetic import arithmetic
+
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -44,7 +44,7 @@ class Runner:
     module: nn.Module
     forward: Callable[[Tensor], Any]  # takes a batch (N, 3, H, W) through the module; often the module itself
     device: torch.device  # of the module, and of the batches
-    precision: str  # a key of PRECISIONS; autocast unless fp32
+    precision: str  # a key of PRECISIONS
     memory_format: str  # a key of MEMORY_FORMATS, for the batches; the caller converts the weights
 
     @classmethod
@@ -60,18 +60,14 @@ class Runner:
         device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
         return cls(module, module if forward is None else forward, device, precision, memory_format)
 
-    def run(self, pixels_NCHW: Tensor) -> Any:
+    def run(self, pixels_NCHW: Tensor, *, warn: bool = False) -> Any:
         """Return what the model returns for a batch, without gradients; exceptions pass through."""
         pixels_NCHW = pixels_NCHW.contiguous(memory_format=MEMORY_FORMATS[self.memory_format])
-        autocast = PRECISIONS[self.precision]
         # PyTorch's transformer fast path computes an encoder layer without calling its submodules.
         fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            with (
-                torch.inference_mode(),
-                torch.autocast(self.device.type, autocast) if autocast else contextlib.nullcontext(),
-            ):
+            with torch.inference_mode(), arithmetic(self.precision, self.device, warn=warn):
                 return self.forward(pixels_NCHW)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)

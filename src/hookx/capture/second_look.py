@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from hookx.capture.agreement import Disagreement, disagreement, is_unsteady, max_rounding, rounding_between
+from hookx.capture.arithmetic import PRECISIONS
+from hookx.capture.failures import is_out_of_memory
 from hookx.capture.rows import RowCapture
-from hookx.capture.runner import PRECISIONS
 from hookx.errors import CaptureError, HookxError
 from hookx.layers.select import Target
 from hookx.plan import LayerSpec
@@ -52,7 +53,7 @@ class SecondLook:
         dtypes = {getattr(torch, target.tensor.dtype) for target in targets}
         dtypes |= {parameter.dtype for parameter in runner.module.parameters()}
         floats = [dtype for dtype in (*dtypes, PRECISIONS[runner.precision]) if dtype and dtype.is_floating_point]
-        is_tf32 = runner.device.type != "cpu"  # or may be
+        is_tf32 = runner.precision == "tf32"
         self._max_rounding = max_rounding(*floats, tf32=is_tf32)
         single = _EPS_OF_TF32 if is_tf32 else torch.finfo(torch.float32).eps
         self._eps = max([single, *(torch.finfo(dtype).eps for dtype in floats)])
@@ -69,9 +70,11 @@ class SecondLook:
         }
         try:
             self._capture.run(pixels_NCHW.clone(), rows, counted=False)
-        except (HookxError, torch.OutOfMemoryError):
+        except HookxError:
             raise
         except Exception as error:  # A model can raise anything.
+            if is_out_of_memory(error):
+                raise
             count = len(pixels_NCHW)
             what = "an image alone" if count == 1 else f"a batch of {count:,} images"
             raise CaptureError(f"the model fails on {what}: {type(error).__name__}: {error}") from error

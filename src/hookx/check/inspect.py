@@ -156,7 +156,7 @@ class Moments:
         """Add values of any shape and type."""
         values = (torch.view_as_real(piece) if piece.is_complex() else piece).flatten()
         self.values += values.numel()
-        self.zeros += values.numel() - int(values.count_nonzero())
+        self.zeros += int((values == 0).sum())
         for some in values.split(_VALUES_AT_ONCE):
             self._add_finite(some.to(torch.float64))
 

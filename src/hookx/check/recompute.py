@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hookx.capture.arithmetic import PRECISIONS
 from hookx.capture.rows import RowCapture
-from hookx.capture.runner import MEMORY_FORMATS, PRECISIONS, Runner
+from hookx.capture.runner import MEMORY_FORMATS, Runner
 from hookx.capture.second_look import Rows, SecondLook
 from hookx.check.verify import Problem
 from hookx.errors import CaptureError, ShardError, StoreError, UsageError
@@ -23,11 +24,11 @@ from hookx.images.decoding import check_decoding, decode, decode_jpegs, failure_
 from hookx.images.listing import list_images
 from hookx.keys import key_bytes
 from hookx.layers.select import Selector, Target
-from hookx.models import LoadedModel, load_model, may_run_code
+from hookx.models import LoadedModel, borrowed_models, load_model, may_run_code
 from hookx.options import CheckpointOptions, ModelOptions, RecomputeOptions, list_paths, takes
 from hookx.plan import Plan, Shard, WeightsIdentity
 from hookx.run.defaults import choose_device, single_threaded
-from hookx.run.ready import place_and_select
+from hookx.run.ready import place_and_select, settle_passes
 from hookx.store.directory import present_shards, read_plan
 from hookx.store.format import open_shard
 from hookx.store.record import read_record
@@ -100,6 +101,11 @@ def recompute(options: RecomputeOptions) -> Recomputation:
     for value, known in ((plan.precision, PRECISIONS), (plan.memory_format, MEMORY_FORMATS)):
         if value not in known:
             raise StoreError(f"{path}/ was computed in '{value}', which this version of hookx does not support")
+    with borrowed_models():
+        return _recompute(options, path, plan)
+
+
+def _recompute(options: RecomputeOptions, path: Path, plan: Plan) -> Recomputation:
     chosen = _choose_rows(path, plan, options.count, random.Random(options.seed))
     listed = list_images(list_paths(options.images))
     files = dict(zip(listed.keys, listed.files, strict=True))
@@ -113,7 +119,7 @@ def recompute(options: RecomputeOptions) -> Recomputation:
     neighbours_NCHW: Tensor | None = None  # images of the batch before
     with (
         single_threaded() if runner.device.type == "cpu" else nullcontext(),
-        RowCapture(runner, targets) as capture,
+        RowCapture(runner, targets, settle_passes(runner, targets, plan.preprocessing)) as capture,
     ):
         look = SecondLook(capture, targets, plan.layers)
         for batch in _find_batches(path, plan, chosen):
@@ -177,7 +183,7 @@ def _find_targets(path: Path, plan: Plan, loaded: LoadedModel, runner: Runner) -
         raise UsageError(f"{plan.model} has integer layers that run on the CPU only", "write --device cpu")
     check_decoding(plan.preprocessing, runner.device)
     selectors = [Selector.parse(layer.address) for layer in plan.layers]
-    targets = place_and_select(loaded, runner, plan.preprocessing.crop_px, selectors).targets
+    targets = place_and_select(loaded, runner, plan.preprocessing, selectors, (), plan.batch_size).targets
     shapes = {layer.address: layer.shape for layer in plan.layers}
     if {str(target.address): target.shape for target in targets} != shapes:
         raise StoreError(f"{plan.model} does not have the layers and shapes of {path}/")
@@ -228,10 +234,10 @@ def _decode_again(
             pixels_CHW, _ = decode(files[key], plan.preprocessing, batch.sizes_bytes.get(key), loaded.transform)
             if pixels_CHW.ndim > 1:
                 return pixels_CHW.to(device)
-            (decoded,) = decode_jpegs([pixels_CHW], plan.preprocessing, device)  # It is a JPEG file, for the GPU.
-            if isinstance(decoded, Tensor):
-                return decoded
-            raise decoded
+            (decoded_CHW,), refused = decode_jpegs([pixels_CHW], plan.preprocessing, device)  # a JPEG file, for the GPU
+            if refused:
+                raise refused[0]
+            return decoded_CHW
         except Exception as error:  # Decoders can raise anything.
             raise StoreError(f"its batch needs the image '{key}': {failure_reason(error)}") from None
 

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ _SUMMARY = (
     *("out", "model", "weights", "notes", "preprocessing", "layers", "images", "failures", "shards", "shards_computed"),
     *("images_computed", "bytes", "device", "precision", "memory_format", "batch_size", "workers", "rotations_ignored"),
     *("counts", "self_checked"),
-    *("seconds_total", "seconds_reading", "seconds_model", "seconds_copying", "seconds_writing"),
+    *("seconds_total", "seconds_reading", "seconds_nvjpeg", "seconds_model", "seconds_copying", "seconds_writing"),
     *("busy", "bound_by", "files"),
 )
 Facts = list[tuple[str, str]]  # names and values, a line each
@@ -317,12 +317,11 @@ def print_model_layers(layers: Sequence[Layer], tree: bool) -> None:
 def _outputs_text(layer: Layer) -> str:
     texts: list[str] = []
     for address, tensor in layer.addresses().items():
-        place = "/".join(address.parts)
-        text = f"{place}={tensor.shape_text}" if place else tensor.shape_text
+        text = f"{address.place}={tensor.shape_text}" if address.place else tensor.shape_text
         if tensor.is_constant:
             text += " (constant)"
         elif tensor.problem:
-            text += " (not by image)"
+            text += " (not by image)" if tensor.is_dense else " (cannot be captured)"
         texts.append(text)
     return " ".join(dict.fromkeys(texts)) or "-"
 
@@ -356,8 +355,15 @@ def print_models(kinds: Mapping[str, str], weights: ModelWeights) -> None:
 
 def versions() -> dict[str, str]:
     """Return what a bug report needs: the versions that are installed, torch's CUDA, and the devices here. No torch."""
-    packages = {name: version(name) for name in ("torch", "torchvision", "safetensors", "pillow")}
-    return {"hookx": version("hookx-vision"), "python": platform.python_version(), **packages, "CUDA": _cuda()}
+    packages = {name: _version(name) for name in ("torch", "torchvision", "safetensors", "pillow")}
+    return {"hookx": _version("hookx-vision"), "python": platform.python_version(), **packages, "CUDA": _cuda()}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:  # A checkout that is only on PYTHONPATH, say.
+        return "not installed"
 
 
 def _cuda() -> str:

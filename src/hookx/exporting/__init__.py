@@ -16,6 +16,7 @@ from hookx.errors import StoreError
 from hookx.exporting.formats import Format, find_format, keys_csv, keys_file
 from hookx.exporting.rows import Rows
 from hookx.layers.address import Address
+from hookx.read.activations import NOT_IN_NUMPY
 from hookx.read.features import Features, open_features
 from hookx.store.files import check_absent, made_whole
 
@@ -108,7 +109,7 @@ def select_rows(
     address = layer if layer in features else str(Address.parse(layer))
     activations, plan = features[address], features.plan
     dtype = activations.layer.dtype
-    if dtype in format.missing_dtypes:
+    if dtype in (*NOT_IN_NUMPY, *format.missing_dtypes):
         log.info("%s is written as float32, which holds the same values: the format has no %s", dtype, dtype)
         dtype = "float32"
     origin = {"layer": address, "model": plan.model, "weights": plan.weights, "fingerprint": plan.fingerprint}

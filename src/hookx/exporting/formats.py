@@ -199,7 +199,7 @@ class Format:
     check: Callable[[Rows], None] = lambda rows: None
     package: str = ""  # beyond the basic install
     extra: str = ""  # the extra of hookx that installs the package
-    missing_dtypes: tuple[str, ...] = ("bfloat16",)  # Written as float32, which holds the same values.
+    missing_dtypes: tuple[str, ...] = ()  # Written as float32, which holds the same values, as is what numpy lacks.
     has_keys_beside: bool = False  # It holds one array only, so the keys go to a second file.
     is_binary: bool = True  # A file is at least as large as its activations.
 
@@ -209,7 +209,7 @@ FORMATS = {
     ".npz": Format(_write_npz),
     ".parquet": Format(_write_parquet, _check_table, package="pyarrow", extra="parquet"),
     ".h5": Format(_write_h5, package="h5py", extra="hdf5"),
-    ".mat": Format(_write_mat, check_mat, "scipy", "matlab", missing_dtypes=("bfloat16", "float16")),
+    ".mat": Format(_write_mat, check_mat, "scipy", "matlab", missing_dtypes=("float16",)),
     ".csv": Format(_write_csv, _check_csv, is_binary=False),
     ".zarr": Format(_write_zarr, package="zarr", extra="zarr"),
 }

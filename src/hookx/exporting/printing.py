@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hookx.errors import NotStoredError
 from hookx.layers.address import Address
+from hookx.read.activations import NOT_IN_NUMPY
 from hookx.read.features import open_features
 
 _NUMBERS_PER_PIECE = 4096
@@ -84,8 +85,8 @@ def to_json(activation: Activation) -> Iterator[bytes]:
 
 
 def _to_numpy(values: Tensor) -> NDArray[Any]:
-    # numpy has no bfloat16; float32 holds the same numbers.
-    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    lacking = str(values.dtype).removeprefix("torch.") in NOT_IN_NUMPY
+    return (values.float() if lacking else values).numpy()  # float32 holds the same numbers.
 
 
 def _nest(numbers: NDArray[Any]) -> Iterator[bytes]:

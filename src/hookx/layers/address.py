@@ -20,8 +20,13 @@ _REDUCTIONS_OVER_DIMS = ("mean", "max", "min", "sum", "norm")
 _REDUCTIONS = (*_REDUCTIONS_OVER_DIMS, "cls", "flatten")
 
 
+_EMPTY = "%empty"  # how the name '' is written; a '%' in a name is written %25
+
+
 def quote(name: str) -> str:
     """Escape the name of a module or a part, so that none of its characters is read as grammar: a/b -> a%2Fb."""
+    if not name:
+        return _EMPTY
     return _RESERVED.sub(
         lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode("utf-8", "surrogatepass")), name
     )
@@ -29,6 +34,8 @@ def quote(name: str) -> str:
 
 def unquote(text: str) -> str:
     """Undo `quote`."""
+    if text == _EMPTY:
+        return ""
     try:
         return unquote_to_bytes(text.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
@@ -142,26 +149,31 @@ class Address:
                 f"'{text}' is not a layer address: ':' takes the number of a call, as in layer1.0.relu:1"
             )
         is_input = bool(segments) and segments[0] == "in"
-        parts = tuple(unquote(segment) for segment in segments[is_input:])
-        if not all(parts):
+        if not all(segments):
             raise AddressError(f"'{text}' is not a layer address: '/' takes 'in' or the name of a part, as in attn/0")
         return cls(
             path=parse_path(path_text, text),
             call=int(call_text) if colon else None,
             is_input=is_input,
-            parts=parts,
+            parts=tuple(unquote(segment) for segment in segments[is_input:]),
             reduction=Reduction.parse(reduction_text) if at else None,
         )
 
-    def __str__(self) -> str:
+    @property
+    def place(self) -> str:
+        """The tensor's place in what the module returns or is given, as the address writes it: 'out/0'; '' for all."""
         parts = [quote(part) for part in self.parts]
         if parts and not self.is_input and parts[0] == "in":
             parts[0] = "%69n"  # A part named 'in' must not read as the module's input.
-        if self.is_input:
-            parts.insert(0, "in")
-        return (
+        return "/".join(parts)
+
+    def __str__(self) -> str:
+        text = (
             (self.path if self.path == "." else ".".join(quote(name) for name in self.path.split(".")))
             + (f":{self.call}" if self.call is not None else "")
-            + "".join(f"/{part}" for part in parts)
+            + ("/in" if self.is_input else "")
+            + (f"/{self.place}" if self.parts else "")
             + (f"@{self.reduction}" if self.reduction else "")
         )
+        # A safetensors file keeps its metadata under this name.
+        return text if text != "__metadata__" else "%5F_metadata__"

@@ -14,6 +14,8 @@ from typing import Literal
 from hookx.errors import AddressError, LayerError, closest
 from hookx.layers.address import Address, dotted
 
+_MAX_LAYERS_NAMED = 3  # in an error about all the layers that a glob matches
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -23,19 +25,39 @@ class TensorInfo:
     shape: tuple[int, ...]  # for one image, without the batch dimension; for a constant, the whole shape
     dtype: str
     batch_dim: int | None = 0  # the position of the batch dimension; None for a constant
-    rows_per_image: int = 1  # above 1, dimension 0 holds this many rows for each image, image after image
+    rows_per_image: int = 1  # above 1, the batch dimension holds this many rows for each image
     problem: str = ""  # why its rows cannot be assigned to images
+    groups_per_image: int = 1  # an image's rows lie in so many groups; each group is followed by the next image's
+    rounding: float = field(default=0.0, compare=False)  # of an image in batches of two sizes, relative to its largest
+    is_dense: bool = True  # False for what holds values and no rows: a sparse tensor, a set; `problem` says what it is
+
+    @classmethod
+    def of_unusable(cls, parts: tuple[str, ...], reason: str) -> TensorInfo:
+        """Describe something that holds values and that cannot be captured."""
+        return cls(parts, (), "", None, problem=reason, is_dense=False)
 
     @property
     def is_constant(self) -> bool:
         return self.batch_dim is None and not self.problem
 
+    def why_not(self, address: Address) -> str:
+        """Return why it cannot be captured, '' if it can."""
+        if self.is_constant:
+            return f"'{address}' is constant ({self.shape_text}): it does not depend on the image"
+        if self.problem and not self.is_dense:
+            return f"'{address}' cannot be captured: {self.problem}"
+        if self.problem:
+            return f"'{address}' ({self.shape_text}) cannot be split by image: {self.problem}"
+        return ""
+
     @property
     def shape_text(self) -> str:
         """The shape as the layer returns it, with N for the batch: 'N,64,56,56', '49,N,768', '64N,49,96'."""
+        if not self.is_dense:
+            return "?"
         lengths = [str(length) for length in self.shape]
-        if self.rows_per_image > 1:
-            lengths[0] += "N"
+        if self.rows_per_image > 1 and self.batch_dim is not None:
+            lengths[self.batch_dim] += "N"
         elif self.batch_dim is not None:
             lengths.insert(self.batch_dim, "N")
         return ",".join(lengths) or "scalar"
@@ -76,6 +98,7 @@ class Target:
     address: Address
     tensor: TensorInfo
     calls: int = 1  # how often a forward pass calls the module
+    is_named: bool = True  # by a selector of one module; a target of globs only may be left out
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -240,7 +263,7 @@ def select(
     for selector in selectors:
         by_name, matched = selector.kind == "path", matched_paths([selector], class_names, model)
         left_out: dict[str, str] = {}
-        found = 0
+        found, reasons = 0, {}
         for path in matched:
             layer = by_path[path]
             if layer.same_as in matched and not by_name:
@@ -249,31 +272,43 @@ def select(
                 found += 1  # Excluded, so it does not matter whether it could be captured.
                 continue
             try:
-                targets, unusable = _targets_of(layer, selector.address, model)
+                targets, unusable = _targets_of(layer, selector.address, model, is_named=by_name)
             except LayerError as error:
                 if by_name or isinstance(error, _DoesNotFitError):
                     raise
                 left_out[path] = str(error).splitlines()[0]
+                reasons[path] = [left_out[path]]
                 continue
             found += len(targets)
             left_out.update(unusable)
+            reasons[path] = list(unusable.values())
             for target in targets:
                 # If a module is called once, conv1:0 is another spelling of conv1.
-                if not is_excluded(replace(target.address, call=target.address.call or 0)):
-                    chosen.setdefault(target.address, target)
+                if is_excluded(replace(target.address, call=target.address.call or 0)):
+                    continue
+                if chosen.setdefault(target.address, target) != target and by_name:
+                    chosen[target.address] = target  # A glob selected it before.
         if not found:
-            raise LayerError(
-                f"nothing can be captured of what '{selector.text}' matches in {model}: "
-                + "; ".join(list(left_out.values())[:3]),
-                f"list the layers: hookx list-layers {model}",
-            )
+            raise _nothing_captured(selector, list(reasons.values()), model)
         all_left_out.update(left_out)
     if not chosen:
         raise LayerError("--exclude leaves no layer to capture")
     return Selection(list(chosen.values()), all_left_out)
 
 
-def _targets_of(layer: Layer, wanted: Address, model: str) -> tuple[list[Target], dict[str, str]]:
+def _nothing_captured(selector: Selector, reasons: Sequence[Sequence[str]], model: str) -> LayerError:
+    """Return an error that says, for every part of the first layers that a selector matches, why it is unusable."""
+    shown = "; ".join(reason for of_layer in reasons[:_MAX_LAYERS_NAMED] for reason in of_layer)
+    if selector.kind == "path":
+        return LayerError(shown)
+    more = f"; and {len(reasons) - _MAX_LAYERS_NAMED:,} more layers" if len(reasons) > _MAX_LAYERS_NAMED else ""
+    return LayerError(
+        f"nothing can be captured of what '{selector.text}' matches in {model}: {shown}{more}",
+        f"list the layers: hookx list-layers {model}",
+    )
+
+
+def _targets_of(layer: Layer, wanted: Address, model: str, *, is_named: bool) -> tuple[list[Target], dict[str, str]]:
     """Return the targets that an address names in a layer whose path it matched, and the parts left out."""
     name = str(Address(layer.path))
     calls = len(layer.calls)
@@ -301,13 +336,10 @@ def _targets_of(layer: Layer, wanted: Address, model: str) -> tuple[list[Target]
         raise LayerError(f"'{replace(wanted, path=layer.path)}' does not exist: {name} {verb} {tensors}")
     targets, unusable = [], {}
     for address, tensor in found.items():
-        if tensor.is_constant:
-            unusable[str(address)] = f"'{address}' is constant ({tensor.shape_text}): it does not depend on the image"
+        if reason := tensor.why_not(address):
+            unusable[str(address)] = reason
             continue
-        if tensor.problem:
-            unusable[str(address)] = f"'{address}' ({tensor.shape_text}) cannot be split by image: {tensor.problem}"
-            continue
-        target = Target(replace(address, reduction=wanted.reduction), tensor, calls)
+        target = Target(replace(address, reduction=wanted.reduction), tensor, calls, is_named)
         try:
             target.shape  # noqa: B018
         except ValueError as error:
@@ -318,6 +350,4 @@ def _targets_of(layer: Layer, wanted: Address, model: str) -> tuple[list[Target]
                 f"for this shape: {wanted.reduction.spellings_for(tensor.shape)}",
             ) from None
         targets.append(target)
-    if not targets:
-        raise LayerError(next(iter(unusable.values())))
     return targets, unusable

@@ -65,7 +65,12 @@ class ModelFiles(Source):
         if isinstance(module := found.value, nn.Module):
             while isinstance(module, nn.DataParallel):
                 module = module.module  # So that paths are those of the model itself.
-            return _describe(path, module.to("cpu"), found.entry, imagenet_preprocessing(), "ImageNet's default")
+            try:
+                module = module.to("cpu")
+            except Exception as error:  # A quantized or offloaded module can have a `.to` of its own.
+                reason = f"{type(error).__name__}: {one_line(error)}"
+                raise ModelError(f"the model in '{ref}' cannot be moved to the CPU: {reason}") from error
+            return _describe(path, module, found.entry, imagenet_preprocessing(), "ImageNet's default")
         named = f"'{architecture}', which torchvision does not have" if architecture else "no architecture"
         settings = " (an entry 'arch')" if isinstance(content.value, Mapping) and not architecture else ""
         raise ModelError(

@@ -25,6 +25,7 @@ from hookx.keys import Keys
 from hookx.plan import LayerSpec
 from hookx.store.format import data_range, open_shard
 
+NOT_IN_NUMPY = ("bfloat16", "float8_e4m3fn", "float8_e5m2")  # float32 holds their values.
 _BYTES_AT_ONCE = 2**20
 _KEYS_COMPARED = 100  # Neighbours of a missing key, for the error message.
 Index: TypeAlias = int | slice | Sequence[int] | Sequence[bool] | NDArray[Any] | Tensor
@@ -143,7 +144,7 @@ class Activations:
         return self[:]
 
     def numpy(self) -> NDArray[Any]:
-        """Return all rows as an array. numpy has no bfloat16, so it becomes float32, exactly, with a warning."""
+        """Return all rows as an array; bfloat16 and float8, which numpy lacks, become float32, with a warning."""
         return self._to_numpy()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
@@ -153,10 +154,10 @@ class Activations:
 
     def _to_numpy(self, warn: bool = True) -> NDArray[Any]:
         rows = self.torch()
-        if rows.dtype == torch.bfloat16:
+        if (dtype := self.layer.dtype) in NOT_IN_NUMPY:
             if warn:
-                what = f"'{self.address}' is bfloat16, which numpy lacks"
-                warnings.warn(f"{what}: it becomes float32, exactly; .torch() keeps bfloat16", stacklevel=3)
+                what = f"'{self.address}' is {dtype}, which numpy lacks"
+                warnings.warn(f"{what}: it becomes float32, exactly; .torch() keeps {dtype}", stacklevel=3)
             rows = rows.float()
         return rows.numpy()
 

@@ -16,39 +16,69 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hookx.capture.arithmetic import fix_workspace
+from hookx.capture.copies import has_streams
 from hookx.errors import UsageError
 
 # On the CPU, a batch has 16 images of up to 256 x 256 pixels, or fewer larger images with as many pixels: every worker
 # holds one in memory. Below 16, convolutions spend noticeable time on the layout of their weights. Batches are smaller
 # for a short list, so that every worker has work, and for large activations, because touching fresh memory is slow: 4
 # or 8 images then, which divide a shard.
-_BATCH_ON_CPU, _BATCH_ON_CPU_PX, _BATCHES_ON_CPU, _SMALL_BATCH_ON_CPU = 16, 16 * 256 * 256, 16, 4
+_BATCH_ON_CPU, _BATCHES_ON_CPU, _SMALL_BATCH_ON_CPU = 16, 16, 4
+_USUAL_PX = 256 * 256
 _BATCH_ON_CPU_BYTES = 32 * 2**20
-_BATCH_ON_GPU = 64
+# On a GPU, batches are larger, because launching the kernels of a pass takes as long for many images as for few: 128
+# images of up to 256 x 256 pixels, but not more than half a gigabyte of activations, which wait in pinned memory.
+_BATCH_ON_GPU, _SMALL_BATCH_ON_GPU, _BATCH_ON_GPU_BYTES = 128, 8, 512 * 2**20
 _COLOURS = 3
+_FIRST_WITH_TF32 = (8, 0)  # compute capability: Ampere
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # from glibc's malloc.h
 _HEAP_BYTES = 512 * 2**20
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps' into a device; `UsageError` for one that is absent."""
+    """Turn 'auto', 'cpu', 'cuda', 'cuda:1', 'xpu' or 'mps' into a device; `UsageError` for one that is absent."""
     present = ["cpu"]
-    if torch.backends.mps.is_available():
-        present.append("mps")
-    if torch.cuda.is_available():
-        present += ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    if torch.accelerator.is_available() and (accelerator := torch.accelerator.current_accelerator()) is not None:
+        kind, count = accelerator.type, torch.accelerator.device_count()
+        present += [kind, *(f"{kind}:{number}" for number in range(count))]
     if name == "auto":
-        name = next(best for best in ("cuda", "mps", "cpu") if best in present)
+        name = present[1] if len(present) > 1 else "cpu"
     if name not in present:
         raise UsageError(
             f"invalid --device '{name}': this machine has {', '.join(present)}", "or let hookx choose: --device auto"
         )
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda":
+        fix_workspace()
+    if device.index is None and has_streams(device):
+        return torch.device(device.type, torch.get_device_module(device).current_device())
+    return device
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise `UsageError` if a device cannot compute in a precision."""
+    if precision != "tf32":
+        return
+    if device.type != "cuda":
+        raise UsageError(f"--precision tf32 needs an NVIDIA GPU, but the device is {device}", "write --precision fp32")
+    if torch.version.cuda and torch.cuda.get_device_capability(device) < _FIRST_WITH_TF32:
+        raise UsageError(f"{device_name(device)} has no TF32", "write --precision fp32")
 
 
 def device_name(device: torch.device) -> str:
-    """Name a device as a person knows it: 'cpu', or 'cuda (NVIDIA H100 80GB HBM3)'."""
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    """Name a device as a person knows it, without its number: 'cpu', or 'cuda (NVIDIA H100 80GB HBM3)'."""
+    name_of = getattr(torch.get_device_module(device), "get_device_name", None)
+    return f"{device.type} ({name_of(device)})" if name_of is not None else device.type
+
+
+def describe_device(device: torch.device) -> dict[str, str]:
+    """Return what else decides the bits that a device computes, for the record of a shard."""
+    if device.type == "cuda":
+        libraries = {"cuda": torch.version.cuda, "hip": torch.version.hip, "cudnn": torch.backends.cudnn.version()}
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        return {"capability": capability} | {name: str(value) for name, value in libraries.items() if value}
+    return {}
 
 
 def count_usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
@@ -119,15 +149,21 @@ def choose_batch_size(
         [16, 3, 6]
         >>> choose_batch_size("auto", cpu, 224, 10_000, conv1_bytes)
         8
+        >>> [choose_batch_size("auto", torch.device("cuda"), *run) for run in runs]
+        [128, 31, 128]
     """
     if batch_size != "auto":
         return int(batch_size)
-    if device.type != "cpu":
-        return _BATCH_ON_GPU
-    by_count = max(_SMALL_BATCH_ON_CPU, image_count // _BATCHES_ON_CPU)
-    by_bytes = _BATCH_ON_CPU_BYTES // max(bytes_per_image, 1)
-    power_of_two = max(_SMALL_BATCH_ON_CPU, 1 << by_bytes.bit_length() >> 1)
-    return max(1, min(_BATCH_ON_CPU, _BATCH_ON_CPU_PX // crop_px**2, by_count, power_of_two))
+    on_cpu = device.type == "cpu"
+    largest, smallest, most_bytes = (
+        (_BATCH_ON_CPU, _SMALL_BATCH_ON_CPU, _BATCH_ON_CPU_BYTES)
+        if on_cpu
+        else (_BATCH_ON_GPU, _SMALL_BATCH_ON_GPU, _BATCH_ON_GPU_BYTES)
+    )
+    by_count = max(smallest, image_count // _BATCHES_ON_CPU) if on_cpu else largest
+    by_bytes = most_bytes // max(bytes_per_image, 1)
+    power_of_two = max(smallest, 1 << by_bytes.bit_length() >> 1)
+    return max(1, min(largest, largest * _USUAL_PX // crop_px**2, by_count, power_of_two))
 
 
 def choose_memory_format(
@@ -154,5 +190,5 @@ def choose_memory_format(
         for convolution in convolutions
         if convolution.in_channels > _COLOURS
     )
-    gains = device.type == "cpu" or (device.type == "cuda" and precision != "fp32")
+    gains = device.type == "cpu" or (has_streams(device) and precision != "fp32")
     return "channels_last" if overlap and gains else "contiguous"

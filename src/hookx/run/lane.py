@@ -11,12 +11,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
-from torch import OutOfMemoryError, Tensor
+from torch import Tensor
 
+from hookx.capture.copies import has_streams
+from hookx.capture.failures import is_out_of_memory
 from hookx.capture.rows import RowCapture
 from hookx.errors import HookxError
-from hookx.images.decoding import decode_jpegs, model_input
-from hookx.plan import Plan, Preprocessing, ValueCounts
+from hookx.images.decoding import model_input
+from hookx.plan import Plan, ValueCounts
 from hookx.run.ready import out_of_memory
 from hookx.run.selfcheck import SelfCheck
 from hookx.store.writer import ShardWriter, Written
@@ -36,6 +38,7 @@ class Batch:
     reasons: dict[int, str] = field(default_factory=dict)  # position -> why it could not be read
     rotations_ignored: int = 0
     reading_seconds: float = 0.0
+    nvjpeg_seconds: float = 0.0
     # Computed and written, by a lane.
     counts: ValueCounts = field(default_factory=ValueCounts)
     self_checked: int = 0  # rows that were computed again
@@ -64,25 +67,6 @@ class Batch:
         except RuntimeError as error:  # torch has no other error for too little memory
             raise MemoryError(str(error)) from None
 
-    def decode_rest(self, preprocessing: Preprocessing, device: torch.device) -> None:
-        """Decode by nvjpeg what was left to it, and put it in its place among the other pixels."""
-        if self.encoded is None:
-            return
-        start = time.perf_counter()
-        content, files = self.encoded
-        positions, sizes_bytes = (column.tolist() for column in files.unbind(1))
-        decoded = dict(zip(positions, decode_jpegs(content.split(sizes_bytes), preprocessing, device), strict=True))
-        refused = {position: str(result) for position, result in decoded.items() if not isinstance(result, Tensor)}
-        self.reasons = dict(sorted((self.reasons | refused).items()))
-        others: Iterator[Tensor] = iter(() if self.pixels_NCHW is None else self.pixels_NCHW.to(device))
-        pixels = [
-            decoded[position] if position in decoded else next(others)
-            for position in self.positions
-            if position not in self.reasons
-        ]
-        self.pixels_NCHW, self.encoded = stack(pixels), None
-        self.reading_seconds += time.perf_counter() - start
-
 
 def stack(pixels: list[Tensor]) -> Tensor | None:
     """Stack images to a batch; None for no image."""
@@ -106,23 +90,29 @@ class Lane:
 
     def __init__(self, capture: RowCapture, writer: ShardWriter, plan: Plan, check: SelfCheck | None = None) -> None:
         self.capture, self.writer, self.plan, self.check = capture, writer, plan, check
-        self.images_at_once = plan.batch_size  # in the model; fewer once that was too much for a GPU
+        self.images_at_once = plan.batch_size  # in the model; fewer in the rest of a shard for which that was too much
+        self._shard = -1
 
     def run(self, batch: Batch) -> Batch:
         """Run a batch, and start to write it; a GPU has only started the pass when this returns."""
+        self._begin_shard(batch.positions.start // self.plan.images_per_shard)
         pixels_NCHW, batch.pixels_NCHW = batch.pixels_NCHW, None
         rows = self.writer.rows(batch.positions, 0 if pixels_NCHW is None else len(pixels_NCHW))
         device = self.capture.runner.device
         if pixels_NCHW is not None:
             start = time.perf_counter()
-            on_device = pixels_NCHW.to(device, non_blocking=device.type == "cuda")
-            self._run(batch, model_input(on_device, self.plan.preprocessing), rows)
-            if device.type != "cuda":  # A GPU measures its own time.
+            self._run(batch, pixels_NCHW, rows)
+            if not has_streams(device):  # A GPU measures its own time.
                 batch.model_seconds = time.perf_counter() - start
         if device.type == "cpu":  # Elsewhere the counts of a shard are taken at its end: they wait for the device.
             batch.counts = self.capture.take_counts()
         batch.written = self.writer.write(batch.positions, functools.partial(self.capture.wait, self.capture.passes))
         return batch
+
+    def _begin_shard(self, number: int) -> None:
+        """Begin every shard with whole batches, so that its bytes do not depend on the shards before it."""
+        if number != self._shard:
+            self._shard, self.images_at_once = number, self.plan.batch_size
 
     def finish(self) -> None:
         """Do what a process does after its last batch: raise if its first rows are others by now."""
@@ -132,7 +122,10 @@ class Lane:
 
     def _run(self, batch: Batch, pixels_NCHW: Tensor, rows: Mapping[str, Tensor]) -> None:
         """Run a batch, and check it if it is one of those to check."""
-        copy_NCHW = None if self.check is None else self.check.copy_pixels(batch.positions, pixels_NCHW)
+        copy_NCHW = None
+        if self.check is not None and self.check.needs(batch.positions, len(pixels_NCHW)):
+            with self._report_memory():  # A copy, because the model may write to what it is given.
+                copy_NCHW = self._to_input(pixels_NCHW).clone()
         parts = self._run_in_parts(pixels_NCHW, rows)
         if self.check is not None and copy_NCHW is not None:
             readable = [position for position in batch.positions if position not in batch.reasons]
@@ -149,19 +142,33 @@ class Lane:
         while start < len(pixels_NCHW):
             stop = min(start + self.images_at_once, len(pixels_NCHW))
             try:
-                self.capture.run(pixels_NCHW[start:stop], {address: rows[address][start:stop] for address in rows})
+                input_NCHW = self._to_input(pixels_NCHW[start:stop])
+                self.capture.run(input_NCHW, {address: rows[address][start:stop] for address in rows})
                 parts.append(range(start, stop))
                 start = stop
-            except OutOfMemoryError as error:
-                if stop - start == 1:
-                    raise out_of_memory(1, error) from None
-                self.images_at_once = (stop - start) // 2
-                log.warning("out of memory with %d images at once: going on with %d", stop - start, self.images_at_once)
+                continue
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = error.with_traceback(None)  # It would keep the activations of the failed pass alive.
+            if self.capture.wait_for_all():
+                continue  # Once more, without the copies of earlier passes, which held memory.
+            if stop - start == 1:
+                raise out_of_memory(1, failure)
+            self.images_at_once = (stop - start) // 2
+            log.warning("out of memory with %d images at once: going on with %d", stop - start, self.images_at_once)
         return parts
+
+    def _to_input(self, pixels_NCHW: Tensor) -> Tensor:
+        device = self.capture.runner.device
+        on_device = pixels_NCHW.to(device, non_blocking=has_streams(device))
+        return model_input(on_device, self.plan.preprocessing)
 
     @contextlib.contextmanager
     def _report_memory(self) -> Iterator[None]:
         try:
             yield
-        except OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise out_of_memory(self.images_at_once, error) from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
 import shutil
 import sys
@@ -11,15 +13,18 @@ from pathlib import Path
 import torch
 
 from hookx.capture.rows import stored_dtype
-from hookx.errors import StoreError, UsageError
+from hookx.errors import HookxError, LayerError, StoreError, UsageError, one_line
 from hookx.images.listing import ImageList, list_images
 from hookx.keys import images_sha256
-from hookx.layers.select import parse_selectors
+from hookx.layers.select import Selection, Target, parse_selectors
 from hookx.options import DTYPE_NAMES, ExtractOptions, list_paths, takes
 from hookx.plan import DTYPES, LayerSpec, Plan, Shard, images_per_shard
 from hookx.run.defaults import choose_batch_size, choose_workers
 from hookx.run.ready import ReadyModel, ready_model
 from hookx.store.directory import PLAN, check_resumable, finished_shards, read_plan
+
+log = logging.getLogger("hookx")
+_CONVERT = "convert it: --dtype fp32"
 
 
 @dataclass(frozen=True)
@@ -67,18 +72,10 @@ def prepare(options: ExtractOptions) -> Job:
     begun = read_plan(out) if (out / PLAN).exists() else options
     batch_size = begun.batch_size if options.batch_size == "auto" else options.batch_size
     memory_format = begun.memory_format if options.memory_format == "auto" else options.memory_format
-    ready = ready_model(options.model, options.weights, options, selectors, excluded, memory_format=memory_format)
-    loaded, selection, device = ready.loaded, ready.selection, ready.runner.device
-    specs = []
-    for target in selection.targets:
-        returned = stored_dtype(target)
-        stored = DTYPE_NAMES[options.dtype] if options.dtype and returned in DTYPE_NAMES.values() else returned
-        if stored not in DTYPES:
-            raise UsageError(
-                f"'{target.address}' is {returned}, which safetensors files cannot hold", "convert it: --dtype fp32"
-            )
-        specs.append(LayerSpec(str(target.address), target.shape, stored))
-
+    ready = ready_model(options.model, options.weights, options, selectors, excluded, memory_format, batch_size)
+    selection, specs = _choose_types(ready.selection, options.dtype)
+    ready = dataclasses.replace(ready, selection=selection)
+    loaded, device = ready.loaded, ready.runner.device
     bytes_per_image = sum(spec.bytes_per_image for spec in specs)
     batch_size = choose_batch_size(batch_size, device, ready.preprocessing.crop_px, len(listed), bytes_per_image)
     plan = Plan(
@@ -107,6 +104,39 @@ def prepare(options: ExtractOptions) -> Job:
             "choose another --out, fewer --layers, a reduction such as @mean23, or --dtype fp16",
         )
     return job
+
+
+def _choose_types(selection: Selection, asked: str | None) -> tuple[Selection, list[LayerSpec]]:
+    """Choose the type that each target is stored in; leave out what no file can hold and no selector names."""
+    targets, specs, left_out = [], [], dict(selection.left_out)
+    for target in selection.targets:
+        address = str(target.address)
+        try:
+            specs.append(LayerSpec(address, target.shape, _type_of(target, asked)))
+            targets.append(target)
+        except HookxError as error:
+            if target.is_named:
+                raise
+            left_out[address] = one_line(error)
+            log.info("left out: %s", "; ".join(line.strip() for line in str(error).splitlines()))
+    if not targets:
+        raise LayerError("; ".join(left_out[str(target.address)] for target in selection.targets), _CONVERT)
+    return Selection(targets, left_out), specs
+
+
+def _type_of(target: Target, asked: str | None) -> str:
+    """Return the type in which a target is stored; raise if no file can hold what it returns."""
+    returned, wanted = stored_dtype(target), DTYPE_NAMES.get(asked or "", "")
+    if wanted and "float" in returned:
+        return wanted
+    if returned in DTYPES:
+        return returned
+    if wanted == "float32" and returned.startswith("complex"):
+        return "complex64"
+    is_number = "float" in returned or returned.startswith("complex")
+    raise UsageError(
+        f"'{target.address}' is {returned}, which safetensors files cannot hold", *([_CONVERT] if is_number else [])
+    )
 
 
 def _existing_parent(path: Path) -> Path:

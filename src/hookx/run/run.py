@@ -6,24 +6,26 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
+from hookx.capture.copies import has_streams
+from hookx.capture.failures import report_broken_device
 from hookx.capture.rows import RowCapture
 from hookx.capture.second_look import SecondLook
 from hookx.errors import ImageError
+from hookx.models import borrowed_models
 from hookx.options import ExtractOptions, takes
 from hookx.plan import Shard
-from hookx.run.defaults import device_name, single_threaded
+from hookx.run.defaults import describe_device, device_name, single_threaded
 from hookx.run.lane import Lane
 from hookx.run.prepare import Job, prepare
 from hookx.run.selfcheck import SelfCheck, choose_batches
 from hookx.run.summary import Summary, Timing, summarize
 from hookx.run.workers import batches
 from hookx.store.directory import RunDirectory
-from hookx.store.record import ShardRecord
+from hookx.store.record import ShardRecord, version_of
 from hookx.store.writer import ShardWriter
 
 log = logging.getLogger("hookx")
@@ -47,7 +49,8 @@ def extract(options: ExtractOptions) -> Summary:
         >>> summary.images, [layer.shape for layer in summary.layers]
         (8, [(64, 112, 112), (512, 1, 1)])
     """
-    return run(prepare(**vars(options)), options.progress)
+    with borrowed_models():
+        return run(prepare(**vars(options)), options.progress)
 
 
 def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) -> Summary:
@@ -55,13 +58,14 @@ def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) ->
     timing = Timing(job)
     with RunDirectory(job.out, job.plan) as directory:
         if job.pending:
-            _compute(job, directory, timing, progress)
+            with report_broken_device():  # Outermost: what clears up behind a broken device fails as well.
+                _compute(job, directory, timing, progress)
         directory.publish_index()  # Written again for a finished run: it is small, and may be missing.
     return summarize(job, timing)
 
 
 def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callable[[int], None]) -> None:
-    plan, ready, on_gpu = job.plan, job.ready, job.device.type == "cuda"
+    plan, ready, on_gpu = job.plan, job.ready, has_streams(job.device)
     made = _describe_process(job)
     failures = 0
     with (
@@ -75,7 +79,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
             filled_at_once=_MAX_PASSES_IN_FLIGHT if on_gpu else 1,
             pin_memory=on_gpu,
         ) as writer,
-        RowCapture(ready.runner, ready.selection.targets) as capture,
+        RowCapture(ready.runner, ready.selection.targets, ready.settle()) as capture,
     ):
         lane = Lane(capture, writer, plan, _self_check(job, capture))
         decoded = batches(  # Forks the workers, before there are threads.
@@ -107,6 +111,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
                     if record.self_checked is not None:
                         record.self_checked += batch.self_checked
                     timing.reading += batch.reading_seconds
+                    timing.nvjpeg += batch.nvjpeg_seconds
                     timing.model += batch.model_seconds
                     written.append(batch.written)
                     progress(len(positions))
@@ -132,13 +137,16 @@ def _self_check(job: Job, capture: RowCapture) -> SelfCheck | None:
 def _describe_process(job: Job) -> dict[str, Any]:
     """Describe the software, the device and the batch size that make a shard, for its record."""
     distribution = job.ready.loaded.distribution
+    nondeterministic = job.ready.nondeterministic
     return {
-        "hookx": version("hookx-vision"),
+        "hookx": version_of("hookx-vision"),
         "torch": torch.__version__,
-        distribution: version(distribution),
-        "pillow": version("pillow"),
+        distribution: version_of(distribution),
+        "pillow": version_of("pillow"),
         "device": device_name(job.device),
-        "batch_size": job.plan.batch_size,  # Less once that was too much for a GPU.
+        **describe_device(job.device),
+        **({"nondeterministic": ", ".join(nondeterministic)} if nondeterministic else {}),
+        "batch_size": job.plan.batch_size,  # Less if that was too much for a GPU.
     }
 
 

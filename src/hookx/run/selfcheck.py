@@ -88,11 +88,10 @@ class SelfCheck:
         self._oldest: _Image | None = None
         self._images_since = 0  # computed by this process since the oldest image was, for the first time or again
 
-    def copy_pixels(self, positions: range, pixels_NCHW: Tensor) -> Tensor | None:
-        """Copy what `check` will need of a batch, before the model, which may write to it; None for nothing."""
-        self._images_since += len(pixels_NCHW)
-        is_needed = self._oldest is None or positions.start in self._starts
-        return pixels_NCHW.clone() if is_needed else None
+    def needs(self, positions: range, images: int) -> bool:
+        """Return whether `check` is to see a batch with this many readable images, once its rows are complete."""
+        self._images_since += images
+        return self._oldest is None or positions.start in self._starts
 
     def check(
         self,
@@ -108,7 +107,7 @@ class SelfCheck:
         Args:
             positions: the whole batch.
             readable: the positions of the images that could be read.
-            pixels_NCHW: what `copy_pixels` returned.
+            pixels_NCHW: what the model was given, or a copy if it may have written to that.
             rows: what is about to be stored.
             parts: which images went through the model together.
             images_at_once: how many may.

@@ -10,6 +10,7 @@ from typing import TypeVar, cast
 
 from hookx.plan import Plan
 from hookx.run.defaults import device_name
+from hookx.run.nvjpeg import NVJPEG_THREADS
 from hookx.run.prepare import Job
 from hookx.store.record import Totals, read_record
 
@@ -20,8 +21,9 @@ class Timing:
     """Seconds of work by part, added up over the processes that shared it, and which part was the slowest."""
 
     def __init__(self, job: Job) -> None:
-        self.total = self.reading = self.model = self.copying = self.writing = 0.0
+        self.total = self.reading = self.nvjpeg = self.model = self.copying = self.writing = 0.0
         self._processes = {"reading": max(job.workers, 1), "model": job.workers if job.workers_compute else 1}
+        self._processes["nvjpeg"] = NVJPEG_THREADS
         # The processes that read run the model too: together, reading and model are what is waited for.
         self._takes_turns = job.device.type == "cpu" and (job.workers_compute or not job.workers)
         self._start = time.perf_counter()
@@ -33,6 +35,8 @@ class Timing:
     def busy(self) -> dict[str, float]:
         """The share of the time for which each part worked."""
         parts = {"reading": self.reading, "model": self.model, "copying": self.copying, "writing": self.writing}
+        if self.nvjpeg:
+            parts["nvjpeg"] = self.nvjpeg
         return {part: round(seconds / self._processes.get(part, 1) / self.total, 3) for part, seconds in parts.items()}
 
     @property
@@ -80,6 +84,7 @@ class Summary:
     shards = _derive(lambda summary: len(summary.plan.shards))
     seconds_total = _derive(lambda summary: round(summary.timing.total, 3))
     seconds_reading = _derive(lambda summary: round(summary.timing.reading, 3))
+    seconds_nvjpeg = _derive(lambda summary: round(summary.timing.nvjpeg, 3))  # of threads that decode on a GPU
     seconds_model = _derive(lambda summary: round(summary.timing.model, 3))
     seconds_copying = _derive(lambda summary: round(summary.timing.copying, 3))  # from a GPU
     seconds_writing = _derive(lambda summary: round(summary.timing.writing, 3))

@@ -12,10 +12,10 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from zlib_ng import zlib_ng  # The same CRC-32 as zlib's, ten times as fast.
 
 from hookx.errors import ShardError, StoreError
 from hookx.plan import DTYPES, LayerSpec
+from hookx.store.crc import crc32
 from hookx.store.files import check_is_file
 
 MAX_HEADER_BYTES = 32 * 2**20
@@ -28,7 +28,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 def checksum(tensor: Tensor) -> int:
     """Return the CRC-32 of a contiguous tensor's bytes."""
-    return zlib_ng.crc32(bytes_of(tensor)) if tensor.numel() else 0
+    return crc32(bytes_of(tensor)) if tensor.numel() else 0
 
 
 def open_shard(file: Path) -> Any:

@@ -6,13 +6,13 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from zlib_ng import zlib_ng  # The same CRC-32 as zlib's, ten times as fast.
-
 from hookx.errors import ShardError
 from hookx.plan import DTYPES, FORMAT, Plan, Shard, ValueCounts
+from hookx.store.crc import crc32
 from hookx.store.format import open_shard
 
 
@@ -63,9 +63,17 @@ class Totals:
             self.self_checked = (self.self_checked or 0) + record.self_checked
 
 
+def version_of(distribution: str) -> str:
+    """Return the version of a distribution, for the record; 'not installed' if it is only on Python's path."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def _checksum_of_metadata(metadata: Mapping[str, str]) -> str:
     fields = {name: text for name, text in sorted(metadata.items()) if name != "checksum"}
-    return str(zlib_ng.crc32(json.dumps(fields).encode()))
+    return str(crc32(json.dumps(fields).encode()))
 
 
 def read_record(path: Path, plan: Plan, shard: Shard) -> ShardRecord:

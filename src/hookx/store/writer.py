@@ -22,15 +22,15 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from zlib_ng import zlib_ng
 
 from hookx.plan import KINDS, Plan, Shard, ValueCounts
+from hookx.store.crc import crc32, crc32_combine
 from hookx.store.directory import RunDirectory
 from hookx.store.files import aside_of, put_in_place, report_write_errors
 from hookx.store.format import bytes_of, checksum, in_file_order, shard_header, tensor_places
@@ -39,6 +39,7 @@ from hookx.store.record import ShardRecord
 _PAGE_BYTES = mmap.PAGESIZE
 _MAX_CHECKSUM, _MAX_COUNT = 2**32 - 1, 2**63
 _POLL_SECONDS = 0.001  # between looks at what another process does
+_THREADS_FOR_CHECKSUMS, _CHECKSUM_BYTES = 3, 8 * 2**20
 _FILES_AHEAD = 2  # for every process: it may have one batch on its way to the disk, and another in hand
 
 Rows = dict[str, Tensor]  # address -> (images of a batch, *shape)
@@ -79,7 +80,7 @@ class ShardWriter:
         shards: those to write, in order; each is cut into batches of `batch_size` images.
         expected: returns what a shard will hold if every image can be read.
         processes: how many of them write.
-        filled_at_once: how many batches one process fills at the same time.
+        filled_at_once: how many batches one process fills at the same time; more than one beside a GPU.
         pin_memory: allocate rows that a GPU can copy into by itself.
     """
 
@@ -116,6 +117,8 @@ class ShardWriter:
         self._filled: dict[int, tuple[Rows, Rows]] = {}  # first position -> its memory, and the rows in it
         # An executor starts its thread with its first work, so each process gets a thread of its own.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hookx-writer")
+        # Beside a GPU one process writes everything, so it computes checksums while it waits for the disk.
+        self._beside = ThreadPoolExecutor(_THREADS_FOR_CHECKSUMS, "hookx-checksums") if filled_at_once > 1 else None
         self._file: _ShardFile | None = None  # the last one written to
         self._problem: BaseException | None = None
 
@@ -163,6 +166,8 @@ class ShardWriter:
     def close(self) -> None:
         """Wait for what this process is writing, and close its file."""
         self._thread.shutdown(wait=True)
+        if self._beside is not None:
+            self._beside.shutdown(wait=True)
         self._close_file()
 
     def _shard_and_batch(self, positions: range) -> tuple[Shard, int]:
@@ -181,7 +186,7 @@ class ShardWriter:
             self._wait_until(lambda: bool((before > 0).all()))
             first_row = int(before.sum()) - len(before)
             start = time.perf_counter()
-            checksums = file.write(rows, first_row)
+            checksums = file.write(rows, first_row, self._beside)
             count = len(next(iter(rows.values())))
             return Written(first_row, count, checksums, time.perf_counter() - start)
         except BaseException as error:
@@ -262,7 +267,7 @@ class ShardWriter:
             for layer in self._layers:
                 before, added = record.checksums[layer.address], written.checksums[layer.address]
                 added_bytes = written.rows * layer.bytes_per_image
-                record.checksums[layer.address] = zlib_ng.crc32_combine(before, added, added_bytes)
+                record.checksums[layer.address] = crc32_combine(before, added, added_bytes)
             rows += written.rows
             self.seconds += written.seconds / self._processes
         start = time.perf_counter()
@@ -284,15 +289,17 @@ class _ShardFile:
             self._file = os.open(aside, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         self._direct = open_direct(aside) if tuning.direct else None
 
-    def write(self, rows: Mapping[str, Tensor], first_row: int) -> dict[str, int]:
-        """Write rows of every layer, beginning at `first_row`; return their checksums."""
+    def write(self, rows: Mapping[str, Tensor], first_row: int, beside: Executor | None = None) -> dict[str, int]:
+        """Write rows of every layer, beginning at `first_row`; return their checksums, computed `beside` if given."""
+        later = {address: _checksum_beside(piece, beside) for address, piece in rows.items()} if beside else {}
         checksums = {}
         with report_write_errors(self._path, resumable=True):
             for address, piece in rows.items():
-                checksums[address] = checksum(piece)
+                if not beside:
+                    checksums[address] = checksum(piece)
                 if piece.numel():
                     self._write(piece, self._header_bytes + self._tensor_places[address] + first_row * piece[0].nbytes)
-        return checksums
+        return checksums | {address: computed() for address, computed in later.items()}
 
     def publish(self, rows: int, record: ShardRecord) -> None:
         """Close the gaps that unreadable images left, write the header, flush, and give the file its name."""
@@ -378,6 +385,21 @@ def open_direct(path: Path) -> int | None:
         with contextlib.suppress(OSError):
             return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC)
     return None
+
+
+def _checksum_beside(tensor: Tensor, threads: Executor) -> Callable[[], int]:
+    """Begin to compute a tensor's checksum in threads; return what waits for it."""
+    pieces = bytes_of(tensor) if tensor.numel() else memoryview(b"")
+    starts = range(0, len(pieces), _CHECKSUM_BYTES)
+    sums = [threads.submit(crc32, pieces[start : start + _CHECKSUM_BYTES]) for start in starts]
+
+    def wait() -> int:
+        total = 0
+        for start, one in zip(starts, sums, strict=True):
+            total = crc32_combine(total, one.result(), min(_CHECKSUM_BYTES, len(pieces) - start))
+        return total
+
+    return wait
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
