@@ -48,7 +48,7 @@ class SecondLook:
     def __init__(self, capture: RowCapture, targets: Sequence[Target], layers: Sequence[LayerSpec]) -> None:
         self._capture, self._layers = capture, layers
         # Measured by the probe, and by this process where that was too little.
-        self._rounding = {str(target.address): getattr(target.tensor, "rounding", 0.0) for target in targets}
+        self._rounding = {str(target.address): target.tensor.rounding for target in targets}
         runner = capture.runner
         dtypes = {getattr(torch, target.tensor.dtype) for target in targets}
         dtypes |= {parameter.dtype for parameter in runner.module.parameters()}
