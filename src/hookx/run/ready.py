@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hookx.capture.copies import has_streams
 from hookx.capture.determinism import find_nondeterministic
+from hookx.capture.failures import is_out_of_memory, report_broken_device
 from hookx.capture.probe import example_images, probe
 from hookx.capture.runner import MEMORY_FORMATS, Runner, module_classes, modules_of
 from hookx.capture.settle import settle
