@@ -162,6 +162,26 @@ def test_a_copy_of_a_captured_model_is_not_captured(copied: Callable[[nn.Module]
     other(pixels)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle])
+def test_the_copy_of_a_model_that_holds_its_capture_has_one_of_its_own(
+    copied: Callable[[nn.Module], nn.Module],
+) -> None:
+    net, pixels = Features().eval(), images()
+    net.capture = Capture(net, "conv")  # type: ignore[assignment]
+    net(pixels)
+    other = copied(net)
+    other(pixels + 1)
+    mine, theirs = net.capture, other.capture
+    assert isinstance(mine, Capture) and isinstance(theirs, Capture)
+    assert theirs.model is other and list(theirs) == [] and list(mine) == ["conv"]
+    theirs.add("head")
+    assert torch.equal(other(pixels + 1), theirs["head"]) and list(mine) == ["conv"]
+    alive = weakref.ref(mine)
+    del net, mine
+    gc.collect()
+    assert alive() is None
+
+
 def test_a_copied_model_loads_where_hookx_is_not_installed() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
     with Capture(net, "**"):
@@ -321,6 +341,17 @@ def test_a_transform_that_fails_ends_the_pass() -> None:
         capture.add("conv")
         net(pixels)
         assert list(capture) == ["conv"]
+
+
+@pytest.mark.parametrize("detach", [True, False])
+def test_a_transform_that_works_in_place_reaches_neither_the_model_nor_its_neighbours(detach: bool) -> None:
+    net, pixels = Features().eval(), images()
+    expected, maps = net(pixels), net.conv(pixels)
+    with Capture(net, "conv", detach=detach) as capture:
+        capture.add({"zeros": "conv"}, transform=lambda maps: maps.mul_(0)).add({"again": "conv"})
+        assert torch.equal(net(pixels), expected)
+    assert torch.equal(capture["conv"], maps) and torch.equal(capture["again"], maps)
+    assert not capture["zeros"].any()
 
 
 def test_what_a_transform_or_a_hook_calls_is_not_captured() -> None:
