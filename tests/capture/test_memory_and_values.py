@@ -54,7 +54,16 @@ def test_out_of_memory_halves_the_batch_says_so_and_goes_on(
     sizes = limit_the_memory(monkeypatch, 4)
     with caplog.at_level(logging.WARNING, "hookx"):
         halved = run(thumbnails, tmp_path / "halved", batch_size=16)
-    assert sizes[2:] == [16, 8, 4, 4, 4, 4, 4, 4]  # the probe's 2 and 3; it does not try the large ones again
+    assert sizes[sizes.index(16) :] == [
+        16,
+        8,
+        4,
+        4,
+        4,
+        4,
+        4,
+        4,
+    ]  # after the probe; it does not try the large ones again
     assert [record.getMessage() for record in caplog.records] == [
         "out of memory with 16 images at once: going on with 8",
         "out of memory with 8 images at once: going on with 4",
@@ -76,7 +85,7 @@ def test_too_little_memory_for_one_image_is_an_error_and_not_a_loop(
     monkeypatch.setattr(RowCapture, "run", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
     with pytest.raises(HookxError, match="too little memory for 1 images at once: no memory"):
         run(thumbnails, tmp_path / "run")
-    assert sizes == [2, 3] and not list((tmp_path / "run").glob("shard-*"))
+    assert max(sizes) == 5 and not list((tmp_path / "run").glob("shard-*"))
 
 
 class Odd(nn.Module):

@@ -12,7 +12,7 @@ from torchvision.models import get_model, get_model_builder, get_model_weights
 
 from hookx.capture.probe import example_images, probe
 from hookx.capture.runner import Runner, module_classes
-from hookx.errors import CaptureError, LayerError
+from hookx.errors import LayerError
 from hookx.layers.select import Layer, parse_selectors, select
 from hookx.models import list_models, skeleton
 from kit import nets
@@ -31,13 +31,14 @@ def test_a_batch_dimension_that_is_not_the_first_is_moved_to_the_front() -> None
     assert torch.equal(captured_rows(net, "tokens", pixels)["tokens"], expected)
 
 
-def test_rows_that_lie_together_are_split_by_image_and_interleaved_rows_are_refused() -> None:
+def test_rows_of_an_image_are_found_side_by_side_and_in_turn() -> None:
     net, pixels = nets.Windows().eval(), images(3)
-    assert captured_rows(net, "by_image", pixels)["by_image"].shape == (3, 16, 4)
-    one_by_one = torch.cat([captured_rows(net, "by_image", pixels[i : i + 1])["by_image"] for i in range(3)])
-    assert torch.allclose(captured_rows(net, "by_image", pixels)["by_image"], one_by_one)
-    with pytest.raises(LayerError, match=r"'by_window' \(16N,4\) cannot be split by image: the 16 rows"):
-        targets_of(net, "by_window")
+    whole = captured_rows(net, "by_image,by_window", pixels)
+    for layer in ("by_image", "by_window"):
+        assert whole[layer].shape == (3, 16, 4)
+        one_by_one = torch.cat([captured_rows(net, layer, pixels[i : i + 1])[layer] for i in range(3)])
+        assert torch.allclose(whole[layer], one_by_one)
+    assert [target.tensor.groups_per_image for target in targets_of(net, "by_image,by_window")] == [1, 16]
 
 
 def test_a_layer_that_mixes_the_images_of_a_batch_is_refused() -> None:
@@ -125,21 +126,24 @@ def test_models_for_other_tasks_are_probed_as_far_as_rows_are_images(name: str) 
     assert len(returned) > 100 and all(tensor.batch_dim == 0 for tensor in returned)
 
 
-def test_a_module_that_is_called_more_often_for_more_images_is_an_error() -> None:
+def test_a_module_that_is_called_once_an_image_is_refused_and_no_other() -> None:
     class OneByOne(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv = nn.Conv2d(3, 4, 1)
+            self.body, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.cat([self.conv(image) for image in x.split(1)])
+            return torch.cat([self.head(image) for image in self.body(x).split(1)])
 
-    with pytest.raises(CaptureError, match="'conv' is called 2 times for 2 images and 3 times for 3"):
-        probe(Runner.of(OneByOne().eval()), images())
+    net = OneByOne().eval()
+    assert [str(target.address) for target in targets_of(net, "body,.")] == ["body", "."]
+    with pytest.raises(LayerError, match="its module is called once for 1 image and twice for 2"):
+        targets_of(net, "head")
 
 
-def test_a_forward_pass_that_draws_random_numbers_is_refused() -> None:
+def test_layers_before_random_numbers_are_stored_and_those_after_them_refused() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Dropout(0.5))
-    assert probe(Runner.of(net.eval()), images())
-    with pytest.raises(CaptureError, match="draws random numbers"):
-        probe(Runner.of(net.train()), images())
+    assert len(targets_of(net.eval(), "0,1")) == 2
+    assert len(targets_of(net.train(), "0,1/in")) == 2
+    with pytest.raises(LayerError, match="draws random numbers"):
+        targets_of(net.train(), "1")

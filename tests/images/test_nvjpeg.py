@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from hookx.errors import UsageError
+from hookx.images import decoding
 from hookx.images.decoding import check_decoding, decode, decode_jpegs, failure_reason
 from hookx.images.listing import list_images
 from hookx.plan import Preprocessing
@@ -90,9 +90,9 @@ def test_resizing_as_a_gpu_does_moves_a_pixel_by_a_few_levels(photos: Path, inte
     exact = replace(EXACT, resize_px=256, crop_px=224, interpolation=interpolation)
     for file in sorted(map(str, photos.rglob("*.jpg"))):
         content, _ = decode(file, replace(exact, decode="nvjpeg"))
-        (pixels_CHW,) = decode_jpegs([content], exact, CPU)
-        assert isinstance(pixels_CHW, Tensor) and pixels_CHW.dtype == torch.uint8
-        deviation = (pixels_CHW.int() - decode(file, exact)[0].int()).abs()
+        pixels_NCHW, refused = decode_jpegs([content], exact, CPU)
+        assert not refused and pixels_NCHW.dtype == torch.uint8
+        deviation = (pixels_NCHW[0].int() - decode(file, exact)[0].int()).abs()
         assert deviation.max() <= 6 and deviation.float().mean() < 0.6, file
 
 
@@ -100,9 +100,38 @@ def test_one_file_that_nvjpeg_refuses_costs_no_other(photograph: Image.Image, tm
     whole = decode(str(saved(photograph, tmp_path / "whole.jpg")), NVJPEG)[0]
     broken = whole.clone()
     broken[2:-2] = 0
-    alone, refused, again = decode_jpegs([whole, broken, whole], EXACT, CPU)
-    assert isinstance(alone, Tensor) and isinstance(again, Tensor) and torch.equal(alone, again)
-    assert isinstance(refused, Exception) and failure_reason(refused).startswith("nvjpeg: ")
+    small = decode(str(saved(photograph.resize((90, 80)), tmp_path / "small.jpg")), NVJPEG)[0]
+    (alone,), _ = decode_jpegs([whole], EXACT, CPU)
+    pixels_NCHW, refused = decode_jpegs([whole, broken, small, whole], EXACT, CPU)
+    assert list(refused) == [1] and failure_reason(refused[1]).startswith("nvjpeg: ")
+    assert torch.equal(pixels_NCHW[0], alone) and torch.equal(pixels_NCHW[3], alone)
+
+
+def test_pictures_of_one_size_are_resized_together_to_the_same_pixels(
+    photograph: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [(90, 80), (120, 100), (90, 80), (100, 120), (90, 80), (120, 100)]
+    files = []
+    for number, size in enumerate(sizes):
+        picture = photograph.rotate(20 * number).resize(size)
+        files.append(decode(str(saved(picture, tmp_path / f"{number}.jpg")), NVJPEG)[0])
+    together, _ = decode_jpegs(files, EXACT, CPU)
+    for number, file in enumerate(files):
+        assert torch.equal(together[number], decode_jpegs([file], EXACT, CPU)[0][0])
+    monkeypatch.setattr(decoding, "_MAX_PIXELS_RESIZED_AT_ONCE", 1)
+    assert torch.equal(decode_jpegs(files, EXACT, CPU)[0], together)
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 2 MiB", "CUDA error: unspecified failure"])
+def test_no_file_is_blamed_for_what_the_device_did(
+    photograph: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(decoding, "decode_jpeg", fail)
+    with pytest.raises(RuntimeError, match="CUDA"):
+        decode_jpegs([decode(str(saved(photograph, tmp_path / "whole.jpg")), NVJPEG)[0]], EXACT, CPU)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

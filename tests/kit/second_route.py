@@ -13,7 +13,7 @@ from hookx.capture.probe import example_images, probe
 from hookx.capture.rows import RowCapture, stored_dtype
 from hookx.capture.runner import Runner
 from hookx.images.decoding import decode, model_input
-from hookx.layers.select import Target, parse_selectors, select
+from hookx.layers.select import Target, TensorInfo, parse_selectors, select
 from hookx.models import LoadedModel
 from hookx.plan import Preprocessing
 
@@ -63,10 +63,18 @@ def _cloned(loaded: LoadedModel, targets: list[Target], pixels_NCHW: Tensor) -> 
     found = {}
     for target in targets:
         tensor = outputs[target.address.path][target.address.call or 0][target.address.parts]
-        if target.tensor.rows_per_image > 1:
-            tensor = tensor.reshape(len(pixels_NCHW), target.tensor.rows_per_image, *tensor.shape[1:])
-        found[str(target.address)] = tensor.movedim(target.tensor.batch_dim or 0, 0)
+        found[str(target.address)] = by_image(tensor, target.tensor, len(pixels_NCHW))
     return found
+
+
+def by_image(tensor: Tensor, info: TensorInfo, count: int) -> Tensor:
+    """Move a tensor's images to the front, by gathering the rows of each."""
+    dim = info.batch_dim or 0
+    if info.rows_per_image == 1:
+        return tensor.movedim(dim, 0)
+    in_group = info.rows_per_image // info.groups_per_image
+    rows = torch.arange(tensor.shape[dim])
+    return torch.stack([tensor.index_select(dim, rows[rows // in_group % count == image]) for image in range(count)])
 
 
 def _tensors(value: Any, parts: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Tensor]]:

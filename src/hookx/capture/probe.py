@@ -1,22 +1,26 @@
-"""The probe: learn from two tiny batches what a forward pass does to each layer."""
+"""The probe: learn from a few small batches what a forward pass does to each layer."""
 
 from __future__ import annotations
 
+import logging
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from hookx.capture.hooks import Taps, tap
+from hookx.capture.compare import Batch
+from hookx.capture.diagnosis import explain
+from hookx.capture.never_called import Reason, why_never_called
+from hookx.capture.passes import Key, Passes
 from hookx.capture.runner import Runner, modules_of, parameter_count
-from hookx.capture.tensors import Parts, Unusable, dtype_name, look_into, look_into_arguments
-from hookx.errors import CaptureError
+from hookx.capture.state import ModuleState
+from hookx.errors import CaptureError, one_line
 from hookx.layers.select import Call, Layer, TensorInfo
 
-_Key = tuple[str, int, bool, Parts]
-_Explain = Callable[[str, Mapping[str, nn.Module]], str]
+log = logging.getLogger("hookx")
+_LARGE = 50  # times a pixel
 
 
 def probe(
@@ -24,23 +28,30 @@ def probe(
     images_NCHW: Tensor,
     *,
     paths: Sequence[str] | None = None,
-    why_never_called: _Explain = lambda _path, _modules: "",
+    why_never_called: Reason = lambda _path, _modules: "",
+    batch_size: int | None = None,
+    shapes_only: bool = False,
+    state: ModuleState | None = None,
 ) -> list[Layer]:
-    """Learn what a forward pass does to each layer: calls, structure, shapes, and which dimension is the batch.
+    """Learn what a forward pass does to each layer: calls, structure, shapes, and whether rows are images.
 
-    It makes two passes, with 2 and with 3 images; the dimension that grows is the batch. In the second pass all images
-    but the middle one are NaN: if its row becomes NaN, the row depends on other images. On the meta device only shapes
-    are compared. The layers are in the order of their first call.
+    It follows one image through the model: alone, first, in the middle and last in batches of 2, 3 and 5; beside copies
+    of itself, other images, very large ones and NaN. The dimension that grows with the batch is the batch. A tensor in
+    which the image's row moves by more than rounding has a `problem` that says why. On the meta device only shapes are
+    compared. The layers are in the order of their first call, and the model is left as it was.
 
     Args:
         runner: how to take a batch through the model.
-        images_NCHW: three images of ordinary values, on the runner's device.
+        images_NCHW: three images of ordinary values, on the runner's device; the first is the one that is followed.
         paths: the modules to describe; None for all.
         why_never_called: returns why the model never calls the module at a path, given all modules; '' if unknown.
+        batch_size: 1 if no batch has more than one image: then nothing can depend on other images, and only what
+            depends on the batches before has a problem.
+        shapes_only: compare shapes alone, on every device.
+        state: the model's state; by default that of now.
 
     Raises:
-        CaptureError: the model fails on a batch of images, draws random numbers, or calls a module a different number
-            of times for 2 and for 3 images.
+        CaptureError: the model fails on a batch of ordinary images.
 
     Example:
         >>> relu = nn.ReLU(inplace=True)
@@ -54,147 +65,151 @@ def probe(
     """
     modules = modules_of(runner.module)
     tapped = modules if paths is None else {path: modules[path] for path in paths}
-    poisoned = images_NCHW.clone()
-    if runner.device.type != "meta":
-        poisoned[0], poisoned[2] = float("nan"), float("nan")
-    first: dict[_Key, tuple[torch.Size, bool]]
-    first, entered, calls = _record(runner, tapped, images_NCHW[:2], lambda _, tensor: (tensor.shape, _has_nan(tensor)))
-    infos: dict[_Key, TensorInfo]
-    infos, _, calls_for_3 = _record(
-        runner, tapped, poisoned, lambda key, tensor: _describe(key[3], first.get(key), tensor)
+    state = ModuleState.of(runner.module, runner.forward) if state is None else state
+    shapes_only = shapes_only or runner.device.type == "meta"
+    passes = Passes(runner, tapped, state, compares=not shapes_only)
+    followed, other, third = images_NCHW[:1], images_NCHW[1:2], images_NCHW[2:3]
+    reasons: dict[Key, str] = {}
+    try:
+        passes.begin(Batch(followed, (0,)))
+        if shapes_only:
+            passes.go_on(Batch(torch.cat([followed, other]), (0,)))
+        elif batch_size == 1:
+            reasons = _compare_passes_of_one(passes, followed, other)
+        else:
+            reasons = _compare_batches(passes, followed, other, third)
+    finally:
+        state.restore()
+    return _describe(passes, modules, reasons, why_never_called)
+
+
+def example_images(
+    runner: Runner, side_px: int, mean: Sequence[float] = (0.5,) * 3, std: Sequence[float] = (0.5,) * 3
+) -> Tensor:
+    """Return three square images to probe a model with, on its device, as pixels normalised by `mean` and `std`.
+
+    The first has values between 0 and 1, so that a model which looks at the range of a whole batch shows it.
+    """
+    shape = (3, 3, side_px, side_px)
+    if runner.device.type == "meta":
+        return torch.empty(shape, device=runner.device)
+    generator = torch.Generator().manual_seed(0)
+    # Coarse patterns below the noise: means over an image differ from image to image.
+    coarse = torch.rand((3, 3, 4, 4), generator=generator)
+    coarse = nn.functional.interpolate(coarse, (side_px, side_px), mode="bilinear")
+    pixels = (coarse + torch.rand(shape, generator=generator)) / 2
+    pixels[1] = (1.6 * pixels[1] - 0.3).clamp(0, 1)
+    pixels[2] = pixels[2] ** 3
+    means, stds = (torch.tensor(values).reshape(3, 1, 1) for values in (mean, std))
+    normalised = (pixels - means) / stds
+    low = (0 - means) / stds
+    high = (1 - means) / stds
+    # Between 0.02 and 0.98, as far as that is a pixel.
+    normalised[0] = (0.02 + 0.96 * pixels[0]).clamp(low, high)
+    return normalised.to(runner.device)
+
+
+def _compare_batches(passes: Passes, followed: Tensor, other: Tensor, third: Tensor) -> dict[Key, str]:
+    """Follow an image through batches; return why its rows move where they do."""
+    nan, large = torch.full_like(followed, float("nan")), other * _LARGE
+    passes.go_on(Batch(torch.cat([followed, followed]), (0, 1), calibrates=True))
+    passes.go_on(Batch(torch.cat([followed, other]), (0,)))
+    failed = passes.go_on_with_one_of(
+        Batch(torch.cat([nan, followed, nan]), (1,), "of NaN"), Batch(torch.cat([other, followed, third]), (1,))
     )
-    for path in tapped:
-        if calls[path] != calls_for_3[path]:
-            raise CaptureError(
-                f"'{path}' is called {calls[path]} times for 2 images and {calls_for_3[path]} times for 3, "
-                "so its activations cannot be assigned to images"
-            )
+    if failed:
+        log.info("%s; so NaN proves nothing of it, and ordinary images do", failed)
+    copies = followed.expand(3, -1, -1, -1)
+    what = f"of {_LARGE} times the usual values"
+    passes.go_on_with_one_of(
+        Batch(torch.cat([large, other, copies]), (2, 3, 4), what),
+        Batch(torch.cat([third, other, copies]), (2, 3, 4)),
+        Batch(torch.cat([third, copies[:2]]), (1, 2)),  # An exported program may take no more.
+    )
+    if passes.batches[-1].what and any(comparison.is_excused for comparison in passes.comparisons.values()):
+        passes.go_on(Batch(torch.cat([third, other, copies]), (2, 3, 4)))
+    if set(passes.state.changed()):
+        # What the first pass alone leaves behind shows only if another batch is the first.
+        last = passes.batches[-1]
+        passes.state.restore()
+        passes.go_on(replace(last))
+        passes.go_on(passes.batches[0])
+    return explain(passes, passes.state) if passes.failed() else {}
+
+
+def _compare_passes_of_one(passes: Passes, followed: Tensor, other: Tensor) -> dict[Key, str]:
+    """Follow an image through passes of one image each, between which others run."""
+    comparisons = passes.comparisons
+    batch = Batch(torch.cat([followed, followed]), ())
+
+    def find_batch_dim(key: Key, tensor: Tensor) -> None:
+        if key in comparisons:
+            comparisons[key].see(tensor, batch, 0)
+
+    try:
+        passes.run(batch, find_batch_dim)
+    except CaptureError as error:
+        log.info("%s; it takes one image at a time", one_line(error))
+    for comparison in comparisons.values():
+        comparison.groups = [1]
+        if comparison.problem:
+            comparison.make_whole()
+    passes.state.restore()
+
+    def look_for_dependence(key: Key, tensor: Tensor) -> None:
+        comparison = comparisons.get(key)
+        if comparison is None or comparison.batch_dim is not None or comparison.is_whole:
+            return
+        if comparison.compare(tensor, passes.batches[0]) is not None:
+            comparison.make_whole()
+
+    passes.run(Batch(other, ()), look_for_dependence)
+    passes.go_on(Batch(other, ()))
+    for images, what in ((torch.full_like(other, float("nan")), "of NaN"), (other * _LARGE, "of large values")):
+        passes.go_on_with_one_of(Batch(images, (), what), Batch(other, ()))
+    passes.go_on(passes.batches[0])
+    return explain(passes, passes.state) if passes.failed() else {}
+
+
+def _describe(
+    passes: Passes, modules: Mapping[str, nn.Module], reasons: Mapping[Key, str], of_this_model: Reason
+) -> list[Layer]:
+    """Return the layers, from what the passes have shown."""
     tensors: dict[tuple[str, int, bool], list[TensorInfo]] = {}
-    for key, seen in first.items():
-        info = infos.pop(key, None)
-        if isinstance(seen, Unusable) or isinstance(info, Unusable):
-            reason = seen.reason if isinstance(seen, Unusable) else info.reason
-            info = TensorInfo.of_unusable(key[3], reason)
-        elif info is None:
-            info = TensorInfo(key[3], tuple(seen[0]), "", None, problem="it exists for 2 images but not for 3")
+    uneven = {path: passes.uneven_calls(path) for path in passes.modules}
+    for key, comparison in passes.comparisons.items():
+        info = passes.others.get(key) or comparison.info(reasons.get(key, ""))
+        if key in passes.drawn and info.is_dense:
+            info = replace(info, problem="the forward pass draws random numbers before it")
         tensors.setdefault(key[:3], []).append(info)
-    for key, info in infos.items():  # They exist for 3 images only.
-        if isinstance(info, Unusable):
-            info = TensorInfo.of_unusable(key[3], info.reason)
-        tensors.setdefault(key[:3], []).append(info)
-    first_paths = {id(module): path for path, module in reversed(modules.items())}
+    for key, info in passes.others.items():
+        if key not in passes.comparisons:
+            tensors.setdefault(key[:3], []).append(info)
+    first_paths = {id(module): path for path, module in reversed(list(modules.items()))}
     layers, place = [], -1
-    for path, module in tapped.items():
+    for path, module in passes.modules.items():
         # A module that is never called takes the place of the one registered before it.
-        place = entered.get(path, place)
+        place = passes.entered.get(path, place)
+        calls = next((calls[path] for _, calls in passes.calls if calls[path]), 0)
+        described = [
+            Call(tuple(tensors.get((path, call, True), ())), tuple(tensors.get((path, call, False), ())))
+            for call in range(calls)
+        ]
+        if uneven[path]:
+            problem = f"its module is {uneven[path]}"
+            described = [
+                Call(
+                    *(tuple(replace(info, problem=problem) for info in infos) for infos in (call.inputs, call.outputs))
+                )
+                for call in described
+            ]
         layer = Layer(
             path=path,
             class_name=type(module).__name__,
             parameters=parameter_count(module),
-            calls=tuple(
-                Call(tuple(tensors.get((path, call, True), ())), tuple(tensors.get((path, call, False), ())))
-                for call in range(calls[path])
-            ),
-            never_called_because="" if calls[path] else _why_never_called(path, modules, why_never_called),
+            calls=tuple(described),
+            never_called_because="" if described else why_never_called(path, modules, of_this_model),
             same_as="" if first_paths[id(module)] == path else first_paths[id(module)],
         )
         layers.append((place, layer))
     return [layer for _, layer in sorted(layers, key=operator.itemgetter(0))]
-
-
-def example_images(runner: Runner, side_px: int) -> Tensor:
-    """Return three square images of ordinary values to probe a model with, on the model's device."""
-    shape = (3, 3, side_px, side_px)
-    if runner.device.type == "meta":
-        return torch.empty(shape, device=runner.device)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(runner.device)
-
-
-def _record(
-    runner: Runner,
-    modules: Mapping[str, nn.Module],
-    pixels_NCHW: Tensor,
-    look: Callable[[_Key, Tensor], Any],
-) -> tuple[dict[_Key, Any], dict[str, int], dict[str, int]]:
-    """Run a pass; return what `look` makes of each tensor, and path -> when it was first called, and how often."""
-    seen: dict[_Key, Any] = {}
-    entered: dict[str, int] = {}
-
-    def note(path: str, call: int, is_input: bool, found: Iterable[tuple[Parts, Tensor | Unusable]]) -> None:
-        for parts, one in found:
-            key = (path, call, is_input, parts)
-            seen[key] = one if isinstance(one, Unusable) else look(key, one)
-
-    def on_enter(path: str, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered.setdefault(path, len(entered))
-        note(path, call, True, look_into_arguments(args, kwargs))
-
-    taps = Taps(on_enter, lambda path, call, _args, _kwargs, output: note(path, call, False, look_into(output)))
-    random_state = torch.get_rng_state()
-    with tap(modules, taps):
-        try:
-            runner.run(pixels_NCHW)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            shape = ", ".join(map(str, pixels_NCHW.shape))
-            raise CaptureError(
-                f"the model fails on a batch of images ({shape}): {type(error).__name__}: {error}"
-            ) from error
-    if not torch.equal(random_state, torch.get_rng_state()):
-        raise CaptureError(
-            "the forward pass draws random numbers, so its activations are not reproducible; look for dropout that is "
-            "still active, or random masking"
-        )
-    return seen, entered, taps.calls
-
-
-def _has_nan(tensor: Tensor) -> bool:
-    return tensor.device.type != "meta" and bool(tensor.isnan().any())
-
-
-def _describe(parts: Parts, seen: tuple[torch.Size, bool] | None, of_3: Tensor) -> TensorInfo:
-    """Compare a tensor for 2 images, its shape and whether it has NaN, with that for 3, the first and last NaN."""
-
-    def info(shape: Sequence[int], batch_dim: int | None = None, rows: int = 1, problem: str = "") -> TensorInfo:
-        return TensorInfo(parts, tuple(shape), dtype_name(of_3.dtype), batch_dim, rows, problem)
-
-    if seen is None:
-        return info(of_3.shape, problem="it exists for 3 images but not for 2")
-    of_2, had_nan = seen
-    grown = [d for d, (two, three) in enumerate(zip(of_2, of_3.shape, strict=False)) if two != three]
-    rest = [length for d, length in enumerate(of_3.shape) if d not in grown]
-    if len(of_2) != of_3.ndim or len(grown) > 1:
-        return info(of_2, problem="more than one dimension changes with the number of images")
-    if not grown:
-        tainted = not had_nan and _has_nan(of_3)
-        return info(of_2, problem="it depends on the images but has no batch dimension" if tainted else "")
-    dim = grown[0]
-    rows = of_2[dim] // 2
-    if of_2[dim] != 2 * rows or of_3.shape[dim] != 3 * rows or (rows > 1 and dim > 0):
-        return info(of_2, problem=f"dimension {dim} is {of_2[dim]} for 2 images and {of_3.shape[dim]} for 3")
-    outer_first, middle, outer_last = (not had_nan and _has_nan(image) for image in of_3.split(rows, dim))
-    if rows == 1:
-        return info(rest, dim, 1, "an image's values depend on the other images of its batch" if middle else "")
-    problem = ""
-    if middle:
-        problem = f"the {rows} rows of an image are not adjacent, or depend on other images"
-    elif of_3.device.type != "meta" and not (outer_first and outer_last):
-        problem = f"the {rows} rows of an image cannot be proved adjacent"
-    return info((rows, *rest), 0, rows, problem)
-
-
-def _why_never_called(path: str, modules: Mapping[str, nn.Module], of_this_model: _Explain) -> str:
-    module, parent_path = modules[path], path.rpartition(".")[0] or "."
-    parent = modules[parent_path]
-    if isinstance(module, nn.ModuleList | nn.ModuleDict):
-        return f"an nn.{type(module).__name__} only holds other modules"
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention uses its weights directly"
-    if reason := of_this_model(path, modules):
-        return reason
-    if type(module).__name__ in ("QFunctional", "FloatFunctional"):
-        return "it is used through its methods, such as add"
-    if parent is modules["."] or type(parent) in (nn.ModuleList, nn.ModuleDict):
-        return ""
-    return _why_never_called(parent_path, modules, of_this_model)

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hookx.capture.compare import split_by_image
 from hookx.capture.copies import Copies, has_streams
 from hookx.capture.failures import report_broken_device
 from hookx.capture.hooks import Taps
 from hookx.capture.runner import ForwardIsDone, Runner, modules_of
+from hookx.capture.state import Settled
 from hookx.capture.tensors import Parts, computable, dtype_name, reduce, tensors_given, tensors_in
 from hookx.errors import CaptureError, LayerError
 from hookx.layers.address import Address
@@ -33,14 +35,15 @@ def stored_dtype(target: Target) -> str:
 class RowCapture:
     """Run batches, leave the targets' activations in rows of preallocated buffers, and stop each pass after the last.
 
-    The modules are hooked while the `with` block lasts. On the CPU nothing is allocated.
+    The modules are hooked while the `with` block lasts; at its end, what the passes changed in the model is put back as
+    far as `settled` knows of it. On the CPU nothing is allocated.
 
     Raises:
         CaptureError: a pass differs from what the probe saw: another shape or dtype, a call more or less.
     """
 
-    def __init__(self, runner: Runner, targets: Sequence[Target]) -> None:
-        self.runner = runner
+    def __init__(self, runner: Runner, targets: Sequence[Target], settled: Settled | None = None) -> None:
+        self.runner, self._settled = runner, settled or Settled()
         self.passes = 0  # run so far; on an accelerator their copies may still be under way
         self._copies = Copies(runner.device) if has_streams(runner.device) else None
         self._counter = _ValueCounter()
@@ -62,17 +65,20 @@ class RowCapture:
 
     def __exit__(self, *_: object) -> None:
         self._taps.detach()
+        self._settled.end()
 
-    def run(self, pixels_NCHW: Tensor, rows: Mapping[str, Tensor]) -> None:
+    def run(self, pixels_NCHW: Tensor, rows: Mapping[str, Tensor], *, counted: bool = True) -> None:
         """Run one batch; `rows` holds for each address a tensor (images in the batch, *shape) to write into.
 
-        The pixels are on the runner's device. On an accelerator the rows are complete only after `wait`.
+        The pixels are on the runner's device. On an accelerator the rows are complete only after `wait`. What is not
+        `counted` is left out of `take_counts`.
         """
         self._rows, self._remaining = rows, set(self._targets)
         self._counter.begin_pass()
         if self._copies is not None:
             self._copies.begin_pass()
         self._taps.begin_pass()
+        self._settled.begin_pass()
         with report_broken_device(), contextlib.suppress(ForwardIsDone):
             self.runner.run(pixels_NCHW)
         if self._remaining:
@@ -80,7 +86,8 @@ class RowCapture:
             raise CaptureError(f"'{missing}' did not run in this batch, though it did in the probe")
         if self._copies is not None:
             self._copies.end_pass()
-        self._counter.end_pass()
+        if counted:
+            self._counter.end_pass()
         self.passes += 1
 
     def wait(self, passes: int | None = None) -> None:
@@ -129,7 +136,7 @@ class RowCapture:
                     raise CaptureError(f"'{target.address}' is missing in this batch, though the probe saw it")
                 self._store(target, found[parts])
         self._remaining.discard(event)
-        if not self._remaining:
+        if not self._remaining and self._settled.stops:
             raise ForwardIsDone
 
     def _store(self, target: Target, tensor: Tensor) -> None:
@@ -137,7 +144,7 @@ class RowCapture:
         assert info.batch_dim is not None
         expected = list(info.shape)
         if info.rows_per_image > 1:
-            expected[0] *= len(rows)
+            expected[info.batch_dim] *= len(rows)
         else:
             expected.insert(info.batch_dim, len(rows))
         if list(tensor.shape) != expected or dtype_name(tensor.dtype) != info.dtype:
@@ -145,11 +152,7 @@ class RowCapture:
                 f"'{target.address}' is {dtype_name(tensor.dtype)} {list(tensor.shape)} in this batch; "
                 f"the probe saw {info.dtype} {expected}"
             )
-        if info.rows_per_image > 1:
-            by_image = tensor.unflatten(0, (len(rows), info.rows_per_image))
-        else:
-            by_image = tensor.movedim(info.batch_dim, 0)
-        value = reduce(by_image, target.address.reduction)
+        value = reduce(split_by_image(tensor, info, len(rows)), target.address.reduction)
         if value.is_floating_point():
             stored = value.to(rows.dtype)
             self._counter.add(str(target.address), computable(value), computable(stored))

@@ -110,31 +110,40 @@ def decode(
 
 def decode_jpegs(
     encoded: Sequence[Tensor], preprocessing: Preprocessing, device: torch.device
-) -> list[Tensor | UnreadableError]:
+) -> tuple[Tensor, dict[int, UnreadableError]]:
     """Decode, resize and crop on a device the JPEGs that `decode` leaves to nvjpeg; on a CPU libjpeg decodes.
 
-    nvjpeg and resizing on a GPU round differently from libjpeg and Pillow: pixels differ by a few levels. Return for
-    each file its pixels on the device, uint8 (3, crop_px, crop_px), or the error.
+    nvjpeg and resizing on a GPU round differently from libjpeg and Pillow: pixels differ by a few levels. Return the
+    pixels of all files on the device, uint8 (files, 3, crop_px, crop_px), and by number those files that cannot be
+    decoded, whose pixels mean nothing.
     """
+    shape = len(encoded), preprocessing.crop_px, preprocessing.crop_px, 3
     try:
         pictures = decode_jpeg(list(encoded), ImageReadMode.RGB, device)
     except RuntimeError as error:
         if not re.search("jpeg", str(error), re.IGNORECASE) or re.search(_NO_MEMORY_OF_NVJPEG, str(error)):
             raise  # The device's fault, and no file's.
-        if len(encoded) > 1:  # The error does not say which file failed.
-            return [found for one in encoded for found in decode_jpegs([one], preprocessing, device)]
-        return [UnreadableError(f"nvjpeg: {str(error).splitlines()[0][:_MAX_REASON_LENGTH]}")]
+        if len(encoded) == 1:
+            reason = f"nvjpeg: {str(error).splitlines()[0][:_MAX_REASON_LENGTH]}"
+            return torch.empty(shape, dtype=torch.uint8, device=device).permute(0, 3, 1, 2), {
+                0: UnreadableError(reason)
+            }
+        # The error does not say which file failed.
+        alone = [decode_jpegs([one], preprocessing, device) for one in encoded]
+        failed = {number: errors[0] for number, (_, errors) in enumerate(alone) if errors}
+        return torch.cat([pixels_NCHW for pixels_NCHW, _ in alone]), failed
     by_size = defaultdict(list)
     for number, picture_CHW in enumerate(pictures):
         by_size[picture_CHW.shape].append(number)
-    pixels: list[Tensor | UnreadableError] = list(pictures)
-    for (_, height_px, width_px), same_size in by_size.items():  # A GPU resizes pictures of one size in one go.
+    # Channels are innermost, as in what Pillow decodes. A GPU resizes pictures of one size in one go.
+    pixels_NCHW = torch.empty(shape, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+    for (_, height_px, width_px), same_size in by_size.items():
         at_once = max(1, _MAX_PIXELS_RESIZED_AT_ONCE // (height_px * width_px))
         for numbers in (same_size[start : start + at_once] for start in range(0, len(same_size), at_once)):
-            resized = _resize_and_crop(torch.stack([pictures[number] for number in numbers]), preprocessing)
-            for number, pixels_CHW in zip(numbers, resized, strict=True):
-                pixels[number] = pixels_CHW
-    return pixels
+            resized_NCHW = _resize_and_crop(torch.stack([pictures[number] for number in numbers]), preprocessing)
+            is_a_range = numbers[-1] - numbers[0] == len(numbers) - 1
+            pixels_NCHW[slice(numbers[0], numbers[-1] + 1) if is_a_range else numbers] = resized_NCHW
+    return pixels_NCHW, {}
 
 
 def check_decoding(preprocessing: Preprocessing, device: torch.device) -> None:

@@ -25,8 +25,10 @@ class TensorInfo:
     shape: tuple[int, ...]  # for one image, without the batch dimension; for a constant, the whole shape
     dtype: str
     batch_dim: int | None = 0  # the position of the batch dimension; None for a constant
-    rows_per_image: int = 1  # above 1, dimension 0 holds this many rows for each image, image after image
+    rows_per_image: int = 1  # above 1, the batch dimension holds this many rows for each image
     problem: str = ""  # why its rows cannot be assigned to images
+    groups_per_image: int = 1  # an image's rows lie in so many groups; each group is followed by the next image's
+    rounding: float = field(default=0.0, compare=False)  # of an image in batches of two sizes, relative to its largest
     is_dense: bool = True  # False for what holds values and no rows: a sparse tensor, a set; `problem` says what it is
 
     @classmethod
@@ -54,8 +56,8 @@ class TensorInfo:
         if not self.is_dense:
             return "?"
         lengths = [str(length) for length in self.shape]
-        if self.rows_per_image > 1:
-            lengths[0] += "N"
+        if self.rows_per_image > 1 and self.batch_dim is not None:
+            lengths[self.batch_dim] += "N"
         elif self.batch_dim is not None:
             lengths.insert(self.batch_dim, "N")
         return ",".join(lengths) or "scalar"

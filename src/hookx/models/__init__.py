@@ -13,10 +13,29 @@ from hookx.models.names import may_run_code
 from hookx.options import ModelOptions
 
 if TYPE_CHECKING:
-    from hookx.models.loading import list_models, load_model, skeleton, weights_of
+    from hookx.models.loading import (
+        borrowed_models,
+        forget_skeletons,
+        list_models,
+        load_model,
+        release_models,
+        skeleton,
+        weights_of,
+    )
     from hookx.models.source import LoadedModel
 
-__all__ = ["LoadedModel", "ModelOptions", "list_models", "load_model", "may_run_code", "skeleton", "weights_of"]
+__all__ = [
+    "LoadedModel",
+    "ModelOptions",
+    "borrowed_models",
+    "forget_skeletons",
+    "list_models",
+    "load_model",
+    "may_run_code",
+    "release_models",
+    "skeleton",
+    "weights_of",
+]
 
 
 def __getattr__(name: str) -> Any:

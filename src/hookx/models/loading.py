@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 from hookx.errors import ModelError
 from hookx.models.files import ModelFiles
@@ -75,6 +77,27 @@ def skeleton(ref: str, weights: str = "default", options: ModelOptions = ModelOp
         ('meta', 518)
     """
     return _with_transform(_source_of(ref, options).skeleton(ref, weights, options), options)
+
+
+def forget_skeletons() -> None:
+    """Drop the models that a source has built for `skeleton` and that no `load_model` has taken."""
+    for source in _SOURCES:
+        source.forget_skeletons()
+
+
+def release_models() -> None:
+    """Put back what was changed in models of the user's own to make them ready; none of them is used any more."""
+    for source in _SOURCES:
+        source.release()
+
+
+@contextlib.contextmanager
+def borrowed_models() -> Iterator[None]:
+    """Release, at the end of the `with` block or of the decorated function, the models that were loaded in it."""
+    try:
+        yield
+    finally:
+        release_models()
 
 
 def _source_of(ref: str, options: ModelOptions = ModelOptions()) -> Source:

@@ -56,6 +56,8 @@ class OwnCode(Source):
 
     def __init__(self) -> None:
         self._skeletons: dict[object, LoadedModel] = {}  # at most one, which no `load_model` has taken yet
+        self._made_by: object = None  # what its reference named: a factory, or a model
+        self._give_back: list[Callable[[], None]] = []  # puts back what was changed in a model to make it ready
 
     def owns(self, ref: str) -> bool:
         return ref.startswith(PYTHON) or bool(re.search(r"\.py(:|$)", ref))
@@ -63,12 +65,15 @@ class OwnCode(Source):
     def load_model(self, ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
         # A skeleton built before is the model itself: what a factory prints or downloads, it does once.
         model = self.skeleton(ref, weights, options)
-        self._skeletons.clear()
+        named = self._made_by
+        self.forget_skeletons()
         call = f"{ref}({describe_arguments(options.model_args)})" if options.model_args else ref
         if not is_weights_file(weights):
             seed = options.seed if weights == "none" else None
             identity = WeightsIdentity.of_factory(call, state_sha256(model.module), seed)
             return dataclasses.replace(model, weights=str(identity))
+        if isinstance(named, nn.Module):
+            self._give_back.append(_remember_values(model.module))
         found = without_prefix(read_weights(weights, options), model.module.state_dict().keys(), ref)
         filled = fill(model.module, found, ref, options, "as the factory made them")
         digest = state_sha256(model.module) if filled.random_paths else ""
@@ -90,23 +95,37 @@ class OwnCode(Source):
         status = file.stat() if isinstance(file, Path) and file.is_file() else None
         version = status and (status.st_mtime_ns, status.st_size)
         key = ref, tuple(sorted(options.model_args.items())), options.seed, options.transform, version
-        if key not in self._skeletons:
-            self._skeletons = {key: _build(ref, options)}
+        if key not in self._skeletons or not _still_names(ref, self._made_by):
+            self._skeletons.clear()
+            model, self._made_by = _build(ref, options, self._give_back)
+            self._skeletons[key] = model
         return self._skeletons[key]
 
+    def forget_skeletons(self) -> None:
+        self._skeletons.clear()
+        self._made_by = None
 
-def _build(ref: str, options: ModelOptions) -> LoadedModel:
+    def release(self) -> None:
+        self.forget_skeletons()
+        while self._give_back:
+            self._give_back.pop()()
+
+
+def _build(ref: str, options: ModelOptions, give_back: list[Callable[[], None]]) -> tuple[LoadedModel, object]:
+    """Return a model, and what its reference named."""
     torch.manual_seed(options.seed)  # A module can build a model while it is imported.
-    made = _import_factory(ref)
+    made = named = _import_factory(ref)
     if not isinstance(made, nn.Module):
         torch.manual_seed(options.seed)
         made = _call(made, options.model_args, ref)
     elif options.model_args:
         name = next(iter(options.model_args))
         raise ModelError(f"{ref} is a model, not a factory, so it takes no --model-arg {name}")
+    if isinstance(made, nn.Module):  # The user's program may hold it, as a factory may return what it has kept.
+        give_back.append(_remember(made))
     module, notes = _make_ready(made, ref)
     recorded, more = _find_preprocessing(module, ref) if options.transform is None else ((IMAGENET, None), ())
-    return LoadedModel(
+    loaded = LoadedModel(
         name=ref,
         module=module,
         preprocessing=recorded[0],
@@ -115,6 +134,46 @@ def _build(ref: str, options: ModelOptions) -> LoadedModel:
         transform=recorded[1],
         notes=(*notes, *more),
     )
+    return loaded, named
+
+
+def _remember(model: nn.Module) -> Callable[[], None]:
+    """Return a function that puts back a model's mode, device and memory layout."""
+    modes = [(module, module.training) for module in model.modules()]
+    parameters = [(parameter, parameter.data) for parameter in model.parameters()]
+    buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+
+    def put_back() -> None:
+        for module, training in modes:
+            module.training = training
+        for parameter, data in parameters:
+            parameter.data = data
+        for held, before in buffers:
+            held.update(before)
+
+    return put_back
+
+
+def _remember_values(model: nn.Module) -> Callable[[], None]:
+    """Return a function that puts back the values of a model's own weights."""
+    values = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                if name in values:
+                    value.copy_(values[name])
+
+    return put_back
+
+
+def _still_names(ref: str, named: object) -> bool:
+    """Return whether a reference still names what it did; that of a file does as long as the file is the same."""
+    where, name = _parse_ref(ref)
+    try:
+        return isinstance(where, Path) or operator.attrgetter(name)(sys.modules[where]) is named
+    except (AttributeError, KeyError):
+        return False
 
 
 def _call(factory: Callable[..., Any], texts: Mapping[str, str], ref: str) -> Any:

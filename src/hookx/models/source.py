@@ -65,6 +65,14 @@ class Source(Protocol):
         """Build a model without memory for its parameters where the source can; otherwise the model itself."""
         ...
 
+    def forget_skeletons(self) -> None:
+        """Drop what it keeps of a skeleton for the `load_model` that follows."""
+        return
+
+    def release(self) -> None:
+        """Put back the mode, device and memory layout of models that someone else may hold; nobody uses them now."""
+        return
+
     def list_models(self, pattern: str = "*") -> dict[str, str]:
         """Return its models that match a glob, each with its kind."""
         raise ModelError(f"'{pattern}' cannot be listed: only torchvision and timm have a list of models")

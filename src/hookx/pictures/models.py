@@ -16,6 +16,7 @@ from hookx.errors import HookxError, ImageError, LayerError, UsageError, closest
 from hookx.images.decoding import decode, failure_reason, model_input
 from hookx.images.listing import list_images
 from hookx.layers.select import Selector, matched_paths, parse_selectors
+from hookx.models import borrowed_models
 from hookx.options import VisualizeOptions, list_paths, takes
 from hookx.pictures.attention import find_attention
 from hookx.pictures.contents import Look, ShownImage, ShownLayer, show_attention, show_input, show_layer
@@ -44,12 +45,17 @@ def visualize(options: VisualizeOptions) -> Gallery:
         >>> [(picture.layer, picture.shows) for picture in gallery.pictures]
         [('conv1', '64 channels of 112 × 112'), ('layer4', '512 channels of 7 × 7'), ('', '1 row, 2 layers')]
     """
+    with borrowed_models():
+        return _visualize(options)
+
+
+def _visualize(options: VisualizeOptions) -> Gallery:
     look = Look(options, options.attention)
     asked = pair(options.model, options.weights, options.layers, attention=look.attention)
     listed = list_images(list_paths(options.images))
     viewers = []
     for ref, weights, selectors in asked:
-        ready = ready_model(ref, weights, options, [] if look.attention else selectors)
+        ready = ready_model(ref, weights, options, [] if look.attention else selectors, batch_size=1)
         viewers.append(_Viewer(ready, selectors, look))
     failures: dict[str, str] = {}
     shown = _show(dict(zip(listed.keys, listed.files, strict=True)), viewers, failures)
@@ -90,6 +96,7 @@ class _Viewer:
         self.ready, self.side_px = ready, ready.preprocessing.crop_px
         whole, bare = (Runner.of(model.module, model.forward) for model in (ready.loaded, ready.bare))
         self.places = probe_places(bare, lambda: whole, self.side_px, look.options.layout)
+        self._settled = ready.settle()
         self.attention_paths = self._find_attention_paths(selectors) if look.attention else None
 
     def decode(self, file: str) -> Tensor:
@@ -114,7 +121,7 @@ class _Viewer:
             str(target.address): torch.empty((1, *target.shape), dtype=getattr(torch, stored_dtype(target)))
             for target in targets
         }
-        with RowCapture(self.ready.runner, targets) as capture:
+        with RowCapture(self.ready.runner, targets, self._settled) as capture:
             capture.run(pixels_NCHW, rows)
             capture.wait()
         return [show_layer(address, rows[address][0], self.places) for address in self.places.sort(rows)]

@@ -21,6 +21,7 @@ from torch import Tensor
 from hookx.capture.hooks import Taps, tap
 from hookx.capture.probe import example_images, probe
 from hookx.capture.runner import ForwardIsDone, Runner, modules_of
+from hookx.capture.state import ModuleState
 from hookx.capture.tensors import Parts, tensors_given, tensors_in
 from hookx.errors import CaptureError, LayerError
 from hookx.layers.address import Address
@@ -209,10 +210,10 @@ def probe_places(runner: Runner, load: Callable[[], Runner], side_px: int, layou
     `load` returns the model with any real weights; it is called when the places of tokens are first needed.
     """
     examples_NCHW = example_images(runner, side_px)
-    square = _tensors_by_address(probe(runner, examples_NCHW))
+    square = _tensors_by_address(probe(runner, examples_NCHW, shapes_only=True))
     wide: dict[Address, TensorInfo] = {}
     with contextlib.suppress(CaptureError):  # The model takes square images only.
-        wide = _tensors_by_address(probe(runner, torch.cat([examples_NCHW, examples_NCHW], 3)))
+        wide = _tensors_by_address(probe(runner, torch.cat([examples_NCHW, examples_NCHW], 3), shapes_only=True))
     shapes = [info.shape for info in square.values() if len(info.shape) == 3]
     sides = {side for one in shapes for side, other in (one[:2], one[1:]) if side == other}
 
@@ -282,8 +283,12 @@ def _trace_strips(runner: Runner, side_px: int, count: int, side: int) -> TokenG
         lambda _path, _call, args, kwargs: look(tensors_given(args, kwargs)),
         lambda _path, _call, _args, _kwargs, output: look(tensors_in(output)),
     )
-    with tap(modules_of(runner.module), taps), contextlib.suppress(ForwardIsDone):
-        runner.run(pixels_NCHW)
+    state = ModuleState.of(runner.module, runner.forward)
+    try:
+        with tap(modules_of(runner.module), taps), contextlib.suppress(ForwardIsDone):
+            runner.run(pixels_NCHW)
+    finally:
+        state.restore()
     return _order_tokens(found[0].cpu(), side) if found else None
 
 

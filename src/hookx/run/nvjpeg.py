@@ -15,7 +15,7 @@ from hookx.capture.copies import as_current, has_streams
 from hookx.capture.failures import is_out_of_memory, report_broken_device
 from hookx.images.decoding import UnreadableError, decode_jpegs
 from hookx.plan import Preprocessing
-from hookx.run.lane import Batch, stack
+from hookx.run.lane import Batch
 from hookx.run.ready import out_of_memory
 
 NVJPEG_THREADS = 2  # One prepares a batch while the GPU decodes that of the other.
@@ -67,22 +67,25 @@ def _decode_rest(batch: Batch, preprocessing: Preprocessing, device: torch.devic
     content, files = batch.encoded
     positions, sizes_bytes = (column.tolist() for column in files.unbind(1))
     with report_broken_device():
-        decoded = dict(zip(positions, _decode(content.split(sizes_bytes), preprocessing, device), strict=True))
-    refused = {position: str(result) for position, result in decoded.items() if not isinstance(result, Tensor)}
-    batch.reasons = dict(sorted((batch.reasons | refused).items()))
-    others: Iterator[Tensor] = iter(() if batch.pixels_NCHW is None else batch.pixels_NCHW.to(device))
-    pixels = [
-        decoded[position] if position in decoded else next(others)
-        for position in batch.positions
-        if position not in batch.reasons
-    ]
-    batch.pixels_NCHW, batch.encoded = stack(pixels), None
+        decoded_NCHW, refused = _decode(content.split(sizes_bytes), preprocessing, device)
+    batch.reasons.update({positions[number]: str(reason) for number, reason in refused.items()})
+    batch.reasons = dict(sorted(batch.reasons.items()))
+    by_nvjpeg = set(positions)
+    others = [position for position in batch.positions if position not in by_nvjpeg and position not in batch.reasons]
+    if others:
+        assert batch.pixels_NCHW is not None
+        decoded_NCHW = torch.cat([decoded_NCHW, batch.pixels_NCHW.to(device)])
+    if others or refused:
+        places = {position: place for place, position in enumerate([*positions, *others])}
+        wanted = [places[position] for position in batch.positions if position not in batch.reasons]
+        decoded_NCHW = decoded_NCHW[wanted]
+    batch.pixels_NCHW, batch.encoded = decoded_NCHW if len(decoded_NCHW) else None, None
     batch.nvjpeg_seconds = time.perf_counter() - start
 
 
 def _decode(
     files: Sequence[Tensor], preprocessing: Preprocessing, device: torch.device
-) -> list[Tensor | UnreadableError]:
+) -> tuple[Tensor, dict[int, UnreadableError]]:
     """Decode files, in halves of halves if the device has too little memory for their pixels."""
     try:
         return decode_jpegs(files, preprocessing, device)
@@ -92,4 +95,7 @@ def _decode(
         if len(files) == 1:
             raise out_of_memory(1, error) from None
     half = len(files) // 2
-    return [*_decode(files[:half], preprocessing, device), *_decode(files[half:], preprocessing, device)]
+    (first, refused), (second, refused_later) = (
+        _decode(part, preprocessing, device) for part in (files[:half], files[half:])
+    )
+    return torch.cat([first, second]), refused | {half + number: error for number, error in refused_later.items()}

@@ -72,7 +72,7 @@ def prepare(options: ExtractOptions) -> Job:
     begun = read_plan(out) if (out / PLAN).exists() else options
     batch_size = begun.batch_size if options.batch_size == "auto" else options.batch_size
     memory_format = begun.memory_format if options.memory_format == "auto" else options.memory_format
-    ready = ready_model(options.model, options.weights, options, selectors, excluded, memory_format=memory_format)
+    ready = ready_model(options.model, options.weights, options, selectors, excluded, memory_format, batch_size)
     selection, specs = _choose_types(ready.selection, options.dtype)
     ready = dataclasses.replace(ready, selection=selection)
     loaded, device = ready.loaded, ready.runner.device

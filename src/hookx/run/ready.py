@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hookx.capture.copies import has_streams
 from hookx.capture.determinism import find_nondeterministic
-from hookx.capture.failures import is_out_of_memory
+from hookx.capture.failures import is_out_of_memory, report_broken_device
 from hookx.capture.probe import example_images, probe
 from hookx.capture.runner import MEMORY_FORMATS, Runner, module_classes, modules_of
+from hookx.capture.settle import settle
+from hookx.capture.state import Settled
 from hookx.errors import CaptureError, HookxError, UsageError, one_line
 from hookx.images.decoding import check_decoding
-from hookx.layers.select import Layer, Selection, Selector, matched_paths, select
-from hookx.models import LoadedModel, load_model, skeleton
+from hookx.layers.select import Layer, Selection, Selector, Target, matched_paths, select
+from hookx.models import LoadedModel, forget_skeletons, load_model, release_models, skeleton
 from hookx.options import ExtractOptions, PreprocessingOptions, VisualizeOptions
 from hookx.plan import Preprocessing
 from hookx.run.defaults import check_precision, choose_device, choose_memory_format, device_name
@@ -38,6 +40,10 @@ class ReadyModel:
     selection: Selection
     nondeterministic: dict[str, str]  # path -> operation, of the layers whose bits can differ from run to run
 
+    def settle(self) -> Settled:
+        """Settle how the passes of a run follow one another; see `hookx.capture.settle`."""
+        return settle_passes(self.runner, self.selection.targets, self.preprocessing)
+
 
 def ready_model(
     model: str,
@@ -46,11 +52,32 @@ def ready_model(
     selectors: Sequence[Selector],
     excluded: Sequence[Selector] = (),
     memory_format: str = "auto",
+    batch_size: int | str = "auto",
 ) -> ReadyModel:
     """Build a model and select its layers; a wrong selector fails on the skeleton, before weights are loaded.
 
-    Without selectors nothing is probed, and the selection is empty.
+    Without selectors nothing is probed, and the selection is empty. Where every batch has one image, `batch_size` is 1,
+    and no layer is refused because its rows depend on other images.
     """
+    with report_broken_device("while the model was probed"):  # Outermost: what clears up behind it fails as well.
+        try:
+            ready = _ready_model(model, weights, options, selectors, excluded, memory_format, batch_size)
+        except BaseException:
+            release_models()
+            raise
+    forget_skeletons()
+    return ready
+
+
+def _ready_model(
+    model: str,
+    weights: str,
+    options: ExtractOptions | VisualizeOptions,
+    selectors: Sequence[Selector],
+    excluded: Sequence[Selector],
+    memory_format: str,
+    batch_size: int | str,
+) -> ReadyModel:
     device = choose_device(options.device)
     bare = skeleton(model, weights, options)
     preprocessing = _override(bare.preprocessing, options)
@@ -61,7 +88,8 @@ def ready_model(
     convolutions: list[nn.Conv2d] = []
     if selectors:
         by_path = {path: part for path, part in modules_of(bare.module).items() if isinstance(part, nn.Conv2d)}
-        probed = _probe(bare, Runner.of(bare.module, bare.forward), [*paths, *by_path], preprocessing.crop_px)
+        bare_runner = Runner.of(bare.module, bare.forward)
+        probed = _probe(bare, bare_runner, [*paths, *by_path], preprocessing, shapes_only=True)
         convolutions = _up_to_last(select(selectors, probed, model, excluded), probed, by_path)
 
     loaded = load_model(model, weights, options)
@@ -77,18 +105,18 @@ def ready_model(
     chosen = choose_memory_format(memory_format, convolutions, device, options.precision)
     runner = Runner(loaded.module, loaded.forward, device, options.precision, chosen)
     try:
-        selection = place_and_select(loaded, runner, preprocessing.crop_px, selectors, excluded)
+        selection = place_and_select(loaded, runner, preprocessing, selectors, excluded, batch_size)
     except CaptureError:
         if memory_format != "auto" or chosen == "contiguous":
             raise
         # A user's own model may take a view that only NCHW has.
         runner = dataclasses.replace(runner, memory_format="contiguous")
-        selection = place_and_select(loaded, runner, preprocessing.crop_px, selectors, excluded)
+        selection = place_and_select(loaded, runner, preprocessing, selectors, excluded, batch_size)
     for left_out in selection.left_out.values():
         log.info("left out: %s", left_out)
     nondeterministic = {}
     if selectors and has_streams(device):
-        nondeterministic = find_nondeterministic(runner, example_images(runner, preprocessing.crop_px)[:1])
+        nondeterministic = find_nondeterministic(runner, _images(runner, preprocessing)[:1])
         for path, operation in nondeterministic.items():
             log.warning(
                 "'%s' runs %s, which has no deterministic algorithm on %s: the same run again can differ by rounding",
@@ -98,7 +126,12 @@ def ready_model(
 
 
 def place_and_select(
-    loaded: LoadedModel, runner: Runner, crop_px: int, selectors: Sequence[Selector], excluded: Sequence[Selector] = ()
+    loaded: LoadedModel,
+    runner: Runner,
+    preprocessing: Preprocessing,
+    selectors: Sequence[Selector],
+    excluded: Sequence[Selector] = (),
+    batch_size: int | str = "auto",
 ) -> Selection:
     """Move a model to its runner's device and memory format, probe it there, and select its layers."""
     _place(loaded, runner)
@@ -109,7 +142,7 @@ def place_and_select(
     paths = matched_paths(selectors, classes, loaded.name)
     # Modules that the weights lack are probed too, for their place in the order of execution.
     paths += (path for path in classes if _is_within(path, loaded.random_paths))
-    probed = _probe(loaded, runner, paths, crop_px)
+    probed = _probe(loaded, runner, paths, preprocessing, batch_size=batch_size)
     selection = select(selectors, probed, loaded.name, excluded)
     _warn_of_random_modules(loaded, probed, selection)
     return selection
@@ -120,11 +153,11 @@ def _place(loaded: LoadedModel, runner: Runner) -> None:
     try:
         loaded.module.to(runner.device)
         loaded.module.to(memory_format=MEMORY_FORMATS[runner.memory_format])
-    except torch.OutOfMemoryError as error:
-        raise HookxError(
-            f"the device has too little memory for {loaded.name}: {one_line(error)}", "try --device cpu"
-        ) from None
     except Exception as error:  # Offloaded, quantized and hand-written modules have a `.to` of their own.
+        if is_out_of_memory(error):
+            raise HookxError(
+                f"the device has too little memory for {loaded.name}: {one_line(error)}", "try --device cpu"
+            ) from None
         raise CaptureError(
             f"{loaded.name} cannot be moved to {runner.device} as {runner.memory_format}: "
             f"{type(error).__name__}: {one_line(error)}",
@@ -132,14 +165,43 @@ def _place(loaded: LoadedModel, runner: Runner) -> None:
         ) from error
 
 
-def _probe(model: LoadedModel, runner: Runner, paths: Iterable[str], crop_px: int) -> list[Layer]:
-    images_NCHW = example_images(runner, crop_px)
+def settle_passes(runner: Runner, targets: Sequence[Target], preprocessing: Preprocessing) -> Settled:
+    """Settle how passes follow one another; see `hookx.capture.settle`."""
     try:
-        return probe(runner, images_NCHW, paths=list(dict.fromkeys(paths)), why_never_called=model.why_never_called)
+        return settle(runner, targets, _images(runner, preprocessing))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(1, error) from None
+
+
+def _probe(
+    model: LoadedModel,
+    runner: Runner,
+    paths: Iterable[str],
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int | str = "auto",
+    shapes_only: bool = False,
+) -> list[Layer]:
+    images_NCHW = _images(runner, preprocessing)
+    try:
+        return probe(
+            runner,
+            images_NCHW,
+            paths=list(dict.fromkeys(paths)),
+            why_never_called=model.why_never_called,
+            batch_size=batch_size if isinstance(batch_size, int) else None,
+            shapes_only=shapes_only,
+        )
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise out_of_memory(len(images_NCHW), error) from None
+
+
+def _images(runner: Runner, preprocessing: Preprocessing) -> Tensor:
+    return example_images(runner, preprocessing.crop_px, preprocessing.mean, preprocessing.std)
 
 
 def _up_to_last(selection: Selection, probed: Sequence[Layer], by_path: Mapping[str, nn.Conv2d]) -> list[nn.Conv2d]:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _CPU = torch.device("cpu")
-_POLL_SECONDS = 0.2
+_POLL_SECONDS, _POLL_FOR_CONSUMER_SECONDS = 0.2, 0.002
 _WAIT_FOR_EXIT_SECONDS, _WAIT_FOR_DISK_SECONDS = 20, 60
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 _NOTHING, _FINISHED = -1, -2  # in hand, in place of a position
@@ -120,7 +120,7 @@ class _Processes:
     """The worker processes of a DataLoader, from their start to their end. Without workers there are none."""
 
     def __init__(self, worker: Worker, *, workers: int, pin_memory: bool) -> None:
-        self._in_hand = worker.in_hand
+        self._in_hand, self._consumed = worker.in_hand, worker.consumed
         self._early: dict[range, Batch] = {}  # received before its turn
         others = set(multiprocessing.active_children())
         loader = DataLoader(
@@ -129,7 +129,7 @@ class _Processes:
             num_workers=workers,
             pin_memory=pin_memory,
             worker_init_fn=worker.start,
-            in_order=worker.lane is None,
+            in_order=False,  # `receive` puts the batches in order.
             timeout=_POLL_SECONDS if workers else 0,
             # Forked workers share the list of images and start in milliseconds; they never touch a GPU.
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
@@ -165,6 +165,7 @@ class _Processes:
                         return None
                     multiprocessing.connection.wait(alive, timeout=seconds_left)
                 raise
+        self._consumed.value += 1
         return self._early.pop(positions)
 
     def fatal_images(self) -> dict[int, str]:
@@ -263,7 +264,8 @@ class Worker(IterableDataset[Batch]):
 
     def __post_init__(self) -> None:
         self._parent = os.getpid()
-        self._taken = multiprocessing.Value("q", 0)  # how many batches the workers have taken
+        # Batches: those that the workers have taken, and those that the consumer has.
+        self._taken, self.consumed = multiprocessing.Value("q", 0), multiprocessing.Value("q", 0, lock=False)
 
     def start(self, worker_number: int) -> None:
         """Do what a worker process does first."""
@@ -301,20 +303,21 @@ class Worker(IterableDataset[Batch]):
                 yield _wait_for_disk(writing)
             writing = batch
         if writing is not None:
+            if self.lane is not None and writing.error is None:
+                with _interruptible(writing):
+                    self.lane.finish()
             yield _wait_for_disk(writing)
         self.in_hand.release(_FINISHED)
 
     def _mine(self) -> Iterator[range]:
         """Yield the positions of the batches that this process decodes.
 
-        Some lanes are held up more than others, so each takes the next batch when it has none: no run ends with one
-        lane working alone. Batches that are only decoded come in turn, as the loader asks for them; otherwise they
-        would pile up behind a slow image.
+        Some processes are held up more than others, so each takes the next batch when it has none. Batches that are
+        only decoded are large: they must not pile up behind a slow image.
         """
         worker = get_worker_info()
-        if worker is None or self.lane is None:
-            first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-            yield from self.positions[first::step]
+        if worker is None:
+            yield from self.positions
             return
         while True:
             with self._taken.get_lock():
@@ -322,6 +325,10 @@ class Worker(IterableDataset[Batch]):
                 self._taken.value += 1
             if number >= len(self.positions):
                 return
+            if self.lane is None:
+                # One in the hands of each, and for every second one that waits for its turn.
+                while number > self.consumed.value + worker.num_workers * 3 // 2:
+                    time.sleep(_POLL_FOR_CONSUMER_SECONDS)
             yield self.positions[number]
 
     def _decode(self, positions: range) -> Batch:

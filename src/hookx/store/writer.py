@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from hookx.plan import KINDS, Plan, Shard, ValueCounts
-from hookx.store.crc import crc32_combine
+from hookx.store.crc import crc32, crc32_combine
 from hookx.store.directory import RunDirectory
 from hookx.store.files import aside_of, put_in_place, report_write_errors
 from hookx.store.format import bytes_of, checksum, in_file_order, shard_header, tensor_places
@@ -39,6 +39,7 @@ from hookx.store.record import ShardRecord
 _PAGE_BYTES = mmap.PAGESIZE
 _MAX_CHECKSUM, _MAX_COUNT = 2**32 - 1, 2**63
 _POLL_SECONDS = 0.001  # between looks at what another process does
+_THREADS_FOR_CHECKSUMS, _CHECKSUM_BYTES = 3, 8 * 2**20
 _FILES_AHEAD = 2  # for every process: it may have one batch on its way to the disk, and another in hand
 
 Rows = dict[str, Tensor]  # address -> (images of a batch, *shape)
@@ -117,9 +118,7 @@ class ShardWriter:
         # An executor starts its thread with its first work, so each process gets a thread of its own.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hookx-writer")
         # Beside a GPU one process writes everything, so it computes checksums while it waits for the disk.
-        self._beside = (
-            ThreadPoolExecutor(max_workers=1, thread_name_prefix="hookx-checksums") if filled_at_once > 1 else None
-        )
+        self._beside = ThreadPoolExecutor(_THREADS_FOR_CHECKSUMS, "hookx-checksums") if filled_at_once > 1 else None
         self._file: _ShardFile | None = None  # the last one written to
         self._problem: BaseException | None = None
 
@@ -292,7 +291,7 @@ class _ShardFile:
 
     def write(self, rows: Mapping[str, Tensor], first_row: int, beside: Executor | None = None) -> dict[str, int]:
         """Write rows of every layer, beginning at `first_row`; return their checksums, computed `beside` if given."""
-        later = {address: beside.submit(checksum, piece) for address, piece in rows.items()} if beside else {}
+        later = {address: _checksum_beside(piece, beside) for address, piece in rows.items()} if beside else {}
         checksums = {}
         with report_write_errors(self._path, resumable=True):
             for address, piece in rows.items():
@@ -300,7 +299,7 @@ class _ShardFile:
                     checksums[address] = checksum(piece)
                 if piece.numel():
                     self._write(piece, self._header_bytes + self._tensor_places[address] + first_row * piece[0].nbytes)
-        return checksums | {address: computed.result() for address, computed in later.items()}
+        return checksums | {address: computed() for address, computed in later.items()}
 
     def publish(self, rows: int, record: ShardRecord) -> None:
         """Close the gaps that unreadable images left, write the header, flush, and give the file its name."""
@@ -386,6 +385,21 @@ def open_direct(path: Path) -> int | None:
         with contextlib.suppress(OSError):
             return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW | os.O_CLOEXEC)
     return None
+
+
+def _checksum_beside(tensor: Tensor, threads: Executor) -> Callable[[], int]:
+    """Begin to compute a tensor's checksum in threads; return what waits for it."""
+    pieces = bytes_of(tensor) if tensor.numel() else memoryview(b"")
+    starts = range(0, len(pieces), _CHECKSUM_BYTES)
+    sums = [threads.submit(crc32, pieces[start : start + _CHECKSUM_BYTES]) for start in starts]
+
+    def wait() -> int:
+        total = 0
+        for start, one in zip(starts, sums, strict=True):
+            total = crc32_combine(total, one.result(), min(_CHECKSUM_BYTES, len(pieces) - start))
+        return total
+
+    return wait
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmark import CORES, Finished, largest_difference
-from gpu_check_runs import link_images
-from gpu_check_step import Report, Settings
 
-SCRIPTS = Path(__file__).resolve().parent
+from gpu_check.runs import link_images
+from gpu_check.step import Report, Settings
+
+SCRIPTS = Path(__file__).resolve().parents[1]
 BATCH = 64
 VIT_BLOCKS = ",".join(f"encoder.layers.encoder_layer_{number}@cls" for number in range(12))
 # Different kernels and memory formats add in another order; bf16 has 8 significant bits.
@@ -121,7 +122,7 @@ def speed(settings: Settings, report: Report) -> None:
 
 def measure_limits(settings: Settings, report: Report, rows: list[Row]) -> dict[str, Any] | None:
     """Fill in the limits of every row; return the measurements, or None if they failed."""
-    seconds = "0.1" if settings.quick else "1"
+    seconds = "0.1" if settings.quick else "0.5"
     photographs = ["--photographs", str(settings.photographs), "--seconds", seconds]
     commands = {
         "decode": ["decode", *photographs],
@@ -133,7 +134,7 @@ def measure_limits(settings: Settings, report: Report, rows: list[Row]) -> dict[
     found: dict[str, Any] = {}
     for name, command in commands.items():
         done = subprocess.run(
-            [sys.executable, str(SCRIPTS / "gpu_check_limits.py"), *command],
+            [sys.executable, "-m", "gpu_check.limits", *command],
             text=True,
             capture_output=True,
             check=False,
