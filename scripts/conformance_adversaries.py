@@ -1,4 +1,4 @@
-"""Run hookx on the traps of `adversaries.py`, and compare what it stores with each model's own pass on each image.
+"""Run hookx on the traps in `adversaries/`, and compare what it stores with each model's own pass on each image.
 
 The second route shares no code with hookx: torchvision's transforms, and for every image a model made anew, one pass,
 and hooks that clone. Each trap runs in a process of its own, so that none can disturb another.
@@ -6,6 +6,7 @@ and hooks that clone. Each trap runs in a process of its own, so that none can d
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import multiprocessing
@@ -21,7 +22,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -31,10 +31,10 @@ from torchvision import transforms
 
 import hookx
 
-ADVERSARIES = Path(__file__).with_name("adversaries.py")
+ADVERSARIES = Path(__file__).with_name("adversaries")
 PHOTOGRAPHS = Path(__file__).parents[1] / "images"
 SIDE_PX, BATCH = 32, 4  # Four images are the default batch of so short a list.
-IMAGES = 10  # So that the last batch is a smaller one.
+IMAGES = 9  # So that the last batch is a smaller one.
 SECONDS = 60  # for one trap
 ROUNDING = 1e-4  # of the row's largest magnitude; far below what a trap does to a row
 
@@ -64,13 +64,17 @@ class Check:
         return self.verdict in (STORED, REFUSED)
 
 
-def load_traps() -> ModuleType:
-    """Import `adversaries.py` anew, with all that its classes and the module keep."""
-    spec = importlib.util.spec_from_file_location("adversaries", ADVERSARIES)
-    assert spec and spec.loader
-    module = sys.modules["adversaries"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load_traps() -> dict[str, Any]:
+    """Import the traps anew, with all that their classes and modules keep."""
+    if str(ADVERSARIES) not in sys.path:
+        sys.path.insert(0, str(ADVERSARIES))
+    for file in sorted(ADVERSARIES.glob("*_traps.py")):
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        assert spec and spec.loader
+        module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    traps: dict[str, Any] = importlib.import_module("deceit").TRAPS
+    return traps
 
 
 def write_pictures(folder: Path) -> None:
@@ -139,7 +143,7 @@ def rows_alone(trap: Any, paths: Sequence[str], pixels_NCHW: Tensor) -> Rows:
     """Return what a new model returns for each image alone."""
     rows: Rows = {path: [] for path in paths}
     for number in range(len(pixels_NCHW)):
-        fresh = load_traps().TRAPS[trap.name] if trap.outside else trap
+        fresh = load_traps()[trap.name] if trap.outside else trap
         for path, returned in pass_over(make(fresh), paths, pixels_NCHW[number : number + 1]).items():
             rows[path] = rows[path] or [[] for _ in returned]
             for row, tensor in zip(rows[path], returned, strict=True):
@@ -150,7 +154,7 @@ def rows_alone(trap: Any, paths: Sequence[str], pixels_NCHW: Tensor) -> Rows:
 def check_by_hand(trap: Any, paths: Sequence[str], pixels_NCHW: Tensor, alone: Rows) -> None:
     """Prove that a trap is one: a loop over batches is wrong if the trap is to be refused, and right if not."""
     rows: Rows = {path: [] for path in paths}
-    model = make(load_traps().TRAPS[trap.name] if trap.outside else trap)
+    model = make(load_traps()[trap.name] if trap.outside else trap)
     for batch in pixels_NCHW.split(BATCH):
         for path, returned in pass_over(model, paths, batch).items():
             rows[path] = rows[path] or [[] for _ in returned]
@@ -190,7 +194,7 @@ def extract(trap: Any, layers: str, folder: Path, **options: Any) -> dict[str, T
     """Run hookx; return the rows of every address that it stores."""
     with tempfile.TemporaryDirectory() as out:
         hookx.extract(
-            f"{ADVERSARIES}:{trap.name}",
+            f"{trap.file}:{trap.name}",
             layers,
             folder,
             out=f"{out}/features",
@@ -224,7 +228,7 @@ def compare(stored: Mapping[str, Tensor], expected: Rows, *, any_type: bool) -> 
 def judge(
     name: str, trap: Any, expected: Any, rows: Rows, folder: Path, layers: str, **options: Any
 ) -> tuple[Check, dict[str, Tensor]]:
-    """Run hookx once, and say whether that is what must happen."""
+    """Run hookx once; return whether it did what it must."""
     try:
         stored = extract(trap, layers, folder, **options)
     except hookx.HookxError as error:
@@ -316,7 +320,7 @@ def _send_checks(trap: Any, folder: Path, sender: Connection) -> None:
 def sweep(patterns: Sequence[str]) -> int:
     """Run the traps whose names or kinds match; print a table, surprises and totals; return the exit code."""
     torch.set_num_threads(1)
-    traps = load_traps().TRAPS
+    traps = load_traps()
     chosen = [trap for name, trap in traps.items() if any(fnmatchcase(name, p) or trap.kind == p for p in patterns)]
     if not chosen:
         print(f"no adversary matches {' '.join(patterns)}", file=sys.stderr)
