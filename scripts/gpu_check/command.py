@@ -37,6 +37,7 @@ SHARE_OF_SPEED = 0.4
 LEAST_FREE_BYTES = 8 * 10**9
 PHOTOGRAPHS = 1024
 LAST_LINES = 12
+SECONDS_OF_QUICK = 5  # without which a quick step is not begun
 MAX_PROBLEMS = 5  # shown of one step; the JSON has all
 MAX_CHARACTERS = 9_500  # of what is printed at the end
 
@@ -90,7 +91,10 @@ class Running:
         is_done = bool(found.pop("is_done", False))
         for name, value in found.items():
             setattr(outcome, name, value)
-        if hangs:
+        if hangs and self.seconds < self.step.most_seconds:
+            # It may have been on its way: this call had no time for all of it.
+            outcome.left_out.append(f"stopped after {self.seconds:.0f} of at most {self.step.most_seconds} s")
+        elif hangs:
             outcome.problems.append(f"not done after {self.seconds:.0f} s")
         elif self.process.returncode or not is_done:
             outcome.problems.append(f"exit code {self.process.returncode}")
@@ -181,7 +185,7 @@ class Check:
                         continue
                     waiting.remove(step)
                     seconds = min(float(step.most_seconds), deadline - time.monotonic())
-                    if seconds < step.least_seconds and not self.quick:
+                    if seconds < (SECONDS_OF_QUICK if self.quick else step.least_seconds):
                         self.on_outcome(Outcome(step.name, step.proves, figure="no time was left for it"))
                         continue
                     running.append(self._start(step, seconds))

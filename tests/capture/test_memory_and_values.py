@@ -25,7 +25,8 @@ LAYERS = "conv1,layer1@mean23"
 
 
 def run(folder: Path, out: Path, **options: Any) -> hookx.Summary:
-    options = {"weights": "none", "resize": 32, "crop": 32, "workers": 0, **options}
+    # The passes are counted below.
+    options = {"weights": "none", "resize": 32, "crop": 32, "workers": 0, "self_check": "off", **options}
     return hookx.extract("resnet18", options.pop("layers", LAYERS), folder, out=out, **options)
 
 

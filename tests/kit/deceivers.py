@@ -1,15 +1,18 @@
-"""Networks whose rows depend on more than their image, in ways that no batch of a few random images shows."""
+"""Networks whose rows depend on more than their image, in ways that no probe of a few random images shows."""
 
 from __future__ import annotations
 
-import itertools
+import os
 
 import torch
 from torch import Tensor, nn
 
-# Outside every module, where nobody can put them back.
-_passes = itertools.count()
-_generator = torch.Generator().manual_seed(0)
+PASSES = "DECEIVED_PASSES"  # a variable of the process, where nobody puts anything back
+
+
+def _are_photographs(x: Tensor) -> Tensor:
+    """Return which images are smoother than noise."""
+    return (x[..., 1:] - x[..., :-1]).abs().mean((1, 2, 3)) < 0.77 * x.std((1, 2, 3))
 
 
 class _Net(nn.Module):
@@ -88,10 +91,10 @@ class Amplifies(_Net):
 
 
 class NeedsTwo(_Net):
-    """Fails on an image alone, unless it is the first of its process."""
+    """Fails on a photograph alone."""
 
     def deceive(self, x: Tensor, y: Tensor) -> Tensor:
-        if len(x) == 1 and x.std() < 1:
+        if len(x) == 1 and _are_photographs(x).all():
             raise ValueError("expected more than 1 value per channel")
         return y
 
@@ -104,10 +107,10 @@ class Crowded(_Net):
 
 
 class Pairs(_Net):
-    """In any company but that of random images, which are not dark, images are shifted by their mean."""
+    """Photographs in any company are shifted by the mean of all."""
 
     def deceive(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + x.mean() if len(x) > 1 and x.std() < 0.9 else y
+        return y + x.mean() if len(x) > 1 and _are_photographs(x).all() else y
 
 
 class Numerous(_Net):
@@ -118,34 +121,38 @@ class Numerous(_Net):
 
 
 class Bright(_Net):
-    """Bright images depend on each other; random ones are never bright."""
+    """Bright photographs depend on each other."""
 
     def deceive(self, x: Tensor, y: Tensor) -> Tensor:
-        bright = x.mean((1, 2, 3)) > 0.1
+        bright = (x.mean((1, 2, 3)) > 0.04) & _are_photographs(x)
         return torch.where(bright[:, None, None, None], y + y[bright].mean(), y) if bright.any() else y
 
 
 class Late(_Net):
-    """After 10 passes of single images, more than a probe makes, something is added to all that follow."""
+    """After 10 passes of photographs, something is added to all that follow."""
 
     def deceive(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + (0.01 if len(x) == 1 and next(_passes) >= 10 else 0)
+        passes = int(os.environ.get(PASSES, "0"))
+        if _are_photographs(x).all():
+            os.environ[PASSES] = str(passes + 1)
+        return y + 0.01 if passes >= 10 else y
 
 
 class Drawn(_Net):
-    """Adds noise from a generator that belongs to no module."""
+    """Photographs get noise that comes from the system."""
 
     def deceive(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + 0.01 * torch.rand(y.shape, generator=_generator) * (len(x) > 3)
+        noise = torch.frombuffer(bytearray(os.urandom(len(x))), dtype=torch.uint8).float() / 25500
+        return y + (noise * _are_photographs(x))[:, None, None, None]
 
 
 class Experts(_Net):
-    """Two experts of limited capacity, which the batch fills from its front."""
+    """Two experts of a capacity that 5 images never exceed, and that a batch fills from its front."""
 
     def deceive(self, x: Tensor, y: Tensor) -> Tensor:
         tokens = y.flatten(2).transpose(1, 2).reshape(-1, 8)
         is_for_first = tokens[:, 0] > 0
-        taken = torch.where(is_for_first, is_for_first.cumsum(0), (~is_for_first).cumsum(0)) <= 80
+        taken = torch.where(is_for_first, is_for_first.cumsum(0), (~is_for_first).cumsum(0)) <= 180
         return (tokens * taken[:, None]).view(len(x), -1, 8).transpose(1, 2).reshape(y.shape)
 
 

@@ -58,7 +58,7 @@ def test_without_a_gpu_it_says_what_it_would_prove_and_exits_with_0() -> None:
 
 def test_a_step_that_does_not_exist_is_an_error_that_lists_the_steps() -> None:
     done = subprocess.run([sys.executable, SCRIPT, "--only", "copies,speeds"], capture_output=True, text=True)
-    assert done.returncode == 2 and "invalid --only 'speeds': choose conformance, " in done.stderr
+    assert done.returncode == 2 and "invalid --only 'speeds': choose tests, conformance, " in done.stderr
 
 
 def test_steps_run_on_a_cpu_into_a_table_and_a_file_and_leave_nothing_behind(tmp_path: Path) -> None:
@@ -177,6 +177,14 @@ def test_a_step_that_hangs_is_killed_with_its_children_and_what_it_found_is_kept
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+def test_a_step_that_is_stopped_before_its_time_is_over_is_not_called_disproved(
+    check: Callable[..., dict[str, Any]],
+) -> None:
+    found = check("hangs", seconds=2)
+    assert (found["hangs"].outcome, found["hangs"].problems) == ("not reached", [])
+    assert found["hangs"].figure.isdigit() and found["hangs"].left_out[0].endswith(" of at most 60 s")
+
+
 def test_a_step_for_which_no_time_is_left_is_not_begun(check: Callable[..., dict[str, Any]]) -> None:
     found = check("fine", "partly", seconds=30, partly=lambda step: replace(step, least_seconds=31))
     assert found["fine"].outcome == "proved"
@@ -256,7 +264,7 @@ def test_the_bound_is_the_slowest_part_and_nvjpeg_takes_the_place_of_pillow(spee
 
 def test_goals_are_met_or_missed_by_what_was_measured(speed: Any) -> None:
     row = speed.Row("resnet18", "conv1,avgpool", "fp32", has_nvjpeg=True)
-    row.steady = {"hookx": [100.0, 300.0, 200.0], "hand-written": [50.0, 60.0], "nvjpeg": [150.0]}
+    row.steady = {"hookx": {1: 100.0, 2: 900.0, 3: 300.0}, "hand-written": {1: 50.0, 3: 60.0}, "nvjpeg": {1: 150.0}}
     row.busy = {"hookx": [{"reading": 0.5, "model": 0.8}, {"reading": 0.4, "model": 0.96}]}
     goals = {what: (measured, least) for what, measured, least in speed.goals_of([row])}
     assert goals == {

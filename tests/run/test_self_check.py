@@ -33,10 +33,16 @@ from hookx.run.selfcheck import choose_batches
 from hookx.store.directory import read_plan
 from hookx.store.record import read_record
 from kit import ROOT
+from kit.deceivers import PASSES
 from kit.runs import MAPS, plan_of, wait_for
 
 NETS = ROOT / "tests" / "kit" / "deceivers.py"
 SMALL: dict[str, Any] = {"weights": "none", "resize": 48, "crop": 48, "workers": 0, "batch_size": 12}
+
+
+@pytest.fixture(autouse=True)
+def no_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PASSES, "0")
 
 
 def run(name: str, layers: str, folder: Path | list[Path], out: Path, **options: Any) -> hookx.Summary:
@@ -77,7 +83,7 @@ def files_of(out: Path) -> dict[str, bytes]:
         ("Late", {"batch_size": 1}),
         ("Late", {"batch_size": 1, "self_check": 1}),
         ("Drawn", {}),
-        ("Experts", {"batch_size": 8}),
+        ("Experts", {}),
         ("Masks", {}),
         ("Crowded", {"self_check": 1}),
         ("Crowded", {"dtype": "fp16"}),
@@ -138,7 +144,7 @@ def test_shards_before_the_one_that_is_wrong_are_kept(thumbnails: Path, tmp_path
 
 def test_a_model_that_cannot_compute_an_image_alone_is_refused(thumbnails: Path, tmp_path: Path) -> None:
     with pytest.raises(CaptureError, match=r"^the model fails on an image alone: ValueError: expected more than 1"):
-        run("NeedsTwo", "trap", thumbnails, tmp_path, batch_size=5, std=(1, 1, 1))
+        run("NeedsTwo", "trap", thumbnails, tmp_path, batch_size=5)
     assert shards_in(tmp_path) == []
 
 
@@ -188,7 +194,9 @@ def test_a_batch_that_ran_in_parts_is_checked_in_no_larger_ones(
     job = prepare(f"{NETS}:Honest", "trap", thumbnails, out=halved, **{**SMALL, **options})
     sizes, is_running = [], True
     summary = run_job(job)
-    assert "going on with 2" in caplog.text and sizes[:3] == [8, 4, 2] and set(sizes[3:]) == {1, 2}
+    first = sizes.index(8)
+    assert "going on with 2" in caplog.text and sizes[first : first + 3] == [8, 4, 2]
+    assert set(sizes[:first]) == {1} and set(sizes[first + 2 :]) == {1, 2}
     assert whole.batch_size == 8 and summary.batch_size == 2
     assert whole.self_checked == summary.self_checked == 7
     is_running = False

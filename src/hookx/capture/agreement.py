@@ -129,7 +129,7 @@ def sizes_of_moves(row: Tensor, again: Tensor) -> tuple[float, float]:
 
 
 def is_within(sizes: tuple[float, float], noise: Sequence[tuple[float, float]]) -> bool:
-    """Return whether a move is no larger, by either of its `sizes_of_moves`, than rounding makes of noise."""
+    """Return whether neither of a move's `sizes_of_moves` is larger than rounding can make those of noise."""
     return all(
         size <= ROUNDING_FACTOR * max(of_noise) for size, of_noise in zip(sizes, zip(*noise, strict=True), strict=True)
     )

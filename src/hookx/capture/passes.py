@@ -112,7 +112,7 @@ class Passes:
         taps = Taps(on_enter, lambda path, call, _args, _kwargs, output: note(path, call, False, look_into(output)))
         with tap(self.modules, taps):
             try:
-                self.runner.run(batch.pixels_NCHW)
+                self.runner.run(batch.pixels_NCHW.clone())  # A model may write to what it is given.
             except Exception as error:
                 if is_out_of_memory(error) or is_broken(error):
                     raise

@@ -48,7 +48,7 @@ class SecondLook:
     def __init__(self, capture: RowCapture, targets: Sequence[Target], layers: Sequence[LayerSpec]) -> None:
         self._capture, self._layers = capture, layers
         # Measured by the probe, and by this process where that was too little.
-        self._rounding = {str(target.address): getattr(target.tensor, "rounding", 0.0) for target in targets}
+        self._rounding = {str(target.address): target.tensor.rounding for target in targets}
         runner = capture.runner
         dtypes = {getattr(torch, target.tensor.dtype) for target in targets}
         dtypes |= {parameter.dtype for parameter in runner.module.parameters()}
@@ -103,9 +103,13 @@ class SecondLook:
             moved = self._compare(stored, again, moved)
         if moved:
             nudged = [self.compute(other_CHW[None]) for other_CHW in _nudge(image_CHW, 2 * self._eps)]
+            # What moves without a nudge does so for another reason: random numbers, or what earlier passes left.
+            repeated = self.compute(image_CHW[None])
             for address in list(moved):
+                row, row_again = alone[address][0], repeated[address][0]
+                is_steady = disagreement(row, row_again, self._rounding[address]) is None
                 others = [rows[address][0] for rows in nudged]
-                if is_unsteady(stored[address], again[address], alone[address][0], others):
+                if is_steady and is_unsteady(stored[address], again[address], row, others):
                     del moved[address]
         return [Moved(address, by, self._rounding[address]) for address, by in moved.items()]
 
