@@ -12,6 +12,7 @@ from torch import Tensor
 from hookx.capture.arithmetic import NOT_DETERMINISTIC
 from hookx.capture.hooks import Taps, tap
 from hookx.capture.runner import Runner, modules_of
+from hookx.capture.state import ModuleState
 
 
 def find_nondeterministic(runner: Runner, pixels_NCHW: Tensor) -> dict[str, str]:
@@ -44,6 +45,7 @@ def find_nondeterministic(runner: Runner, pixels_NCHW: Tensor) -> dict[str, str]
 
     was_on = torch.are_deterministic_algorithms_enabled()
     only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    state = ModuleState.of(runner.module, runner.forward)
     with tap(modules_of(runner.module), Taps(on_enter, on_return)), warnings.catch_warnings():
         warnings.showwarning = show
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -51,4 +53,5 @@ def find_nondeterministic(runner: Runner, pixels_NCHW: Tensor) -> dict[str, str]
             runner.run(pixels_NCHW, warn=True)
         finally:
             torch.use_deterministic_algorithms(was_on, warn_only=only_warned)
+            state.restore()
     return found
