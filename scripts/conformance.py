@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import random
 import sys
@@ -133,14 +134,18 @@ def plain(tensor: Tensor) -> Tensor:
     return tensor.dequantize() if tensor.is_quantized else tensor
 
 
-def is_same(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors on the CPU hold the same bits; NaN equals the same NaN."""
+def differ(one: Tensor, other: Tensor) -> Tensor:
+    """Return, on their device, whether two tensors hold different bits; NaN equals the same NaN."""
     if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    if torch.equal(one, other):
-        return True
-    a, b = (tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other))
-    return torch.equal(a, b)
+        return torch.tensor(True, device=one.device)
+    a, b = (view_bits(tensor) for tensor in (one, other))
+    return (a != b).any()
+
+
+def view_bits(tensor: Tensor) -> Tensor:
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(integers[tensor.itemsize]) if tensor.is_floating_point() else tensor
 
 
 def set_tf32(allowed: bool) -> None:
@@ -156,7 +161,6 @@ def arithmetic(device: str, precision: str) -> Iterator[None]:
         with torch.autocast("cpu", AUTOCAST[precision], enabled=AUTOCAST[precision] is not None):
             yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a workspace of its own.
     set_tf32(precision == "tf32")
     deterministic = torch.are_deterministic_algorithms_enabled()
     before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
@@ -220,21 +224,38 @@ def capture(
 ) -> Captured:
     """Capture all modules at once, into rows, the way a run does it; the first `BATCH` images are the batch."""
     device = pixels_NCHW.device.type
-    set_tf32(precision != "tf32")  # The switches of the process must not matter.
+    if device == "cuda":
+        # cuBLAS reads this once, at its first product. It is deterministic with a workspace of its own.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        set_tf32(precision != "tf32")  # The switches of the process must not matter.
     forward = model if kind == "timm" else forward_of(name, model)
     runner = Runner.of(model, forward, precision=precision, memory_format=memory_format)
     layers = probe(runner, pixels_NCHW)
     selection = select(parse_selectors("**,." if kind != "detection" else "**"), layers, name)
-    rows = {
-        str(target.address): torch.empty(
-            (BATCH, *target.shape), dtype=getattr(torch, stored_dtype(target)), pin_memory=device == "cuda"
-        )
-        for target in selection.targets
-    }
+    rows = allocate_rows(selection.targets, pin_memory=device == "cuda")
     with RowCapture(runner, selection.targets) as capturing:
         capturing.run(pixels_NCHW[:BATCH], rows)
         capturing.wait()
     return Captured(layers, selection, rows)
+
+
+def allocate_rows(targets: list[Target], *, pin_memory: bool) -> dict[str, Tensor]:
+    """Allocate the rows of all targets in one go: pinning memory takes its time."""
+    rows: dict[str, Tensor] = {}
+    bytes_of = {
+        str(target.address): BATCH * math.prod(target.shape) * getattr(torch, stored_dtype(target)).itemsize
+        for target in targets
+    }
+    memory = torch.empty(
+        sum(-(-size // 64) * 64 for size in bytes_of.values()), dtype=torch.uint8, pin_memory=pin_memory
+    )
+    start = 0
+    for target in targets:
+        size = bytes_of[str(target.address)]
+        piece = memory[start : start + size].view(getattr(torch, stored_dtype(target)))
+        rows[str(target.address)] = piece.view(BATCH, *target.shape)
+        start += -(-size // 64) * 64
+    return rows
 
 
 def key_of(target: Target) -> Key:
@@ -260,15 +281,15 @@ def check(
     channels_last: bool = False,
     device: str = "cpu",
     precision: str = "fp32",
+    built: tuple[nn.Module, int] | None = None,
 ) -> Row:
-    """Compare every activation of one model."""
+    """Compare every activation of one model; it is `built` before, or here."""
     start, row = time.perf_counter(), Row(name)
-    model, side = small(name, kind)
+    model, side = built or small(name, kind)
     pixels_NCHW = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(1)).to(device)
-    model = model.to(device)
-    if channels_last:
-        model = model.to(memory_format=torch.channels_last)
-        pixels_NCHW = pixels_NCHW.contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = model.to(device).to(memory_format=layout)
+    pixels_NCHW = pixels_NCHW.contiguous(memory_format=layout)
     batch = pixels_NCHW[:BATCH]
 
     memory_format = "channels_last" if channels_last else "contiguous"
@@ -281,12 +302,17 @@ def check(
     row.modules, row.calls = len(calls), sum(calls.values())
     row.never_called = sum(not layer.calls for layer in layers)
     left: dict[Key, Tensor] = dict(expected)
+    differs = {}
     for target in selection.targets:
+        address = str(target.address)
         reference = split_images(target, left.pop(key_of(target)))
-        row.compared += 1
-        if not is_same(rows[str(target.address)], reference.cpu()):
+        differs[address] = differ(rows[address].to(device, non_blocking=True), reference)
+    row.compared = len(differs)
+    # A device is waited for once.
+    for address, is_wrong in zip(differs, torch.stack(list(differs.values())).tolist() if differs else [], strict=True):
+        if is_wrong:
             row.wrong += 1
-            print(f"wrong: {name} {target.address}", file=sys.stderr)
+            print(f"wrong: {name} {address}", file=sys.stderr)
     described = {
         (layer.path, call, tensor.parts): tensor
         for layer in layers
@@ -304,9 +330,8 @@ def check(
             print(f"missed: {name} {key}", file=sys.stderr)
     row.usual_hook_wrong, row.usual_hook_differs = len(overwritten), len(different)
 
-    if kind == "classification" and not channels_last and precision == "fp32":
-        with arithmetic(pixels_NCHW.device.type, precision):
-            row.by_fx, wrong = by_fx(model, batch, rows)
+    if kind == "classification" and not channels_last and precision == "fp32" and device == "cpu":
+        row.by_fx, wrong = by_fx(model, batch, rows)
         row.wrong += wrong
     row.seconds = time.perf_counter() - start
     return row
@@ -332,7 +357,7 @@ def by_fx(model: nn.Module, batch: Tensor, rows: dict[str, Tensor]) -> tuple[int
     for node in chosen:
         with torch.inference_mode():
             alone = create_feature_extractor(model, [node])(batch)[node]
-        if not is_same(alone.cpu(), rows[comparable[node]]):
+        if differ(alone, rows[comparable[node]]):
             wrong += 1
             print(f"differs from fx: {node}", file=sys.stderr)
     return len(chosen), wrong

@@ -266,6 +266,13 @@ class ExtractOptions(ComputeOptions, PreprocessingOptions, ModelOptions, title="
     workers: int | None = option(
         "-j --workers N", "Worker processes; default: by the number of cores.", default=None, minimum=0, title="Compute"
     )
+    self_check: int | Literal["auto", "off"] = option(
+        "--self-check N",
+        "Compute images of N batches again in other company, and compare; auto: by the number of images; or off.",
+        default="auto",
+        minimum=1,
+        title="Compute",
+    )
     memory_format: MemoryFormat | Literal["auto"] = option(
         "--memory-format NAME", "Memory layout: {choices}.", default="auto", title="Compute"
     )

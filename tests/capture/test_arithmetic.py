@@ -25,7 +25,7 @@ HAS_NEWER_SWITCHES = hasattr(BACKENDS.cudnn, "conv")  # since PyTorch 2.9
 
 
 def switches() -> list[Any]:
-    """Return what PyTorch says of the precision of products, by all its names; an error where it refuses to say."""
+    """Return what PyTorch reports as the precision of products, by all its names; an error where it refuses to say."""
     reads: list[Callable[[], Any]] = [
         lambda: BACKENDS.cudnn.allow_tf32,
         lambda: BACKENDS.cuda.matmul.allow_tf32,

@@ -342,16 +342,6 @@ def test_a_capture_sees_through_the_transformer_fast_path_and_restores_it() -> N
     assert set(capture) == {"self_attn/0", "linear1"}
 
 
-def test_a_layer_called_outside_of_the_model_adds_to_the_pass() -> None:
-    net, pixels = nets.InPlace().eval(), images()
-    with Capture(net, "conv") as capture:
-        net.conv(pixels)
-        assert list(capture) == ["conv"]
-        net.conv(pixels + 1)
-    assert list(capture) == ["conv:0", "conv:1"]
-    assert torch.equal(capture["conv:1"], net.conv(pixels + 1))
-
-
 def test_the_summary_says_what_ran_and_what_did_not() -> None:
     net = nets.NeverCalled().eval()
     with Capture(net, "spare,embed") as capture:

@@ -26,6 +26,7 @@ from hookx.errors import HookxError, StoreError, UsageError
 from hookx.run.run import extract
 from hookx.store.directory import RunDirectory, read_plan
 from hookx.store.record import ShardRecord, read_record
+from kit import ROOT
 from kit.shards import publish
 
 SHARDS = [f"shard-0000{number}-of-00003.safetensors" for number in range(3)]
@@ -389,3 +390,49 @@ def test_a_model_of_ones_own_is_computed_again_if_it_is_named_again(thumbnails: 
     assert again.problems == () and again.rows_with_same_bits == 3
     with pytest.raises(UsageError, match="and not 'resnet18'"):
         recompute(out, 3, thumbnails, model="resnet18", model_args=arguments)
+
+
+NETS = ROOT / "tests" / "kit" / "deceivers.py"
+
+
+@pytest.mark.parametrize("name", ["Crowded", "Numerous", "Bright", "Experts", "Masks"])
+@pytest.mark.parametrize("count", [1, 3, 24])
+def test_a_run_of_a_model_that_looks_at_the_whole_batch_is_not_called_whole(
+    thumbnails: Path, tmp_path: Path, name: str, count: int
+) -> None:
+    out, ref = tmp_path / "features", f"{NETS}:{name}"
+    options: Options = {"weights": "none", "resize": 48, "crop": 48, "workers": 0, "device": "cpu"}
+    extract(ref, "conv,trap", thumbnails, out=out, batch_size=12, self_check="off", **options)
+    again = recompute(out, count, thumbnails, model=ref, seed=2)
+    assert again.rows_with_same_bits == len(again.rows) == count  # in its own batch
+    named = [problem.what for problem in again.problems]
+    assert all(
+        re.match(r"row [\d,]+ \('\S+'\) is not that of its image: trap depends on the other", what) for what in named
+    )
+    assert len({what.split("'")[1] for what in named}) == len(named) >= 1
+    if count == 24:
+        flags = ["--recompute", "24", "--images", str(thumbnails), "--model", ref]
+        result = CliRunner().invoke(app, ["verify", str(out), *flags])
+        assert result.exit_code == 1 and "is whole" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "batch_size"), [("Honest", 5), ("Honest", 2), ("Mask", 4), ("Amplifies", 4), ("Crowded", 1)]
+)
+def test_rows_that_are_right_are_found_right_in_other_company(
+    thumbnails: Path, tmp_path: Path, name: str, batch_size: int
+) -> None:
+    out, ref = tmp_path / "features", f"{NETS}:{name}"
+    options: Options = {"weights": "none", "resize": 48, "crop": 48, "workers": 0, "device": "cpu"}
+    extract(ref, "trap", thumbnails, out=out, batch_size=batch_size, **options)
+    again = recompute(out, 24, thumbnails, model=ref)
+    assert again.problems == () and again.rows_with_same_bits == 24
+
+
+def test_a_model_that_no_longer_computes_an_image_alone_is_a_problem(thumbnails: Path, tmp_path: Path) -> None:
+    out, ref = tmp_path / "features", f"{NETS}:NeedsTwo"
+    options: Options = {"weights": "none", "resize": 48, "crop": 48, "workers": 0, "device": "cpu"}
+    extract(ref, "trap", thumbnails, out=out, batch_size=4, self_check="off", **options)
+    again = recompute(out, 3, thumbnails, model=ref)
+    assert len(again.problems) == 3
+    assert all("the model fails on an image alone: ValueError" in problem.what for problem in again.problems)

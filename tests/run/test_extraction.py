@@ -332,7 +332,7 @@ def test_a_model_that_cannot_run_in_channels_last_runs_contiguous_unless_it_was_
 def test_a_model_that_fails_in_a_worker_says_why_and_keeps_the_shards_there_are(
     thumbnails: Path, tmp_path: Path
 ) -> None:
-    cuts = {"shard_images": 8, "batch_size": 4, "workers": 1}
+    cuts = {"shard_images": 8, "batch_size": 4, "workers": 1, "self_check": "off"}
     job = prepare("resnet18", "fc", thumbnails, out=tmp_path, **{**SMALL, **cuts})
     passes = 0
 

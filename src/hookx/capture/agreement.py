@@ -30,8 +30,9 @@ MAX_LEVELS = 256
 
 # 16 units in the last place of a float32: sums in another order, with nothing behind them that amplifies it.
 _MIN_ROUNDING = 16 * torch.finfo(torch.float32).eps
-# The largest rounding to believe, by the coarsest arithmetic. What moves more between two batches is a dependence.
-_MAX_ROUNDING, _MAX_ROUNDING_OF_TF32, _MAX_ROUNDING_OF_HALVES = 1e-4, 1e-2, 2e-2
+# How far a row may move at most, whatever is measured, by the coarsest arithmetic: the number of images can matter too,
+# and that shows between two batches of copies of one image.
+_MAX_MOVE, _MAX_MOVE_OF_TF32, _MAX_MOVE_OF_HALVES = 1e-4, 1e-2, 6e-2
 
 _EPS = {torch.float8_e5m2fnuz: 0.25}  # With its 2 bits of mantissa; torch 2.14 says 0.125.
 
@@ -73,9 +74,10 @@ def rounding_between(row: Tensor, again: Tensor) -> float:
 
 def max_rounding(*dtypes: torch.dtype, tf32: bool = False) -> float:
     """Return the largest rounding to believe where these types, and perhaps TensorFloat-32, are computed with."""
+    move = _MAX_MOVE_OF_TF32 if tf32 else _MAX_MOVE
     if any(dtype.is_floating_point and torch.finfo(dtype).bits < 32 for dtype in dtypes):
-        return _MAX_ROUNDING_OF_HALVES
-    return _MAX_ROUNDING_OF_TF32 if tf32 else _MAX_ROUNDING
+        move = _MAX_MOVE_OF_HALVES
+    return move / ROUNDING_FACTOR
 
 
 def disagreement(row: Tensor, again: Tensor, rounding: float) -> Disagreement | None:
@@ -127,7 +129,7 @@ def sizes_of_moves(row: Tensor, again: Tensor) -> tuple[float, float]:
 
 
 def is_within(sizes: tuple[float, float], noise: Sequence[tuple[float, float]]) -> bool:
-    """Return whether a move is no larger, by either of its `sizes_of_moves`, than rounding makes of noise."""
+    """Return whether neither of a move's `sizes_of_moves` is larger than rounding can make those of noise."""
     return all(
         size <= ROUNDING_FACTOR * max(of_noise) for size, of_noise in zip(sizes, zip(*noise, strict=True), strict=True)
     )

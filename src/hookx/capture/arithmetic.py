@@ -108,12 +108,9 @@ def _deterministic(*, warn: bool) -> Iterator[None]:
     cudnn = torch.backends.cudnn
     memory: Any = deterministic  # a module with a property
     flags = cudnn.benchmark, cudnn.deterministic, memory.fill_uninitialized_memory
-    is_on, only_warns = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    mode = torch.get_deterministic_debug_mode()
     cudnn.benchmark, cudnn.deterministic = False, True
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import PyTorch's compiler.
     memory.fill_uninitialized_memory = False  # It costs time, and captures nothing.
     try:
         with warnings.catch_warnings():
@@ -122,4 +119,4 @@ def _deterministic(*, warn: bool) -> Iterator[None]:
             yield
     finally:
         cudnn.benchmark, cudnn.deterministic, memory.fill_uninitialized_memory = flags
-        torch.use_deterministic_algorithms(is_on, warn_only=only_warns)
+        torch.set_deterministic_debug_mode(mode)

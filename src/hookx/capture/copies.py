@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def has_streams(device: torch.device) -> bool:
-    """Say whether a device computes while its process goes on: CUDA, ROCm or XPU. MPS is used without streams."""
+    """Return whether a device computes while its process goes on: CUDA, ROCm or XPU. MPS is used without streams."""
     return device.type not in ("cpu", "meta", "mps")
 
 

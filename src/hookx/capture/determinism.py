@@ -43,15 +43,13 @@ def find_nondeterministic(runner: Runner, pixels_NCHW: Tensor) -> dict[str, str]
         if match := re.match(rf"(\S+) .*{NOT_DETERMINISTIC}|(.*{NOT_DETERMINISTIC})", text.splitlines()[0]):
             found.setdefault(running[-1] if running else ".", match[1] or match[2])
 
-    was_on = torch.are_deterministic_algorithms_enabled()
-    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    state = ModuleState.of(runner.module, runner.forward)
+    mode, state = torch.get_deterministic_debug_mode(), ModuleState.of(runner.module, runner.forward)
     with tap(modules_of(runner.module), Taps(on_enter, on_return)), warnings.catch_warnings():
         warnings.showwarning = show
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_deterministic_debug_mode("warn")
         try:
             runner.run(pixels_NCHW, warn=True)
         finally:
-            torch.use_deterministic_algorithms(was_on, warn_only=only_warned)
+            torch.set_deterministic_debug_mode(mode)
             state.restore()
     return found

@@ -22,14 +22,14 @@ _BROKEN = re.compile(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Say whether an error means that a device has too little memory, whichever library reports it."""
+    """Return whether an error means that a device has too little memory, whichever library reports it."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))
 
 
 def is_broken(error: BaseException) -> bool:
-    """Say whether an error comes from the device itself, which then computes nothing more for this process."""
+    """Return whether an error comes from the device itself, which then computes nothing more for this process."""
     newer = getattr(torch, "AcceleratorError", ())
     return not is_out_of_memory(error) and (
         isinstance(error, newer) or (isinstance(error, RuntimeError) and bool(_BROKEN.search(str(error))))
@@ -37,7 +37,7 @@ def is_broken(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def report_broken_device() -> Iterator[None]:
+def report_broken_device(when: str = "in the middle of a run") -> Iterator[None]:
     """Raise `DeviceError` for an error of the device, which can surface in any call after the one that caused it."""
     try:
         yield
@@ -46,7 +46,7 @@ def report_broken_device() -> Iterator[None]:
             raise
         first_line = str(error).splitlines()[0]
         raise DeviceError(
-            f"the device failed in the middle of a run: {first_line}",
+            f"the device failed {when}: {first_line}",
             "finished shards are kept; run the same command again to resume",
             "if it fails at the same place, find the operation: CUDA_LAUNCH_BLOCKING=1, or --device cpu",
         ) from None

@@ -1,24 +1,23 @@
 """PyTorch's forward hooks, on watched modules and on a whole model.
 
-No other file of hookx registers a hook. What a hook returns would replace a layer's input or output, so the hooks here
-return None whatever the callbacks do.
+No other file of hookx registers a hook. What a hook returns would replace a layer's input or output, so the hooks of
+`Taps` return None whatever the callbacks do, and those of `Watch` what their callbacks return on purpose.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-# Until all that imports these from here names hookx.capture.tensors.
-from hookx.capture.tensors import Parts as Parts
-from hookx.capture.tensors import dtype_name as dtype_name
-from hookx.capture.tensors import reduce as reduce
-from hookx.capture.tensors import tensors_given as tensors_given
-from hookx.capture.tensors import tensors_in as tensors_in
+from hookx.errors import CaptureError
 
 
 class Taps:
@@ -81,9 +80,65 @@ def tap(modules: Mapping[str, nn.Module], taps: Taps) -> Iterator[None]:
         taps.detach()
 
 
-def watch_passes(model: nn.Module, begin: Callable[[], None], end: Callable[[], None]) -> list[RemovableHandle]:
-    """Run `begin` before every call of a model, ahead of its other hooks, and `end` after it, even if it fails."""
-    return [
-        model.register_forward_pre_hook(lambda *_: begin(), prepend=True),
-        model.register_forward_hook(lambda *_: end(), always_call=True),
-    ]
+OnEnter = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], FrameType], tuple[Any, Any] | None]
+OnReturn = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any], FrameType, Any], Any]
+
+
+class Watch:
+    """Hooks that tell an object of the calls of some modules, for as long as that object exists.
+
+    Both callbacks are bound methods of the object, which is held weakly. `on_enter(path, module, args, kwargs, frame)`
+    runs when a module is called, `on_return(path, module, args, kwargs, frame, output)` when it returns or fails.
+    `frame` is the running call into which PyTorch puts the hook: the same for both, unless the call failed. What they
+    return other than None replaces the arguments or the output.
+
+    The hooks are silent where a layer runs without being part of a forward pass: while autograd runs backward
+    (activation checkpointing computes layers again), and while torch.compile and torch.export look at a model.
+    """
+
+    def __init__(self, on_enter: OnEnter, on_return: OnReturn) -> None:
+        self._on_enter: weakref.ref[OnEnter] = weakref.WeakMethod(on_enter)
+        self._on_return: weakref.ref[OnReturn] = weakref.WeakMethod(on_return)
+        self._hooks: dict[str, list[RemovableHandle]] = {}
+        weakref.finalize(on_enter.__self__, _unhook, self._hooks).atexit = False  # type: ignore[attr-defined]
+
+    def set(self, modules: Mapping[str, nn.Module]) -> None:
+        """Hook these modules, where they are not hooked yet, and unhook all others."""
+        _unhook(self._hooks, keep=modules)
+        for path, module in modules.items():
+            if path not in self._hooks:
+                enter, leave = _Hook(path, self._on_enter), _Hook(path, self._on_return)
+                self._hooks[path] = [
+                    module.register_forward_pre_hook(enter, with_kwargs=True),
+                    module.register_forward_hook(leave, with_kwargs=True, always_call=True),
+                ]
+
+
+class _Hook:
+    """One hook of `Watch`; a copy of it does nothing, so that copies of the model are not watched."""
+
+    def __init__(self, path: str, callback: weakref.ref[Callable[..., Any]]) -> None:
+        self._path, self._callback = path, callback
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+            return None
+        callback = self._callback()
+        if callback is None:
+            return None
+        if not output and module.__dict__.get("_is_replica"):
+            raise CaptureError(
+                f"cannot capture '{self._path}' under nn.DataParallel, which runs copies of the model side by side",
+                "capture and call the model within it, or use DistributedDataParallel",
+            )
+        return callback(self._path, module, args, kwargs, sys._getframe(1), *output)
+
+    def __reduce__(self) -> Any:
+        # A method that takes anything and returns None, and can be loaded where hookx is not installed.
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+def _unhook(hooks: dict[str, list[RemovableHandle]], keep: Iterable[str] = ()) -> None:
+    for path in hooks.keys() - set(keep):
+        for hook in hooks.pop(path):
+            hook.remove()

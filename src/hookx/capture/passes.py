@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hookx.capture.arithmetic import PRECISIONS
 from hookx.capture.compare import Batch, Comparison
-from hookx.capture.failures import is_out_of_memory
+from hookx.capture.failures import is_broken, is_out_of_memory
 from hookx.capture.hooks import Taps, tap
 from hookx.capture.runner import Runner
 from hookx.capture.state import ModuleState
@@ -112,9 +112,9 @@ class Passes:
         taps = Taps(on_enter, lambda path, call, _args, _kwargs, output: note(path, call, False, look_into(output)))
         with tap(self.modules, taps):
             try:
-                self.runner.run(batch.pixels_NCHW)
+                self.runner.run(batch.pixels_NCHW.clone())  # A model may write to what it is given.
             except Exception as error:
-                if is_out_of_memory(error):
+                if is_out_of_memory(error) or is_broken(error):
                     raise
                 shape = ", ".join(map(str, batch.pixels_NCHW.shape))
                 what = f" {batch.what}" if batch.what else ""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hookx.capture.hooks import Parts, Taps, dtype_name, reduce, tensors_given, tensors_in, watch_passes
+from hookx.capture.gradients import AttachedCopies, compute_aside
+from hookx.capture.held import Pass, Passes
+from hookx.capture.hooks import Watch
 from hookx.capture.runner import module_classes, modules_of, parameter_count
+from hookx.capture.tensors import Parts, dtype_name, reduce, tensors_given, tensors_in
 from hookx.errors import CaptureError, LayerError, NotCapturedError, UsageError, closest
 from hookx.layers.address import Address
 from hookx.layers.select import Selector, matched_paths, parse_selectors
@@ -34,22 +37,34 @@ class _Wish:
 class Capture(Mapping[str, Tensor]):
     """Take activations out of your own forward passes, of any module, on any device, in any mode.
 
-    The model is hooked from construction until `remove()` or the end of the `with` block, and otherwise untouched. A
-    pass begins when the model itself is called. As a mapping, a capture shows the last pass: address -> tensor, a copy
-    made when the layer returned. A module that ran twice is listed as `relu:0` and `relu:1`, a tuple as `attention/0`.
+    The model is hooked from construction until `remove()`, the end of the `with` block, or the last reference to the
+    capture, and otherwise untouched. As a mapping, a capture shows the last pass: address -> tensor, a copy made when
+    the layer returned. A module that ran twice is listed as `relu:0` and `relu:1`, a tuple as `attention/0`.
+
+    A pass is a call of the model, with all calls within it, its own included. A part of the model that is called by
+    itself makes a pass of that part: until the model is called again, its last call is shown in place of what the part
+    gave before. Passes of several threads do not mix, and a thread that has run the model reads its own last pass.
+    A pass that fails shows what ran before the error.
+
+    A capture takes what a layer gave when the capture's hook ran, and PyTorch runs hooks in the order of registration:
+    changes by earlier hooks are in it, changes by later ones are not. It takes nothing while autograd runs backward,
+    where activation checkpointing computes layers again; nothing from copies of the model, by `copy.deepcopy` or by
+    pickle; nothing that a transform or a hook of the capture calls; and nothing within torch.compile.
 
     Args:
         model: the module whose `forward` you call.
         layers: addresses, globs, 'type:Conv2d' (one string with commas, or a sequence), modules of the model, or a
             mapping from your own names to any of these. More can be added later.
-        keep: how many of the last passes to hold; None for all of them (see `history`).
-        detach: False keeps the activations in the autograd graph.
+        keep: how many of the last passes to hold, of the model and of each part; None for all (see `history`).
+        detach: False keeps the activations in the autograd graph, between the layer and what follows: the gradient of
+            a later result with respect to an activation is the gradient at that layer. Reductions and transforms are
+            computed aside; differentiate through them.
         transform: applied to each tensor before it is kept.
         hook: a function `hook(module, inputs, output)` that chooses what to keep: the tensor it returns, or nothing if
             it returns None. What it returns never reaches the model.
 
     Raises:
-        LayerError: a layer does not exist; the message names the closest ones.
+        LayerError: a layer does not exist; the message names the closest ones. Or it runs within compiled code.
         NotCapturedError: (on reading; a KeyError) the layer has not run, or has run more than once.
 
     Example:
@@ -83,10 +98,8 @@ class Capture(Mapping[str, Tensor]):
         self.model = model
         self._detach = detach
         self._wishes: dict[str, list[_Wish]] = {}
-        self._passes: deque[dict[Address, Tensor]] = deque(maxlen=keep)
-        self._taps = Taps(self._on_enter, self._on_return)
-        self._fastpath = True
-        self._model_hooks = watch_passes(model, self._begin_pass, self._end_pass)
+        self._passes = Passes(keep)
+        self._watch = Watch(self._on_enter, self._on_return)
         try:
             self.add(layers, transform=transform, hook=hook)
         except BaseException:
@@ -110,22 +123,30 @@ class Capture(Mapping[str, Tensor]):
                 selectors = parse_selectors(layer)
             for selector in selectors:
                 for path in matched_paths([selector], class_names, "this model"):
+                    _refuse_compiled(modules, path)
                     if name is not None and (len(selectors) > 1 or selector.kind != "path"):
                         raise LayerError(f"'{name}' names one activation, but '{layer}' can match several layers")
                     address = dataclasses.replace(selector.address, path=name or path)
                     wish = _Wish(modules[path], address, transform, hook)
                     if wish not in self._wishes.setdefault(path, []):
                         self._wishes[path].append(wish)
-                    self._taps.attach({path: modules[path]})
+        self._watch.set(self._watched(modules))
         return self
+
+    def _watched(self, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        """Return the layers to capture, and the modules around them, whose calls tell where a pass begins and ends."""
+        paths = {"."}
+        for path in self._wishes:
+            names = path.split(".") if path != "." else []
+            paths.update(".".join(names[:length]) for length in range(1, len(names) + 1))
+        return {path: module for path, module in modules.items() if path in paths}
 
     def remove(self, name: str | None = None) -> None:
         """Stop capturing: everything, or one path or name. What was captured stays."""
         if name is None:
-            self._taps.detach()
-            for hook in self._model_hooks:
-                hook.remove()
+            self._watch.set({})
             self._wishes.clear()
+            self._passes.stop()
             return
         path_or_name = Address.parse(name).path
         known = {wish.address.path for wishes in self._wishes.values() for wish in wishes}
@@ -135,12 +156,11 @@ class Capture(Mapping[str, Tensor]):
             self._wishes[path] = [wish for wish in wishes if wish.address.path != path_or_name]
             if not self._wishes[path]:
                 del self._wishes[path]
-                self._taps.detach(path)
+        self._watch.set(self._watched(modules_of(self.model)))
 
     def clear(self) -> None:
         """Forget what was captured, and keep capturing."""
         self._passes.clear()
-        self._taps.begin_pass()
 
     def __enter__(self) -> Capture:
         return self
@@ -152,7 +172,7 @@ class Capture(Mapping[str, Tensor]):
 
     @property
     def _last(self) -> dict[Address, Tensor]:
-        return self._passes[-1] if self._passes else {}
+        return self._passes.last().activations
 
     def __getitem__(self, address: str) -> Tensor:
         return _find(self._last, address)
@@ -164,8 +184,14 @@ class Capture(Mapping[str, Tensor]):
         return len(self._last)
 
     def history(self, address: str) -> list[Tensor]:
-        """Return one activation from every pass held, oldest first."""
-        return [_find(one_pass, address) for one_pass in self._passes]
+        """Return one activation from every pass held, oldest first, of all threads."""
+        path = Address.parse(address).path
+        found = [
+            _find(one_pass.activations, address)
+            for one_pass in self._passes.held()
+            if one_pass.path == "." or any(key.path == path for key in one_pass.activations)
+        ]
+        return found[-(self._passes.keep or 0) :]
 
     def summary(self) -> str:
         """Describe the model and each layer: class, parameters, calls, and what the last pass kept.
@@ -179,12 +205,13 @@ class Capture(Mapping[str, Tensor]):
             1  ReLU     0  has not run
         """
         rows = []
+        last = self._passes.last()
         for path, wishes in self._wishes.items():
-            calls = self._taps.calls[path]
+            calls = last.calls[path]
             for wish in wishes:
                 kept = ", ".join(
                     f"{key} {list(tensor.shape)} {dtype_name(tensor.dtype)} {tensor.device}"
-                    for key, tensor in _canonical(self._last).items()
+                    for key, tensor in _canonical(last.activations).items()
                     if (key.path, key.reduction) == (wish.address.path, wish.address.reduction)
                 )
                 state = f"{calls} call{'s' * (calls != 1)}: {kept or 'nothing kept'}" if calls else "has not run"
@@ -195,49 +222,76 @@ class Capture(Mapping[str, Tensor]):
             f"{name:{widths[0]}}  {kind:{widths[1]}}  {count:>{widths[2]}}  {state}"
             for name, kind, count, state in rows
         ]
-        return "\n".join([f"{model}, {len(self._passes)} passes held", *lines])
+        return "\n".join([f"{model}, {len(self._passes.held())} passes held", *lines])
 
     def __repr__(self) -> str:
         return f"Capture({type(self.model).__name__}: {', '.join(self) or 'nothing yet'})"
 
     # --- during a pass
 
-    def _begin_pass(self) -> None:
-        self._taps.begin_pass()
-        self._passes.append({})
-        self._fastpath = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-
-    def _end_pass(self) -> None:
-        torch.backends.mha.set_fastpath_enabled(self._fastpath)
-
-    def _on_enter(self, path: str, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _on_enter(
+        self, path: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType
+    ) -> tuple[Any, Any] | None:
+        begun, copies = self._passes.enter(path, frame), AttachedCopies()
+        if begun is None:
+            return None
         for wish in self._wishes.get(path, ()):
             if wish.address.is_input and wish.hook is None:
-                self._keep(wish, call, tensors_given(args, kwargs))
+                self._keep(wish, begun, tensors_given(args, kwargs), copies)
+        return copies.put_aliases_in((args, kwargs))
 
-    def _on_return(self, path: str, call: int, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _on_return(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], _kwargs: Any, frame: FrameType, output: Any
+    ) -> Any:
+        ended, copies = self._passes.leave(path, frame), AttachedCopies()
+        if ended is None:
+            return None
         for wish in self._wishes.get(path, ()):
             if wish.hook is not None:
-                self._keep(wish, call, tensors_in(wish.hook(wish.module, args, output)))
+                with self._passes.mute():
+                    chosen = wish.hook(module, args, output)
+                self._keep(wish, ended, tensors_in(chosen), copies)
             elif not wish.address.is_input:
-                self._keep(wish, call, tensors_in(output))
+                self._keep(wish, ended, tensors_in(output), copies)
+        return copies.put_aliases_in(output)
 
-    def _keep(self, wish: _Wish, call: int, tensors: Iterable[tuple[Parts, Tensor]]) -> None:
-        wanted = wish.address
+    def _keep(
+        self, wish: _Wish, place: tuple[Pass, int], tensors: Iterable[tuple[Parts, Tensor]], copies: AttachedCopies
+    ) -> None:
+        wanted, (one_pass, call) = wish.address, place
         if wanted.call not in (None, call):
             return
-        if not self._passes:
-            self._passes.append({})  # The layer was called directly, outside any call of the model.
         for parts, tensor in tensors:
-            if parts[: len(wanted.parts)] != wanted.parts:
-                continue
-            value = reduce(tensor.detach() if self._detach else tensor, wanted.reduction)
+            if parts[: len(wanted.parts)] == wanted.parts:
+                address = dataclasses.replace(wanted, call=call, parts=parts)
+                one_pass.activations[address] = self._value_of(wish, tensor, copies)
+
+    def _value_of(self, wish: _Wish, tensor: Tensor, copies: AttachedCopies) -> Tensor:
+        with compute_aside():
+            copied = tensor.detach() if self._detach else copies.of(tensor)
+            value = reduce(copied, wish.address.reduction)
             if wish.transform is not None:
-                value = wish.transform(value)
-                if not isinstance(value, Tensor):
-                    raise CaptureError(f"the transform of '{wanted}' returned a {type(value).__name__}, not a tensor")
-            self._passes[-1][dataclasses.replace(wanted, call=call, parts=parts)] = value.clone()
+                with self._passes.mute():
+                    value = wish.transform(value)
+            if not isinstance(value, Tensor):
+                raise CaptureError(f"the transform of '{wish.address}' returned a {type(value).__name__}, not a tensor")
+            return value if value is copied and not self._detach else value.clone()
+
+
+def _refuse_compiled(modules: Mapping[str, nn.Module], path: str) -> None:
+    """Raise if a layer runs within compiled code, which calls no hooks."""
+    names = path.split(".") if path != "." else []
+    for outer in [".", *(".".join(names[:length]) for length in range(1, len(names) + 1))]:
+        module = modules[outer]
+        if getattr(module, "_compiled_call_impl", None) or (hasattr(module, "_orig_mod") and outer != path):
+            compiler, instead = "torch.compile", "capture and call the model without torch.compile"
+        elif isinstance(module, torch.jit.ScriptModule) and outer != path:
+            compiler, instead = "TorchScript", "capture and call the module that was scripted or traced"
+        else:
+            continue
+        raise LayerError(
+            f"cannot capture '{path}': {compiler} runs '{outer}' as one program, in which no layers are called", instead
+        )
 
 
 def _canonical(one_pass: Mapping[Address, Tensor]) -> dict[Address, Tensor]:

@@ -77,7 +77,7 @@ def _rows(runner: Runner, targets: Sequence[Target], settled: Settled, *images_N
     }
     with RowCapture(runner, targets, settled) as capture:
         for image_NCHW in images_NCHW:
-            capture.run(image_NCHW, rows)
+            capture.run(image_NCHW.clone(), rows)  # A model may write to what it is given.
         capture.wait()
     return rows
 

@@ -61,6 +61,7 @@ class Inspection:
     bytes: int  # activations only
     layers: tuple[InspectedLayer, ...]
     counts: ValueCounts
+    self_checked: int | None  # rows that the run computed again in other company; None if it did not check itself
     made: tuple[dict[str, Any], ...]  # how the shards were made, without repetition
 
     @property

@@ -1,4 +1,4 @@
-"""Run the model again on some rows of a run, in the batches they were computed in, and compare."""
+"""Run the model again on some rows of a run, in the batches they were computed in and in others, and compare."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from torch import Tensor
 from hookx.capture.arithmetic import PRECISIONS
 from hookx.capture.rows import RowCapture
 from hookx.capture.runner import MEMORY_FORMATS, Runner
+from hookx.capture.second_look import Rows, SecondLook
 from hookx.check.verify import Problem
-from hookx.errors import ShardError, StoreError, UsageError
+from hookx.errors import CaptureError, ShardError, StoreError, UsageError
 from hookx.images.decoding import check_decoding, decode, decode_jpegs, failure_reason, model_input
 from hookx.images.listing import list_images
 from hookx.keys import key_bytes
@@ -35,6 +36,7 @@ from hookx.store.record import read_record
 # Largest deviations that rounding explains, as a share of the row's largest magnitude. Sums in another order differ
 # slightly; another device also has other arithmetic (TensorFloat-32 has the 10 bits of a half).
 _MAX_ROUNDING, _MAX_ROUNDING_OF_HALVES = 1e-4, 2e-2
+_NEIGHBOURS = 2  # images of another batch, beside those that are computed again
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,11 @@ class Recomputation:
 
 @takes(RecomputeOptions)
 def recompute(options: RecomputeOptions) -> Recomputation:
-    """Run the model again on random rows of a run, each in the batch it was computed in, and compare.
+    """Run the model again on random rows of a run, and compare.
+
+    Each is computed in the batch that it was computed in, and compared with what is stored. Then it is computed alone,
+    and the whole batch in smaller ones, beside images of another: a row that moves by more than rounding depends on its
+    companions, which is a problem, too. If the run had batches of one image, no row has companions.
 
     A model that no zoo names has to be named again, because building it may run code, which a plan alone must not
     decide.
@@ -110,25 +116,26 @@ def _recompute(options: RecomputeOptions, path: Path, plan: Plan) -> Recomputati
 
     rows: list[RecomputedRow] = []
     problems: list[Problem] = []
+    neighbours_NCHW: Tensor | None = None  # images of the batch before
     with (
         single_threaded() if runner.device.type == "cpu" else nullcontext(),
         RowCapture(runner, targets, settle_passes(runner, targets, plan.preprocessing)) as capture,
     ):
+        look = SecondLook(capture, targets, plan.layers)
         for batch in _find_batches(path, plan, chosen):
             try:
                 pixels_NCHW = _decode_again(batch, files, plan, loaded, runner.device)
             except StoreError as error:
                 problems += [Problem(batch.file, f"row {row:,}: {error}") for row in batch.rows.values()]
                 continue
-            computed = {
-                layer.address: torch.empty((len(batch.keys), *layer.shape), dtype=getattr(torch, layer.dtype))
-                for layer in plan.layers
-            }
-            capture.run(model_input(pixels_NCHW, plan.preprocessing), computed)
-            capture.wait()
+            inputs_NCHW = model_input(pixels_NCHW, plan.preprocessing)
+            computed = look.compute(inputs_NCHW)
             compared = list(_compare(path, batch, computed))
             rows += compared
             problems += _find_deviations(compared, plan, same_device=batch.made_on == runner.device.type)
+            if batch.images_at_once > 1:
+                problems += _find_dependences(batch, inputs_NCHW, computed, look, neighbours_NCHW)
+                neighbours_NCHW = inputs_NCHW[:_NEIGHBOURS].clone()
     return Recomputation(str(runner.device), tuple(rows), tuple(problems))
 
 
@@ -189,8 +196,10 @@ class _Batch:
 
     file: str
     made_on: str  # the type of device
+    images_at_once: int  # in the run, at most
     sizes_bytes: dict[str, int]  # key -> size when the run listed the images of the shard
     keys: list[str]
+    first_row: int
     rows: dict[str, int]  # key -> row, of those to compare
 
 
@@ -198,8 +207,7 @@ def _find_batches(path: Path, plan: Plan, chosen: dict[Shard, list[int]]) -> Ite
     """Yield the batches of the chosen rows: cut at multiples of the batch size, without unreadable images."""
     for shard, numbers in chosen.items():
         record = read_record(path, plan, shard)
-        made_with = record.made.get("batch_size")
-        batch_size = made_with if isinstance(made_with, int) and made_with > 0 else plan.batch_size
+        batch_size = record.made_in_batches_of or plan.batch_size
         made_on = str(record.made.get("device")).partition(":")[0].partition(" ")[0]
         readable, wanted = set(record.keys), {record.keys[row]: row for row in numbers}
         keys = sorted([*record.keys, *(key for key, _ in record.failures)], key=key_bytes)
@@ -209,7 +217,8 @@ def _find_batches(path: Path, plan: Plan, chosen: dict[Shard, list[int]]) -> Ite
             rows = {key: wanted[key] for key in listed if key in wanted}
             if rows:
                 in_batch = [key for key in listed if key in readable]
-                yield _Batch(plan.shard_file(shard), made_on, sizes_bytes, in_batch, rows)
+                first_row = record.keys.index(in_batch[0])
+                yield _Batch(plan.shard_file(shard), made_on, batch_size, sizes_bytes, in_batch, first_row, rows)
 
 
 def _decode_again(
@@ -235,7 +244,49 @@ def _decode_again(
     return torch.stack([decode_image(key) for key in batch.keys])
 
 
-def _compare(path: Path, batch: _Batch, computed: dict[str, Tensor]) -> Iterator[RecomputedRow]:
+def _find_dependences(
+    batch: _Batch, pixels_NCHW: Tensor, computed: Rows, look: SecondLook, neighbours_NCHW: Tensor | None
+) -> Iterator[Problem]:
+    """Compute the chosen rows of a batch alone, and all of them in smaller batches, and report those that move.
+
+    Args:
+        pixels_NCHW: the whole batch.
+        computed: what the model returns for it.
+        neighbours_NCHW: images of another batch, if there is one.
+    """
+    count = len(batch.keys)
+    alone = [[batch.keys.index(key)] for key in batch.rows]
+    last_first, half = list(reversed(range(count))), -(-count // 2)
+    halves = [places for places in (last_first[:half], last_first[half:]) if places]
+    reported: set[tuple[int, str]] = set()
+    for group in [*alone, *halves]:
+        others_NCHW = pixels_NCHW[:0]
+        if group in halves:
+            spare = [place for place in range(count) if place not in group][:_NEIGHBOURS]
+            others_NCHW = pixels_NCHW[spare] if neighbours_NCHW is None else neighbours_NCHW
+        try:
+            again = look.compute(torch.cat([others_NCHW, pixels_NCHW[group]]))
+        except CaptureError as error:
+            yield from (Problem(batch.file, f"row {batch.first_row + place:,}: {error}") for place in group)
+            continue
+        together = len(others_NCHW) + len(group)
+        company = f"in another batch of {together:,}" if together > 1 else "alone"
+        for number, place in enumerate(group, len(others_NCHW)):
+            moved = look.find_moved(
+                {address: tensor[place] for address, tensor in computed.items()},
+                {address: tensor[number] for address, tensor in again.items()},
+                pixels_NCHW[place],
+                (count, together),
+            )
+            for one in moved:
+                if (place, one.address) not in reported:
+                    reported.add((place, one.address))
+                    row = f"row {batch.first_row + place:,} ('{batch.keys[place]}')"
+                    what = f"{one.address} depends on the other images of a batch: {company}, {one}"
+                    yield Problem(batch.file, f"{row} is not that of its image: {what}")
+
+
+def _compare(path: Path, batch: _Batch, computed: Rows) -> Iterator[RecomputedRow]:
     """Compare the stored rows of a batch with what was computed for their images."""
     with open_shard(path / batch.file) as opened:
         for key, row in batch.rows.items():

@@ -36,15 +36,8 @@ if TYPE_CHECKING:  # They import torch.
 _SUMMARY = (
     *("out", "model", "weights", "notes", "preprocessing", "layers", "images", "failures", "shards", "shards_computed"),
     *("images_computed", "bytes", "device", "precision", "memory_format", "batch_size", "workers", "rotations_ignored"),
-    *(
-        "counts",
-        "seconds_total",
-        "seconds_reading",
-        "seconds_nvjpeg",
-        "seconds_model",
-        "seconds_copying",
-        "seconds_writing",
-    ),
+    *("counts", "self_checked"),
+    *("seconds_total", "seconds_reading", "seconds_nvjpeg", "seconds_model", "seconds_copying", "seconds_writing"),
     *("busy", "bound_by", "files"),
 )
 Facts = list[tuple[str, str]]  # names and values, a line each
@@ -73,7 +66,14 @@ def print_summary(summary: Summary) -> None:
         shards += f", {summary.shards - summary.shards_computed:,} of them already there"
     facts.append(("shards", f"{shards}; {decimal(summary.bytes)} of activations"))
     facts += _plan_facts(summary.plan, summary.device, batch_size=summary.batch_size, notes=summary.notes)
+    facts.append(("checked", _checked_text(summary.self_checked)))
     print_rows([*facts, ("time", _time_text(summary)), ("result", f"{summary.out}/")])
+
+
+def _checked_text(self_checked: int | None) -> str:
+    if self_checked is None:
+        return "no row was computed again: without --self-check"
+    return f"{self_checked:,} rows computed again in other company: the same within rounding"
 
 
 def _time_text(summary: Summary) -> str:
@@ -188,7 +188,7 @@ def print_verification(verification: Verification, recomputation: Recomputation 
         ("images", f"{verification.rows:,} rows, {verification.failures:,} failures"),
     ]
     if recomputation is not None:
-        again = f"{len(recomputation.rows):,} rows on {recomputation.device}"
+        again = f"{len(recomputation.rows):,} rows on {recomputation.device}, in other company too"
         if recomputation.rows:
             address, deviation = max(recomputation.deviations.items(), key=lambda item: item[1])
             again += f", {recomputation.rows_with_same_bits:,} with the same bits"
@@ -230,6 +230,7 @@ def print_inspection(inspection: Inspection) -> None:
         *(("values", sentence) for sentence in inspection.counts.sentences()),
         ("shards", f"{shards}; {decimal(inspection.bytes)} of activations"),
         *_plan_facts(plan, made=made),
+        *([] if inspection.self_checked is None else [("checked", _checked_text(inspection.self_checked))]),
         ("plan", plan.fingerprint),
         ("result", f"{inspection.path}/ is {'finished' if inspection.is_finished else 'not finished'}"),
     ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from hookx.capture.copies import has_streams
-from hookx.capture.failures import is_out_of_memory, report_broken_device
+from hookx.capture.failures import is_out_of_memory
 from hookx.capture.rows import RowCapture
 from hookx.errors import HookxError
 from hookx.images.decoding import model_input
-from hookx.plan import Plan, ValueCounts
+from hookx.plan import Plan, Preprocessing, ValueCounts
 from hookx.run.ready import out_of_memory
+from hookx.run.selfcheck import SelfCheck
 from hookx.store.writer import ShardWriter, Written
 
 log = logging.getLogger("hookx")
@@ -39,6 +41,7 @@ class Batch:
     nvjpeg_seconds: float = 0.0
     # Computed and written, by a lane.
     counts: ValueCounts = field(default_factory=ValueCounts)
+    self_checked: int = 0  # rows that were computed again
     model_seconds: float = 0.0
     written: Written | Future[Written] | None = None
     error: HookxError | None = None  # in place of `written`
@@ -77,6 +80,11 @@ def stack(pixels: list[Tensor]) -> Tensor | None:
         raise MemoryError(str(error)) from None
 
 
+def to_input(pixels_NCHW: Tensor, device: torch.device, preprocessing: Preprocessing) -> Tensor:
+    """Make a model's input, on its device, of decoded pixels; a GPU may still be at it when this returns."""
+    return model_input(pixels_NCHW.to(device, non_blocking=has_streams(device)), preprocessing)
+
+
 class Lane:
     """Takes decoded batches through the model and on to the disk.
 
@@ -85,8 +93,8 @@ class Lane:
     has memory for their rows.
     """
 
-    def __init__(self, capture: RowCapture, writer: ShardWriter, plan: Plan) -> None:
-        self.capture, self.writer, self.plan = capture, writer, plan
+    def __init__(self, capture: RowCapture, writer: ShardWriter, plan: Plan, check: SelfCheck | None = None) -> None:
+        self.capture, self.writer, self.plan, self.check = capture, writer, plan, check
         self.images_at_once = plan.batch_size  # in the model; fewer in the rest of a shard for which that was too much
         self._shard = -1
 
@@ -98,8 +106,7 @@ class Lane:
         device = self.capture.runner.device
         if pixels_NCHW is not None:
             start = time.perf_counter()
-            with report_broken_device():
-                self._run_in_parts(pixels_NCHW, rows)
+            self._run(batch, pixels_NCHW, rows)
             if not has_streams(device):  # A GPU measures its own time.
                 batch.model_seconds = time.perf_counter() - start
         if device.type == "cpu":  # Elsewhere the counts of a shard are taken at its end: they wait for the device.
@@ -112,13 +119,37 @@ class Lane:
         if number != self._shard:
             self._shard, self.images_at_once = number, self.plan.batch_size
 
-    def _run_in_parts(self, pixels_NCHW: Tensor, rows: Mapping[str, Tensor]) -> None:
-        """Run a batch, in halves of halves if the device has too little memory."""
+    def finish(self) -> None:
+        """Do what a process does after its last batch: raise if its first rows are others by now."""
+        if self.check is not None:
+            with self._report_memory():
+                self.check.finish()
+
+    def _run(self, batch: Batch, pixels_NCHW: Tensor, rows: Mapping[str, Tensor]) -> None:
+        """Run a batch, and check it if it is one of those to check."""
+        copy_NCHW = None
+        if self.check is not None and self.check.needs(batch.positions, len(pixels_NCHW)):
+            # What is a model's input already, the model may write to.
+            copy_NCHW = pixels_NCHW if pixels_NCHW.dtype == torch.uint8 else pixels_NCHW.clone()
+        parts = self._run_in_parts(pixels_NCHW, rows)
+        if self.check is not None and copy_NCHW is not None:
+            readable = [position for position in batch.positions if position not in batch.reasons]
+            with self._report_memory():
+                self.capture.wait()
+                batch.self_checked = self.check.check(
+                    batch.positions, readable, copy_NCHW, rows, parts, self.images_at_once
+                )
+
+    def _run_in_parts(self, pixels_NCHW: Tensor, rows: Mapping[str, Tensor]) -> list[range]:
+        """Run a batch, in halves of halves if the device has too little memory; return what ran together."""
+        parts: list[range] = []
         start = 0
         while start < len(pixels_NCHW):
             stop = min(start + self.images_at_once, len(pixels_NCHW))
             try:
-                self._run_part(pixels_NCHW[start:stop], {address: rows[address][start:stop] for address in rows})
+                input_NCHW = to_input(pixels_NCHW[start:stop], self.capture.runner.device, self.plan.preprocessing)
+                self.capture.run(input_NCHW, {address: rows[address][start:stop] for address in rows})
+                parts.append(range(start, stop))
                 start = stop
                 continue
             except RuntimeError as error:
@@ -131,8 +162,13 @@ class Lane:
                 raise out_of_memory(1, failure)
             self.images_at_once = (stop - start) // 2
             log.warning("out of memory with %d images at once: going on with %d", stop - start, self.images_at_once)
+        return parts
 
-    def _run_part(self, pixels_NCHW: Tensor, rows: Mapping[str, Tensor]) -> None:
-        device = self.capture.runner.device
-        on_device = pixels_NCHW.to(device, non_blocking=has_streams(device))
-        self.capture.run(model_input(on_device, self.plan.preprocessing), rows)
+    @contextlib.contextmanager
+    def _report_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise out_of_memory(self.images_at_once, error) from None

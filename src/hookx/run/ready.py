@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hookx.capture.copies import has_streams
 from hookx.capture.determinism import find_nondeterministic
+from hookx.capture.failures import is_out_of_memory, report_broken_device
 from hookx.capture.probe import example_images, probe
 from hookx.capture.runner import MEMORY_FORMATS, Runner, module_classes, modules_of
 from hookx.capture.settle import settle
@@ -61,11 +62,12 @@ def ready_model(
     Without selectors nothing is probed, and the selection is empty. Where every batch has one image, `batch_size` is 1,
     and no layer is refused because its rows depend on other images.
     """
-    try:
-        ready = _ready_model(model, weights, options, selectors, excluded, memory_format, batch_size)
-    except BaseException:
-        release_models()
-        raise
+    with report_broken_device("while the model was probed"):  # Outermost: what clears up behind it fails as well.
+        try:
+            ready = _ready_model(model, weights, options, selectors, excluded, memory_format, batch_size)
+        except BaseException:
+            release_models()
+            raise
     forget_skeletons()
     return ready
 
@@ -117,7 +119,7 @@ def _ready_model(
         log.info("left out: %s", left_out)
     nondeterministic = {}
     if selectors and has_streams(device):
-        nondeterministic = find_nondeterministic(runner, example_images(runner, preprocessing.crop_px)[:1])
+        nondeterministic = find_nondeterministic(runner, _images(runner, preprocessing)[:1])
         for path, operation in nondeterministic.items():
             log.warning(
                 "'%s' runs %s, which has no deterministic algorithm on %s: the same run again can differ by rounding",
@@ -154,11 +156,11 @@ def _place(loaded: LoadedModel, runner: Runner) -> None:
     try:
         loaded.module.to(runner.device)
         loaded.module.to(memory_format=MEMORY_FORMATS[runner.memory_format])
-    except torch.OutOfMemoryError as error:
-        raise HookxError(
-            f"the device has too little memory for {loaded.name}: {one_line(error)}", "try --device cpu"
-        ) from None
     except Exception as error:  # Offloaded, quantized and hand-written modules have a `.to` of their own.
+        if is_out_of_memory(error):
+            raise HookxError(
+                f"the device has too little memory for {loaded.name}: {one_line(error)}", "try --device cpu"
+            ) from None
         raise CaptureError(
             f"{loaded.name} cannot be moved to {runner.device} as {runner.memory_format}: "
             f"{type(error).__name__}: {one_line(error)}",
@@ -170,7 +172,9 @@ def settle_passes(runner: Runner, targets: Sequence[Target], preprocessing: Prep
     """Settle how passes follow one another; see `hookx.capture.settle`."""
     try:
         return settle(runner, targets, _images(runner, preprocessing))
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise out_of_memory(1, error) from None
 
 
@@ -193,7 +197,9 @@ def _probe(
             batch_size=batch_size if isinstance(batch_size, int) else None,
             shapes_only=shapes_only,
         )
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise out_of_memory(len(images_NCHW), error) from None
 
 

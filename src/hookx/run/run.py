@@ -11,14 +11,17 @@ from typing import Any
 import torch
 
 from hookx.capture.copies import has_streams
+from hookx.capture.failures import report_broken_device
 from hookx.capture.rows import RowCapture
+from hookx.capture.second_look import SecondLook
 from hookx.errors import ImageError
 from hookx.models import borrowed_models
 from hookx.options import ExtractOptions, takes
 from hookx.plan import Shard
 from hookx.run.defaults import describe_device, device_name, single_threaded
-from hookx.run.lane import Lane
+from hookx.run.lane import Lane, to_input
 from hookx.run.prepare import Job, prepare
+from hookx.run.selfcheck import SelfCheck, choose_batches
 from hookx.run.summary import Summary, Timing, summarize
 from hookx.run.workers import batches
 from hookx.store.directory import RunDirectory
@@ -55,7 +58,8 @@ def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) ->
     timing = Timing(job)
     with RunDirectory(job.out, job.plan) as directory:
         if job.pending:
-            _compute(job, directory, timing, progress)
+            with report_broken_device():  # Outermost: what clears up behind a broken device fails as well.
+                _compute(job, directory, timing, progress)
         directory.publish_index()  # Written again for a finished run: it is small, and may be missing.
     return summarize(job, timing)
 
@@ -77,7 +81,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
         ) as writer,
         RowCapture(ready.runner, ready.selection.targets, ready.settled) as capture,
     ):
-        lane = Lane(capture, writer, plan)
+        lane = Lane(capture, writer, plan, _self_check(job, capture))
         decoded = batches(  # Forks the workers, before there are threads.
             job.images,
             [positions for shard in job.pending for positions in shard.batches(plan.batch_size)],
@@ -95,6 +99,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
             computed = decoded if job.workers_compute else map(lane.run, decoded)
             for shard in job.pending:
                 record = ShardRecord(sizes_bytes=list(job.images.sizes_bytes[shard.start : shard.stop]))
+                record.self_checked = 0 if lane.check else None
                 written = []
                 for positions in shard.batches(plan.batch_size):
                     batch = next(computed)
@@ -103,11 +108,15 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
                     record.failures += batch.failures
                     record.rotations_ignored += batch.rotations_ignored
                     record.counts.add(batch.counts)
+                    if record.self_checked is not None:
+                        record.self_checked += batch.self_checked
                     timing.reading += batch.reading_seconds
                     timing.nvjpeg += batch.nvjpeg_seconds
                     timing.model += batch.model_seconds
                     written.append(batch.written)
                     progress(len(positions))
+                if shard is job.pending[-1] and not job.workers_compute:
+                    lane.finish()
                 record.counts.add(capture.take_counts())
                 record.made = {**made, "batch_size": lane.images_at_once}
                 writer.publish(record, written)
@@ -117,6 +126,13 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
     timing.model += capture.gpu_seconds
     timing.copying = capture.gpu_copying_seconds
     timing.writing = writer.seconds
+
+
+def _self_check(job: Job, capture: RowCapture) -> SelfCheck | None:
+    starts = choose_batches(job.plan, job.options.self_check)
+    look = SecondLook(capture, job.ready.selection.targets, job.plan.layers)
+    to_input_of_run = functools.partial(to_input, device=job.device, preprocessing=job.plan.preprocessing)
+    return SelfCheck(look, job.plan, starts, job.images.keys, to_input_of_run) if starts else None
 
 
 def _describe_process(job: Job) -> dict[str, Any]:
@@ -138,7 +154,12 @@ def _describe_process(job: Job) -> dict[str, Any]:
 def _expected_record(job: Job, made: dict[str, Any], shard: Shard) -> ShardRecord:
     """Return the record of a shard if every image can be read."""
     positions = slice(shard.start, shard.stop)
-    return ShardRecord(list(job.images.keys[positions]), made=made, sizes_bytes=list(job.images.sizes_bytes[positions]))
+    return ShardRecord(
+        keys=list(job.images.keys[positions]),
+        made=made,
+        sizes_bytes=list(job.images.sizes_bytes[positions]),
+        self_checked=None if job.options.self_check == "off" else len(shard),
+    )
 
 
 def _report(failures: Sequence[tuple[str, str]], count: int, *, strict: bool) -> int:

@@ -63,9 +63,9 @@ class Summary:
     out: str
     device: str
     workers: int
+    batch_size: int  # the largest that ran, in the last shard
     shards_computed: int  # by this call; the others were there already
     images_computed: int
-    batch_size: int  # with which the shards were computed; the smallest, if the device had too little memory for some
 
     model = _derive(lambda summary: summary.plan.model)
     weights = _derive(lambda summary: summary.plan.weights)
@@ -78,6 +78,8 @@ class Summary:
     failures = _derive(lambda summary: summary.totals.failures)
     rotations_ignored = _derive(lambda summary: summary.totals.rotations_ignored)
     counts = _derive(lambda summary: summary.totals.counts)
+    # Rows that were computed again in other company, and are the same; None if the run did not check itself.
+    self_checked = _derive(lambda summary: summary.totals.self_checked)
     bytes = _derive(lambda summary: summary.totals.rows * summary.plan.bytes_per_image)  # of the activations
     shards = _derive(lambda summary: len(summary.plan.shards))
     seconds_total = _derive(lambda summary: round(summary.timing.total, 3))
@@ -96,15 +98,11 @@ class Summary:
 
 def summarize(job: Job, timing: Timing) -> Summary:
     """Add up the shards of a finished run."""
-    totals = Totals()
-    pending = set(job.pending)
-    batch_sizes = []
+    totals, batch_size = Totals(), job.plan.batch_size
     for shard in job.plan.shards:  # One record in memory at a time: a run can have millions of images.
         record = read_record(job.out, job.plan, shard)
         totals.add(record)
-        made_with = record.made.get("batch_size")
-        if isinstance(made_with, int) and (shard in pending or not pending):
-            batch_sizes.append(made_with)
+        batch_size = record.made_in_batches_of or batch_size
     timing.stop()
     return Summary(
         plan=job.plan,
@@ -113,7 +111,7 @@ def summarize(job: Job, timing: Timing) -> Summary:
         out=str(job.out),
         device=device_name(job.device),
         workers=job.workers,
+        batch_size=min(batch_size, max(map(len, (job.plan.shards[0], job.plan.shards[-1])))),
         shards_computed=len(job.pending),
         images_computed=sum(map(len, job.pending)),
-        batch_size=min(batch_sizes, default=job.plan.batch_size),
     )

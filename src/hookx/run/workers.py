@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 _CPU = torch.device("cpu")
 _POLL_SECONDS, _POLL_FOR_CONSUMER_SECONDS = 0.2, 0.002
-_BATCHES_AHEAD = 2  # of the consumer, for every worker
 _WAIT_FOR_EXIT_SECONDS, _WAIT_FOR_DISK_SECONDS = 20, 60
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 _NOTHING, _FINISHED = -1, -2  # in hand, in place of a position
@@ -304,6 +303,9 @@ class Worker(IterableDataset[Batch]):
                 yield _wait_for_disk(writing)
             writing = batch
         if writing is not None:
+            if self.lane is not None and writing.error is None:
+                with _interruptible(writing):
+                    self.lane.finish()
             yield _wait_for_disk(writing)
         self.in_hand.release(_FINISHED)
 
@@ -324,7 +326,8 @@ class Worker(IterableDataset[Batch]):
             if number >= len(self.positions):
                 return
             if self.lane is None:
-                while number >= self.consumed.value + _BATCHES_AHEAD * worker.num_workers:
+                # One in the hands of each, and for every second one that waits for its turn.
+                while number > self.consumed.value + worker.num_workers * 3 // 2:
                     time.sleep(_POLL_FOR_CONSUMER_SECONDS)
             yield self.positions[number]
 

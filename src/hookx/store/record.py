@@ -27,11 +27,20 @@ class ShardRecord:
     made: dict[str, Any] = field(default_factory=dict)  # the software, the device and the batch size
     checksums: dict[str, int] = field(default_factory=dict)  # address -> CRC-32 of its bytes in the file
     sizes_bytes: list[int] = field(default_factory=list)  # of all listed images, read or not, by key
+    # How many rows were computed again in other company before the shard was published, and found to be the same; None
+    # if the run did not check itself.
+    self_checked: int | None = None
+
+    @property
+    def made_in_batches_of(self) -> int | None:
+        """The most images that went through the model together; None if the record does not say so."""
+        size = self.made.get("batch_size")
+        return size if isinstance(size, int) and size > 0 else None
 
     def to_metadata(self, plan: Plan, shard: Shard) -> dict[str, str]:
         """Return the metadata of a safetensors file, with a CRC-32 of its own."""
         metadata = {"format": FORMAT, "fingerprint": plan.fingerprint, "shard": str(shard.number)}
-        metadata |= {name: json.dumps(value) for name, value in vars(self).items()}
+        metadata |= {name: json.dumps(value) for name, value in vars(self).items() if value is not None}
         return {**metadata, "checksum": _checksum_of_metadata(metadata)}
 
 
@@ -43,12 +52,15 @@ class Totals:
     failures: int = 0
     rotations_ignored: int = 0
     counts: ValueCounts = field(default_factory=ValueCounts)
+    self_checked: int | None = None  # None if no shard was
 
     def add(self, record: ShardRecord) -> None:
         self.rows += len(record.keys)
         self.failures += len(record.failures)
         self.rotations_ignored += record.rotations_ignored
         self.counts.add(record.counts)
+        if record.self_checked is not None:
+            self.self_checked = (self.self_checked or 0) + record.self_checked
 
 
 def version_of(distribution: str) -> str:
@@ -117,13 +129,17 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "made": _dict_of(lambda _: True),
     "checksums": _dict_of(_is_whole),
     "sizes_bytes": _list_of(_is_whole),
+    "self_checked": _is_whole,
 }
+_OPTIONAL = ("self_checked",)  # absent from the shards of earlier versions
 
 
 def _parse(metadata: Mapping[str, str]) -> ShardRecord:
     """Parse a shard's metadata, trusting no type in it; `KeyError` or `ValueError` if it is not a record."""
     values = {}
     for name, fits in _FIELDS.items():
+        if name in _OPTIONAL and name not in metadata:
+            continue
         values[name] = json.loads(metadata[name])
         if not fits(values[name]):
             raise ValueError(f"its record's {name} cannot be understood")

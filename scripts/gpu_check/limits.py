@@ -1,9 +1,8 @@
-#!/usr/bin/env python
 """Measure how fast a machine with a GPU can do each part of an extraction alone: the limits of scripts/gpu-check.
 
-    scripts/gpu_check_limits.py disk --scratch DIR --seconds 1
-    scripts/gpu_check_limits.py decode --photographs DIR --seconds 1
-    scripts/gpu_check_limits.py device --device cuda --photographs DIR --seconds 1 --row resnet18 conv1,avgpool bf16
+    python -m gpu_check.limits disk --scratch DIR --seconds 1
+    python -m gpu_check.limits decode --photographs DIR --seconds 1
+    python -m gpu_check.limits device --device cuda --photographs DIR --seconds 1 --row resnet18 conv1,avgpool bf16
 
 It prints one line of JSON:
 

@@ -1,7 +1,7 @@
-#!/usr/bin/env python
 """Run one step of scripts/gpu-check in a process of its own, which writes what it found to a file as it goes.
 
-    scripts/gpu_check_step.py conformance --device cuda --seconds 90 --scratch DIR --photographs DIR --result FILE
+    python -m gpu_check.step gpu_check.exact:conformance --device cuda --seconds 90 --scratch DIR --photographs DIR
+        --result FILE
 
 scripts/gpu-check starts this, ends it when its time is over, and reads the file, so that a hang or a poisoned CUDA
 context costs no other step.
@@ -34,11 +34,21 @@ class Step:
     needs_gpu: bool = False
 
 
+# The most valuable first: what has no time left is the end of the list.
 STEPS = [
+    Step(
+        "tests",
+        "the tests that need a GPU pass",
+        "gpu_check.exact",
+        group=1,
+        processes=4,
+        least_seconds=20,
+        most_seconds=150,
+    ),
     Step(
         "conformance",
         "every activation of 22 models equals the model's own pass bit for bit: fp32, tf32, bf16, fp16, both formats",
-        "gpu_check_exact",
+        "gpu_check.exact",
         group=1,
         processes=6,
         least_seconds=20,
@@ -46,72 +56,63 @@ STEPS = [
     ),
     Step(
         "determinism",
-        "the same plan gives the same bytes: again, killed and resumed, and two at once on one card",
-        "gpu_check_runs",
+        "the same plan gives the same bytes: two at once on one card, and killed and resumed",
+        "gpu_check.runs",
         group=1,
         processes=6,
-        least_seconds=25,
+        least_seconds=30,
         most_seconds=150,
     ),
     Step(
         "precision",
         "fp32 is fp32 (against float64 on the CPU), and tf32 is TF32",
-        "gpu_check_exact",
+        "gpu_check.exact",
         group=1,
         processes=1,
-        least_seconds=12,
-        most_seconds=60,
+        least_seconds=15,
+        most_seconds=90,
     ),
     Step(
         "copies",
         "copies in flight equal a synchronous reference while layers are overwritten in place under load",
-        "gpu_check_copies",
+        "gpu_check.copies",
         group=1,
         processes=2,
-        least_seconds=12,
-        most_seconds=60,
+        least_seconds=15,
+        most_seconds=90,
     ),
     Step(
         "late_error",
         "an error of the device in mid-run ends with exit code 1, a next step and whole shards, and can be resumed",
-        "gpu_check_runs",
+        "gpu_check.runs",
         group=1,
-        processes=2,
-        least_seconds=20,
+        processes=3,
+        least_seconds=25,
         most_seconds=90,
+        needs_gpu=True,
     ),
     Step(
         "rest",
         "device memory after hookx.extract is what it was before",
-        "gpu_check_runs",
+        "gpu_check.runs",
         group=1,
         processes=1,
         least_seconds=12,
         most_seconds=60,
-    ),
-    Step(
-        "tests",
-        "the tests that need a GPU pass",
-        "gpu_check_exact",
-        group=1,
-        processes=4,
-        least_seconds=20,
-        most_seconds=120,
     ),
     Step(
         "nvjpeg",
         "nvjpeg moves pixels by a few levels: by how many, and activations by how much",
-        "gpu_check_copies",
+        "gpu_check.copies",
         group=1,
         processes=1,
-        least_seconds=12,
-        most_seconds=60,
-        needs_gpu=True,
+        least_seconds=15,
+        most_seconds=90,
     ),
     Step(
         "memory",
-        "a full card halves the batch, says so, stores the same rows, and begins the next shard with the whole batch",
-        "gpu_check_runs",
+        "a full card halves the batch, says so, stores the same rows, and begins a later shard with the whole batch",
+        "gpu_check.runs",
         group=2,
         processes=2,
         least_seconds=25,
@@ -121,7 +122,7 @@ STEPS = [
     Step(
         "speed",
         "the speed goals, against a script by hand, torchvision's feature extractor and the limits of the machine",
-        "gpu_check_speed",
+        "gpu_check.speed",
         group=3,
         processes=16,
         least_seconds=40,
@@ -173,7 +174,7 @@ def main() -> int:
     """Run the step named on the command line."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("step", choices=[step.name for step in STEPS])
+    parser.add_argument("function", metavar="MODULE:FUNCTION", help="takes Settings and a Report")
     parser.add_argument("--device", required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--scratch", type=Path, required=True)
@@ -181,10 +182,10 @@ def main() -> int:
     parser.add_argument("--result", type=Path, required=True)
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    (step,) = (step for step in STEPS if step.name == arguments.step)
     settings = Settings(arguments.device, arguments.scratch, arguments.photographs, arguments.quick)
     report = Report(arguments.result, time.monotonic() + arguments.seconds)
-    getattr(import_module(step.module), step.name)(settings, report)
+    module, function = arguments.function.split(":")
+    getattr(import_module(module), function)(settings, report)
     report.is_done = True
     report.save()
     return 0

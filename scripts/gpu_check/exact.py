@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import subprocess
 import sys
+import time
 import traceback
 import warnings
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -14,9 +17,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 import torch
-from gpu_check_step import Report, Settings
+from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
+from gpu_check.step import Report, Settings
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Small models of torchvision's families and of some of timm's; the slowest first, because several processes share them.
 FAMILIES = {
@@ -46,6 +51,7 @@ FAMILIES = {
 PRECISIONS = ("fp32", "bf16", "tf32", "fp16")
 FORMATS = ("contiguous", "channels_last")
 QUICK = ("resnet18", "squeezenet1_1")
+PROCESSES = 6
 
 
 # --- tests ---------------------------------------------------------------------------------------------------------
@@ -88,20 +94,44 @@ def last_line(text: str) -> str:
 # --- conformance ---------------------------------------------------------------------------------------------------
 
 
-def compare(name: str, kind: str, device: str, precision: str, memory_format: str) -> dict[str, Any]:
-    """Compare all activations of one model once; runs in a process of its own."""
+def compare(name: str, device: str, precisions: tuple[str, ...], deadline: float) -> list[dict[str, Any]]:
+    """Compare all activations of one model in every way, as far as the time goes; runs in a process of its own.
+
+    Returns:
+        A row of scripts/conformance.py for each way, with the name of the way, or with an error.
+    """
     import conformance
 
     torch.set_num_threads(1)
     torch.backends.mha.set_fastpath_enabled(False)
     warnings.simplefilter("ignore")
-    try:
+    found: list[dict[str, Any]] = []
+    built = build(name, device)
+    for precision, memory_format in itertools.product(precisions, FORMATS):
+        if time.time() > deadline:
+            break
+        way = f"{precision} {memory_format}"
         channels_last = memory_format == "channels_last"
-        row = conformance.check(name, kind, channels_last=channels_last, device=device, precision=precision)
-    except Exception as error:
-        traceback.print_exc()
-        return {"model": name, "error": f"{type(error).__name__}: {first_line(str(error))}"}
-    return asdict(row)
+        try:
+            row = conformance.check(
+                name, FAMILIES[name], channels_last=channels_last, device=device, precision=precision, built=built
+            )
+            found.append({**asdict(row), "way": way})
+        except Exception as error:
+            traceback.print_exc()
+            found.append({"model": name, "way": way, "error": f"{type(error).__name__}: {first_line(str(error))}"})
+    return found
+
+
+def build(name: str, device: str) -> tuple[nn.Module, int]:
+    """Build a model on a device, whose random numbers come faster; on the CPU where its code expects that."""
+    import conformance
+
+    try:
+        with torch.device(device):
+            return conformance.small(name, FAMILIES[name])
+    except Exception:
+        return conformance.small(name, FAMILIES[name])
 
 
 def first_line(text: str) -> str:
@@ -112,44 +142,37 @@ def conformance(settings: Settings, report: Report) -> None:
     """Compare every activation of the models in every precision and memory format, in several processes."""
     names = QUICK if settings.quick else tuple(FAMILIES)
     precisions = PRECISIONS[:2] if settings.quick else PRECISIONS
-    tasks = [
-        (name, FAMILIES[name], settings.device, precision, memory_format)
-        for precision in precisions
-        for memory_format in FORMATS
-        for name in names
-    ]
-    compared = wrong = missed = usual = checked = 0
-    by_way: dict[str, dict[str, int]] = {}
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(1 if settings.quick else 6, mp_context=context)
+    checks = len(names) * len(precisions) * len(FORMATS)
+    sums: Counter[str] = Counter()
+    ways: dict[str, Counter[str]] = {}
+    deadline = time.time() + report.seconds_left
+    pool = ProcessPoolExecutor(1 if settings.quick else PROCESSES, mp_context=multiprocessing.get_context("spawn"))
     try:
-        running = {pool.submit(compare, *task): task for task in tasks}
-        for future in as_completed(running, timeout=max(1.0, report.seconds_left - 3)):
-            name, _, _, precision, memory_format = running[future]
-            way = f"{precision} {memory_format}"
-            row = future.result()
-            if "error" in row:
-                report.problems.append(f"{name}, {way}: {row['error']}")
-                continue
-            checked, compared = checked + 1, compared + row["compared"]
-            wrong, missed = wrong + row["wrong"], missed + row["missed"]
-            usual += row["usual_hook_differs"]
-            sums = by_way.setdefault(way, {"models": 0, "compared": 0, "wrong": 0, "missed": 0})
-            for key, value in {"models": 1, **row}.items():
-                if key in sums:
-                    sums[key] += value
-            if row["wrong"] or row["missed"]:
-                report.problems.append(f"{name}, {way}: {row['wrong']} wrong, {row['missed']} missed")
+        running = [pool.submit(compare, name, settings.device, precisions, deadline - 6) for name in names]
+        for future in as_completed(running, timeout=max(1.0, report.seconds_left - 1)):
+            for row in future.result():
+                sums["done"] += 1
+                name = f"{row['model']}, {row['way']}"
+                if "error" in row:
+                    report.problems.append(f"{name}: {row['error']}")
+                    continue
+                counts = {key: row[key] for key in ("compared", "wrong", "missed", "usual_hook_differs", "seconds")}
+                sums.update(counts)
+                ways.setdefault(row["way"], Counter()).update({"models": 1, **counts})
+                if row["wrong"] or row["missed"]:
+                    report.problems.append(f"{name}: {row['wrong']} wrong, {row['missed']} missed")
             report.figure = (
-                f"{compared:,} tensors of {len(names)} models in {len(by_way)} ways: {wrong} wrong, {missed} missed; "
-                f"a usual hook: {usual:,} wrong"
+                f"{sums['compared']:,} tensors, {sums['done']} of {checks} models x ways: {sums['wrong']} wrong, "
+                f"{sums['missed']} missed; a usual hook: {sums['usual_hook_differs']:,} wrong"
             )
-            report.figures = {"by way": by_way, "checked": checked, "checks": len(tasks)}
+            report.figures = {"by way": ways, "sums": sums, "checks": checks}
             report.save()
     except TimeoutError:
-        report.left_out.append(f"{len(tasks) - checked - len(report.problems)} of {len(tasks)} checks")
+        pass  # What was not done is counted below.
     except Exception as error:  # One of the processes crashed.
         report.problems.append(f"{type(error).__name__}: {first_line(str(error))}")
+    if sums["done"] < checks:
+        report.left_out.append(f"{checks - sums['done']} of {checks} models x ways")
     for process in list(getattr(pool, "_processes", {}).values()):
         process.kill()
     pool.shutdown(wait=False, cancel_futures=True)
@@ -168,11 +191,12 @@ def precision(settings: Settings, report: Report) -> None:
     """Compare fp32 and tf32 on the device, and fp32 on the CPU, with float64 on the CPU, layer by layer."""
     import conformance as checks
 
+    torch.set_num_threads(1)  # Several steps share the cores.
     torch.backends.mha.set_fastpath_enabled(False)
     on_cpu, on_device, with_tf32 = [], [], []
     for name in PRECISE[:1] if settings.quick else PRECISE:
         kind = FAMILIES[name]
-        if report.seconds_left < 5:
+        if report.seconds_left < 12:
             report.left_out.append(name)
             continue
         model, side = checks.small(name, kind)

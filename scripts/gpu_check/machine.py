@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Describe this machine for scripts/gpu-check as one line of JSON, and fail if hookx cannot be imported.
 
-scripts/gpu_check_machine.py DIR        DIR is a folder on the disk to measure
+python -m gpu_check.machine DIR        DIR is a folder on the disk to measure
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from gpu_check_limits import disk
+from gpu_check.limits import disk
 
 HOOKX = ("hookx.run.run", "hookx.cli.app", "hookx.check.verify")
 

@@ -1,16 +1,6 @@
-"""Prove hookx on a GPU with one command, in ten minutes, from a checkout that is not installed.
+"""Run the steps of scripts/gpu-check side by side, each as long as it may take, and print what they found.
 
-    scripts/gpu-check                                       everything, on the GPU of this machine
-    scripts/gpu-check --minutes 5 --json gpu.json           the proofs first; what has no time left is not reached
-    scripts/gpu-check --only conformance,memory             some of the steps
-    scripts/gpu-check --only speed --scratch /dev/shm       without the disk as a limit
-    scripts/gpu-check --device cpu --quick                  check on a CPU that the steps themselves work
-
-Every step of scripts/gpu_check_step.py is a process of its own with a time limit. A hang, a crash or a poisoned CUDA
-context costs no other step. Steps of the same group run side by side. The benchmark runs alone, and gets at least 40 %
-of the time. After every step the JSON file is written again.
-
-Without a GPU the command says what it would have proved and exits with 0. Otherwise it exits with 1 if a proof failed.
+This process never imports torch: what only a GPU can break must not break it.
 """
 
 from __future__ import annotations
@@ -24,19 +14,17 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gpu_check_step import STEPS, Step
+from gpu_check.step import STEPS, Step
 
-SCRIPTS = Path(__file__).resolve().parent
+SCRIPTS = Path(__file__).resolve().parents[1]
 ROOT = SCRIPTS.parent
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -49,6 +37,7 @@ SHARE_OF_SPEED = 0.4
 LEAST_FREE_BYTES = 8 * 10**9
 PHOTOGRAPHS = 1024
 LAST_LINES = 12
+SECONDS_OF_QUICK = 5  # without which a quick step is not begun
 MAX_PROBLEMS = 5  # shown of one step; the JSON has all
 MAX_CHARACTERS = 9_500  # of what is printed at the end
 
@@ -102,7 +91,10 @@ class Running:
         is_done = bool(found.pop("is_done", False))
         for name, value in found.items():
             setattr(outcome, name, value)
-        if hangs:
+        if hangs and self.seconds < self.step.most_seconds:
+            # It may have been on its way: this call had no time for all of it.
+            outcome.left_out.append(f"stopped after {self.seconds:.0f} of at most {self.step.most_seconds} s")
+        elif hangs:
             outcome.problems.append(f"not done after {self.seconds:.0f} s")
         elif self.process.returncode or not is_done:
             outcome.problems.append(f"exit code {self.process.returncode}")
@@ -123,27 +115,16 @@ def missing_packages() -> list[str]:
     return [package for module, package in REQUIRED.items() if find_spec(module) is None]
 
 
-def environment(folder: Path) -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Return the environment of all steps: this checkout's hookx, and none of the user's settings for it."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("HOOKX_")}
-    paths = [str(ROOT / "src")]
-    try:
-        version("hookx-vision")
-    except PackageNotFoundError:
-        # hookx looks up its own version, which only an installation records.
-        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-        metadata = folder / "metadata" / f"hookx_vision-{project['version']}.dist-info" / "METADATA"
-        metadata.parent.mkdir(parents=True)
-        metadata.write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
-        paths.append(str(folder / "metadata"))
-    if "PYTHONPATH" in variables:
-        paths.append(variables["PYTHONPATH"])
+    paths = [str(ROOT / "src"), str(SCRIPTS), *filter(None, [variables.get("PYTHONPATH")])]
     return variables | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
 
 def describe_machine(folder: Path, variables: dict[str, str]) -> dict[str, Any]:
-    """Describe the machine, in a process of its own: this one never imports torch."""
-    command = [sys.executable, str(SCRIPTS / "gpu_check_machine.py"), str(folder)]
+    """Describe the machine, in a process of its own."""
+    command = [sys.executable, "-m", "gpu_check.machine", str(folder)]
     done = subprocess.run(command, text=True, capture_output=True, env=variables, check=False)
     if done.returncode:
         raise SystemExit(f"error: hookx cannot be imported here: {done.stderr.strip().splitlines()[-1]}")
@@ -182,7 +163,7 @@ class Check:
     variables: dict[str, str]
     deadline: float  # by time.monotonic()
     proofs_deadline: float  # when the benchmark begins at the latest
-    on_outcome: Any
+    on_outcome: Callable[[Outcome], None]
 
     def run(self, steps: Sequence[Step]) -> None:
         """Run the groups one after the other, and the steps of a group side by side."""
@@ -204,7 +185,7 @@ class Check:
                         continue
                     waiting.remove(step)
                     seconds = min(float(step.most_seconds), deadline - time.monotonic())
-                    if seconds < step.least_seconds and not self.quick:
+                    if seconds < (SECONDS_OF_QUICK if self.quick else step.least_seconds):
                         self.on_outcome(Outcome(step.name, step.proves, figure="no time was left for it"))
                         continue
                     running.append(self._start(step, seconds))
@@ -224,7 +205,8 @@ class Check:
         folder = self.folder / step.name
         scratch = folder / "scratch"
         scratch.mkdir(parents=True)
-        command = [sys.executable, str(SCRIPTS / "gpu_check_step.py"), step.name, "--device", self.device]
+        function = f"{step.module}:{step.name}"
+        command = [sys.executable, "-m", "gpu_check.step", function, "--device", self.device]
         command += ["--seconds", f"{seconds - 3:.1f}", "--scratch", str(scratch)]
         command += ["--photographs", str(self.photographs), "--result", str(folder / "result.json")]
         with open(folder / "output.txt", "wb") as output:
@@ -233,7 +215,8 @@ class Check:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=self.variables,
+                # Steps side by side share the cores; threads of all of them that wait for each other would take long.
+                env=self.variables | ({"OMP_NUM_THREADS": "1"} if step.processes < CORES else {}),
                 start_new_session=True,  # So that it can be killed with all that it has started.
             )
         return Running(step, process, folder, time.monotonic(), seconds)
@@ -279,12 +262,11 @@ def print_report(outcomes: Sequence[Outcome], machine: dict[str, Any], seconds: 
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
-def main() -> int:
+def main(description: str) -> int:
     """Run the steps named on the command line."""
-    assert __doc__ is not None
     started = time.monotonic()
     names = [step.name for step in STEPS]
-    parser = argparse.ArgumentParser(prog="scripts/gpu-check", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="scripts/gpu-check", description=description.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0, help="time for everything (default: 10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE, after every step")
     parser.add_argument("--only", metavar="STEP,...", help=f"some of {', '.join(names)}")
@@ -305,7 +287,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="hookx-gpu-check-", dir=place, ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        variables = environment(folder)
+        variables = environment()
         machine = describe_machine(folder, variables)
         if arguments.device == "cuda" and not machine["gpu"]:
             print(f"no GPU that torch {machine['torch']} can use: nothing was run; on one, this would prove:\n")
@@ -326,9 +308,9 @@ def main() -> int:
             write_json(arguments.json, machine, outcomes, started)
 
         if not on_gpu:
-            for step in [step for step in steps if step.needs_gpu and step.name != "nvjpeg"]:
+            for step in [step for step in steps if step.needs_gpu]:
                 note(Outcome(step.name, step.proves, figure="needs a GPU"))
-            steps = [step for step in steps if not step.needs_gpu or step.name == "nvjpeg"]
+            steps = [step for step in steps if not step.needs_gpu]
         photographs = make_photographs(folder / "photographs", 16 if arguments.quick else PHOTOGRAPHS)
         seconds = 60 * arguments.minutes
         share = SHARE_OF_SPEED if any(step.name == "speed" for step in steps) else 0.0
@@ -371,7 +353,3 @@ def commit() -> str:
         return subprocess.run(command, text=True, capture_output=True, check=False).stdout.strip()
     except OSError:
         return ""
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,12 +16,14 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmark import largest_difference
-from gpu_check_step import Report, Settings
 from PIL import Image
+
+from gpu_check.step import Report, Settings
 
 SHARDS = "shard-*.safetensors"
 ROUNDING = 1e-5  # between two batch sizes in fp32, relative to a row's largest value
@@ -84,31 +86,49 @@ def differing_files(one: Path, other: Path) -> list[str]:
 
 # --- determinism ---------------------------------------------------------------------------------------------------
 
-PLANS = {
-    "resnet18 fp32": ["--model", "resnet18", "--layers", "conv1@mean23,layer3@mean23,avgpool"],
-    "vit_b_16 bf16": ["--model", "vit_b_16", "--layers", "encoder.layers.*@cls", "--precision", "bf16"],
-    "resnet18 bf16 nvjpeg": [
-        *("--model", "resnet18", "--layers", "layer1@mean23,avgpool", "--precision", "bf16", "--decode", "nvjpeg"),
-    ],
-}
-KILLS = 3
+
+@dataclass(frozen=True)
+class Case:
+    """A plan, and how often its run is killed."""
+
+    name: str
+    kills: int
+    options: tuple[str, ...]
+
+
+CASES = [
+    Case("resnet18 fp32", 2, ("--model", "resnet18", "--layers", "conv1@mean23,layer3@mean23,avgpool")),
+    Case(
+        "resnet18 bf16 nvjpeg",
+        1,
+        (
+            *("--model", "resnet18", "--layers", "layer1@mean23,avgpool"),
+            *("--precision", "bf16", "--decode", "nvjpeg"),
+        ),
+    ),
+    Case(
+        "vit_b_16 bf16",
+        0,
+        ("--model", "vit_b_16", "--layers", "encoder.layers.*@cls", "--precision", "bf16"),
+    ),
+]
 
 
 def determinism(settings: Settings, report: Report) -> None:
     """Compare the bytes of the same plan: two processes at once, and one that is killed again and again."""
-    plans = dict(PLANS)
+    cases, count = CASES, 2560
+    options = ["--shard-images", "128", "--workers", "3", "--quiet"]
     if not settings.on_gpu:
-        del plans["resnet18 bf16 nvjpeg"]
-    count, options = 4000, ["--shard-images", "256", "--workers", "4", "--quiet"]
+        cases = [case for case in cases if "nvjpeg" not in case.options]
     if settings.quick:
-        plans = dict(list(plans.items())[:1])
-        count, options = 24, ["--shard-images", "4", "--workers", "1", "--quiet", "--batch-size", "2"]
+        cases, count = cases[:1], 24
+        options = ["--shard-images", "4", "--workers", "1", "--quiet", "--batch-size", "2"]
     images = link_images(settings.photographs, settings.scratch / "images", count)
     lock, done, kills = threading.Lock(), [], []
 
-    def compare(name: str) -> None:
-        folder = settings.scratch / name.replace(" ", "-")
-        command = [*plans[name], *options]
+    def compare(case: Case) -> None:
+        folder = settings.scratch / case.name.replace(" ", "-")
+        command = [*case.options, *options]
         at_once = [
             subprocess.Popen(
                 extract(settings, images, folder / which, *command), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -116,42 +136,47 @@ def determinism(settings: Settings, report: Report) -> None:
             for which in ("one", "other")
         ]
         moments: list[str] = []
-        resumed = kill_and_resume(extract(settings, images, folder / "killed", *command), folder / "killed", moments)
-        problems = []
+        problems: list[str] = []
+        if case.kills:
+            killed = extract(settings, images, folder / "killed", *command)
+            if error := kill_and_resume(killed, folder / "killed", case.kills, moments):
+                problems.append(f"{case.name}, killed and resumed: {error}")
         for process in at_once:
             _, errors = process.communicate(timeout=max(1.0, report.seconds_left - 2))
             if process.returncode:
-                problems.append(f"{name}: exit code {process.returncode}: {errors.decode()[-300:]}")
-        if resumed:
-            problems.append(f"{name}, killed and resumed: {resumed}")
+                problems.append(f"{case.name}: exit code {process.returncode}: {errors.decode()[-300:]}")
         if not problems:
-            for which, how in (("other", "two at once"), ("killed", f"killed {len(moments)} times and resumed")):
+            comparisons = {"other": "two at once"}
+            if case.kills:
+                comparisons["killed"] = f"killed {len(moments)} times and resumed"
+            for which, how in comparisons.items():
                 if different := differing_files(folder / "one", folder / which):
-                    problems.append(f"{name}, {how}: {len(different)} files differ: {', '.join(different[:3])}")
+                    names = ", ".join(different[:3])
+                    problems.append(f"{case.name}, {how}: {len(different)} files differ: {names}")
         with lock:
             report.problems += problems
-            done.append(name)
+            done.append(case.name)
             kills.extend(moments)
-            report.figures[name] = {"killed": moments, "shards": len(shards_in(folder / "one"))}
-            report.figure = f"{len(done)} plans ({', '.join(sorted(done))}), {len(kills)} kills: the same bytes"
+            report.figures[case.name] = {"killed": moments, "shards": len(shards_in(folder / "one"))}
+            report.figure = f"{', '.join(sorted(done))}: the same bytes from two at once, and after {len(kills)} kills"
             if report.problems:
-                report.figure = f"{len(report.problems)} differences in {len(done)} plans"
+                report.figure = f"{len(report.problems)} problems in {len(done)} plans"
             report.save()
         shutil.rmtree(folder, ignore_errors=True)
 
-    with ThreadPoolExecutor(len(plans)) as pool:
-        for future in [pool.submit(compare, name) for name in plans]:
+    with ThreadPoolExecutor(len(cases)) as pool:
+        for future in [pool.submit(compare, case) for case in cases]:
             future.result()
     if not kills:
         report.left_out.append("no run lasted long enough to be killed")
 
 
-def kill_and_resume(command: list[str], out: Path, moments: list[str]) -> str:
-    """Kill a run `KILLS` times at random moments after its plan is written, then let it finish; return its error."""
-    for number in range(KILLS + 1):
+def kill_and_resume(command: list[str], out: Path, kills: int, moments: list[str]) -> str:
+    """Kill a run several times, at random moments after it has begun to write, then let it finish; return its error."""
+    for number in range(kills + 1):
         start_ns = time.time_ns()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        if number < KILLS:
+        if number < kills:
             # A file that is not whole yet shows that this process, and not one before it, has begun to write.
             while process.poll() is None and not has_begun_since(start_ns, out):
                 time.sleep(0.01)
@@ -200,7 +225,7 @@ LATE = """
 
 def late_error(settings: Settings, report: Report) -> None:
     """Let a kernel fail in the middle of a run, look at how it ends, take the image away, and resume."""
-    count, per_shard = (40, 4) if settings.quick else (2000, 128)
+    count, per_shard = (40, 4) if settings.quick else (1024, 64)
     images = link_images(settings.photographs, settings.scratch / "images", count)
     model = settings.scratch / "late.py"
     model.write_text(textwrap.dedent(LATE).lstrip())
@@ -216,8 +241,16 @@ def late_error(settings: Settings, report: Report) -> None:
         file.write_bytes(file.read_bytes().ljust(length, b"\0"))
     out = settings.scratch / "out"
     options = ["--model", f"{model}:Late", "--layers", "conv@mean23,pool", "--shard-images", str(per_shard)]
-    options += ["--workers", "2", "--batch-size", str(min(per_shard, 64))]
+    options += ["--workers", "4", "--batch-size", str(min(per_shard, 64))]
     command = extract(settings, images, out, *options)
+    # The run to compare with, at the same time: on the same list of images, without the one that is white.
+    others = settings.scratch / "others"
+    shutil.copytree(images, others, symlinks=True)
+    (others / bad.name).write_bytes(dark.read_bytes())
+    alone = settings.scratch / "alone"
+    beside = subprocess.Popen(
+        extract(settings, others, alone, *options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     try:
         done = run(command, report)
     except subprocess.TimeoutExpired:
@@ -231,8 +264,8 @@ def late_error(settings: Settings, report: Report) -> None:
         report.problems.append(f"{last_words(done)} (expected: 1)")
     if "Traceback" in done.stderr:
         report.problems.append(f"a traceback: {last_words(done)}")
-    errors = done.stderr[done.stderr.rfind("error:") :].splitlines() if "error:" in done.stderr else []
-    if not any(line.startswith("  ") for line in errors):
+    said = done.stderr[done.stderr.rfind("error:") :].splitlines() if "error:" in done.stderr else []
+    if not any(line.startswith("  ") for line in said):
         report.problems.append(f"no error that says what to do next: {last_words(done)}")
     times = {file: file.stat().st_mtime_ns for file in finished}
     if not finished:
@@ -244,9 +277,9 @@ def late_error(settings: Settings, report: Report) -> None:
         return
     if any(file.stat().st_mtime_ns != before for file, before in times.items()):
         report.problems.append("a finished shard was computed again")
-    alone = settings.scratch / "alone"
-    if (done := run(extract(settings, images, alone, *options), report)).returncode:
-        report.problems.append(f"the run to compare with: {last_words(done)}")
+    _, errors = beside.communicate(timeout=max(1.0, report.seconds_left - 2))
+    if beside.returncode:
+        report.problems.append(f"the run to compare with: {errors[-300:]}")
     elif different := differing_files(out, alone):
         report.problems.append(
             f"{len(different)} files differ from a run without the error: {', '.join(different[:3])}"
@@ -313,10 +346,10 @@ MEASURE = """
 
 
 def memory(settings: Settings, report: Report) -> None:
-    """Fill the card so that a whole batch does not fit, and let go of it after the first shard."""
+    """Fill the card so that a whole batch does not fit, and make room again after the second shard."""
     import torch
 
-    side, count, per_shard, batch = 640, 1024, 128, 64
+    side, count, per_shard, batch = 640, 768, 64, 64
     images = link_images(settings.photographs, settings.scratch / "images", count)
     free, total = torch.cuda.mem_get_info()
     options = {
@@ -335,43 +368,32 @@ def memory(settings: Settings, report: Report) -> None:
     report.figures = {"measured": measured, "overhead": overhead, "room": room, "total": total}
     report.save()
 
+    out = settings.scratch / "full"
     flags = ["--resize", str(side), "--crop", str(side), "--batch-size", str(batch), "--shard-images", str(per_shard)]
     flags += ["--model", "resnet18", "--layers", "layer1@mean23,avgpool", "--workers", "12"]
-    problems: dict[str, list[int]] = {}
-    for name, release in (("full to the end", False), ("full until the first shard", True)):
-        out = settings.scratch / name.replace(" ", "-")
-        free, _ = torch.cuda.mem_get_info()
-        ballast: list[torch.Tensor] = [torch.empty(free - room, dtype=torch.uint8, device="cuda")]
-        process = subprocess.Popen(
-            extract(settings, images, out, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        if release:
-            while process.poll() is None and not shards_in(out) and report.seconds_left > 5:
-                time.sleep(0.01)
-            ballast.clear()
-            torch.cuda.empty_cache()
-        _, errors = process.communicate(timeout=max(1.0, report.seconds_left - 2))
-        ballast.clear()
-        torch.cuda.empty_cache()
-        if process.returncode:
-            report.problems.append(f"{name}: exit code {process.returncode}: {errors[-300:]}")
-            continue
-        said = [line for line in errors.splitlines() if "out of memory" in line]
-        sizes = problems[name] = [int(read_made(shard).get("batch_size", 0)) for shard in shards_in(out)]
-        report.figures[name] = {"batch sizes": sizes, "said": said[:4]}
-        if not said:
-            report.problems.append(f"{name}: nothing was said of a smaller batch")
-        if not 0 < sizes[0] < batch:
-            report.problems.append(f"{name}: the first shard's record says {sizes[0]} images at once")
-        if release and sizes[-1] != batch:
-            report.problems.append(f"{name}: the last shard's record says {sizes[-1]} images at once, not {batch}")
-        difference = largest_difference(plain, out)
-        report.figures[name]["largest difference"] = difference
-        if difference > ROUNDING:
-            report.problems.append(f"{name}: rows differ by {difference:.1e} of their largest value")
-        report.figure = (
-            f"batches by shard: {'; '.join(' '.join(map(str, sizes)) for sizes in problems.values())}; "
-            f"rows differ by {difference:.1e}"
-        )
-        report.save()
-        shutil.rmtree(out)
+    free, _ = torch.cuda.mem_get_info()
+    ballast: list[torch.Tensor] = [torch.empty(free - room, dtype=torch.uint8, device="cuda")]
+    process = subprocess.Popen(
+        extract(settings, images, out, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and len(shards_in(out)) < 2 and report.seconds_left > 5:
+        time.sleep(0.01)
+    ballast.clear()
+    torch.cuda.empty_cache()
+    _, errors = process.communicate(timeout=max(1.0, report.seconds_left - 2))
+    if process.returncode:
+        report.problems.append(f"exit code {process.returncode}: {errors[-400:]}")
+        return
+    said = [line for line in errors.splitlines() if "out of memory" in line]
+    sizes = [int(read_made(shard).get("batch_size", 0)) for shard in shards_in(out)]
+    difference = largest_difference(plain, out)
+    report.figures |= {"batch sizes": sizes, "said": said[:4], "largest difference": difference}
+    report.figure = f"images at once, by shard: {' '.join(map(str, sizes))}; rows differ by {difference:.1e}"
+    if not said:
+        report.problems.append("nothing was said about a smaller batch")
+    if not 0 < sizes[0] < batch:
+        report.problems.append(f"the first shard's record says {sizes[0]} images at once")
+    if sizes[-1] != batch:
+        report.problems.append(f"there was room again, and the last shard's record says {sizes[-1]} images at once")
+    if difference > ROUNDING:
+        report.problems.append(f"rows differ by {difference:.1e} of their largest value")
