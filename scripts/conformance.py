@@ -5,6 +5,7 @@
     scripts/conformance.py 'resnet*' swin_t     some of them
     scripts/conformance.py --kind detection     another kind: segmentation, quantized, detection
     scripts/conformance.py --kind timm          a model of each of timm's families, about 3 minutes; needs timm
+    scripts/conformance.py --kind adversaries   small models written to deceive: stored rightly, or refused
     scripts/conformance.py --device cuda --precision bf16 --channels-last       on a GPU, against passes on that GPU
 
 The second route shares no code with the capture: the model's own forward, with each output cloned as it returns; and,
@@ -31,6 +32,7 @@ from dataclasses import astuple, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
+import conformance_adversaries
 import torch
 from torch import Tensor, nn
 from torchvision.models import get_model
@@ -368,12 +370,14 @@ def main() -> int:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("patterns", nargs="*", default=["*"], metavar="MODEL", help="names or globs; default all")
-    kinds = ["classification", "segmentation", "quantized", "detection", "timm"]
+    kinds = ["classification", "segmentation", "quantized", "detection", "timm", "adversaries"]
     parser.add_argument("--kind", choices=kinds, default="classification")
     parser.add_argument("--channels-last", action="store_true", help="compare in this memory format")
     parser.add_argument("--device", default="cpu", help="where both routes run: cpu (default) or cuda")
     parser.add_argument("--precision", choices=AUTOCAST, default="fp32")
     arguments = parser.parse_args()
+    if arguments.kind == "adversaries":
+        return conformance_adversaries.sweep(arguments.patterns)
     of_timm = sorted(TIMM_OF_ANY_SIZE + TIMM_OF_ONE_SIZE)
     known = of_timm if arguments.kind == "timm" else [n for n, kind in list_models().items() if kind == arguments.kind]
     names = [name for name in known if any(fnmatchcase(name, pattern) for pattern in arguments.patterns)]
