@@ -61,7 +61,7 @@ class Passes:
             seen.add(key)
             if comparison := self.comparisons.get(key):
                 comparison.see(tensor, batch, number)
-            else:
+            elif not batch.what:
                 problem = f"it exists for {batch} but not for {self.batches[0]}"
                 info = TensorInfo(key[3], tuple(tensor.shape), dtype_name(tensor.dtype), None, problem=problem)
                 self.others.setdefault(key, info)

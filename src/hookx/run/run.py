@@ -79,7 +79,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
             filled_at_once=_MAX_PASSES_IN_FLIGHT if on_gpu else 1,
             pin_memory=on_gpu,
         ) as writer,
-        RowCapture(ready.runner, ready.selection.targets, ready.settle()) as capture,
+        RowCapture(ready.runner, ready.selection.targets, ready.settled) as capture,
     ):
         lane = Lane(capture, writer, plan, _self_check(job, capture))
         decoded = batches(  # Forks the workers, before there are threads.
