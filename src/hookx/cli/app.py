@@ -57,6 +57,7 @@ def main() -> NoReturn:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         if isinstance(error, DeviceError):
             print(f"  {shlex.join(['hookx', *sys.argv[1:]])}", file=sys.stderr, flush=True)
+            flush_output()
             os._exit(error.exit_code)  # PyTorch aborts a process that frees memory on a device that has failed.
         sys.exit(error.exit_code)
     except Interrupted as interrupted:
