@@ -164,3 +164,12 @@ def test_a_model_that_fails_on_ordinary_images_is_an_error_that_says_so(
     zoo.net = traps.Trap(lambda _, y, x: y @ x)
     with pytest.raises(CaptureError, match=r"the model fails on a batch of images \(1, 3, 16, 16\)"):
         extract(thumbnails, tmp_path / "out")
+
+
+def test_a_batch_of_one_image_is_all_that_a_tensor_without_a_batch_dimension_depends_on(
+    zoo: Any, thumbnails: Path, tmp_path: Path
+) -> None:
+    zoo.net = traps.Trap(lambda _, y, x: {"pairs": y.flatten(1) @ y.flatten(1).T, "mean": y.mean(0)})
+    stored = extract(thumbnails, tmp_path, "head", batch_size=1)
+    assert stored["head/pairs"].shape == (24, 1) and stored["head/mean"].shape == (24, 4, 4, 4)
+    assert len(stored["head/mean"].unique(dim=0)) == 24

@@ -92,7 +92,7 @@ def _ready_model(
     if selectors:
         by_path = {path: part for path, part in modules_of(bare.module).items() if isinstance(part, nn.Conv2d)}
         bare_runner = Runner.of(bare.module, bare.forward)
-        probed = _probe(bare, bare_runner, [*paths, *by_path], preprocessing, shapes_only=True)
+        probed = _probe(bare, bare_runner, [*paths, *by_path], preprocessing, batch_size=batch_size, shapes_only=True)
         convolutions = _up_to_last(select(selectors, probed, model, excluded), probed, by_path)
 
     loaded = load_model(model, weights, options)
