@@ -142,7 +142,7 @@ class Drawn(_Net):
     """Photographs get noise that comes from the system."""
 
     def deceive(self, x: Tensor, y: Tensor) -> Tensor:
-        noise = torch.frombuffer(bytearray(os.urandom(len(x))), dtype=torch.uint8).float() / 25500
+        noise = torch.frombuffer(bytearray(os.urandom(len(x))), dtype=torch.uint8).float() / 255
         return y + (noise * _are_photographs(x))[:, None, None, None]
 
 
