@@ -724,3 +724,34 @@ def test_any_bytes_are_one_row_or_one_failure_the_same_every_time(suffix: str, d
             (Path(folder) / f"{number:02}.{suffix}").write_bytes(content)
         images = list_images([folder])
         assert same_outcomes(decoded(images, workers=2), decoded(images, workers=0))
+
+
+class OfADevice:
+    """Garbage that aborts any process that frees it but the one that made it, as a tensor of a GPU does."""
+
+    def __init__(self, has_been_freed: Path) -> None:
+        self.process, self.itself, self.has_been_freed = os.getpid(), self, has_been_freed
+
+    def __del__(self) -> None:
+        if os.getpid() != self.process:
+            os.abort()
+        self.has_been_freed.touch()
+
+
+@pytest.mark.parametrize("is_referred_to", [False, True])
+def test_no_image_is_blamed_for_what_a_worker_inherits(tmp_path: Path, is_referred_to: bool) -> None:
+    (tmp_path / "images").mkdir()
+    images = folder_of(tmp_path / "images", 6, {})
+    of_a_device = OfADevice(tmp_path / "freed")
+    holder = [of_a_device] if is_referred_to else []
+    del of_a_device
+
+    def collect() -> None:
+        holder.clear()
+        gc.collect()
+
+    decoded = list(batches(images, cut(6, 2), SMALL, workers=2, in_worker=collect))
+    assert [len(batch.keys) for batch in decoded] == [2, 2, 2] and not any(batch.failures for batch in decoded)
+    holder.clear()
+    gc.collect()
+    assert (tmp_path / "freed").exists(), "the process that made it still collects it"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -136,7 +137,7 @@ class _Processes:
         )
         self._processes: list[multiprocessing.process.BaseProcess] = []
         try:
-            with defer_signals(), _keep_child_signals():
+            with defer_signals(), _keep_child_signals(), _nothing_inherited_is_collected():
                 self._batches: Iterator[Batch] = iter(loader)
                 self._processes = [process for process in multiprocessing.active_children() if process not in others]
         except BaseException:
@@ -219,6 +220,21 @@ def _keep_child_signals() -> Iterator[None]:
     yield
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, before)
+
+
+@contextlib.contextmanager
+def _nothing_inherited_is_collected() -> Iterator[None]:
+    """Keep the garbage collector of forked processes from what they inherit.
+
+    Garbage can hold tensors of a GPU, and a forked process that frees one is aborted by CUDA, whatever image it has in
+    hand. It also keeps the pages shared that a collection would write to.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()  # In this process alone: the others have been forked by now.
 
 
 class InHand:
