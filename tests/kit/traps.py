@@ -407,7 +407,7 @@ class KeepsFirst(Unfinished):
         for block in self.blocks:
             value = block(x)
             if self.kept is None:
-                self.kept = value.mean((0, 2, 3)).view(-1, 1, 1)
+                self.kept = value
             x = x + value + self.kept
         self.kept = None
         return x
@@ -422,7 +422,7 @@ class Pyramid(Unfinished):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
         for block in self.blocks:
-            self.kept.append(block(x).mean((0, 2, 3)).view(-1, 1, 1))
+            self.kept.append(block(x))
             x = x + self.kept[0]
         while self.kept:
             x = x + self.kept.popleft()

@@ -40,7 +40,7 @@ class _Diagnosis:
             reasons.update(dict.fromkeys(keys, reason))
             self.failed -= set(keys)
 
-        changed = bool(set(self.state.changed()) - set(self.state.generators().names()))
+        changed = bool(self.passes.changed)
         alone = self.passes.batches[0]
         random = self._moved_afresh(alone)
         # Two passes of a GPU can differ by rounding.
@@ -165,21 +165,24 @@ class _Diagnosis:
         if not keys:
             return {}
         passes, state = self.passes, self.state
-        state.restore()
-        for batch in passes.batches[1:]:
-            self._moved(batch)
-        suspects = state.changed()
-        after = ModuleState.of(passes.runner.module, passes.runner.forward)
-        culprits: dict[Key, list[str]] = {key: [] for key in keys}
-        still_moved = set(self._moved(passes.batches[0]))
-        for name in suspects[:_MAX_SUSPECTS]:
-            after.restore()
-            state.restore([name])
-            moved = self._moved(passes.batches[0])
-            for key in keys:
-                if key in still_moved and key not in moved:
-                    culprits[key].append(name)
-        return {key: _list_names(names, suspects) for key, names in culprits.items()}
+        culprits: dict[Key, str] = dict.fromkeys(keys, _list_names([], sorted(passes.changed)))
+        unsettled = set(keys)
+        for history in ([passes.batches[-1]], passes.batches[1:-1]):
+            state.restore()
+            for batch in history:
+                self._moved(batch)
+            suspects = state.changed()
+            after = ModuleState.of(passes.runner.module, passes.runner.forward)
+            moved = set(self._moved(passes.batches[0])) & unsettled
+            names: dict[Key, list[str]] = {key: [] for key in moved}
+            for name in suspects[:_MAX_SUSPECTS] if moved else ():
+                after.restore()
+                state.restore([name])
+                for key in moved - self._moved(passes.batches[0]).keys():
+                    names[key].append(name)
+            culprits |= {key: _list_names(found, suspects) for key, found in names.items()}
+            unsettled -= moved
+        return culprits
 
     def _explain_within_batch(self) -> dict[Key, str]:
         """Tell whether it is the place, the number or the values of other images that moves a row."""

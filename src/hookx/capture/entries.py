@@ -85,6 +85,7 @@ class Values:
 
     def __init__(self, name: str, tensor: Tensor) -> None:
         self.name, self._tensor, self._memory = name, tensor, tensor.detach()
+        self.nbytes = tensor.nbytes
         self._kept = self._memory.clone() if _has_room(tensor) else self._memory.to("cpu", copy=True)
 
     def names(self) -> Iterable[str]:

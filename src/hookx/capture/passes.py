@@ -35,6 +35,7 @@ class Passes:
         self.batches: list[Batch] = []
         self.entered: dict[str, int] = {}  # path -> when it was first called
         self.calls: list[tuple[Batch, dict[str, int]]] = []
+        self.changed: set[str] = set()  # the names of what passes changed in the model
         self.drawn: set[Key] = set()  # what came after random numbers were drawn
 
     def begin(self, batch: Batch) -> None:
@@ -53,6 +54,10 @@ class Passes:
         self.calls.append((batch, self.run(batch, look)))
         self.batches.append(batch)
 
+    def note_changes(self) -> None:
+        """Note what the passes have changed in the model since it was loaded, random numbers apart."""
+        self.changed |= set(self.state.changed()) - set(self.state.generators().names())
+
     def go_on(self, batch: Batch) -> None:
         """Make another pass, and compare what it makes with the first."""
         number, seen = len(self.batches), set()
@@ -61,7 +66,7 @@ class Passes:
             seen.add(key)
             if comparison := self.comparisons.get(key):
                 comparison.see(tensor, batch, number)
-            else:
+            elif not batch.what:
                 problem = f"it exists for {batch} but not for {self.batches[0]}"
                 info = TensorInfo(key[3], tuple(tensor.shape), dtype_name(tensor.dtype), None, problem=problem)
                 self.others.setdefault(key, info)

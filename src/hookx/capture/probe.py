@@ -72,7 +72,9 @@ def probe(
     reasons: dict[Key, str] = {}
     try:
         passes.begin(Batch(followed, (0,)))
-        if shapes_only:
+        if shapes_only and batch_size == 1:
+            _find_batch_dims(passes, followed)
+        elif shapes_only:
             passes.go_on(Batch(torch.cat([followed, other]), (0,)))
         elif batch_size == 1:
             reasons = _compare_passes_of_one(passes, followed, other)
@@ -111,6 +113,7 @@ def example_images(
 
 def _compare_batches(passes: Passes, followed: Tensor, other: Tensor, third: Tensor) -> dict[Key, str]:
     """Follow an image through batches; return why its rows move where they do."""
+    passes.note_changes()
     nan, large = torch.full_like(followed, float("nan")), other * _LARGE
     passes.go_on(Batch(torch.cat([followed, followed]), (0, 1), calibrates=True))
     passes.go_on(Batch(torch.cat([followed, other]), (0,)))
@@ -128,7 +131,8 @@ def _compare_batches(passes: Passes, followed: Tensor, other: Tensor, third: Ten
     )
     if passes.batches[-1].what and any(comparison.is_excused for comparison in passes.comparisons.values()):
         passes.go_on(Batch(torch.cat([third, other, copies]), (2, 3, 4)))
-    if set(passes.state.changed()):
+    passes.note_changes()
+    if passes.changed:
         # What the first pass alone leaves behind shows only if another batch is the first.
         last = passes.batches[-1]
         passes.state.restore()
@@ -139,36 +143,44 @@ def _compare_batches(passes: Passes, followed: Tensor, other: Tensor, third: Ten
 
 def _compare_passes_of_one(passes: Passes, followed: Tensor, other: Tensor) -> dict[Key, str]:
     """Follow an image through passes of one image each, between which others run."""
-    comparisons = passes.comparisons
-    batch = Batch(torch.cat([followed, followed]), ())
-
-    def find_batch_dim(key: Key, tensor: Tensor) -> None:
-        if key in comparisons:
-            comparisons[key].see(tensor, batch, 0)
-
-    try:
-        passes.run(batch, find_batch_dim)
-    except CaptureError as error:
-        log.info("%s; it takes one image at a time", one_line(error))
-    for comparison in comparisons.values():
-        comparison.groups = [1]
-        if comparison.problem:
-            comparison.make_whole()
+    passes.note_changes()
+    _find_batch_dims(passes, followed)
     passes.state.restore()
 
     def look_for_dependence(key: Key, tensor: Tensor) -> None:
-        comparison = comparisons.get(key)
+        comparison = passes.comparisons.get(key)
         if comparison is None or comparison.batch_dim is not None or comparison.is_whole:
             return
         if comparison.compare(tensor, passes.batches[0]) is not None:
             comparison.make_whole()
 
     passes.run(Batch(other, ()), look_for_dependence)
-    passes.go_on(Batch(other, ()))
+    passes.go_on(passes.batches[0])
     for images, what in ((torch.full_like(other, float("nan")), "of NaN"), (other * _LARGE, "of large values")):
         passes.go_on_with_one_of(Batch(images, (), what), Batch(other, ()))
+    passes.note_changes()
+    passes.go_on(Batch(other, ()))
     passes.go_on(passes.batches[0])
     return explain(passes, passes.state) if passes.failed() else {}
+
+
+def _find_batch_dims(passes: Passes, followed: Tensor) -> None:
+    """Find out which dimension is the batch, for batches of one image; what has none is its image's as a whole."""
+    batch = Batch(torch.cat([followed, followed]), ())
+
+    def look(key: Key, tensor: Tensor) -> None:
+        if key in passes.comparisons:
+            passes.comparisons[key].see(tensor, batch, 0)
+
+    try:
+        passes.run(batch, look)
+    except CaptureError as error:
+        log.info("%s; it takes one image at a time", one_line(error))
+    for comparison in passes.comparisons.values():
+        comparison.groups = [1]
+        # Shapes alone do not tell a constant from what depends on the image.
+        if comparison.problem or (comparison.batch_dim is None and not passes.compares):
+            comparison.make_whole()
 
 
 def _describe(

@@ -48,9 +48,6 @@ class Search:
             self._add_mapping(module._parameters, functools.partial(_name, "parameter", dot))
             self._add_mapping(module._buffers, functools.partial(_name, "buffer", dot))
             self._add_mapping(module.__dict__, functools.partial(_name, "attribute", dot), without=_MACHINERY)
-            for hooks in ("_forward_pre_hooks", "_forward_hooks"):
-                for hook in module.__dict__.get(hooks, {}).values():
-                    self.add(hook, f"a hook of '{path or '.'}'")
         for name, child in module._modules.items():
             if child is not None:
                 self.add_module(child, f"{dot}{name}")

@@ -47,10 +47,9 @@ def settle(runner: Runner, targets: Sequence[Target], images_NCHW: Tensor) -> Se
             state.restore()
         _rows(runner, targets, Settled(), other_NCHW)
         left_by_stop = set(state.changed()) - generators
-        state.restore()
         put_back = changing | (left_by_stop - (changed - changing))
-        stopped = Settled(True, tuple(sorted(put_back)), state.narrow(put_back))
-        rows = _rows(runner, targets, stopped, other_NCHW, one_NCHW)
+        state.restore(put_back)
+        rows = _rows(runner, targets, Settled(), one_NCHW)
         differing = _differing(targets, whole, rows)
         if differing is not None:
             state.restore()
@@ -65,7 +64,8 @@ def settle(runner: Runner, targets: Sequence[Target], images_NCHW: Tensor) -> Se
     return Settled(
         stops=differing is None,
         changing=tuple(sorted(put_back)),
-        state=state.narrow(changed | changing | left_by_stop),
+        before_pass=state.narrow(put_back),
+        before_run=state.lighten(changed | changing | left_by_stop),
     )
 
 

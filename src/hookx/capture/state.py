@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hookx.capture.entries import Entry, Generator, global_generators
+from hookx.capture.entries import Entry, Generator, Values, global_generators
 from hookx.capture.search import Search
+
+_LIGHT_BYTES = 2**20
 
 
 class ModuleState:
@@ -62,9 +64,18 @@ class ModuleState:
         return ModuleState(entry for entry in self._entries if isinstance(entry, Generator))
 
     def narrow(self, names: Iterable[str]) -> ModuleState:
-        """Return the state of these names alone, and forget the values of the others."""
+        """Return the state of these names alone."""
         wanted = set(names)
         return ModuleState(entry for entry in self._entries if not wanted.isdisjoint(entry.names()))
+
+    def lighten(self, names: Iterable[str]) -> ModuleState:
+        """Return the state without the values of large tensors, except those of these names."""
+        wanted = set(names)
+        return ModuleState(
+            entry
+            for entry in self._entries
+            if not isinstance(entry, Values) or entry.nbytes <= _LIGHT_BYTES or not wanted.isdisjoint(entry.names())
+        )
 
 
 @dataclass(frozen=True)
@@ -73,13 +84,14 @@ class Settled:
 
     stops: bool = True  # a pass, after the last target
     changing: tuple[str, ...] = ()  # the names of what every pass changes
-    state: ModuleState = field(default_factory=ModuleState)  # of all that passes change
+    before_pass: ModuleState = field(default_factory=ModuleState)  # of these names
+    before_run: ModuleState = field(default_factory=ModuleState)
 
     def begin_pass(self) -> None:
         """Put back what the pass before has changed, where this one will change it again."""
         if self.changing:
-            self.state.restore(self.changing)
+            self.before_pass.restore(self.changing)
 
     def end(self) -> None:
         """Put back everything."""
-        self.state.restore()
+        self.before_run.restore()

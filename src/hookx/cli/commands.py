@@ -64,13 +64,14 @@ def list_layers(options: given.ListLayersOptions, form: JsonOptions) -> None:
     from hookx.capture.runner import Runner
     from hookx.cli import reports
     from hookx.layers.select import narrow
-    from hookx.models import skeleton
+    from hookx.models import borrowed_models, skeleton
 
-    bare = skeleton(options.model, options.weights, given.ModelOptions(**options.values_of(given.BuildOptions)))
-    runner = Runner.of(bare.module, bare.forward)
-    prepared = bare.preprocessing
-    examples_NCHW = example_images(runner, prepared.crop_px, prepared.mean, prepared.std)
-    layers = probe(runner, examples_NCHW, why_never_called=bare.why_never_called)
+    with borrowed_models():
+        bare = skeleton(options.model, options.weights, given.ModelOptions(**options.values_of(given.BuildOptions)))
+        runner = Runner.of(bare.module, bare.forward)
+        prepared = bare.preprocessing
+        examples_NCHW = example_images(runner, prepared.crop_px, prepared.mean, prepared.std)
+        layers = probe(runner, examples_NCHW, why_never_called=bare.why_never_called)
     layers = narrow(layers, options.model, paths=options.paths, types=options.types, depth=options.depth)
     report(form, reports.describe_layers, partial(reports.print_model_layers, tree=options.tree), layers)
 

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 
+import torch
+
 from hookx.errors import ModelError
 from hookx.models.files import ModelFiles
 from hookx.models.huggingface import HuggingFace
@@ -93,11 +95,13 @@ def release_models() -> None:
 
 @contextlib.contextmanager
 def borrowed_models() -> Iterator[None]:
-    """Release, at the end of the `with` block or of the decorated function, the models that were loaded in it."""
+    """Release the models that were loaded in the `with` block at its end, and put back PyTorch's random state."""
+    random_state = torch.get_rng_state()
     try:
         yield
     finally:
         release_models()
+        torch.set_rng_state(random_state)
 
 
 def _source_of(ref: str, options: ModelOptions = ModelOptions()) -> Source:

@@ -107,8 +107,8 @@ class OwnCode(Source):
 
     def release(self) -> None:
         self.forget_skeletons()
-        while self._give_back:
-            self._give_back.pop()()
+        while self._give_back:  # The memory before the values in it.
+            self._give_back.pop(0)()
 
 
 def _build(ref: str, options: ModelOptions, give_back: list[Callable[[], None]]) -> tuple[LoadedModel, object]:
@@ -141,15 +141,17 @@ def _remember(model: nn.Module) -> Callable[[], None]:
     """Return a function that puts back a model's mode, device and memory layout."""
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.data) for parameter in model.parameters()]
-    buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    tensors: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (held, dict(held)) for module in model.modules() for held in (module._parameters, module._buffers)
+    ]
 
     def put_back() -> None:
         for module, training in modes:
             module.training = training
+        for held, before in tensors:
+            held.update(before)
         for parameter, data in parameters:
             parameter.data = data
-        for held, before in buffers:
-            held.update(before)
 
     return put_back
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hookx.capture.hooks import Taps, tap
 from hookx.capture.runner import Runner, modules_of
+from hookx.capture.state import ModuleState
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,12 @@ def find_attention(runner: Runner, pixels_NCHW: Tensor) -> list[Attention]:
     # Keep the layout of the image: the model rounds differently in another one.
     is_channels_last = pixels_NCHW.is_contiguous(memory_format=torch.channels_last)
     runner = replace(runner, memory_format="channels_last" if is_channels_last else "contiguous")
-    with tap(modules, taps), _Watch(on_weights):
-        runner.run(pixels_NCHW)
+    state = ModuleState.of(runner.module, runner.forward)
+    try:
+        with tap(modules, taps), _Watch(on_weights):
+            runner.run(pixels_NCHW)
+    finally:
+        state.restore()
     return found
 
 

@@ -56,7 +56,7 @@ def _visualize(options: VisualizeOptions) -> Gallery:
     viewers = []
     for ref, weights, selectors in asked:
         ready = ready_model(ref, weights, options, [] if look.attention else selectors, batch_size=1)
-        viewers.append(_Viewer(ready, selectors, look))
+        viewers.append(_Viewer(ready.settle(), selectors, look))
     failures: dict[str, str] = {}
     shown = _show(dict(zip(listed.keys, listed.files, strict=True)), viewers, failures)
     models = [viewer.ready.loaded.name for viewer in viewers]
@@ -96,7 +96,6 @@ class _Viewer:
         self.ready, self.side_px = ready, ready.preprocessing.crop_px
         whole, bare = (Runner.of(model.module, model.forward) for model in (ready.loaded, ready.bare))
         self.places = probe_places(bare, lambda: whole, self.side_px, look.options.layout)
-        self._settled = ready.settle()
         self.attention_paths = self._find_attention_paths(selectors) if look.attention else None
 
     def decode(self, file: str) -> Tensor:
@@ -121,7 +120,7 @@ class _Viewer:
             str(target.address): torch.empty((1, *target.shape), dtype=getattr(torch, stored_dtype(target)))
             for target in targets
         }
-        with RowCapture(self.ready.runner, targets, self._settled) as capture:
+        with RowCapture(self.ready.runner, targets, self.ready.settled) as capture:
             capture.run(pixels_NCHW, rows)
             capture.wait()
         return [show_layer(address, rows[address][0], self.places) for address in self.places.sort(rows)]

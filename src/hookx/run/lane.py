@@ -18,7 +18,7 @@ from hookx.capture.failures import is_out_of_memory
 from hookx.capture.rows import RowCapture
 from hookx.errors import HookxError
 from hookx.images.decoding import model_input
-from hookx.plan import Plan, ValueCounts
+from hookx.plan import Plan, Preprocessing, ValueCounts
 from hookx.run.ready import out_of_memory
 from hookx.run.selfcheck import SelfCheck
 from hookx.store.writer import ShardWriter, Written
@@ -80,6 +80,11 @@ def stack(pixels: list[Tensor]) -> Tensor | None:
         raise MemoryError(str(error)) from None
 
 
+def to_input(pixels_NCHW: Tensor, device: torch.device, preprocessing: Preprocessing) -> Tensor:
+    """Make a model's input, on its device, of decoded pixels; a GPU may still be at it when this returns."""
+    return model_input(pixels_NCHW.to(device, non_blocking=has_streams(device)), preprocessing)
+
+
 class Lane:
     """Takes decoded batches through the model and on to the disk.
 
@@ -124,8 +129,8 @@ class Lane:
         """Run a batch, and check it if it is one of those to check."""
         copy_NCHW = None
         if self.check is not None and self.check.needs(batch.positions, len(pixels_NCHW)):
-            with self._report_memory():  # A copy, because the model may write to what it is given.
-                copy_NCHW = self._to_input(pixels_NCHW).clone()
+            # What is a model's input already, the model may write to.
+            copy_NCHW = pixels_NCHW if pixels_NCHW.dtype == torch.uint8 else pixels_NCHW.clone()
         parts = self._run_in_parts(pixels_NCHW, rows)
         if self.check is not None and copy_NCHW is not None:
             readable = [position for position in batch.positions if position not in batch.reasons]
@@ -142,7 +147,7 @@ class Lane:
         while start < len(pixels_NCHW):
             stop = min(start + self.images_at_once, len(pixels_NCHW))
             try:
-                input_NCHW = self._to_input(pixels_NCHW[start:stop])
+                input_NCHW = to_input(pixels_NCHW[start:stop], self.capture.runner.device, self.plan.preprocessing)
                 self.capture.run(input_NCHW, {address: rows[address][start:stop] for address in rows})
                 parts.append(range(start, stop))
                 start = stop
@@ -158,11 +163,6 @@ class Lane:
             self.images_at_once = (stop - start) // 2
             log.warning("out of memory with %d images at once: going on with %d", stop - start, self.images_at_once)
         return parts
-
-    def _to_input(self, pixels_NCHW: Tensor) -> Tensor:
-        device = self.capture.runner.device
-        on_device = pixels_NCHW.to(device, non_blocking=has_streams(device))
-        return model_input(on_device, self.plan.preprocessing)
 
     @contextlib.contextmanager
     def _report_memory(self) -> Iterator[None]:

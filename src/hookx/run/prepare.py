@@ -96,7 +96,7 @@ def prepare(options: ExtractOptions) -> Job:
     pending = [shard for shard in plan.shards if shard.number not in finished]
     batches = sum(math.ceil(len(shard) / batch_size) for shard in pending)
     workers = min(choose_workers(options.workers, device), batches)
-    job = Job(options, out, plan, ready, listed, workers, pending)
+    job = Job(options, out, plan, ready.settle() if pending else ready, listed, workers, pending)
     if job.bytes_to_write > job.bytes_free:
         raise StoreError(
             f"the activations need {job.bytes_to_write:,} bytes and {_existing_parent(out)} has "

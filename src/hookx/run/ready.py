@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,9 +40,12 @@ class ReadyModel:
     selection: Selection
     nondeterministic: dict[str, str]  # path -> operation, of the layers whose bits can differ from run to run
 
-    def settle(self) -> Settled:
+    settled: Settled = field(default_factory=Settled)
+
+    def settle(self) -> ReadyModel:
         """Settle how the passes of a run follow one another; see `hookx.capture.settle`."""
-        return settle_passes(self.runner, self.selection.targets, self.preprocessing)
+        settled = settle_passes(self.runner, self.selection.targets, self.preprocessing)
+        return dataclasses.replace(self, settled=settled)
 
 
 def ready_model(
@@ -89,7 +92,7 @@ def _ready_model(
     if selectors:
         by_path = {path: part for path, part in modules_of(bare.module).items() if isinstance(part, nn.Conv2d)}
         bare_runner = Runner.of(bare.module, bare.forward)
-        probed = _probe(bare, bare_runner, [*paths, *by_path], preprocessing, shapes_only=True)
+        probed = _probe(bare, bare_runner, [*paths, *by_path], preprocessing, batch_size=batch_size, shapes_only=True)
         convolutions = _up_to_last(select(selectors, probed, model, excluded), probed, by_path)
 
     loaded = load_model(model, weights, options)

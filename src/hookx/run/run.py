@@ -19,7 +19,7 @@ from hookx.models import borrowed_models
 from hookx.options import ExtractOptions, takes
 from hookx.plan import Shard
 from hookx.run.defaults import describe_device, device_name, single_threaded
-from hookx.run.lane import Lane
+from hookx.run.lane import Lane, to_input
 from hookx.run.prepare import Job, prepare
 from hookx.run.selfcheck import SelfCheck, choose_batches
 from hookx.run.summary import Summary, Timing, summarize
@@ -79,7 +79,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
             filled_at_once=_MAX_PASSES_IN_FLIGHT if on_gpu else 1,
             pin_memory=on_gpu,
         ) as writer,
-        RowCapture(ready.runner, ready.selection.targets, ready.settle()) as capture,
+        RowCapture(ready.runner, ready.selection.targets, ready.settled) as capture,
     ):
         lane = Lane(capture, writer, plan, _self_check(job, capture))
         decoded = batches(  # Forks the workers, before there are threads.
@@ -131,7 +131,8 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
 def _self_check(job: Job, capture: RowCapture) -> SelfCheck | None:
     starts = choose_batches(job.plan, job.options.self_check)
     look = SecondLook(capture, job.ready.selection.targets, job.plan.layers)
-    return SelfCheck(look, job.plan, starts, job.images.keys) if starts else None
+    to_input_of_run = functools.partial(to_input, device=job.device, preprocessing=job.plan.preprocessing)
+    return SelfCheck(look, job.plan, starts, job.images.keys, to_input_of_run) if starts else None
 
 
 def _describe_process(job: Job) -> dict[str, Any]:

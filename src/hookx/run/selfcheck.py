@@ -7,7 +7,7 @@ were, and has to be the same for every process.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -81,10 +81,18 @@ class SelfCheck:
     Args:
         starts: the first positions of the batches to check; see `choose_batches`.
         keys: the keys of all images of the run, for errors.
+        to_input: makes a model's input, on its device, of decoded pixels.
     """
 
-    def __init__(self, look: SecondLook, plan: Plan, starts: frozenset[int], keys: Sequence[str]) -> None:
-        self._look, self._plan, self._starts, self._keys = look, plan, starts, keys
+    def __init__(
+        self,
+        look: SecondLook,
+        plan: Plan,
+        starts: frozenset[int],
+        keys: Sequence[str],
+        to_input: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._look, self._plan, self._starts, self._keys, self._to_input = look, plan, starts, keys, to_input
         self._oldest: _Image | None = None
         self._images_since = 0  # computed by this process since the oldest image was, for the first time or again
 
@@ -107,7 +115,7 @@ class SelfCheck:
         Args:
             positions: the whole batch.
             readable: the positions of the images that could be read.
-            pixels_NCHW: what the model was given, or a copy if it may have written to that.
+            pixels_NCHW: what was decoded, untouched by the model.
             rows: what is about to be stored.
             parts: which images went through the model together.
             images_at_once: how many may.
@@ -134,7 +142,7 @@ class SelfCheck:
             return 0
         last = len(batch) - 1
         # Any other than the last, if there is one.
-        brightest = int(pixels_NCHW[:last].flatten(1).mean(1).argmax()) if last else 0
+        brightest = int(pixels_NCHW[:last].flatten(1).mean(1, dtype=torch.float32).argmax()) if last else 0
         together = [batch[last], *others, *([batch[brightest]] if last else [])]
         for start in range(0, len(together), images_at_once):
             self._compute_again(together[start : start + images_at_once])
@@ -154,22 +162,27 @@ class SelfCheck:
             self._compute_again([self._oldest])
 
     def _compute_again(self, images: list[_Image]) -> None:
-        rows = self._look.compute(torch.stack([image.pixels_CHW for image in images]))
+        input_NCHW = self._to_input(torch.stack([image.pixels_CHW for image in images]))
+        rows = self._look.compute(input_NCHW)
         again = [{address: of_batch[number] for address, of_batch in rows.items()} for number in range(len(images))]
         # If the oldest image alone moves, it is not for its companions.
-        for image, its_rows in sorted(zip(images, again, strict=True), key=lambda pair: pair[0].batch_NCHW is None):
+        oldest_last = sorted(
+            zip(images, input_NCHW, again, strict=True), key=lambda of_image: of_image[0].batch_NCHW is None
+        )
+        for image, input_CHW, its_rows in oldest_last:
             together = image.images_together, len(images)
-            if moved := self._look.find_moved(image.rows, its_rows, image.pixels_CHW, together):
+            if moved := self._look.find_moved(image.rows, its_rows, input_CHW, together):
                 raise self._explain(image, moved, len(images) - 1)
 
     def _explain(self, image: _Image, moved: list[Moved], companions: int) -> CaptureError:
         """Find out why rows move: the same batch, computed once more, tells companions from what ran before."""
         is_repeatable = False
         if image.batch_NCHW is not None:
-            rows = self._look.compute(image.batch_NCHW)
+            input_NCHW = self._to_input(image.batch_NCHW)
+            rows = self._look.compute(input_NCHW)
             repeated = {address: of_batch[image.place] for address, of_batch in rows.items()}
             together = image.images_together, image.images_together
-            changed = self._look.find_moved(image.rows, repeated, image.pixels_CHW, together)
+            changed = self._look.find_moved(image.rows, repeated, input_NCHW[image.place], together)
             is_repeatable, moved = not changed, changed or moved
         more = f", and so {'does' if len(moved) == 2 else 'do'} {len(moved) - 1:,} more" if len(moved) > 1 else ""
         layer = f"'{moved[0].address}' of '{image.key}'"
