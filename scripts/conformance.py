@@ -243,7 +243,7 @@ def capture(
     forward = model if kind == "timm" or kind in zoos.ZOOS else forward_of(name, model)
     runner = Runner.of(model, forward, precision=precision, memory_format=memory_format)
     layers = probe(runner, pixels_NCHW)
-    # The model itself is no match of a glob, and named it must have a part that can be stored.
+    # No glob matches the model itself, and by its name it must have a part that can be stored.
     outputs = [info for layer in layers if layer.path == "." for call in layer.calls for info in call.outputs]
     is_usable = kind != "detection" and not all(info.problem or info.is_constant for info in outputs)
     selection = select(parse_selectors("**,." if is_usable else "**"), layers, name)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,16 @@ from kit import warm
 SCRIPT = Path(__file__).parents[2] / "scripts" / "conformance.py"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def where_scripts_find_each_other() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        yield
+
+
 @pytest.fixture(scope="module")
 def conformance() -> Any:
-    spec = spec_from_file_location("conformance", SCRIPT)
-    assert spec and spec.loader
-    module = sys.modules["conformance"] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_module("conformance")
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +58,24 @@ def test_every_activation_of_a_model_is_what_its_layer_returned(conformance: Any
     assert row.wrong == 0 and row.missed == 0
     assert row.compared + row.constant + row.refused >= row.calls > 70
     assert (row.constant > 0) == (name == "swin_v2_t")
+
+
+@pytest.mark.parametrize("name", ["swin", "dinov2_with_registers"])
+def test_every_activation_of_a_transformers_model_is_what_its_layer_returned(conformance: Any, name: str) -> None:
+    pytest.importorskip("transformers")
+    row = conformance.check(name, "transformers")
+    assert row.wrong == 0 and row.missed == 0 and row.compared + row.constant >= row.calls > 30
+
+
+def test_a_zoo_whose_library_is_not_installed_is_named_with_the_package(
+    conformance: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zoos = conformance.zoos
+    monkeypatch.setitem(zoos.ZOOS, "open-clip", replace(zoos.ZOOS["open-clip"], module="no_such_library"))
+    monkeypatch.setattr(sys, "argv", ["conformance.py", "--kind", "open-clip"])
+    with pytest.raises(SystemExit, match="2"):
+        conformance.main()
+    assert "these models need open_clip_torch: pip install open_clip_torch" in capsys.readouterr().err
 
 
 def test_channels_last_is_exact_too(conformance: Any) -> None:
