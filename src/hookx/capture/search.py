@@ -25,7 +25,7 @@ _MAX_GLOBAL_BYTES = 2**26
 _NOT_DATA = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, classmethod, staticmethod, property)
 # Classes of other modules of the standard library are machinery: locks, loggers, files, enumerations.
 _STANDARD = sys.stdlib_module_names - {"__main__", "argparse", "collections", "types"}
-# Whatever hooks a module, hookx's own included, is no state of its passes.
+# Hooks on a module, hookx's own included, are not state of its passes.
 _MACHINERY = set(vars(nn.Module())) - {"training"}
 
 
@@ -239,7 +239,7 @@ def _is_data(key: str, value: Any) -> bool:
 
 
 def _is_own_code(file: types.ModuleType) -> bool:
-    """Return whether a file is a user's own. An installed package has registries, which are no state of passes."""
+    """Return whether a file is a user's own. What an installed package registers is not state of passes."""
     path = getattr(file, "__file__", None)
     is_installed = not path or "site-packages" in path or "dist-packages" in path
     return not is_installed and file.__name__.partition(".")[0] != "hookx"
