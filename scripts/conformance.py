@@ -5,6 +5,7 @@
     scripts/conformance.py 'resnet*' swin_t     some of them
     scripts/conformance.py --kind detection     another kind: segmentation, quantized, detection
     scripts/conformance.py --kind timm          a model of each of timm's families, about 3 minutes; needs timm
+    scripts/conformance.py --kind transformers  small models of transformers; also segmentation-models, open-clip
     scripts/conformance.py --kind adversaries   small models written to deceive: stored rightly, or refused
     scripts/conformance.py --device cuda --precision bf16 --channels-last       on a GPU, against passes on that GPU
 
@@ -34,6 +35,7 @@ from typing import Any
 
 import conformance_adversaries
 import torch
+import zoos
 from torch import Tensor, nn
 from torchvision.models import get_model
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
@@ -42,8 +44,9 @@ from hookx.capture.probe import probe
 from hookx.capture.rows import RowCapture, stored_dtype
 from hookx.capture.runner import Runner
 from hookx.layers.select import Layer, Selection, Target, parse_selectors, select
-from hookx.models import list_models
+from hookx.models import list_models, load_model
 from hookx.models.torchvision import forward_of
+from hookx.options import ModelOptions
 
 BATCH = 2
 FX_NODES = 2
@@ -94,6 +97,10 @@ class Row:
 def small(name: str, kind: str) -> tuple[nn.Module, int]:
     """Build a model with random weights and return it with the side of a small image that it accepts."""
     side = 64
+    if kind in zoos.ZOOS:
+        ref = f"{zoos.__file__}:{zoos.ZOOS[kind].factory.__name__}"
+        loaded = load_model(ref, "none", ModelOptions(model_args={"name": name}))
+        return loaded.module, zoos.LARGER_PX.get(name, side)
     if kind == "timm":
         import timm
 
@@ -130,6 +137,9 @@ def tensors(value: Any, parts: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str
         names = getattr(value, "_fields", range(len(value)))
         for name, item in zip(names, value, strict=True):
             yield from tensors(item, (*parts, str(name)))
+    elif hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
+        for name, item in vars(value).items():
+            yield from tensors(item, (*parts, name))
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -230,10 +240,13 @@ def capture(
         # cuBLAS reads this once, at its first product. It is deterministic with a workspace of its own.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         set_tf32(precision != "tf32")  # The switches of the process must not matter.
-    forward = model if kind == "timm" else forward_of(name, model)
+    forward = model if kind == "timm" or kind in zoos.ZOOS else forward_of(name, model)
     runner = Runner.of(model, forward, precision=precision, memory_format=memory_format)
     layers = probe(runner, pixels_NCHW)
-    selection = select(parse_selectors("**,." if kind != "detection" else "**"), layers, name)
+    # The model itself is no match of a glob, and named it must have a part that can be stored.
+    outputs = [info for layer in layers if layer.path == "." for call in layer.calls for info in call.outputs]
+    is_usable = kind != "detection" and not all(info.problem or info.is_constant for info in outputs)
+    selection = select(parse_selectors("**,." if is_usable else "**"), layers, name)
     rows = allocate_rows(selection.targets, pin_memory=device == "cuda")
     with RowCapture(runner, selection.targets) as capturing:
         capturing.run(pixels_NCHW[:BATCH], rows)
@@ -370,7 +383,7 @@ def main() -> int:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("patterns", nargs="*", default=["*"], metavar="MODEL", help="names or globs; default all")
-    kinds = ["classification", "segmentation", "quantized", "detection", "timm", "adversaries"]
+    kinds = ["classification", "segmentation", "quantized", "detection", "timm", *zoos.ZOOS, "adversaries"]
     parser.add_argument("--kind", choices=kinds, default="classification")
     parser.add_argument("--channels-last", action="store_true", help="compare in this memory format")
     parser.add_argument("--device", default="cpu", help="where both routes run: cpu (default) or cuda")
@@ -380,6 +393,12 @@ def main() -> int:
         return conformance_adversaries.sweep(arguments.patterns)
     of_timm = sorted(TIMM_OF_ANY_SIZE + TIMM_OF_ONE_SIZE)
     known = of_timm if arguments.kind == "timm" else [n for n, kind in list_models().items() if kind == arguments.kind]
+    if arguments.kind in zoos.ZOOS:
+        try:
+            zoos.ZOOS[arguments.kind].check_installed()
+        except zoos.MissingPackageError as error:
+            parser.error(str(error))
+        known = list(zoos.ZOOS[arguments.kind].names)
     names = [name for name in known if any(fnmatchcase(name, pattern) for pattern in arguments.patterns)]
     if not names:
         parser.error(f"no {arguments.kind} model matches {' '.join(arguments.patterns)}")

@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-BATCH = 64
+BATCH = 128
 _BLOCK_BYTES = 32 * 2**20
 
 

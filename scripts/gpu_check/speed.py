@@ -32,7 +32,7 @@ from gpu_check.runs import link_images
 from gpu_check.step import Report, Settings
 
 SCRIPTS = Path(__file__).resolve().parents[1]
-BATCH = 64
+BATCH = 128
 WORKERS = max(1, CORES - 1)  # that decode, in every contestant
 VIT_BLOCKS = ",".join(f"encoder.layers.encoder_layer_{number}@cls" for number in range(12))
 # Different kernels and memory formats add in another order; bf16 has 8 significant bits.

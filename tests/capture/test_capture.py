@@ -15,12 +15,7 @@ from hookx.capture.runner import Runner
 from hookx.errors import CaptureError, LayerError, NotCapturedError, UsageError
 from hookx.layers.select import parse_selectors, select
 from kit import nets
-from kit.nets import captured_rows, images, targets_of
-
-
-def hooks_on(model: nn.Module) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
-
+from kit.nets import captured_rows, hooks_on, images, targets_of
 
 # --- exactness -----------------------------------------------------------------------------------------------------
 

@@ -41,9 +41,9 @@ def test_a_broken_device_ends_a_run_with_what_to_do(error: RuntimeError) -> None
     assert is_broken(error) and not is_out_of_memory(error)
     with pytest.raises(DeviceError) as raised, report_broken_device():
         raise error
-    first, second, *_ = str(raised.value).splitlines()
+    first, *_, last = str(raised.value).splitlines()
     assert first == f"the device failed in the middle of a run: {str(error).splitlines()[0]}"
-    assert second == "  finished shards are kept; run the same command again to resume"
+    assert last == "  finished shards are kept; run the same command again to resume"
 
 
 @pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="PyTorch before 2.8")

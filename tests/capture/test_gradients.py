@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -163,6 +164,21 @@ class Result:
     name: str = "maps"
 
 
+class Output:
+    """An object with tensors in its attributes."""
+
+    def __init__(self, **parts: Any) -> None:
+        self.__dict__.update(parts)
+
+
+class Answer(dict[str, Any]):
+    """A mapping that offers its items as attributes, too, as outputs of transformers do."""
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(parts)
+        self.__dict__.update(parts)
+
+
 class ReturnsViews(nn.Module):
     """Gives views and a parameter, which autograd lets nobody change, in a structure."""
 
@@ -193,6 +209,9 @@ STRUCTURES: dict[str, tuple[Callable[..., Any], Callable[[Any], list[Tensor]], s
     "list": (lambda a, b, c: [a, [b, c]], lambda x: [x[0], *x[1]], "/0 /1/0 /1/1"),
     "named tuple": (lambda a, b, c: (nets.Pair(a, b), c), lambda x: [*x[0], x[1]], "/0/left /0/right /1"),
     "dict": (lambda a, b, c: {"a": a, "b": {"c": b}, "d": c}, lambda x: [x["a"], x["b"]["c"], x["d"]], "/a /b/c /d"),
+    "object": (lambda a, b, c: Output(a=a, b=(b, c)), lambda x: [x.a, *x.b], "/a /b/0 /b/1"),
+    "attributes": (lambda a, b, c: Answer(a=a, b=b, c=c), lambda x: [x.a, x["b"], x.c], "/a /b /c"),
+    "deque": (lambda a, b, c: (deque([a, b]), c), lambda x: [*x[0], x[1]], "/0/0 /0/1 /1"),
     "dataclass": (lambda a, b, c: (Result(a), b, c), lambda x: [x[0].maps, *x[1:]], "/0/maps /1 /2"),
 }
 

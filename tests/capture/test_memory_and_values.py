@@ -168,7 +168,7 @@ def test_resident_memory_does_not_grow_from_1_000_to_20_000_images(tmp_path: Pat
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_real_gpu_that_runs_out_of_memory_goes_on_with_smaller_batches(thumbnails: Path, tmp_path: Path) -> None:
-    torch.cuda.set_per_process_memory_fraction(1e9 / torch.cuda.get_device_properties(0).total_memory)
+    torch.cuda.set_per_process_memory_fraction(2e9 / torch.cuda.get_device_properties(0).total_memory)
     try:
         small = run(thumbnails, tmp_path, device="cuda", crop=1024, resize=1024, batch_size=24, layers="layer1@mean23")
     finally:

@@ -436,3 +436,21 @@ def test_a_model_that_no_longer_computes_an_image_alone_is_a_problem(thumbnails:
     again = recompute(out, 3, thumbnails, model=ref)
     assert len(again.problems) == 3
     assert all("the model fails on an image alone: ValueError" in problem.what for problem in again.problems)
+
+
+def test_shards_that_were_made_image_by_image_are_checked_so_whatever_their_plan_began_with(
+    thumbnails: Path, tmp_path: Path
+) -> None:
+    code, out = tmp_path / "net.py", tmp_path / "features"
+    code.write_text(
+        "from torch import nn\n"
+        "class Mixes(nn.Sequential):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(nn.Conv2d(3, 4, 8, 8), nn.BatchNorm2d(4, track_running_stats=False))\n"
+    )
+    options: Options = {"weights": "none", "resize": 48, "crop": 48, "workers": 0, "device": "cpu"}
+    extract(f"{code}:Mixes", "1", thumbnails, out=out, batch_size=1, **options)
+    plan = out / "plan.json"
+    plan.write_text(plan.read_text().replace('"batch_size": 1', '"batch_size": 12'))
+    assert read_plan(out).batch_size == 12
+    assert recompute(out, 3, thumbnails, model=f"{code}:Mixes").problems == ()

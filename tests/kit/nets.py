@@ -39,6 +39,11 @@ def captured_rows(model: nn.Module, layers: str, pixels_NCHW: Tensor) -> dict[st
     return rows
 
 
+def hooks_on(model: nn.Module) -> int:
+    """Count the forward hooks on a model and all its modules."""
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
 class InPlace(nn.Module):
     """The ReLU overwrites what the convolution returned."""
 
@@ -61,6 +66,23 @@ class CalledTwice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.relu(self.conv(self.relu(x.clone())))
+
+
+class Features(nn.Module):
+    """A convolution, and a block whose ReLU runs twice; `features` is a part of the model as in timm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.block = CalledTwice()
+        self.block.conv = nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4, 2)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.block(self.conv(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((2, 3)))
 
 
 class OneStorage(nn.Module):

@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def test_copies_on_their_way_are_out_of_reach_of_what_overwrites_a_layer_in_plac
             return maps
 
     net = Overwrites().eval()
-    targets = targets_of(net, "conv,conv@mean23")
+    targets = targets_of(net, "conv,conv@mean23", torch.randn(3, 3, 256, 256))
     net.to(GPU)
     batches = [torch.randn(16, 3, 256, 256, generator=torch.Generator().manual_seed(n)) for n in range(6)]
     rows = [
@@ -248,11 +249,12 @@ def test_memory_that_earlier_passes_hold_is_waited_for_before_a_batch_is_halved(
 
 
 def test_nothing_is_left_on_the_device_after_a_run(photos: Path, tmp_path: Path) -> None:
-    gc.collect()
-    before = torch.cuda.memory_allocated()
-    extract("resnet18", "conv1,avgpool", photos, weights="none", device="cuda", out=tmp_path)
-    gc.collect()
-    assert torch.cuda.memory_allocated() == before
+    allocated = []
+    for name in ("first", "second"):  # The first leaves the workspace of cuBLAS behind, which stays.
+        extract("resnet18", "conv1,avgpool", photos, weights="none", device="cuda", out=tmp_path / name)
+        gc.collect()
+        allocated.append(torch.cuda.memory_allocated())
+    assert allocated[0] == allocated[1] < 64 * 2**20
 
 
 FAILS_LATE = """
@@ -301,7 +303,9 @@ def test_an_error_that_surfaces_late_ends_the_run_and_the_same_command_resumes_i
     failed = run("out", {"FAIL": "1"})
     assert failed.returncode == 1 and "Traceback" not in failed.stderr, failed.stderr
     assert "the device failed in the middle of a run: CUDA error: device-side assert" in failed.stderr
-    assert "run the same command again to resume" in failed.stderr
+    assert failed.stderr.endswith(
+        f"run the same command again to resume\n  {shlex.join(['hookx', *failed.args[3:]])}\n"
+    )
     assert len(shards("out")) < 5
     assert run("out", {}).returncode == run("uninterrupted", {}).returncode == 0
     assert shards("out") == shards("uninterrupted") and len(shards("out")) == 5

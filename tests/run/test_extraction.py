@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -333,19 +336,21 @@ def test_a_model_that_fails_in_a_worker_says_why_and_keeps_the_shards_there_are(
     thumbnails: Path, tmp_path: Path
 ) -> None:
     cuts = {"shard_images": 8, "batch_size": 4, "workers": 1, "self_check": "off"}
-    job = prepare("resnet18", "fc", thumbnails, out=tmp_path, **{**SMALL, **cuts})
-    passes = 0
+    out, passes = tmp_path / "out", tmp_path / "passes"  # a file, because variables are put back
+    job = prepare("resnet18", "fc", thumbnails, out=out, **{**SMALL, **cuts})
 
     def turn_wide(module: Any, args: Any, output: Tensor) -> Tensor:
-        nonlocal passes
-        passes += 1
-        return torch.cat([output, output], 1) if passes > 4 else output  # of the third shard
+        if len(output) == 4:
+            with open(passes, "a") as file:
+                file.write(".")
+        is_of_third_shard = len(output) == 4 and passes.stat().st_size > 4
+        return torch.cat([output, output], 1) if is_of_third_shard else output
 
     job.ready.loaded.module.get_submodule("fc").register_forward_hook(turn_wide)
     with pytest.raises(CaptureError, match=r"^'fc' is float32 \[4, 2000\] in this batch; the probe saw") as error:
         run(job)
     assert "worker" not in str(error.value)
-    assert len(list(tmp_path.glob("shard-0000[01]-of-00003.safetensors"))) == 2 == len(list(tmp_path.glob("shard-*")))
+    assert len(list(out.glob("shard-0000[01]-of-00003.safetensors"))) == 2 == len(list(out.glob("shard-*")))
 
 
 def test_fast_decoding_changes_large_jpegs_a_little_and_nothing_else(thumbnails: Path, tmp_path: Path) -> None:
@@ -465,3 +470,49 @@ def test_an_argument_that_makes_no_sense_is_refused_and_named(
     with pytest.raises(error, match=said):
         extract(**arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+MOODY = """
+import torch
+from torch import nn
+
+class Moody(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 8, 8)
+
+    def forward(self, x):
+        for image in x:
+            if (image == 0.25).all():
+                raise {error}
+        return self.conv(x)
+
+def net():
+    return Moody()
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_model_that_fails_in_the_middle_of_a_run_is_an_error_with_what_it_raised(
+    thumbnails: Path, tmp_path: Path, workers: int
+) -> None:
+    (tmp_path / "moody.py").write_text(MOODY.format(error='ValueError("too quiet")'))
+    folder = tmp_path / "images"
+    shutil.copytree(thumbnails, folder)
+    Image.new("RGB", (32, 32), (51, 51, 51)).save(folder / "zzz.png")
+    options: dict[str, Any] = {"mean": (0, 0, 0), "std": (0.8, 0.8, 0.8), "resize": 32, "crop": 32, "batch_size": 5}
+    with pytest.raises(CaptureError, match=r"the model fails on a batch of 5 images: ValueError: too quiet\n"):
+        extract(f"{tmp_path}/moody.py:net", "conv", folder, out=tmp_path / "out", workers=workers, **options)
+
+
+def test_a_device_that_fails_ends_the_process_with_the_command_that_resumes(thumbnails: Path, tmp_path: Path) -> None:
+    broken = 'RuntimeError("CUDA error: device-side assert triggered\\nand more")'
+    (tmp_path / "moody.py").write_text(MOODY.format(error=broken))
+    Image.new("RGB", (32, 32), (51, 51, 51)).save(tmp_path / "grey.png")
+    arguments = ["extract", "-m", f"{tmp_path}/moody.py:net", "-l", "conv", "--mean", "0,0,0", "--std", "0.8,0.8,0.8"]
+    arguments += ["-o", str(tmp_path / "out"), str(tmp_path / "grey.png")]
+    finished = subprocess.run([sys.executable, "-m", "hookx", *arguments], capture_output=True, text=True)
+    assert finished.returncode == 1 and "Traceback" not in finished.stderr
+    said = "error: the device failed in the middle of a run: CUDA error: device-side assert triggered\n"
+    assert said in finished.stderr
+    assert finished.stderr.endswith(f"run the same command again to resume\n  {shlex.join(['hookx', *arguments])}\n")

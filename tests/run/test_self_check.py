@@ -196,7 +196,7 @@ def test_a_batch_that_ran_in_parts_is_checked_in_no_larger_ones(
     summary = run_job(job)
     first = sizes.index(8)
     assert "going on with 2" in caplog.text and sizes[first : first + 3] == [8, 4, 2]
-    assert set(sizes[:first]) == {1} and set(sizes[first + 2 :]) == {1, 2}
+    assert set(sizes[:first]) <= {1} and set(sizes[first + 2 :]) == {1, 2}
     assert whole.batch_size == 8 and summary.batch_size == 2
     assert whole.self_checked == summary.self_checked == 7
     is_running = False

@@ -45,6 +45,7 @@ def find_nondeterministic(runner: Runner, pixels_NCHW: Tensor) -> dict[str, str]
 
     mode, state = torch.get_deterministic_debug_mode(), ModuleState.of(runner.module, runner.forward)
     with tap(modules_of(runner.module), Taps(on_enter, on_return)), warnings.catch_warnings():
+        warnings.filterwarnings("always", f".*{NOT_DETERMINISTIC}")
         warnings.showwarning = show
         torch.set_deterministic_debug_mode("warn")
         try:

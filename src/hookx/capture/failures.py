@@ -47,6 +47,6 @@ def report_broken_device(when: str = "in the middle of a run") -> Iterator[None]
         first_line = str(error).splitlines()[0]
         raise DeviceError(
             f"the device failed {when}: {first_line}",
-            "finished shards are kept; run the same command again to resume",
             "if it fails at the same place, find the operation: CUDA_LAUNCH_BLOCKING=1, or --device cpu",
+            "finished shards are kept; run the same command again to resume",
         ) from None

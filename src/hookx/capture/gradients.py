@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
-from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -14,6 +11,8 @@ from torch.autograd import Function
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
+
+from hookx.capture.tensors import replace_tensors
 
 
 def compute_aside() -> contextlib.AbstractContextManager[object]:
@@ -107,30 +106,5 @@ class AttachedCopies:
 
     def put_aliases_in(self, value: Any) -> Any:
         """Return a value with aliases in place of their originals, or None if there are none in it."""
-        replaced = _replace(value, self._aliases) if self._aliases else value
+        replaced = replace_tensors(value, self._aliases) if self._aliases else value
         return None if replaced is value else replaced
-
-
-def _replace(value: Any, replacements: Mapping[int, Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return replacements.get(id(value), value)
-    items: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, MutableMapping):
-        items = value.items()
-    elif isinstance(value, tuple | list):
-        items = enumerate(value)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = [(one.name, getattr(value, one.name)) for one in dataclasses.fields(value)]
-    changed = {name: new for name, item in items if (new := _replace(item, replacements)) is not item}
-    if not changed:
-        return value
-    if isinstance(value, tuple):
-        replaced = [changed.get(index, item) for index, item in enumerate(value)]
-        return type(value)(*replaced) if hasattr(value, "_fields") else type(value)(replaced)
-    value = copy.copy(value)
-    for name, new in changed.items():
-        if isinstance(value, MutableMapping | list):
-            value[name] = new
-        else:
-            object.__setattr__(value, name, new)  # The dataclass may be frozen.
-    return value

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from hookx.capture.compare import split_by_image
 from hookx.capture.copies import Copies, has_streams
-from hookx.capture.failures import report_broken_device
+from hookx.capture.failures import is_out_of_memory, report_broken_device
 from hookx.capture.hooks import Taps
 from hookx.capture.runner import ForwardIsDone, Runner, modules_of
 from hookx.capture.state import Settled
 from hookx.capture.tensors import Parts, computable, dtype_name, reduce, tensors_given, tensors_in
-from hookx.errors import CaptureError, LayerError
+from hookx.errors import CaptureError, HookxError, LayerError, one_line
 from hookx.layers.address import Address
 from hookx.layers.select import Target
 from hookx.plan import ValueCounts
@@ -79,8 +79,18 @@ class RowCapture:
             self._copies.begin_pass()
         self._taps.begin_pass()
         self._settled.begin_pass()
-        with report_broken_device(), contextlib.suppress(ForwardIsDone):
-            self.runner.run(pixels_NCHW)
+        try:
+            with report_broken_device(), contextlib.suppress(ForwardIsDone):
+                self.runner.run(pixels_NCHW)
+        except Exception as error:  # A model can raise anything.
+            if isinstance(error, HookxError | MemoryError) or is_out_of_memory(error):
+                raise
+            count = len(pixels_NCHW)
+            images = "an image alone" if count == 1 else f"a batch of {count:,} images"
+            raise CaptureError(
+                f"the model fails on {images}: {type(error).__name__}: {one_line(error)}",
+                "it took the batches of the probe, so look at what it expects of pixels or of their number",
+            ) from error
         if self._remaining:
             missing = next(iter(self._targets[min(self._remaining)].values()))[0].address
             raise CaptureError(f"'{missing}' did not run in this batch, though it did in the probe")

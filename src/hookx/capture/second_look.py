@@ -11,9 +11,7 @@ from torch import Tensor
 
 from hookx.capture.agreement import Disagreement, disagreement, is_unsteady, max_rounding, rounding_between
 from hookx.capture.arithmetic import PRECISIONS
-from hookx.capture.failures import is_out_of_memory
 from hookx.capture.rows import RowCapture
-from hookx.errors import CaptureError, HookxError
 from hookx.layers.select import Target
 from hookx.plan import LayerSpec
 
@@ -68,16 +66,7 @@ class SecondLook:
             layer.address: torch.empty((len(pixels_NCHW), *layer.shape), dtype=getattr(torch, layer.dtype))
             for layer in self._layers
         }
-        try:
-            self._capture.run(pixels_NCHW.clone(), rows, counted=False)
-        except HookxError:
-            raise
-        except Exception as error:  # A model can raise anything.
-            if is_out_of_memory(error):
-                raise
-            count = len(pixels_NCHW)
-            what = "an image alone" if count == 1 else f"a batch of {count:,} images"
-            raise CaptureError(f"the model fails on {what}: {type(error).__name__}: {error}") from error
+        self._capture.run(pixels_NCHW.clone(), rows, counted=False)
         self._capture.wait()
         return rows
 

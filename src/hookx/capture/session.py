@@ -162,6 +162,14 @@ class Capture(Mapping[str, Tensor]):
         """Forget what was captured, and keep capturing."""
         self._passes.clear()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "keep": self._passes.keep, "detach": self._detach}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The copy of a model that holds its capture, which captures nothing until layers are added to it.
+        self.model, self._detach, self._wishes = state["model"], state["detach"], {}
+        self._passes, self._watch = Passes(state["keep"]), Watch(self._on_enter, self._on_return)
+
     def __enter__(self) -> Capture:
         return self
 
@@ -272,7 +280,7 @@ class Capture(Mapping[str, Tensor]):
             value = reduce(copied, wish.address.reduction)
             if wish.transform is not None:
                 with self._passes.mute():
-                    value = wish.transform(value)
+                    value = wish.transform(value.clone())  # It may work in place.
             if not isinstance(value, Tensor):
                 raise CaptureError(f"the transform of '{wish.address}' returned a {type(value).__name__}, not a tensor")
             return value if value is copied and not self._detach else value.clone()

@@ -6,6 +6,7 @@ An output may be any Python object. Tuples, lists, mappings, named tuples, datac
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import enum
 import functools
@@ -15,7 +16,17 @@ import re
 import sys
 import types
 from collections import Counter
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, MappingView, Sequence, ValuesView
+from collections.abc import (
+    ItemsView,
+    Iterator,
+    KeysView,
+    Mapping,
+    MappingView,
+    MutableMapping,
+    MutableSequence,
+    Sequence,
+    ValuesView,
+)
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -111,6 +122,41 @@ def look_into_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[t
 def tensors_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Parts, Tensor]]:
     """Return the tensors among a call's arguments; a lone argument with tensors needs no name."""
     return [(parts, found) for parts, found in look_into_arguments(args, kwargs) if isinstance(found, Tensor)]
+
+
+def replace_tensors(value: Any, replacements: Mapping[int, Tensor], _above: tuple[int, ...] = ()) -> Any:
+    """Return an output with tensors replaced by id, in copies of the containers around them; else the same object.
+
+    Containers that cannot be copied or changed keep what they hold.
+    """
+    if isinstance(value, Tensor):
+        return replacements.get(id(value), value)
+    if isinstance(value, _LEAVES) or id(value) in _above or len(_above) >= _MAX_DEPTH:
+        return value
+    above = (*_above, id(value))
+    try:
+        items = _items_of(value)
+        if isinstance(items, str):
+            return value
+        changed = {key: new for key, item in items if (new := replace_tensors(item, replacements, above)) is not item}
+        if not changed:
+            return value
+        if isinstance(value, tuple):
+            replaced = [replace_tensors(item, replacements, above) for item in value]
+            return type(value)(*replaced) if hasattr(value, "_fields") else type(value)(replaced)
+        copied = copy.copy(value)
+        for name, new in changed.items():
+            if isinstance(value, MutableMapping | MutableSequence) and not isinstance(name, _Attribute):
+                copied[name] = new
+            else:
+                object.__setattr__(copied, name, new)  # A dataclass may be frozen.
+        # Mappings that offer their items as attributes, too.
+        for name, one in list(getattr(copied, "__dict__", {}).items()):
+            if isinstance(one, Tensor) and id(one) in replacements:
+                object.__setattr__(copied, name, replacements[id(one)])
+        return copied
+    except Exception:  # The code of a stranger's class can raise anything.
+        return value
 
 
 def reduce(tensor: Tensor, reduction: Reduction | None) -> Tensor:

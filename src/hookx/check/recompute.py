@@ -112,7 +112,9 @@ def _recompute(options: RecomputeOptions, path: Path, plan: Plan) -> Recomputati
     model_options = options.options or ModelOptions(**options.values_of(CheckpointOptions))
     loaded = _load_again(plan, options.model, options.weights, model_options)
     runner = Runner(loaded.module, loaded.forward, choose_device(options.device), plan.precision, plan.memory_format)
-    targets = _find_targets(path, plan, loaded, runner)
+    found = list(_find_batches(path, plan, chosen))
+    # A resumed run may have had smaller batches than the plan was begun with.
+    targets = _find_targets(path, plan, loaded, runner, max(batch.images_at_once for batch in found))
 
     rows: list[RecomputedRow] = []
     problems: list[Problem] = []
@@ -122,7 +124,7 @@ def _recompute(options: RecomputeOptions, path: Path, plan: Plan) -> Recomputati
         RowCapture(runner, targets, settle_passes(runner, targets, plan.preprocessing)) as capture,
     ):
         look = SecondLook(capture, targets, plan.layers)
-        for batch in _find_batches(path, plan, chosen):
+        for batch in found:
             try:
                 pixels_NCHW = _decode_again(batch, files, plan, loaded, runner.device)
             except StoreError as error:
@@ -177,13 +179,13 @@ def _load_again(plan: Plan, model: str | None, weights: str | None, options: Mod
     return loaded
 
 
-def _find_targets(path: Path, plan: Plan, loaded: LoadedModel, runner: Runner) -> list[Target]:
+def _find_targets(path: Path, plan: Plan, loaded: LoadedModel, runner: Runner, batch_size: int) -> list[Target]:
     """Place the model on its device and find the run's layers in it."""
     if loaded.cpu_only and runner.device.type != "cpu":
         raise UsageError(f"{plan.model} has integer layers that run on the CPU only", "write --device cpu")
     check_decoding(plan.preprocessing, runner.device)
     selectors = [Selector.parse(layer.address) for layer in plan.layers]
-    targets = place_and_select(loaded, runner, plan.preprocessing, selectors, (), plan.batch_size).targets
+    targets = place_and_select(loaded, runner, plan.preprocessing, selectors, (), batch_size).targets
     shapes = {layer.address: layer.shape for layer in plan.layers}
     if {str(target.address): target.shape for target in targets} != shapes:
         raise StoreError(f"{plan.model} does not have the layers and shapes of {path}/")

@@ -17,7 +17,7 @@ import typer
 from hookx.cli.commands import cat, export, extract, inspect, list_layers, list_models, verify, visualize
 from hookx.cli.options import EXIT_CODES
 from hookx.cli.streams import flush_output, interrupt, printable, raise_again
-from hookx.errors import HookxError, Interrupted
+from hookx.errors import DeviceError, HookxError, Interrupted
 
 app = typer.Typer(
     help="Exact per-layer activations of vision models: a folder of images in, safetensors shards out.",
@@ -55,6 +55,10 @@ def main() -> NoReturn:
             raise
     except HookxError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
+        if isinstance(error, DeviceError):
+            print(f"  {shlex.join(['hookx', *sys.argv[1:]])}", file=sys.stderr, flush=True)
+            flush_output()
+            os._exit(error.exit_code)  # PyTorch aborts a process that frees memory on a device that has failed.
         sys.exit(error.exit_code)
     except Interrupted as interrupted:
         print(f"interrupted; finish it with the same command:\n{shlex.join(['hookx', *sys.argv[1:]])}", file=sys.stderr)
