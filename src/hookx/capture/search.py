@@ -173,11 +173,8 @@ class Search:
                 except ValueError:  # not assigned yet
                     continue
                 called = f"variable '{variable}' of {function.__qualname__}"
-                read, write = (
-                    functools.partial(getattr, cell, "cell_contents"),
-                    functools.partial(entries.fill_cell, cell),
-                )
-                self._put(Whole(called, read, write))
+                read = functools.partial(getattr, cell, "cell_contents")
+                self._put(Whole(called, read, functools.partial(entries.fill_cell, cell)))
                 self.add(cell.cell_contents, called)
 
     def _add_class(self, of: type) -> None:
