@@ -23,8 +23,8 @@ def settle(runner: Runner, targets: Sequence[Target], images_NCHW: Tensor) -> Se
     What a pass changes again and again, such as a counter or a kept attention map, or what it would have cleared at its
     end, is put back before each pass. What the first pass leaves for the others, such as a table of positions, stays:
     the probe has shown that no row depends on it. So does what passes keep outside the model, in globals and in
-    variables of functions. If the rows of a stopped pass that follows a stopped pass of another image are not those of a
-    full pass, the passes of the run go on to their end.
+    variables of functions. A stopped pass that follows a stopped pass of another image is compared with a full pass; if
+    its rows differ, the passes of the run go on to their end.
 
     Args:
         runner: how to take a batch through the model.
