@@ -147,7 +147,7 @@ def test_hooks_come_off_after_an_exception_in_the_forward_pass() -> None:
     assert hooks_on(net) == 0
     good = nets.InPlace().eval()
     targets = targets_of(good, "conv,.")
-    with pytest.raises(RuntimeError), RowCapture(Runner.of(good), targets) as capture:
+    with pytest.raises(CaptureError), RowCapture(Runner.of(good), targets) as capture:
         assert hooks_on(good) > 0
         capture.run(images(3, 8)[:, :1], {})
     assert hooks_on(good) == 0

@@ -109,7 +109,7 @@ def test_a_run_that_fails_on_its_way_leaves_the_model_as_it_was(zoo: Any, thumbn
 
     zoo.net = traps.Trap(fail_on_real_images, kept=[])
     state = ModuleState.of(zoo.net)
-    with pytest.raises(ValueError, match="too many"):
+    with pytest.raises(CaptureError, match="too many"):
         extract(thumbnails, tmp_path / "out", ".", batch_size=8)
     assert state.changed() == []
 

@@ -1,4 +1,4 @@
-"""What passes say of one tensor: its batch dimension, which of its rows are an image's, and how far it rounds."""
+"""Compare one tensor in several passes: its batch dimension, which of its rows are an image's, how far it rounds."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Comparison:
     def compare(self, tensor: Tensor, batch: Batch) -> Disagreement | None:
         """Return how far the followed image's row moves in a batch; None if it stays.
 
-        Of several ways to group the rows of an image, those remain with which it stays.
+        Several ways to group the rows of an image can be possible; those remain with which it stays.
         """
         if not self.fits(tensor, batch):
             return Disagreement(float("inf"), self.alone.numel(), self.alone.numel())

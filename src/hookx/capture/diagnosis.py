@@ -185,7 +185,7 @@ class _Diagnosis:
         return culprits
 
     def _explain_within_batch(self) -> dict[Key, str]:
-        """Tell whether it is the place, the number or the values of other images that moves a row."""
+        """Find out whether it is the place, the number or the values of other images that moves a row."""
         if not self.failed:
             return {}
         rows: dict[tuple[Key, int, int], Tensor] = {}

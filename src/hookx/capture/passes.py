@@ -31,7 +31,7 @@ class Passes:
         self.runner, self.modules, self.state, self.compares = runner, modules, state, compares
         self.coarsest, self.tf32 = _arithmetic(runner)
         self.comparisons: dict[Key, Comparison] = {}
-        self.others: dict[Key, TensorInfo] = {}  # what is no tensor, or not one of the first pass
+        self.others: dict[Key, TensorInfo] = {}  # all but the tensors of the first pass
         self.batches: list[Batch] = []
         self.entered: dict[str, int] = {}  # path -> when it was first called
         self.calls: list[tuple[Batch, dict[str, int]]] = []

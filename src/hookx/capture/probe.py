@@ -165,7 +165,7 @@ def _compare_passes_of_one(passes: Passes, followed: Tensor, other: Tensor) -> d
 
 
 def _find_batch_dims(passes: Passes, followed: Tensor) -> None:
-    """Find out which dimension is the batch, for batches of one image; what has none is its image's as a whole."""
+    """Find the batch dimensions, for batches of one image; a tensor without one belongs to its image as a whole."""
     batch = Batch(torch.cat([followed, followed]), ())
 
     def look(key: Key, tensor: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import dis
 import functools
 import itertools
@@ -25,7 +26,7 @@ _MAX_GLOBAL_BYTES = 2**26
 _NOT_DATA = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, classmethod, staticmethod, property)
 # Classes of other modules of the standard library are machinery: locks, loggers, files, enumerations.
 _STANDARD = sys.stdlib_module_names - {"__main__", "argparse", "collections", "types"}
-# Whatever hooks a module, hookx's own included, is no state of its passes.
+# Hooks on a module, hookx's own included, are not state of its passes.
 _MACHINERY = set(vars(nn.Module())) - {"training"}
 
 
@@ -33,8 +34,9 @@ class Search:
     """Walks from modules through all that they hold, and makes entries."""
 
     def __init__(self) -> None:
-        self.found: list[Entry] = []
-        self._in_globals = False
+        self.inside: list[Entry] = []  # the model: its modules, what they hold, and their classes
+        self.outside: list[Entry] = []  # files, and variables and arguments of functions
+        self._is_outside = self._in_globals = False
         self._seen: dict[int, Any] = {}  # also keeps the objects alive, so that an id names one object
 
     def add_module(self, module: nn.Module, path: str) -> None:
@@ -65,25 +67,36 @@ class Search:
         if isinstance(value, Tensor):
             self._add_tensor(value, name)
         elif isinstance(value, np.ndarray):
-            self.found.append(Whole(name, value.copy, functools.partial(entries.fill_array, value)))
+            self._put(Whole(name, value.copy, functools.partial(entries.fill_array, value)))
         elif (generator := entries.generator_entry(value, name)) is not None:
-            self.found.append(generator)
+            self._put(generator)
         elif isinstance(value, dict):
-            self.found.append(Whole(name, lambda: list(value.items()), functools.partial(entries.fill_dict, value)))
+            self._put(Whole(name, lambda: list(value.items()), functools.partial(entries.fill_dict, value)))
             self._add_all([*value.values()], name)
             self._add_attributes(value, name)
         elif isinstance(value, list | bytearray | array.array):
-            self.found.append(Whole(name, lambda: list(value), functools.partial(entries.fill_list, value)))
+            self._put(Whole(name, lambda: list(value), functools.partial(entries.fill_list, value)))
             self._add_all(value if isinstance(value, list) else (), name)
             self._add_attributes(value, name)
         elif isinstance(value, deque | set):
-            self.found.append(Whole(name, lambda: list(value), functools.partial(entries.fill_again, value)))
+            self._put(Whole(name, lambda: list(value), functools.partial(entries.fill_again, value)))
             self._add_all(list(value), name)
             self._add_attributes(value, name)
         elif isinstance(value, tuple | frozenset):
             self._add_all(value, name)
         else:
             self._add_object(value, name)
+
+    def _put(self, entry: Entry) -> None:
+        (self.outside if self._is_outside else self.inside).append(entry)
+
+    @contextlib.contextmanager
+    def _go_outside(self) -> Iterator[None]:
+        before, self._is_outside = self._is_outside, True
+        try:
+            yield
+        finally:
+            self._is_outside = before
 
     def _is_new(self, value: Any) -> bool:
         is_new = id(value) not in self._seen and len(self._seen) < _MAX_OBJECTS
@@ -109,7 +122,7 @@ class Search:
         self._add_namespace(Namespace(read, name_of, held.__setitem__, held.__delitem__), search=search)
 
     def _add_namespace(self, namespace: Namespace, *, search: bool = True) -> None:
-        self.found.append(namespace)
+        self._put(namespace)
         if search:
             for key, value in namespace.saved.items():
                 self.add(value, namespace.name_of(key))
@@ -118,7 +131,7 @@ class Search:
         if tensor.device.type == "meta":
             return
         try:
-            self.found.append(Values(name, tensor))
+            self._put(Values(name, tensor))
         except (RuntimeError, NotImplementedError):  # A layout or a subclass that cannot be cloned: sparse, lazy.
             return
         self._add_all(vars(tensor).values(), name)
@@ -138,7 +151,7 @@ class Search:
             for slot in itertools.chain.from_iterable(_slots(base) for base in type(value).__mro__):
                 if hasattr(value, slot):
                     read, write = functools.partial(getattr, value, slot), functools.partial(setattr, value, slot)
-                    self.found.append(Whole(name, read, write))
+                    self._put(Whole(name, read, write))
                     self.add(getattr(value, slot), name)
             for base in type(value).__mro__:
                 self._add_class(base)
@@ -148,20 +161,21 @@ class Search:
             self.add(held, name)
 
     def _add_function(self, function: types.FunctionType, name: str) -> None:
-        self.add(function.__dict__, name)
-        self._add_all(function.__defaults__ or (), name)
-        self._add_all((function.__kwdefaults__ or {}).values(), name)
-        for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            if variable == "__class__" or not self._is_new(cell):
-                continue
-            try:
-                cell.cell_contents  # noqa: B018
-            except ValueError:  # not assigned yet
-                continue
-            called = f"variable '{variable}' of {function.__qualname__}"
-            read, write = functools.partial(getattr, cell, "cell_contents"), functools.partial(entries.fill_cell, cell)
-            self.found.append(Whole(called, read, write))
-            self.add(cell.cell_contents, called)
+        with self._go_outside():
+            self.add(function.__dict__, name)
+            self._add_all(function.__defaults__ or (), name)
+            self._add_all((function.__kwdefaults__ or {}).values(), name)
+            for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+                if variable == "__class__" or not self._is_new(cell):
+                    continue
+                try:
+                    cell.cell_contents  # noqa: B018
+                except ValueError:  # not assigned yet
+                    continue
+                called = f"variable '{variable}' of {function.__qualname__}"
+                read = functools.partial(getattr, cell, "cell_contents")
+                self._put(Whole(called, read, functools.partial(entries.fill_cell, cell)))
+                self.add(cell.cell_contents, called)
 
     def _add_class(self, of: type) -> None:
         if _is_machinery(of) or not self._is_new(of):
@@ -187,14 +201,15 @@ class Search:
         for of in classes:
             self._add_class(of)
         self._in_globals = True
-        for key, value in list(vars(file).items()):
-            if _is_data(key, value):
-                self.add(value, f"global '{stem}.{key}'")
-        for function in functions:
-            self.add(function, f"a default argument of {function.__name__}")
-        functions += itertools.chain.from_iterable(map(_functions_of, classes))
-        assigned = {name for function in functions for name in _assigned_globals(function.__code__)}
-        self._add_namespace(_namespace_of(file, "global", stem, assigned.__contains__))
+        with self._go_outside():
+            for key, value in list(vars(file).items()):
+                if _is_data(key, value):
+                    self.add(value, f"global '{stem}.{key}'")
+            for function in functions:
+                self.add(function, f"a default argument of {function.__name__}")
+            functions += itertools.chain.from_iterable(map(_functions_of, classes))
+            assigned = {name for function in functions for name in _assigned_globals(function.__code__)}
+            self._add_namespace(_namespace_of(file, "global", stem, assigned.__contains__))
         self._in_globals = False
 
     def _add_script_module(self, module: torch.jit.ScriptModule, dot: str) -> None:
@@ -208,7 +223,7 @@ class Search:
             value = getattr(module, key, None)
             if isinstance(value, int | float | str):
                 read, write = functools.partial(getattr, module, key), functools.partial(setattr, module, key)
-                self.found.append(Whole(_name("attribute", dot, key), read, write))
+                self._put(Whole(_name("attribute", dot, key), read, write))
 
 
 def _namespace_of(holder: Any, kind: str, prefix: str, counts: Callable[[str], bool]) -> Namespace:
@@ -239,7 +254,7 @@ def _is_data(key: str, value: Any) -> bool:
 
 
 def _is_own_code(file: types.ModuleType) -> bool:
-    """Return whether a file is a user's own. An installed package has registries, which are no state of passes."""
+    """Return whether a file is a user's own. What an installed package registers is not state of passes."""
     path = getattr(file, "__file__", None)
     is_installed = not path or "site-packages" in path or "dist-packages" in path
     return not is_installed and file.__name__.partition(".")[0] != "hookx"

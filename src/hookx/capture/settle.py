@@ -22,8 +22,9 @@ def settle(runner: Runner, targets: Sequence[Target], images_NCHW: Tensor) -> Se
 
     What a pass changes again and again, such as a counter or a kept attention map, or what it would have cleared at its
     end, is put back before each pass. What the first pass leaves for the others, such as a table of positions, stays:
-    the probe has shown that no row depends on it. If the rows of a stopped pass that follows a stopped pass of another
-    image are not those of a full pass, the passes of the run go on to their end.
+    the probe has shown that no row depends on it. So does what passes keep outside the model, in globals and in
+    variables of functions. A stopped pass that follows a stopped pass of another image is compared with a full pass; if
+    its rows differ, the passes of the run go on to their end.
 
     Args:
         runner: how to take a batch through the model.
@@ -34,19 +35,19 @@ def settle(runner: Runner, targets: Sequence[Target], images_NCHW: Tensor) -> Se
         return Settled()
     one_NCHW, other_NCHW = images_NCHW[:1], images_NCHW[1:2]
     state = ModuleState.of(runner.module, runner.forward)
-    generators = set(state.generators().names())
+    inside = state.inside()
     full = Settled(stops=False)
     try:
         whole = _rows(runner, targets, full, one_NCHW)
-        changed = set(state.changed()) - generators
+        changed = set(inside.changed())
         changing: set[str] = set()
         if changed:
-            after_one = ModuleState.of(runner.module, runner.forward).narrow(changed)
+            after_one = ModuleState.of(runner.module, runner.forward).inside().narrow(changed)
             _rows(runner, targets, full, other_NCHW)
             changing = set(after_one.changed())
             state.restore()
         _rows(runner, targets, Settled(), other_NCHW)
-        left_by_stop = set(state.changed()) - generators
+        left_by_stop = set(inside.changed())
         put_back = changing | (left_by_stop - (changed - changing))
         state.restore(put_back)
         rows = _rows(runner, targets, Settled(), one_NCHW)
@@ -64,8 +65,8 @@ def settle(runner: Runner, targets: Sequence[Target], images_NCHW: Tensor) -> Se
     return Settled(
         stops=differing is None,
         changing=tuple(sorted(put_back)),
-        before_pass=state.narrow(put_back),
-        before_run=state.lighten(changed | changing | left_by_stop),
+        before_pass=inside.narrow(put_back),
+        before_run=inside.lighten(changed | changing | left_by_stop),
     )
 
 

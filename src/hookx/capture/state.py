@@ -33,8 +33,9 @@ class ModuleState:
         ([], tensor([0., 0., 0.]))
     """
 
-    def __init__(self, entries: Iterable[Entry] = ()) -> None:
-        self._entries = list(entries)
+    def __init__(self, inside: Iterable[Entry] = (), outside: Iterable[Entry] = ()) -> None:
+        self._inside, self._outside = list(inside), list(outside)
+        self._entries = [*self._inside, *self._outside]
 
     @classmethod
     def of(cls, module: nn.Module, forward: Callable[..., Any] | None = None) -> ModuleState:
@@ -42,7 +43,7 @@ class ModuleState:
         search = Search()
         search.add_module(module, "")
         search.add(forward, "the function that runs the model")
-        return cls([*search.found, *global_generators()])
+        return cls(search.inside, [*search.outside, *global_generators()])
 
     def changed(self) -> list[str]:
         """Return the names of what is not as it was."""
@@ -62,6 +63,10 @@ class ModuleState:
     def generators(self) -> ModuleState:
         """Return the state of the generators of random numbers alone."""
         return ModuleState(entry for entry in self._entries if isinstance(entry, Generator))
+
+    def inside(self) -> ModuleState:
+        """Return the state of the model alone: its modules, what they hold, and their classes."""
+        return ModuleState(self._inside)
 
     def narrow(self, names: Iterable[str]) -> ModuleState:
         """Return the state of these names alone."""

@@ -27,7 +27,7 @@ class TensorInfo:
     batch_dim: int | None = 0  # the position of the batch dimension; None for a constant
     rows_per_image: int = 1  # above 1, the batch dimension holds this many rows for each image
     problem: str = ""  # why its rows cannot be assigned to images
-    groups_per_image: int = 1  # an image's rows lie in so many groups; each group is followed by the next image's
+    groups_per_image: int = 1  # of an image's rows; each is followed by a group of the next image
     rounding: float = field(default=0.0, compare=False)  # of an image in batches of two sizes, relative to its largest
     is_dense: bool = True  # False for what holds values and no rows: a sparse tensor, a set; `problem` says what it is
 

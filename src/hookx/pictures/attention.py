@@ -61,7 +61,7 @@ def find_attention(runner: Runner, pixels_NCHW: Tensor) -> list[Attention]:
     # Keep the layout of the image: the model rounds differently in another one.
     is_channels_last = pixels_NCHW.is_contiguous(memory_format=torch.channels_last)
     runner = replace(runner, memory_format="channels_last" if is_channels_last else "contiguous")
-    state = ModuleState.of(runner.module, runner.forward)
+    state = ModuleState.of(runner.module, runner.forward).inside()
     try:
         with tap(modules, taps), _Watch(on_weights):
             runner.run(pixels_NCHW)
