@@ -157,8 +157,12 @@ class _Diagnosis:
         """Return what moves in the first batch once the last one has run before it."""
         if not self.failed:
             return set()
-        self._moved_afresh(self.passes.batches[-1])
+        self._moved_afresh(self._last_of_others())
         return set(self._moved(self.passes.batches[0]))
+
+    def _last_of_others(self) -> Batch:
+        """Return the last batch that had other images."""
+        return next(batch for batch in reversed(self.passes.batches) if batch is not self.passes.batches[0])
 
     def _find_what_carries(self, keys: Collection[Key]) -> dict[Key, str]:
         """Name what carries values from pass to pass: put back alone, it puts the rows right."""
@@ -167,7 +171,7 @@ class _Diagnosis:
         passes, state = self.passes, self.state
         culprits: dict[Key, str] = dict.fromkeys(keys, _list_names([], sorted(passes.changed)))
         unsettled = set(keys)
-        for history in ([passes.batches[-1]], passes.batches[1:-1]):
+        for history in ([self._last_of_others()], passes.batches[1:-1]):
             state.restore()
             for batch in history:
                 self._moved(batch)
