@@ -33,9 +33,8 @@ from dataclasses import astuple, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
-import conformance_adversaries
 import torch
-import zoos
+from conformance_sweeps import adversaries, zoos
 from torch import Tensor, nn
 from torchvision.models import get_model
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
@@ -390,7 +389,7 @@ def main() -> int:
     parser.add_argument("--precision", choices=AUTOCAST, default="fp32")
     arguments = parser.parse_args()
     if arguments.kind == "adversaries":
-        return conformance_adversaries.sweep(arguments.patterns)
+        return adversaries.sweep(arguments.patterns)
     of_timm = sorted(TIMM_OF_ANY_SIZE + TIMM_OF_ONE_SIZE)
     known = of_timm if arguments.kind == "timm" else [n for n, kind in list_models().items() if kind == arguments.kind]
     if arguments.kind in zoos.ZOOS:

@@ -754,4 +754,4 @@ def test_no_image_is_blamed_for_what_a_worker_inherits(tmp_path: Path, is_referr
     assert [len(batch.keys) for batch in decoded] == [2, 2, 2] and not any(batch.failures for batch in decoded)
     holder.clear()
     gc.collect()
-    assert (tmp_path / "freed").exists(), "the process that made it still collects it"
+    assert (tmp_path / "freed").exists(), "the process that made it collects it as ever"

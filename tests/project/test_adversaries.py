@@ -29,7 +29,7 @@ def where_scripts_find_each_other() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def adversaries() -> Any:
-    return import_module("conformance_adversaries")
+    return import_module("conformance_sweeps.adversaries")
 
 
 @pytest.fixture(scope="module")

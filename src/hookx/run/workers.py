@@ -229,7 +229,6 @@ def _nothing_inherited_is_collected() -> Iterator[None]:
     Garbage can hold tensors of a GPU, and a forked process that frees one is aborted by CUDA, whatever image it has in
     hand. It also keeps the pages shared that a collection would write to.
     """
-    gc.collect()
     gc.freeze()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Run hookx on the traps in `adversaries/`, and compare what it stores with each model's own pass on each image.
+"""Run hookx on the traps in `scripts/adversaries/`, and compare what it stores with each model's own pass.
 
 The second route shares no code with hookx: torchvision's transforms, and for every image a model made anew, one pass,
 and hooks that clone. Each trap runs in a process of its own, so that none can disturb another.
@@ -31,8 +31,8 @@ from torchvision import transforms
 
 import hookx
 
-ADVERSARIES = Path(__file__).with_name("adversaries")
-PHOTOGRAPHS = Path(__file__).parents[1] / "images"
+ADVERSARIES = Path(__file__).parents[1] / "adversaries"
+PHOTOGRAPHS = Path(__file__).parents[2] / "images"
 SIDE_PX, BATCH = 32, 4  # Four images are the default batch of so short a list.
 IMAGES = 9  # So that the last batch is a smaller one.
 SECONDS = 60  # for one trap

@@ -1,6 +1,6 @@
 """Small models with random weights from other libraries, for `scripts/conformance.py`: factories for hookx.
 
-hookx list-layers scripts/zoos.py:transformers_model --model-arg name=swin
+hookx list-layers scripts/conformance_sweeps/zoos.py:transformers_model --model-arg name=swin
 """
 
 from __future__ import annotations
