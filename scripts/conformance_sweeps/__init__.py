@@ -1,0 +1,1 @@
+"""What scripts/conformance.py sweeps over, beyond the models that hookx itself lists."""
