@@ -70,7 +70,7 @@ class Faults:
     def __init__(self, *rules: Fault) -> None:
         assert len(rules) <= _MAX_RULES
         self.rules = rules
-        self._file = tempfile.NamedTemporaryFile(prefix="hookx-faults-")
+        self._file = tempfile.NamedTemporaryFile(prefix="hookx-faults-")  # noqa: SIM115 - it lasts as long as this
         self._file.write(bytes(8 * _MAX_RULES))
         self._file.flush()
 
