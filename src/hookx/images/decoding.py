@@ -5,6 +5,7 @@ Pillow decodes; with `--decode nvjpeg` an NVIDIA GPU decodes plain JPEGs.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -13,7 +14,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import BinaryIO, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +26,11 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F  # noqa: N812 - its own documentation's name
 
 from hookx.errors import UsageError
+from hookx.images.retries import UnavailableError, is_of_the_file, is_of_the_system
 from hookx.plan import Preprocessing
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 _EXIF_ORIENTATION = 0x0112
 _TURN_UPRIGHT = {
@@ -47,6 +52,8 @@ _GPU_INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic")
 _MAX_PIXELS_RESIZED_AT_ONCE = 16 * 2**20  # in float32
 _NO_MEMORY_OF_NVJPEG = r"out of memory|failed: 5\b"  # its status 5 is NVJPEG_STATUS_ALLOCATOR_FAILURE
 _END_OF_JPEG = b"\xff\xd9"
+_BLOCK_BYTES = 2**20
+_NO_MEMORY_OF_PILLOW = "out of memory error"  # in its words for status -9 of a decoder
 _Picture = TypeVar("_Picture", Image.Image, Tensor)
 
 
@@ -71,6 +78,8 @@ def decode(
         instead of pixels: a uint8 tensor of one dimension, for `decode_jpegs`.
 
     Raises:
+        UnavailableError: the system cannot read the file now, and the file is not to blame.
+        MemoryError: this process cannot get the memory.
         Exception: whatever a decoder raises on corrupt files; `failure_reason` puts it into words.
 
     Example:
@@ -85,16 +94,18 @@ def decode(
     assert transform or not preprocessing.custom, "custom preprocessing comes with its transform"
     # Pillow would map the file into memory, and a file that is truncated meanwhile would kill the process; so open it
     # here. Pillow's warnings about metadata and large images are noise: what matters is whether the image decodes.
-    with _open_regular(file, listed_bytes) as content, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(content, formats=known_formats()) as image:
-            if preprocessing.decode == "nvjpeg" and (encoded := _plain_jpeg(image, content, preprocessing)):
-                return torch.frombuffer(encoded, dtype=torch.uint8), _orientation(image) is not None
-            if preprocessing.decode == "fast":
-                _reduce_while_decoding(image, preprocessing.resize_px)
-            image.load()  # Pillow rotates a TIFF while loading it, and then drops the orientation tag.
-            orientation = _orientation(image)
-            rgb = _to_rgb(image)
+    for is_last_try in (False, True):
+        with _open_regular(file, listed_bytes) as content, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                rgb, orientation = _decode(content, preprocessing)
+                break
+            except Exception:
+                if is_last_try or not content.is_shared:
+                    raise
+                content.read_through()  # A library reads this file by itself, and what the system told it is lost.
+    if isinstance(rgb, Tensor):
+        return rgb, orientation is not None
     _check_resized_size(rgb.size, preprocessing.resize_px)
     if orientation is not None and preprocessing.exif == "apply":
         rgb, orientation = rgb.transpose(orientation), None
@@ -106,6 +117,23 @@ def decode(
         side = preprocessing.crop_px
         raise UnreadableError(f"preprocessing gave {tuple(pixels_CHW.shape)} instead of (3, {side}, {side})")
     return pixels_CHW, orientation is not None
+
+
+def _decode(content: _Content, preprocessing: Preprocessing) -> tuple[Image.Image | Tensor, Image.Transpose | None]:
+    """Return an image as RGB, or the bytes of a JPEG that nvjpeg shall decode; and what would turn it upright."""
+    with Image.open(content, formats=known_formats()) as image:
+        if preprocessing.decode == "nvjpeg" and (encoded := _plain_jpeg(image, content, preprocessing)):
+            return torch.frombuffer(encoded, dtype=torch.uint8), _orientation(image)
+        if preprocessing.decode == "fast":
+            _reduce_while_decoding(image, preprocessing.resize_px)
+        try:
+            image.load()  # Pillow rotates a TIFF while loading it, and then drops the orientation tag.
+        except OSError as error:
+            if str(error).startswith(_NO_MEMORY_OF_PILLOW):
+                raise MemoryError(str(error)) from None
+            raise
+        orientation = _orientation(image)
+        return _to_rgb(image), orientation
 
 
 def decode_jpegs(
@@ -163,6 +191,8 @@ def check_decoding(preprocessing: Preprocessing, device: torch.device) -> None:
 
 def failure_reason(error: Exception) -> str:
     """Return in one line why an image could not be read; without paths, so that all machines store the same bytes."""
+    if isinstance(error, UnavailableError):
+        error = error.cause
     if isinstance(error, UnreadableError):
         return str(error)
     if isinstance(error, UnidentifiedImageError):
@@ -171,19 +201,71 @@ def failure_reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+class _File(io.FileIO):
+    """A file that keeps the system's error of reading it, which a decoder may put into words of its own."""
+
+    error: OSError | None = None
+
+    def readinto(self, buffer: WriteableBuffer) -> int | None:
+        try:
+            return super().readinto(buffer)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def readall(self) -> bytes:
+        try:
+            return super().readall()
+        except OSError as error:
+            self.error = error
+            raise
+
+
+class _Content(io.BufferedReader):
+    """The bytes of a file; `is_shared` once a library has asked for the descriptor, with which it reads by itself."""
+
+    is_shared = False
+
+    def fileno(self) -> int:
+        self.is_shared = True
+        return super().fileno()
+
+    def read_through(self) -> None:
+        """Read the file to its end, for the system's error if there is one."""
+        position = 0
+        while block := os.pread(super().fileno(), _BLOCK_BYTES, position):
+            position += len(block)
+
+
 @contextmanager
-def _open_regular(file: str, listed_bytes: int | None) -> Iterator[BinaryIO]:
-    # Without O_NONBLOCK, opening a named pipe blocks until something writes to it.
-    with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as content:
-        status = os.fstat(content.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise UnreadableError("not a regular file")
-        if listed_bytes is not None and status.st_size != listed_bytes:
-            before = "unreadable" if listed_bytes < 0 else listed_bytes
-            raise UnreadableError(f"changed since it was listed ({before} -> {status.st_size} bytes)")
-        if status.st_size == 0:
-            raise UnreadableError("the file is empty")
-        yield content
+def _open_regular(file: str, listed_bytes: int | None) -> Iterator[_Content]:
+    """Open a file and, as long as it is open, tell errors of the system from those of decoders."""
+    try:
+        # Without O_NONBLOCK, opening a named pipe blocks until something writes to it.
+        raw = _File(file, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
+    except OSError as error:
+        if is_of_the_file(error, file, was_seen=listed_bytes is not None and listed_bytes >= 0):
+            raise
+        raise UnavailableError(error) from None
+    try:
+        with _Content(raw) as content:
+            status = os.fstat(raw.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise UnreadableError("not a regular file")
+            if listed_bytes is not None and status.st_size != listed_bytes:
+                before = "unreadable" if listed_bytes < 0 else listed_bytes
+                raise UnreadableError(f"changed since it was listed ({before} -> {status.st_size} bytes)")
+            if status.st_size == 0:
+                raise UnreadableError("the file is empty")
+            yield content
+    except Exception as error:
+        if raw.error is not None:
+            raise UnavailableError(raw.error) from None
+        if isinstance(error, OSError) and is_of_the_system(error):
+            raise UnavailableError(error) from None
+        raise
+    if raw.error is not None:  # The decoder made do with what it had.
+        raise UnavailableError(raw.error)
 
 
 def known_formats() -> list[str]:
