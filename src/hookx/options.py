@@ -29,6 +29,7 @@ Dtype = Literal["fp64", "fp32", "fp16", "bf16"]
 Exif = Literal["ignore", "apply"]
 Decode = Literal["exact", "fast", "nvjpeg"]
 Interpolation = Literal["nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+OnIOError = Literal["stop", "fail"]
 Layout = Literal["nchw", "nhwc", "tokens"]
 ChannelReduction = Literal["mean", "max", "norm"]
 
@@ -38,7 +39,9 @@ Paths = AnyPath | Iterable[AnyPath]
 # A plan and a shard have the long names, which are torch's.
 DTYPE_NAMES: dict[str, str] = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
-MAX_SHARD_BYTES, MAX_SHARD_IMAGES = 512 * 2**20, 4096  # unless a user says otherwise
+# Unless a user says otherwise:
+MAX_SHARD_BYTES, MAX_SHARD_IMAGES = 512 * 2**20, 4096
+RETRY_SECONDS = 10.0
 
 
 def parse_bytes(text: str) -> int:
@@ -279,6 +282,19 @@ class ExtractOptions(ComputeOptions, PreprocessingOptions, ModelOptions, title="
     strict: bool = option("--strict", "Stop at the first image that cannot be read.", default=False, title="Images")
     decode_timeout: float = option(
         "--decode-timeout SECONDS", "Time limit for one image; 0: none.", default=60.0, minimum=0, title="Images"
+    )
+    retry_for: float = option(
+        "--retry-for SECONDS",
+        "How long to try again what the disk or the network cannot read now.",
+        default=RETRY_SECONDS,
+        minimum=0,
+        title="Images",
+    )
+    on_io_error: OnIOError = option(
+        "--on-io-error WHAT",
+        "After that: stop, so that the same command goes on later; fail: a failure like any other.",
+        default="stop",
+        title="Images",
     )
     progress: Progress = option("", _CALLED, default=_ignore)
 

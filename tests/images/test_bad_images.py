@@ -39,9 +39,12 @@ from hookx.cli.app import app
 from hookx.errors import ImageError
 from hookx.images.decoding import decode
 from hookx.images.listing import ImageList, list_images
+from hookx.run.in_hand import InHand
 from hookx.run.lane import Batch
+from hookx.run.reader import Reader
 from hookx.run.run import extract
-from hookx.run.workers import InHand, Worker, batches
+from hookx.run.worker import Worker
+from hookx.run.workers import batches
 from kit.pictures import CHELSEA, PLAIN, SMALL, four_by_four, no_longer_than, process_ids
 
 Outcome = Tensor | str  # the pixels of an image, or the reason why there are none
@@ -630,7 +633,7 @@ def test_a_process_that_hangs_does_not_outlive_a_parent_that_was_killed(tmp_path
 
 def test_a_process_whose_parent_was_killed_before_it_began_ends_at_once() -> None:
     fork = multiprocessing.get_context("fork")
-    worker = Worker(list_images([CHELSEA]), [], SMALL, None, None, {}, InHand(1, 60.0), lambda: None)
+    worker = Worker(Reader(list_images([CHELSEA]), SMALL), [], None, {}, InHand(1, 60.0), lambda: None)
 
     def begin_as_the_child_of_another() -> None:
         process = fork.Process(target=worker.start, args=(0,))

@@ -20,8 +20,9 @@ from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
 from hookx.errors import ImageError
-from hookx.images.retries import RETRY_SECONDS, Retries, is_of_the_file, reason_of
+from hookx.images.retries import Retries, is_of_the_file, reason_of
 from hookx.keys import Keys, LazySequence
+from hookx.options import RETRY_SECONDS
 from hookx.signals import defer_signals
 
 # Folders are searched for these; a file that is named explicitly may have any suffix.

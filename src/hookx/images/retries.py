@@ -12,7 +12,6 @@ import stat
 import time
 from collections.abc import Callable
 
-RETRY_SECONDS = 10.0  # unless a user says otherwise
 _FIRST_PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 0.05, 2.0
 
 _OF_THE_NAME = frozenset({errno.ELOOP, errno.ENAMETOOLONG})

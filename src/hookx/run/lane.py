@@ -16,9 +16,10 @@ from torch import Tensor
 from hookx.capture.copies import has_streams
 from hookx.capture.failures import is_out_of_memory
 from hookx.capture.rows import RowCapture
-from hookx.errors import HookxError
+from hookx.errors import HookxError, ImageError, one_line
 from hookx.images.decoding import model_input
 from hookx.plan import Plan, Preprocessing, ValueCounts
+from hookx.run.reader import THEN_RESUME
 from hookx.run.ready import out_of_memory
 from hookx.run.selfcheck import SelfCheck
 from hookx.store.writer import ShardWriter, Written
@@ -36,6 +37,7 @@ class Batch:
     # Left to nvjpeg: the bytes of its files, one after the other, and of each file its position and length.
     encoded: tuple[Tensor, Tensor] | None = None
     reasons: dict[int, str] = field(default_factory=dict)  # position -> why it could not be read
+    failed_first: str = ""  # why the system could not read one of them at the first try
     rotations_ignored: int = 0
     reading_seconds: float = 0.0
     nvjpeg_seconds: float = 0.0
@@ -64,8 +66,12 @@ class Batch:
             for tensor in (self.pixels_NCHW, *(self.encoded or ())):
                 if tensor is not None:
                     tensor.share_memory_()
-        except RuntimeError as error:  # torch has no other error for too little memory
-            raise MemoryError(str(error)) from None
+        except (OSError, RuntimeError) as error:
+            raise ImageError(
+                f"no shared memory for a batch: {one_line(error)}",
+                "make /dev/shm larger (in Docker: --shm-size 2g), or try fewer --workers or a smaller --batch-size",
+                THEN_RESUME,
+            ) from None
 
 
 def stack(pixels: list[Tensor]) -> Tensor | None:

@@ -66,7 +66,11 @@ def prepare(options: ExtractOptions) -> Job:
     selectors, excluded = parse_selectors(options.layers), parse_selectors(options.exclude)
     if not selectors:
         raise UsageError("no layer is named", "name one: --layers avgpool    list them: hookx list-layers MODEL")
-    listed = list_images(list_paths(options.images))
+    listed = list_images(
+        list_paths(options.images),
+        retry_seconds=options.retry_for,
+        unavailable_is_failure=options.on_io_error == "fail",
+    )
     out = Path(options.out)
     # A resumed run keeps what was chosen automatically: on another device the choice could differ.
     begun = read_plan(out) if (out / PLAN).exists() else options

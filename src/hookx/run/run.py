@@ -67,7 +67,7 @@ def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) ->
 def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callable[[int], None]) -> None:
     plan, ready, on_gpu = job.plan, job.ready, has_streams(job.device)
     made = _describe_process(job)
-    failures = 0
+    failures, has_failed_first = 0, False
     with (
         single_threaded() if job.device.type == "cpu" else contextlib.nullcontext(),
         ShardWriter(
@@ -88,6 +88,8 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
             plan.preprocessing,
             workers=job.workers,
             decode_timeout_seconds=job.options.decode_timeout,
+            retry_seconds=job.options.retry_for,
+            unavailable_is_failure=job.options.on_io_error == "fail",
             pin_memory=on_gpu,
             in_worker=directory.release,
             transform=ready.loaded.transform,
@@ -104,6 +106,9 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
                 for positions in shard.batches(plan.batch_size):
                     batch = next(computed)
                     failures = _report(batch.failures, failures, strict=job.options.strict)
+                    if batch.failed_first and not has_failed_first:
+                        has_failed_first = True
+                        log.warning("an image could only be read at a later try; the first: %s", batch.failed_first)
                     record.keys += batch.keys
                     record.failures += batch.failures
                     record.rotations_ignored += batch.rotations_ignored
