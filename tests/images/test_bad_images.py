@@ -16,6 +16,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Generator, Iterator
@@ -31,12 +32,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageFile
 from torch import Tensor
+from torch.utils.data import get_worker_info
 from typer.testing import CliRunner
 
 import hookx
 from hookx.check.verify import verify
 from hookx.cli.app import app
-from hookx.errors import ImageError
+from hookx.errors import HookxError, ImageError
 from hookx.images.decoding import decode
 from hookx.images.listing import ImageList, list_images
 from hookx.run.in_hand import InHand
@@ -146,8 +148,8 @@ def test_a_file_that_may_not_be_read_is_a_failure(tmp_path: Path) -> None:
     assert failure_of(tmp_path / "x.jpg") == "PermissionError: Permission denied"
 
 
-def test_a_file_that_vanishes_or_changes_after_it_was_listed_is_a_failure(tmp_path: Path) -> None:
-    for name in ("changes", "grows", "stays", "vanishes", "becomes a folder"):
+def test_a_file_that_changes_after_it_was_listed_is_a_failure(tmp_path: Path) -> None:
+    for name in ("changes", "grows", "stays", "becomes a folder"):
         (tmp_path / f"{name}.jpg").write_bytes(CHELSEA.read_bytes())
     (tmp_path / "appears.jpg").symlink_to("target")
     images = list_images([tmp_path])
@@ -155,8 +157,7 @@ def test_a_file_that_vanishes_or_changes_after_it_was_listed_is_a_failure(tmp_pa
     four_by_four().save(tmp_path / "changes.jpg")
     with open(tmp_path / "grows.jpg", "ab") as file:
         file.write(b"\0")
-    for name in ("vanishes", "becomes a folder"):
-        (tmp_path / f"{name}.jpg").unlink()
+    (tmp_path / "becomes a folder.jpg").unlink()
     (tmp_path / "becomes a folder.jpg").mkdir()
     shutil.copy(CHELSEA, tmp_path / "target")
     changed_bytes = (tmp_path / "changes.jpg").stat().st_size
@@ -165,7 +166,6 @@ def test_a_file_that_vanishes_or_changes_after_it_was_listed_is_a_failure(tmp_pa
         "becomes a folder.jpg": "IsADirectoryError: Is a directory",
         "changes.jpg": f"changed since it was listed ({size_bytes} -> {changed_bytes} bytes)",
         "grows.jpg": f"changed since it was listed ({size_bytes} -> {size_bytes + 1} bytes)",
-        "vanishes.jpg": "FileNotFoundError: No such file or directory",
     }
 
 
@@ -387,9 +387,11 @@ def test_the_first_frame_or_page_stands_for_all(suffix: str, tmp_path: Path) -> 
 
 
 def spring(fp: IO[bytes], _filename: str | bytes) -> ImageFile.ImageFile:
-    """Do to the decoding process what the file says."""
+    """Do to the decoding process what the file says; what "beside" precedes, only to one that decodes others, too."""
     fp.seek(0)
-    _, what, argument = fp.read().decode().split()
+    *when, what, argument = fp.read().decode().removeprefix("TRAP ").split()
+    if when and get_worker_info() is None:
+        what = "nothing"
     if what == "signal":
         os.kill(os.getpid(), int(argument))
     elif what == "exit":
@@ -404,6 +406,8 @@ def spring(fp: IO[bytes], _filename: str | bytes) -> ImageFile.ImageFile:
         os.kill(os.getpid(), int(argument))
     elif what == "sleep":
         time.sleep(float(argument))
+    elif what == "allocate":
+        np.ones(int(argument), np.uint8)
     elif what == "compute":
         re.match(r"(a+)+$", "a" * int(argument) + "b")  # In C, for years.
     raise OSError("the trap let go")
@@ -516,16 +520,141 @@ def test_a_run_with_crashes_gives_the_same_outcomes_every_time(tmp_path: Path) -
 
 
 def test_a_process_that_is_killed_from_outside_is_not_blamed_on_its_image(tmp_path: Path) -> None:
-    images = folder_of(tmp_path, 4, {2: "sleep 600"})
+    images = folder_of(tmp_path, 4, {2: "beside sleep 600"})
     before = process_ids()
     some = batches(images, cut(4, 1), SMALL, workers=1)
     assert [next(some).keys, next(some).keys] == [["00.png"], ["01.png"]]
     time.sleep(0.3)
     [process_id] = process_ids() - before
     os.kill(process_id, signal.SIGKILL)
-    with no_longer_than(20), pytest.raises(ImageError, match=r"a worker exited unexpectedly: SIGKILL\n .*memory"):
+    with no_longer_than(20):
+        outcomes = outcomes_of(some)
+    assert sorted(outcomes) == ["02.png", "03.png"]
+    assert reasons_of(outcomes) == {"02.png": "OSError: the trap let go"}
+    assert process_ids() == before
+
+
+CRASHES_BESIDE_OTHERS = [
+    *(f"signal {number:d}" for number in (signal.SIGKILL, signal.SIGABRT, signal.SIGTERM, signal.SIGSEGV)),
+    "exit 0",
+    "exit 3",
+    f"allocate {2**60}",
+]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_image_that_crashes_only_beside_others_is_read_alone(workers: int, tmp_path: Path) -> None:
+    before = process_ids()
+    trapped = {2 * number: f"beside {how}" for number, how in enumerate(CRASHES_BESIDE_OTHERS)}
+    outcomes = decoded(folder_of(tmp_path, 16, trapped), workers=workers)
+    assert reasons_of(outcomes) == {f"{number:02}.png": "OSError: the trap let go" for number in trapped}
+    assert process_ids() == before
+
+
+def test_an_image_that_is_killed_alone_as_well_is_a_failure(tmp_path: Path) -> None:
+    outcomes = decoded(folder_of(tmp_path, 4, {1: f"signal {signal.SIGKILL:d}"}), workers=2)
+    assert reasons_of(outcomes) == {"01.png": "the decoder crashed (SIGKILL)"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_machine_without_memory_for_any_image_is_an_error_and_no_failure(workers: int, tmp_path: Path) -> None:
+    images = folder_of(tmp_path, 4, {1: f"allocate {2**60}"})
+    some = batches(images, cut(4, 2), SMALL, workers=workers, retry_seconds=0.1)
+    with no_longer_than(20), pytest.raises(ImageError, match=r"too little memory to decode '.*01.png', with nothing"):
+        list(some)
+    some = batches(images, cut(4, 2), SMALL, workers=workers, retry_seconds=0.1, unavailable_is_failure=True)
+    assert list(reasons_of(outcomes_of(some))) == ["01.png"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_large_image_for_which_there_is_too_little_memory_is_a_failure(workers: int, tmp_path: Path) -> None:
+    folder_of(tmp_path, 3, {})
+    Image.new("RGB", (8000, 4000)).save(tmp_path / "01.png")
+    images, fork = list_images([tmp_path]), multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+
+    def decode_in_little_memory() -> None:
+        used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used_bytes + 80 * 2**20, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        some = batches(images, cut(3, 1), SMALL, workers=workers, retry_seconds=0.1)
+        sender.send(reasons_of(outcomes_of(some)))
+
+    process = fork.Process(target=decode_in_little_memory)
+    process.start()
+    with no_longer_than(60):
+        assert receiver.recv() == {"01.png": "8000 x 4000 pixels take more memory than there is"}
+    process.join()
+
+
+def test_workers_that_end_before_they_begin_are_an_error_and_not_a_hang(tmp_path: Path) -> None:
+    before = process_ids()
+    some = batches(folder_of(tmp_path, 4, {}), cut(4, 1), SMALL, workers=2, in_worker=lambda: os._exit(3))
+    with no_longer_than(40), pytest.raises(ImageError, match="a worker exited unexpectedly: exit code 3\n  most often"):
         next(some)
     assert process_ids() == before
+
+
+def test_processes_that_the_system_refuses_are_an_error_that_leaves_none(tmp_path: Path) -> None:
+    images, fork = folder_of(tmp_path, 4, {}), multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+
+    def decode_with_few_files() -> None:
+        most_allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 12, most_allowed))
+        try:
+            list(batches(images, cut(4, 1), SMALL, workers=8, retry_seconds=0.2))
+        except HookxError as error:
+            sender.send((str(error), process_ids()))
+
+    process = fork.Process(target=decode_with_few_files)
+    process.start()
+    with no_longer_than(40):
+        message, left = receiver.recv()
+    process.join()
+    assert message.startswith("cannot start a worker: Too many open files\n") and "ulimit -n" in message and not left
+
+
+# --- what the system cannot read now -------------------------------------------------------------------------------
+
+
+def renamed(folder: Path) -> Path:
+    return folder.rename(folder.with_name("elsewhere"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_folder_that_goes_away_for_a_while_costs_no_image(workers: int, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    images = folder_of(folder, 12, {})
+    expected = decoded(images, workers=0)
+    some = batches(images, cut(12, 2), SMALL, workers=workers, retry_seconds=20)
+    first = next(some)
+    away = renamed(folder)
+    threading.Timer(1, away.rename, [folder]).start()
+    with no_longer_than(30):
+        outcomes = outcomes_of(itertools.chain([first], some))
+    assert same_outcomes(outcomes, expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_folder_that_stays_away_stops_the_run_and_is_no_failure_of_its_images(workers: int, tmp_path: Path) -> None:
+    folder, before = tmp_path / "images", process_ids()
+    folder.mkdir()
+    images = folder_of(folder, 12, {})
+    some = batches(images, cut(12, 2), SMALL, workers=workers, retry_seconds=0.3)
+    next(some)
+    renamed(folder)
+    expected = r"cannot read '.*png' after 0.3 s of trying: No such file or directory\n.*resume.*\n.*--on-io-error fail"
+    with no_longer_than(30), pytest.raises(ImageError, match=expected):
+        list(some)
+    assert process_ids() == before
+
+
+def test_what_stays_unreadable_is_a_failure_if_that_is_asked_for(tmp_path: Path) -> None:
+    images = folder_of(tmp_path, 3, {})
+    (tmp_path / "01.png").unlink()
+    some = batches(images, cut(3, 2), SMALL, workers=1, retry_seconds=0.1, unavailable_is_failure=True)
+    assert reasons_of(outcomes_of(some)) == {"01.png": "FileNotFoundError: No such file or directory"}
 
 
 def test_a_lack_of_shared_memory_is_an_error_and_not_a_failure_of_an_image(tmp_path: Path) -> None:
@@ -534,7 +663,7 @@ def test_a_lack_of_shared_memory_is_an_error_and_not_a_failure_of_an_image(tmp_p
 
     images = folder_of(tmp_path, 8, {})
     some = batches(images, cut(8, 4), SMALL, workers=1, in_worker=little_memory)
-    with no_longer_than(20), pytest.raises(ImageError, match=r"no memory for its batch\n .*fewer --workers"):
+    with no_longer_than(20), pytest.raises(ImageError, match=r"no shared memory for a batch: .*\n.*--shm-size"):
         list(some)
 
 

@@ -45,11 +45,15 @@ class Processes:
             # Forked workers share the list of images and start in milliseconds; they never touch a GPU.
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         )
+        self._batches: Iterator[Batch] | None = None
         self._processes: list[multiprocessing.process.BaseProcess] = []
         try:
             with defer_signals(), _keep_child_signals(), _nothing_inherited_is_collected():
                 try:
-                    self._batches: Iterator[Batch] = iter(loader)
+                    self._batches = iter(loader)
+                except OSError as error:
+                    _forget_frames(error)
+                    raise
                 finally:  # All of them, or those before the one that the system refused.
                     now = multiprocessing.active_children()
                     self._processes = [process for process in now if process not in others]
@@ -59,6 +63,7 @@ class Processes:
 
     def receive(self, positions: range) -> Batch | None:
         """Return the batch at these positions, or None if it will not come: see `crashes` and `problem`."""
+        assert self._batches is not None
         while positions not in self._early:
             try:
                 batch = next(self._batches)
@@ -103,13 +108,23 @@ class Processes:
         for process in self._processes:
             if process.is_alive() and process.pid:
                 os.kill(process.pid, signal.SIGALRM)
-        if self._processes:
+        if self._processes and self._batches is not None:
             # What the loader does when it is deleted. Here it may be kept alive, by the traceback of an exception.
             self._batches._shutdown_workers()  # type: ignore[attr-defined]
         for process in self._processes:
             process.kill()
             process.join(timeout=wait_seconds)  # What is stuck in the kernel cannot be killed.
         return not any(process.is_alive() for process in self._processes)
+
+
+def _forget_frames(error: OSError) -> None:
+    """Free what an error keeps alive: a loader that was not made whole, which complains of that when it is deleted."""
+    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        error.with_traceback(None)
+        gc.collect()
+    finally:
+        sys.unraisablehook = before
 
 
 @contextlib.contextmanager
