@@ -33,7 +33,8 @@ from hookx.plan import DTYPES, LayerSpec, Plan, Shard
 from hookx.store.directory import RunDirectory, finished_shards
 from hookx.store.files import aside_of
 from hookx.store.record import ShardRecord
-from hookx.store.writer import ShardWriter, Tuning, Written, open_direct
+from hookx.store.shard_file import Tuning, open_direct
+from hookx.store.writer import ShardWriter, Written
 from kit.runs import ALL_DTYPES, MAPS, bits, forked, plan_of, random_rows, same_bits, wait_for
 
 LARGE = (LayerSpec("conv1", (64, 1000), "float32"), LayerSpec("mask", (3,), "bool"), LayerSpec("fc", (7,), "float64"))
