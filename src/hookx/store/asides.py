@@ -79,11 +79,16 @@ def asides_in(folder: Path) -> Iterator[Aside]:
 
 
 def left_overs_in(folder: Path) -> Iterator[Aside]:
-    """Yield what nobody will finish: this host's without their process, and all others that are older than a day."""
+    """Yield what nobody will finish: this host's without their process, and other hosts' that are older than a day.
+
+    Names without a mark are those of earlier versions, which did not write without a lock.
+    """
     now = None
     for aside in asides_in(folder):
         with contextlib.suppress(OSError):  # It may be published or removed right now.
-            if not aside.is_of_this_host:
+            if not aside.mark:
+                is_left_over = True
+            elif not aside.is_of_this_host:
                 now = now or _clock_of(folder)
                 is_left_over = now - os.lstat(aside.path).st_mtime > _MAX_AGE_SECONDS
             else:

@@ -226,7 +226,7 @@ def read_plan(path: Path) -> Plan:
     except UnreadableError as error:
         with contextlib.suppress(OSError):
             if not is_there(file):
-                raise StoreError(f"{path}/ holds no run of hookx: it has no {PLAN}") from None
+                raise StoreError(f"{path}/ holds no run of hookx: cannot read {PLAN} (there is none)") from None
         raise error from None
     except StoreError as error:
         raise StoreError(f"{path}/{error}") from None

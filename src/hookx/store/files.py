@@ -12,7 +12,7 @@ import filecmp
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,26 @@ def made_whole(path: Path) -> Iterator[Path]:
             yield folder / path.name
             for made in (folder, *folder.rglob("*")):
                 flush(made)
-            for made in sorted(folder.iterdir(), key=lambda made: made.name == path.name):
-                _publish_made(made, path.with_name(made.name), is_beside=made.name != path.name)
+            _publish_all(sorted(folder.iterdir(), key=lambda made: made.name == path.name), path)
             flush(path.parent)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish_all(all_made: Sequence[Path], path: Path) -> None:
+    """Give files their names beside `path`, which is the last of them; on an error, take back what was published."""
+    check_absent(path)
+    published: list[tuple[Path, Path]] = []
+    try:
+        for made in all_made:
+            published.append((made, path.with_name(made.name)))
+            _publish_made(*published[-1], is_beside=made.name != path.name)
+    except BaseException:
+        for made, name in published:
+            with contextlib.suppress(OSError):
+                if _is_same(made, name):
+                    os.unlink(name)
+        raise
 
 
 def _publish_made(made: Path, path: Path, *, is_beside: bool) -> None:
@@ -138,9 +153,11 @@ def put_in_place(descriptor: int, aside: Path, path: Path, *, replace: bool) -> 
         try:
             _link(aside, path, is_published)
         except FileExistsError:
-            with report_read_errors(path):
+            if path.is_symlink():  # hookx publishes none, so someone put it there.
+                _rename(aside, path, is_published)
+            else:
                 check_is_file(path)
-            is_ours = is_published()  # A server may have done what it was asked, and lost the answer.
+                is_ours = False
     with contextlib.suppress(OSError):
         os.unlink(aside)  # A later run does, if this cannot.
     flush(path.parent)  # A name is only durable once its directory is.
