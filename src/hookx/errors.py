@@ -95,7 +95,7 @@ class UnreadableError(StoreError):
     """A file of a run cannot be read now, whatever it holds; `file` and `what` hold which and why."""
 
     def __init__(self, file: Path, reason: str, next_step: str = "") -> None:
-        step = next_step or "it need not be damaged: fix that, then run the same command again"
+        step = next_step or "it may well be whole: fix that, then run the same command again"
         super().__init__(f"cannot read {file}: {reason}", step)
         self.file, self.what = file, f"cannot be read: {reason}"
 
