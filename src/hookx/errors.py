@@ -11,7 +11,8 @@
     ├── CaptureError           a forward pass fails, or differs from what the probe saw
     ├── DeviceError            a GPU fails in the middle of a run
     └── StoreError             an output directory is damaged, belongs to another run, or cannot be written
-        └── ShardError         one shard is damaged
+        ├── UnreadableError    one file cannot be read now, and may be whole
+        └── ShardError         one shard was read, and is damaged
 
 A signal that asks the process to stop raises `Interrupted`, a BaseException. Any other exception is a bug.
 """
@@ -90,8 +91,17 @@ class StoreError(HookxError):
     """An output directory is damaged, belongs to another run, or cannot be written."""
 
 
+class UnreadableError(StoreError):
+    """A file of a run cannot be read now, whatever it holds; `file` and `what` hold which and why."""
+
+    def __init__(self, file: Path, reason: str, next_step: str = "") -> None:
+        step = next_step or "it may well be whole: fix that, then run the same command again"
+        super().__init__(f"cannot read {file}: {reason}", step)
+        self.file, self.what = file, f"cannot be read: {reason}"
+
+
 class ShardError(StoreError):
-    """A shard is damaged, or is not the shard that its name says; `file` and `what` hold which and why."""
+    """A shard was read and is damaged, or is not the shard that its name says; `file` and `what` hold which and why."""
 
     def __init__(self, file: Path, what: str) -> None:
         super().__init__(f"{file} {what}", "remove it, and run the same command again")

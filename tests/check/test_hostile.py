@@ -172,7 +172,7 @@ def test_a_pipe_or_a_device_in_place_of_a_file_does_not_hang(path: Path, name: s
         make(path / name)
         assert name in {problem.file for problem in verify(path).problems} | {note.file for note in verify(path).notes}
         if name != "index.csv":
-            with pytest.raises(StoreError, match="not a file"):
+            with pytest.raises(StoreError, match=r"it is a (pipe|device)"):
                 hookx.open(path)
 
 
@@ -323,9 +323,6 @@ def test_a_link_in_the_directory_is_replaced_and_never_written_through(tmp_path:
     (path / SHARD).unlink()
     with RunDirectory(path, PLAN) as directory:
         (path / SHARD).symlink_to(tmp_path / f"outside-{SHARD}")
-        for name in (SHARD, "index.csv"):  # As if put there while the run goes on.
-            if not (path / f".{name}.aside").is_symlink():
-                (path / f".{name}.aside").symlink_to(tmp_path / f"outside-.{name}.aside")
         write(directory, RECORD)
         directory.publish_index()
     assert all((tmp_path / f"outside-{name}").read_text() == "precious" for name in names)

@@ -3,9 +3,10 @@
    FAULTS holds rules, separated by ';', each "call|what|first-last|path":
      call   the name of a function below
      what   an errno, -signal to kill the process by that signal instead, or 0 only to count;
-            "lie" (flock and fsync) to report success without doing anything
+            "lie" (flock and fsync) to report success without doing anything;
+            "done" and an errno (link and rename) to do it and report a failure, as when a server's answer is lost
      first-last   which of the calls that fit, counted from 1 over all processes; 0 for last: all that follow
-     path   a part of the file's path; empty for any
+     path   a part of the file's path, or with '$' behind it its end; empty for any
    FAULTS_COUNTS names a file of one 64-bit counter a rule, shared by all processes: how many calls fitted. */
 
 #define _GNU_SOURCE
@@ -28,6 +29,7 @@
 
 #define MAX_RULES 64
 #define LIE 100000
+#define DONE 200000
 struct rule { char call[24]; int what; unsigned long first, last; char path[256]; };
 static struct rule rules[MAX_RULES];
 static int rule_count = -1;
@@ -51,7 +53,7 @@ static void set_up(void) {
         char what[16] = "";
         rule->path[0] = 0;
         if (sscanf(at, "%23[^|]|%15[^|]|%lu-%lu|%255[^;]", rule->call, what, &rule->first, &rule->last, rule->path) < 4) abort();
-        rule->what = strcmp(what, "lie") ? atoi(what) : LIE;
+        rule->what = !strcmp(what, "lie") ? LIE : !strncmp(what, "done", 4) ? DONE + atoi(what + 4) : atoi(what);
         count++;
     }
     if (file) {
@@ -63,6 +65,12 @@ static void set_up(void) {
         counts = shared;
     }
     rule_count = count;
+}
+
+static int fits(const char *path, const char *part) {
+    size_t length = strlen(part), whole = strlen(path);
+    if (part[length - 1] != '$') return strstr(path, part) != NULL;
+    return whole >= length - 1 && !strncmp(path + whole - (length - 1), part, length - 1);
 }
 
 /* Return the errno that this call is to fail with, 0 if it is not, or LIE. */
@@ -83,7 +91,7 @@ static int fault(const char *call, const char *path, int descriptor) {
                 of_descriptor[length < 0 ? 0 : length] = 0;
                 path = of_descriptor;
             }
-            if (!path || !strstr(path, rule->path)) continue;
+            if (!path || !fits(path, rule->path)) continue;
         }
         uint64_t time = __atomic_add_fetch(&counts[number], 1, __ATOMIC_SEQ_CST);
         if (time < rule->first || (rule->last && time > rule->last) || !rule->what) continue;
@@ -102,6 +110,13 @@ static int fault(const char *call, const char *path, int descriptor) {
         int error_ = fault(call, path, descriptor);                \
         if (error_ && error_ != LIE) { errno = error_; return result; } \
     } while (0)
+
+#define PUBLISH(call, path, real_call)                             \
+    int error_ = fault(call, path, -1);                            \
+    if (error_ && error_ < LIE) { errno = error_; return -1; }     \
+    int result_ = real_call;                                       \
+    if (error_ >= DONE && !result_) { errno = error_ - DONE; return -1; } \
+    return result_;
 
 #define OPEN(name)                                                              \
     int name(const char *path, int flags, ...) {                                \
@@ -134,10 +149,10 @@ int ftruncate(int d, off_t n) { FAIL("ftruncate", NULL, d, -1); return REAL(ftru
 int ftruncate64(int d, off64_t n) { FAIL("ftruncate", NULL, d, -1); return REAL(ftruncate64)(d, n); }
 int posix_fallocate(int d, off_t at, off_t n) { int e = fault("fallocate", NULL, d); return e ? e : REAL(posix_fallocate)(d, at, n); }
 int posix_fallocate64(int d, off64_t at, off64_t n) { int e = fault("fallocate", NULL, d); return e ? e : REAL(posix_fallocate64)(d, at, n); }
-int rename(const char *from, const char *to) { FAIL("rename", to, -1, -1); return REAL(rename)(from, to); }
-int renameat(int a, const char *from, int b, const char *to) { FAIL("rename", to, -1, -1); return REAL(renameat)(a, from, b, to); }
-int link(const char *from, const char *to) { FAIL("link", to, -1, -1); return REAL(link)(from, to); }
-int linkat(int a, const char *from, int b, const char *to, int f) { FAIL("link", to, -1, -1); return REAL(linkat)(a, from, b, to, f); }
+int rename(const char *from, const char *to) { PUBLISH("rename", to, REAL(rename)(from, to)) }
+int renameat(int a, const char *from, int b, const char *to) { PUBLISH("rename", to, REAL(renameat)(a, from, b, to)) }
+int link(const char *from, const char *to) { PUBLISH("link", to, REAL(link)(from, to)) }
+int linkat(int a, const char *from, int b, const char *to, int f) { PUBLISH("link", to, REAL(linkat)(a, from, b, to, f)) }
 int unlink(const char *path) { FAIL("unlink", path, -1, -1); return REAL(unlink)(path); }
 int unlinkat(int folder, const char *path, int f) { FAIL("unlink", path, -1, -1); return REAL(unlinkat)(folder, path, f); }
 int mkdir(const char *path, mode_t mode) { FAIL("mkdir", path, -1, -1); return REAL(mkdir)(path, mode); }

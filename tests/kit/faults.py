@@ -36,7 +36,9 @@ class Fault:
     Args:
         call: a function of faults.c, such as "open", "read", "stat", "mmap", "fork" or "flock".
         what: the name of an errno ("EIO") or of a signal that kills the process ("SIGKILL"); "lie" for a flock or
-            fsync that reports success and does nothing; "" only to count.
+            fsync that reports success and does nothing; "done EIO" for a link or rename that succeeds and reports a
+            failure; "" only to count.
+        path: a part of the path, or with "$" behind it its end.
     """
 
     call: str
@@ -51,7 +53,8 @@ class Fault:
         if self.what.startswith("SIG"):
             what = str(-getattr(signal, self.what))
         else:
-            what = self.what if self.what == "lie" else str(getattr(errno, self.what) if self.what else 0)
+            done, _, name = self.what.rpartition(" ")
+            what = name if name == "lie" else f"{done}{getattr(errno, name) if name else 0}"
         return f"{self.call}|{what}|{self.first}-{self.last or 0}|{self.path}"
 
 

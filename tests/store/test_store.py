@@ -88,7 +88,7 @@ def test_a_folder_that_a_killed_process_left_aside_is_made_anew(tmp_path: Path) 
             signal.pause()
 
     with forked(make_forever):
-        wait_for((tmp_path / ".export.npy.aside" / "export.npy").exists)
+        wait_for(lambda: any(tmp_path.glob(".export.npy.*.aside/export.npy")))
     with made_whole(tmp_path / "export.npy") as aside:
         assert not aside.exists()
         aside.write_bytes(b"all of it")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from hookx.plan import LayerSpec, Plan, ValueCounts
-from hookx.store.directory import INDEX, present_shards, read_plan
-from hookx.store.format import open_shard
+from hookx.store.directory import INDEX, names_in, present_shards, read_plan
+from hookx.store.format import open_shard, reading
 from hookx.store.record import Totals, read_record
 
 _BYTES_AT_ONCE = 16 * 2**20
@@ -83,7 +83,7 @@ def inspect(
         progress: called with the number of shards read since the last call.
 
     Raises:
-        StoreError: the directory holds no run, or a shard is damaged (`verify` reports all that are).
+        StoreError: the directory holds no run, or a shard is damaged or cannot be read (`verify` reports all of them).
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -116,7 +116,7 @@ def inspect(
         path=str(path),
         plan=plan,
         shards_finished=len(shards),
-        has_index=(path / INDEX).exists(),
+        has_index=INDEX in names_in(path),
         **vars(totals),
         bytes=totals.rows * plan.bytes_per_image,
         layers=tuple(
@@ -135,7 +135,7 @@ def inspect(
 
 def _read_pieces(file: Path, layer: LayerSpec, rows: int) -> Iterator[Tensor]:
     rows_at_once = max(1, _BYTES_AT_ONCE // max(1, layer.bytes_per_image))
-    with open_shard(file) as opened:
+    with reading(file), open_shard(file) as opened:
         tensor = opened.get_slice(layer.address)
         for start in range(0, rows, rows_at_once):
             yield tensor[start : min(start + rows_at_once, rows)]

@@ -19,7 +19,7 @@ from hookx.capture.rows import RowCapture
 from hookx.capture.runner import MEMORY_FORMATS, Runner
 from hookx.capture.second_look import Rows, SecondLook
 from hookx.check.verify import Problem
-from hookx.errors import CaptureError, ShardError, StoreError, UsageError
+from hookx.errors import CaptureError, ShardError, StoreError, UnreadableError, UsageError
 from hookx.images.decoding import check_decoding, decode, decode_jpegs, failure_reason, model_input
 from hookx.images.listing import list_images
 from hookx.keys import key_bytes
@@ -30,7 +30,7 @@ from hookx.plan import Plan, Shard, WeightsIdentity
 from hookx.run.defaults import choose_device, single_threaded
 from hookx.run.ready import place_and_select, settle_passes
 from hookx.store.directory import present_shards, read_plan
-from hookx.store.format import open_shard
+from hookx.store.format import open_shard, reading
 from hookx.store.record import read_record
 
 # Largest deviations that rounding explains, as a share of the row's largest magnitude. Sums in another order differ
@@ -145,7 +145,7 @@ def _choose_rows(path: Path, plan: Plan, count: int, generator: random.Random) -
     """Choose random rows from all readable shards; return the row numbers of each shard, in order."""
     rows_of: dict[Shard, int] = {}
     for shard in present_shards(path, plan):
-        with suppress(ShardError):  # `verify` reports it.
+        with suppress(ShardError, UnreadableError):  # `verify` reports it.
             rows_of[shard] = len(read_record(path, plan, shard).keys)
     shards, ends = list(rows_of), list(accumulate(rows_of.values()))
     if not ends or not ends[-1]:
@@ -294,7 +294,8 @@ def _compare(path: Path, batch: _Batch, computed: Rows) -> Iterator[RecomputedRo
         for key, row in batch.rows.items():
             deviations = {}
             for address, tensor in computed.items():
-                stored = opened.get_slice(address)[row : row + 1]
+                with reading(path / batch.file):
+                    stored = opened.get_slice(address)[row : row + 1]
                 deviations[address] = _deviation(stored[0], tensor[batch.keys.index(key)])
             yield RecomputedRow(batch.file, row, key, deviations)
 

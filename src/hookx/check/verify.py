@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from hookx.errors import ShardError, StoreError
+from hookx.errors import ShardError, StoreError, UnreadableError
 from hookx.keys import image_lines, key_bytes
 from hookx.plan import Plan, Shard
-from hookx.store.directory import FAILURES, INDEX, PLAN, derived_tables, present_shards, read_plan
-from hookx.store.files import ASIDE
-from hookx.store.format import checksum, open_shard
+from hookx.store.asides import is_aside
+from hookx.store.directory import FAILURES, INDEX, PLAN, derived_tables, names_in, present_shards, read_plan
+from hookx.store.files import check_is_file, is_there, report_read_errors
+from hookx.store.format import checksum_in_file, data_ranges, reading
 from hookx.store.record import ShardRecord, Totals, read_record
 
 _MAX_NOTES = 20
@@ -37,6 +37,7 @@ class Verification:
     path: str
     shards: int  # in the plan
     shards_whole: int
+    shards_unreadable: int  # They could not be read now, and may be whole.
     rows: int  # in readable shards, like failures and bytes
     failures: int
     bytes: int
@@ -59,7 +60,7 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int], None] = la
         progress: called with the number of shards read since the last call.
 
     Raises:
-        StoreError: the directory does not exist. Problems inside it are in the result.
+        StoreError: the directory does not exist, or cannot be read. Problems inside it are in the result.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -75,24 +76,28 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int], None] = la
         (Problem(file='shard-00000-of-00001.safetensors', what='is missing'),)
     """
     path = Path(path)
-    if not path.is_dir():
-        raise StoreError(f"there is no directory '{path}'")
+    with report_read_errors(path):
+        if not is_there(path) or not stat.S_ISDIR(os.stat(path).st_mode):
+            raise StoreError(f"there is no directory '{path}'")
     try:
         plan = read_plan(path)
+    except UnreadableError as error:
+        return Verification(str(path), 0, 0, 0, 0, 0, 0, (Problem(PLAN, error.what),))
     except StoreError as error:
         what = str(error).removeprefix(f"{path}/{PLAN} ")
-        return Verification(str(path), 0, 0, 0, 0, 0, (Problem(PLAN, what),))
+        return Verification(str(path), 0, 0, 0, 0, 0, 0, (Problem(PLAN, what),))
 
     present = present_shards(path, plan)
     problems = list(_missing(plan, present))
-    images, totals, whole = _ImageList(), Totals(), 0
+    images, totals, whole, unreadable = _ImageList(), Totals(), 0, 0
     for shard in present:
         file = plan.shard_file(shard)
         try:
             record = read_record(path, plan, shard)
             found = [*images.add(shard, record), *_changed_tensors(path / file, plan, record)]
-        except ShardError as error:
+        except (ShardError, UnreadableError) as error:
             found = [error.what]
+            unreadable += isinstance(error, UnreadableError)
         else:
             totals.add(record)
             whole += not found
@@ -105,12 +110,13 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int], None] = la
         if images.digest.hexdigest() != plan.images_sha256:
             problems.append(Problem(PLAN, "lists images (names or sizes) other than those in the shards"))
         problems += _wrong_tables(path, plan)
-    elif (path / INDEX).exists():
+    elif INDEX in names_in(path):
         notes.insert(0, Problem(INDEX, "was not compared, because not all shards are whole"))
     return Verification(
         path=str(path),
         shards=len(plan.shards),
         shards_whole=whole,
+        shards_unreadable=unreadable,
         rows=totals.rows,
         failures=totals.failures,
         bytes=totals.rows * plan.bytes_per_image,
@@ -158,14 +164,10 @@ class _ImageList:
 
 
 def _changed_tensors(file: Path, plan: Plan, record: ShardRecord) -> Iterator[str]:
-    with open_shard(file) as opened:
+    ranges = data_ranges(file)
+    with reading(file), open(file, "rb", buffering=0) as opened:
         for layer in plan.layers:
-            try:
-                # The tensor is the mapped file, so the system decides how much of it is in memory.
-                found = checksum(opened.get_tensor(layer.address))
-            except (SafetensorError, RuntimeError) as error:
-                yield f"is damaged: '{layer.address}' cannot be read: {error}"
-                continue
+            found = checksum_in_file(opened.fileno(), *ranges[layer.address])
             if found != record.checksums.get(layer.address):
                 yield f"is damaged: '{layer.address}' does not match the checksum taken when it was written"
 
@@ -174,10 +176,10 @@ def _other_files(path: Path, plan: Plan, present: list[Shard]) -> tuple[list[Pro
     """Return problems about shards that are not in the plan, and notes about all other files foreign to the run."""
     known = {PLAN, INDEX, FAILURES, *(plan.shard_file(shard) for shard in present)}
     foreign, notes = [], []
-    for name in sorted(entry.name for entry in os.scandir(path) if entry.name not in known):
+    for name in sorted(set(names_in(path)) - known):
         if name.startswith("shard-") and name.endswith(".safetensors"):
             foreign.append(Problem(name, f"is not one of the {len(plan.shards):,} shards of this plan"))
-        elif name.startswith(".") and name.endswith(ASIDE):
+        elif is_aside(name):
             notes.append(Problem(name, "is being written, or was left by a killed run"))
         else:
             notes.append(Problem(name, "is not part of this run"))
@@ -190,15 +192,21 @@ def _other_files(path: Path, plan: Plan, present: list[Shard]) -> tuple[list[Pro
 def _wrong_tables(path: Path, plan: Plan) -> Iterator[Problem]:
     tables = derived_tables(path, plan)
     for name, lines in tables.items():
-        if what := _difference(path / name, lines):
+        try:
+            with report_read_errors(path / name):
+                what = _difference(path / name, lines)
+        except (ShardError, UnreadableError) as error:  # A shard can have become unreadable since.
+            what = error.what if error.file.name == name else f"cannot be compared: {error.file.name} {error.what}"
+        if what:
             yield Problem(name, what)
-    if FAILURES not in tables and (path / FAILURES).exists():
+    if FAILURES not in tables and FAILURES in names_in(path):
         yield Problem(FAILURES, "exists, but no shard has failures")
 
 
 def _difference(table: Path, lines: Iterator[bytes]) -> str:
     """Return how a table differs from the lines derived from the shards, '' if it does not; reads line by line."""
-    if not table.is_file():
+    check_is_file(table)
+    if not is_there(table):
         return "is missing"
     number = 0
     with open(table, "rb") as file:

@@ -17,13 +17,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor
 
-from hookx.errors import NotStoredError, ShardError, StoreError, UsageError
+from hookx.errors import NotStoredError, StoreError, UsageError
 from hookx.keys import Keys
 from hookx.plan import LayerSpec
-from hookx.store.format import data_range, open_shard
+from hookx.store.format import data_ranges, open_shard, reading
 
 NOT_IN_NUMPY = ("bfloat16", "float8_e4m3fn", "float8_e5m2")  # float32 holds their values.
 _BYTES_AT_ONCE = 2**20
@@ -191,10 +190,11 @@ class _ShardRows:
     def __init__(self, file: Path, layer: LayerSpec, count: int) -> None:
         self.file, self.layer, self.count = file, layer, count
         self.row_bytes = layer.bytes_per_image
-        start, stop = data_range(file, layer.address)
+        start, stop = data_ranges(file).get(layer.address, (0, -1))
         if stop - start != count * self.row_bytes:
             raise self._changed()
-        self.offset, self.file_bytes = start, file.stat().st_size
+        with reading(file):
+            self.offset, self.file_bytes = start, file.stat().st_size
 
     def read(self, stretches: Sequence[_Stretch], into: NDArray[np.uint8]) -> None:
         # A mapped file would need one line. But on a page fault the system also reads the surroundings, up to
@@ -217,24 +217,18 @@ class _ShardRows:
 
     def map(self) -> Tensor:
         """Map all rows into memory, privately: writing to the tensor never changes the file."""
-        try:
-            with open_shard(self.file) as opened:
-                rows: Tensor = opened.get_tensor(self.layer.address)
-        except (SafetensorError, RuntimeError) as error:
-            raise ShardError(self.file, f"is damaged: {error}") from None
+        with reading(self.file), open_shard(self.file) as opened:
+            rows: Tensor = opened.get_tensor(self.layer.address)
         if (rows.dtype, rows.shape) != (getattr(torch, self.layer.dtype), (self.count, *self.layer.shape)):
             raise self._changed()
         return rows
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[int]:
-        try:
-            with open(self.file, "rb", buffering=0) as file:
-                if os.fstat(file.fileno()).st_size != self.file_bytes:
-                    raise self._changed()
-                yield file.fileno()
-        except OSError as error:
-            raise ShardError(self.file, f"cannot be read: {error.strerror}") from None
+        with reading(self.file), open(self.file, "rb", buffering=0) as file:
+            if os.fstat(file.fileno()).st_size != self.file_bytes:
+                raise self._changed()
+            yield file.fileno()
 
     def _changed(self) -> StoreError:
         return StoreError(f"{self.file} has changed since the run was opened", "open it again")

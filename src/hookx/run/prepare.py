@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from hookx.options import DTYPE_NAMES, ExtractOptions, list_paths, takes
 from hookx.plan import DTYPES, LayerSpec, Plan, Shard, images_per_shard
 from hookx.run.defaults import choose_batch_size, choose_workers
 from hookx.run.ready import ReadyModel, ready_model
-from hookx.store.directory import PLAN, check_resumable, finished_shards, read_plan
+from hookx.store.directory import begun_plan, check_resumable, finished_shards
 
 log = logging.getLogger("hookx")
 _CONVERT = "convert it: --dtype fp32"
@@ -57,7 +58,10 @@ class Job:
 
     @property
     def bytes_free(self) -> int:
-        return shutil.disk_usage(_existing_parent(self.out)).free
+        try:
+            return shutil.disk_usage(_existing_parent(self.out)).free
+        except OSError:  # Not every file system tells; a full one says so while it is written to.
+            return sys.maxsize
 
 
 @takes(ExtractOptions)
@@ -73,7 +77,7 @@ def prepare(options: ExtractOptions) -> Job:
     )
     out = Path(options.out)
     # A resumed run keeps what was chosen automatically: on another device the choice could differ.
-    begun = read_plan(out) if (out / PLAN).exists() else options
+    begun = begun_plan(out) or options
     batch_size = begun.batch_size if options.batch_size == "auto" else options.batch_size
     memory_format = begun.memory_format if options.memory_format == "auto" else options.memory_format
     ready = ready_model(options.model, options.weights, options, selectors, excluded, memory_format, batch_size)
@@ -144,5 +148,5 @@ def _type_of(target: Target, asked: str | None) -> str:
 
 
 def _existing_parent(path: Path) -> Path:
-    path = path.absolute()
-    return path if path.exists() else _existing_parent(path.parent)
+    path = Path(os.path.abspath(path))
+    return path if os.path.exists(path) or path == path.parent else _existing_parent(path.parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -57,6 +58,9 @@ def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) ->
     """Compute the pending shards of a job, and write the index."""
     timing = Timing(job)
     with RunDirectory(job.out, job.plan) as directory:
+        if job.options.batch_size == "auto":  # Another process may have begun the run since, and chosen otherwise.
+            plan = dataclasses.replace(job.plan, batch_size=directory.begun.batch_size)
+            job = dataclasses.replace(job, plan=plan)
         if job.pending:
             with report_broken_device():  # Outermost: what clears up behind a broken device fails as well.
                 _compute(job, directory, timing, progress)
@@ -91,7 +95,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
             retry_seconds=job.options.retry_for,
             unavailable_is_failure=job.options.on_io_error == "fail",
             pin_memory=on_gpu,
-            in_worker=directory.release,
+            in_worker=functools.partial(_release, directory, writer),
             transform=ready.loaded.transform,
             lane=lane if job.workers_compute else None,
             device=job.device,
@@ -104,6 +108,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
                 record.self_checked = 0 if lane.check else None
                 written = []
                 for positions in shard.batches(plan.batch_size):
+                    writer.check()
                     batch = next(computed)
                     failures = _report(batch.failures, failures, strict=job.options.strict)
                     if batch.failed_first and not has_failed_first:
@@ -131,6 +136,12 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
     timing.model += capture.gpu_seconds
     timing.copying = capture.gpu_copying_seconds
     timing.writing = writer.seconds
+
+
+def _release(directory: RunDirectory, writer: ShardWriter) -> None:
+    """Let go, in a worker, of what only the process that owns the run keeps open."""
+    directory.release()
+    writer.release()
 
 
 def _self_check(job: Job, capture: RowCapture) -> SelfCheck | None:

@@ -1,4 +1,4 @@
-"""The output directory of a run: who may write to it, which shards it holds, and its tables."""
+"""The output directory of a run: who writes to it, which shards it holds, and its tables."""
 
 from __future__ import annotations
 
@@ -7,15 +7,28 @@ import csv
 import fcntl
 import io
 import itertools
+import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hookx.errors import StoreError
+from hookx.errors import StoreError, UnreadableError
 from hookx.plan import Plan, Shard
-from hookx.store.files import ASIDE, check_is_file, write_whole
+from hookx.store.asides import aside_of, new_mark, remove_left_overs
+from hookx.store.files import (
+    check_is_file,
+    is_there,
+    patiently,
+    reason_of,
+    report_read_errors,
+    report_write_errors,
+    write_whole,
+)
 from hookx.store.record import ShardRecord, read_record
+
+log = logging.getLogger("hookx")
 
 PLAN, INDEX, FAILURES = "plan.json", "index.csv", "failures.csv"
 
@@ -24,14 +37,21 @@ _MAX_PLAN_BYTES = 16 * 2**20
 
 
 class RunDirectory:
-    """An output directory, locked by this process while the `with` block lasts.
+    """An output directory that this process writes to while the `with` block lasts.
 
-    Entering creates the directory, removes the half-written files of a killed run, and writes plan.json. It raises
-    `StoreError` if the directory holds another run, another process has locked it, or it cannot be written.
+    Entering creates the directory, removes the half-written files of a killed run, and writes plan.json, unless another
+    process was first. It raises `StoreError` if the directory holds another run, another process has locked it, or it
+    cannot be written. The lock spares two processes the same work; where a file system has none, or one that does
+    nothing, both compute all shards, and the first to publish one wins.
+
+    Attributes:
+        plan: what is computed.
+        begun: the plan that the directory holds; it can differ in what the fingerprint does not cover.
     """
 
     def __init__(self, path: Path, plan: Plan) -> None:
-        self.path, self.plan = path, plan
+        self.path, self.plan, self.begun = path, plan, plan
+        self._mark = new_mark()  # Forked and spawned workers keep that of the process that owns the run.
         self._descriptor = -1
 
     def __enter__(self) -> RunDirectory:
@@ -39,22 +59,16 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self.path, os.O_RDONLY)
         except OSError as error:
-            raise StoreError(f"cannot use {self.path} as the output directory: {error.strerror}") from None
+            raise _unusable(self.path, error) from None
         try:
-            try:
-                # The kernel drops the lock with its last descriptor, so a killed run leaves no stale lock.
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise StoreError(
-                    f"another hookx process is writing to {self.path}{_holder(self._descriptor)}",
-                    "wait for it, or choose another --out",
-                ) from None
-            check_resumable(self.path, self.plan)
-            for left_over in self.path.glob(f".*{ASIDE}"):
-                if left_over.is_symlink() or not left_over.is_dir():
-                    left_over.unlink()
-            if not (self.path / PLAN).exists():
-                write_whole(self.path / PLAN, [self.plan.to_json().encode()])
+            self._lock()
+            begun = check_resumable(self.path, self.plan)
+            with report_write_errors(self.path, resumable=True):
+                remove_left_overs(self.path)
+            if begun is None:
+                write_whole(self.path / PLAN, [self.plan.to_json().encode()], replace=False)
+                begun = check_resumable(self.path, self.plan)  # Another process may have been first with another plan.
+            self.begun = begun or self.plan
         except BaseException:
             self.release()
             raise
@@ -67,20 +81,43 @@ class RunDirectory:
         # A spawned worker, unlike a forked one, has not inherited the descriptor, only its number.
         return {**self.__dict__, "_descriptor": -1}
 
+    def _lock(self) -> None:
+        try:
+            # The kernel drops the lock with its last descriptor, so a killed run leaves no stale lock.
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(
+                f"another hookx process is writing to {self.path}{_holder(self._descriptor)}",
+                "wait for it, or choose another --out",
+            ) from None
+        except OSError as error:
+            log.warning(
+                "this file system cannot lock %s (%s): a second hookx process that writes there would do the same work "
+                "again, and harm nothing",
+                self.path,
+                reason_of(error),
+            )
+
     def file_of(self, shard: Shard) -> Path:
         return self.path / self.plan.shard_file(shard)
+
+    def aside_of(self, shard: Shard) -> Path:
+        """Return where this run writes a shard before it is whole, in any of its processes."""
+        return aside_of(self.file_of(shard), self._mark)
 
     def release(self) -> None:
         """Unlock the directory; forked workers do so too, or they would keep the lock of a killed run."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            os.close(descriptor)
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
     def publish_index(self) -> None:
         """Write index.csv, and failures.csv if there are failures, from the shards; this completes the run."""
         tables = derived_tables(self.path, self.plan)
         if FAILURES not in tables:
-            (self.path / FAILURES).unlink(missing_ok=True)  # Left by a shard that was removed and computed again.
+            with report_write_errors(self.path / FAILURES, resumable=True):
+                (self.path / FAILURES).unlink(missing_ok=True)  # Left by a shard that was removed and computed again.
         for name, lines in tables.items():
             write_whole(self.path / name, lines)
 
@@ -102,8 +139,8 @@ def derived_tables(path: Path, plan: Plan) -> dict[str, Iterator[bytes]]:
 
 def _holder(descriptor: int) -> str:
     """Name the process that holds the lock of an open directory, if the system tells."""
-    inode = str(os.fstat(descriptor).st_ino)
-    with contextlib.suppress(OSError):  # Only Linux has this file.
+    with contextlib.suppress(OSError, IndexError):  # Only Linux has this file.
+        inode = str(os.fstat(descriptor).st_ino)
         for line in Path("/proc/locks").read_text().splitlines():
             fields = line.split()
             if "FLOCK" in fields and fields[-3].rpartition(":")[2] == inode:
@@ -111,46 +148,86 @@ def _holder(descriptor: int) -> str:
     return ""
 
 
-def check_resumable(path: Path, plan: Plan) -> None:
-    """Raise `StoreError` unless a run of this plan may write to the directory."""
-    if path.exists() and not path.is_dir():
-        raise StoreError(f"{path} is a file, not a directory", "choose another --out")
-    if (path / PLAN).exists():
+def check_resumable(path: Path, plan: Plan) -> Plan | None:
+    """Raise `StoreError` unless a run of this plan may write to the directory; return the plan that is there."""
+    names, there = names_in(path, is_output=True), None
+    if PLAN in names:
         there = read_plan(path)
         if there.fingerprint != plan.fingerprint:
             raise StoreError(f"{path}/ holds another run: {'; '.join(there.differences(plan))}; choose another --out")
-    elif any(path.glob("shard-*.safetensors")):
+    elif any(name.startswith("shard-") and name.endswith(".safetensors") for name in names):
         raise StoreError(f"{path}/ holds shards without a {PLAN}; choose another --out")
+    for name in {INDEX, FAILURES} & names:  # Now, and not when all shards are computed.
+        with report_read_errors(path / name):
+            check_is_file(path / name)
+    return there
+
+
+def begun_plan(path: Path) -> Plan | None:
+    """Return the plan of the run that a directory holds; None if it holds none, or does not exist."""
+    return read_plan(path) if PLAN in names_in(path, is_output=True) else None
+
+
+def names_in(path: Path, *, is_output: bool = False) -> set[str]:
+    """List a directory; with `is_output` it need not exist."""
+    try:
+        return set(patiently(os.listdir, path))
+    except FileNotFoundError as error:
+        with contextlib.suppress(OSError):
+            if is_output and not is_there(path):
+                return set()
+        reason: OSError = error
+    except NotADirectoryError as error:
+        if is_output and path.is_file():
+            raise StoreError(f"{path} is a file, not a directory", "choose another --out") from None
+        reason = error
+    except OSError as error:
+        reason = error
+    raise _unusable(path, reason) if is_output else UnreadableError(path, reason_of(reason))
+
+
+def _unusable(path: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"cannot use {path} as the output directory: {reason_of(error)}", "fix that, or choose another --out"
+    )
 
 
 def finished_shards(path: Path, plan: Plan) -> list[Shard]:
-    """Return the shards whose files exist; `StoreError` for one that is damaged or belongs to another run."""
-    present = present_shards(path, plan)
+    """Return the shards whose files exist; `StoreError` for one that cannot be read, is damaged or of another run."""
+    present = present_shards(path, plan, is_output=True)
     for shard in present:
         read_record(path, plan, shard)
     return present
 
 
-def present_shards(path: Path, plan: Plan) -> list[Shard]:
-    """Return the shards that have a file, whatever it holds."""
+def present_shards(path: Path, plan: Plan, *, is_output: bool = False) -> list[Shard]:
+    """Return the shards that have a file, whatever it holds; with `is_output` the directory need not exist."""
     # Look in the directory, not through the plan, which may name any number of shards.
-    names = {file.name for file in path.glob("shard-*-of-*.safetensors")}
-    numbers = sorted({int(name.split("-")[1]) for name in names if name.split("-")[1].isdecimal()})
+    names = names_in(path, is_output=is_output)
+    found = (re.fullmatch(r"shard-(\d+)-of-\d+\.safetensors", name) for name in names)
+    numbers = sorted({int(match[1]) for match in found if match})
     shards = [plan.shards[number] for number in numbers if number < len(plan.shards)]
     return [shard for shard in shards if plan.shard_file(shard) in names]
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a directory's plan.json."""
+    """Read a directory's plan.json; `UnreadableError` if it is there and cannot be read now."""
+    file = path / PLAN
     try:
-        check_is_file(path / PLAN)
-        with open(path / PLAN, "rb") as file:
-            text = file.read(_MAX_PLAN_BYTES + 1)
+        with report_read_errors(file):
+            check_is_file(file)
+            with open(file, "rb") as opened:
+                text = opened.read(_MAX_PLAN_BYTES + 1)
         if len(text) > _MAX_PLAN_BYTES:
             raise StoreError(f"{PLAN} is longer than {_MAX_PLAN_BYTES:,} bytes, and so not from hookx")
         return Plan.from_json(text.decode())
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise StoreError(f"{path}/ holds no run of hookx: cannot read {PLAN} ({error})") from None
+    except UnreadableError as error:
+        with contextlib.suppress(OSError):
+            if not is_there(file):
+                raise StoreError(f"{path}/ holds no run of hookx: cannot read {PLAN} (there is none)") from None
+        raise error from None
     except StoreError as error:
         raise StoreError(f"{path}/{error}") from None
 

@@ -1,101 +1,242 @@
-"""Files and folders that are whole or absent: written aside, flushed to the disk, then renamed into place."""
+"""Files and folders that are whole or absent: written aside, flushed to the disk, then published under their names.
+
+Nothing here rests on a lock. Every writer has names of its own aside, and publishes by a hard link, which the system
+makes for the first and refuses to all others.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
+import filecmp
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from hookx.errors import StoreError
+from hookx.errors import StoreError, UnreadableError
+from hookx.store.asides import aside_of, asides_in, left_overs_in, new_mark
 
-ASIDE = ".aside"  # The suffix of what is still being written.
+# How file systems say that they have no hard links. If it meant something else, renaming will say so too.
+_NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+_NO_LINKS |= {errno.EINVAL, errno.ENOTTY}
+# How they say that a folder cannot be flushed, which is not asked of all: SMB and FUSE often refuse.
+_NO_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS, errno.ENOTTY}
+_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EISDIR}
+_MAX_INTERRUPTIONS = 100
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFLNK: "a link to nothing",
+}
 
 
-def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write a file so that it is whole or absent, in place of any file of that name."""
-    aside = aside_of(path)
-    try:
-        with report_write_errors(path, resumable=True):
-            aside.unlink(missing_ok=True)
-            with open(aside, "xb") as file:  # x: never through a link that someone put there.
-                for chunk in chunks:
-                    file.write(chunk)
-                file.flush()
-                put_in_place(file.fileno(), path)
-    finally:
-        aside.unlink(missing_ok=True)
+def write_whole(path: Path, chunks: Iterable[bytes | memoryview], *, replace: bool = True) -> bool:
+    """Write a file so that it is whole or absent; return whether it has the name now.
+
+    With `replace` it takes the place of any file of that name. Otherwise the first process that publishes wins.
+    """
+    aside = aside_of(path, new_mark())
+    with report_write_errors(path, resumable=True), removed_at_the_end(aside):
+        with open(aside, "xb") as file:  # x: never through a link that someone put there.
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            return put_in_place(file.fileno(), aside, path, replace=replace)
 
 
 @contextlib.contextmanager
 def made_whole(path: Path) -> Iterator[Path]:
     """Yield where to make a file or a folder, by any library, so that it is whole or absent.
 
-    The path lies in a folder aside, which this process alone holds. What else is made in that folder goes with it, and
+    The path lies in a folder aside, which this call alone uses. What else is made in that folder goes with it, and
     `path` itself comes last. What a killed process leaves there, the next process that makes `path` removes. Raises
-    `StoreError` if `path` exists, another process is making it, or it cannot be written.
+    `StoreError` if `path` exists, another process of this host is making it, or it cannot be written.
     """
-    folder = aside_of(path)
-    with report_write_errors(path), _held_folder(folder, path):
-        yield folder / path.name
-        for made in (folder, *folder.rglob("*")):
-            flush(made)
+    check_absent(path)
+    with report_write_errors(path):
+        for left_over in left_overs_in(path.parent):
+            if left_over.is_of(path):
+                shutil.rmtree(left_over.path, ignore_errors=True)
+        # Tell early who would be too late; where nobody can tell, the second to publish is refused.
+        if any(aside.is_of(path) and aside.is_in_use for aside in asides_in(path.parent)):
+            raise StoreError(f"another hookx process is writing {path}", "wait for it, or choose another name")
+        folder = aside_of(path, new_mark())
+        folder.mkdir()
+        try:
+            yield folder / path.name
+            for made in (folder, *folder.rglob("*")):
+                flush(made)
+            _publish_all(sorted(folder.iterdir(), key=lambda made: made.name == path.name), path)
+            flush(path.parent)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish_all(all_made: Sequence[Path], path: Path) -> None:
+    """Give files their names beside `path`, which is the last of them; on an error, take back what was published."""
+    check_absent(path)
+    published: list[tuple[Path, Path]] = []
+    try:
+        for made in all_made:
+            published.append((made, path.with_name(made.name)))
+            _publish_made(*published[-1], is_beside=made.name != path.name)
+    except BaseException:
+        for made, name in published:
+            with contextlib.suppress(OSError):
+                if _is_same(made, name):
+                    os.unlink(name)
+        raise
+
+
+def _publish_made(made: Path, path: Path, *, is_beside: bool) -> None:
+    """Give a file or folder its name, or raise `StoreError` if another has it."""
+    try:
+        if made.is_dir():
+            check_absent(path)
+            os.rename(made, path)  # which never replaces a folder that holds anything
+        else:
+            _link(made, path, lambda: _is_same(made, path))
+    except OSError:
+        with contextlib.suppress(OSError):
+            if is_beside and filecmp.cmp(made, path, shallow=False):
+                return  # Left by a process that was killed before it published `path` itself.
         check_absent(path)
-        for made in sorted(folder.iterdir(), key=lambda made: made.name == path.name):
-            made.rename(path.with_name(made.name))
-        flush(path.parent)
+        raise
 
 
 def check_absent(path: Path) -> None:
     """Raise `StoreError` if anything has this name, even a broken link."""
-    if os.path.lexists(path):
-        raise StoreError(f"{path} already exists", "remove it, or choose another name")
+    with report_write_errors(path):
+        if is_there(path):
+            raise StoreError(f"{path} already exists", "remove it, or choose another name")
+
+
+def is_there(path: Path) -> bool:
+    """Whether anything has this name, even a broken link; `OSError` if the system does not tell."""
+    try:
+        patiently(os.lstat, path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 @contextlib.contextmanager
-def _held_folder(folder: Path, path: Path) -> Iterator[None]:
-    """Make a folder and hold it, empty, while the `with` block lasts; the kernel releases it with the process."""
-    folder.mkdir(exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+def removed_at_the_end(aside: Path) -> Iterator[None]:
+    """Remove what is aside when the block ends, whatever happens to the disk."""
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_held = os.path.samestat(os.fstat(descriptor), os.stat(folder))  # and was not removed in between
-        except (BlockingIOError, FileNotFoundError):
-            is_held = False
-        if not is_held:
-            raise StoreError(f"another hookx process is writing {path}", "wait for it, or choose another name")
-        try:
-            for left_over in folder.iterdir():
-                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-            yield
-        finally:
-            shutil.rmtree(folder)
+        yield
     finally:
-        os.close(descriptor)
+        with contextlib.suppress(OSError):  # What stays, a later run removes.
+            os.unlink(aside)
 
 
-def aside_of(path: Path) -> Path:
-    """Return where a file is written before it is whole; what a killed run leaves there, the next run removes."""
-    return path.with_name(f".{path.name}{ASIDE}")
+def put_in_place(descriptor: int, aside: Path, path: Path, *, replace: bool) -> bool:
+    """Flush an open file that was written aside to the disk, and give it its name; return whether it has it now.
 
-
-def put_in_place(descriptor: int, path: Path) -> None:
-    """Flush the open file that was written aside to the disk, and give it its name."""
+    With `replace` it takes the place of any file of that name, which is there until then. Otherwise the first wins,
+    and this file is dropped: two writers of one shard write the same bytes.
+    """
     os.fsync(descriptor)
-    os.replace(aside_of(path), path)
-    flush(path.parent)  # A rename is only durable once its directory is.
+    check_same(descriptor, aside)
+
+    def is_published() -> bool:
+        return _is_same(descriptor, path)
+
+    is_ours = True
+    if replace:
+        _rename(aside, path, is_published)
+    else:
+        try:
+            _link(aside, path, is_published)
+        except FileExistsError:
+            if path.is_symlink():  # hookx publishes none, so someone put it there.
+                _rename(aside, path, is_published)
+            else:
+                check_is_file(path)
+                is_ours = False
+    with contextlib.suppress(OSError):
+        os.unlink(aside)  # A later run does, if this cannot.
+    flush(path.parent)  # A name is only durable once its directory is.
+    return is_ours
+
+
+def _link(aside: Path, path: Path, is_published: Callable[[], bool]) -> None:
+    """Give a file its name unless there is one, as far as the file system can; `FileExistsError` if there is."""
+    try:
+        patiently(os.link, aside, path)
+    except FileExistsError:
+        if not is_published():
+            raise
+    except OSError as error:
+        if is_published():  # whatever was answered
+            return
+        if error.errno not in _NO_LINKS:
+            raise
+        if is_there(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        _rename(aside, path, is_published)  # The last wins, and is as whole as the first.
+
+
+def _rename(aside: Path, path: Path, is_published: Callable[[], bool]) -> None:
+    try:
+        patiently(os.replace, aside, path)
+    except OSError:
+        if not is_published():
+            raise
+
+
+def check_same(descriptor: int, aside: Path) -> None:
+    """Raise `StoreError` if an open file no longer has the name under which it was made."""
+    mine = os.fstat(descriptor)
+    try:
+        found = patiently(os.lstat, aside)
+    except FileNotFoundError:
+        raise vanished(aside) from None
+    # Some network file systems give a file another number whenever they are asked.
+    if not os.path.samestat(mine, found) and (mine.st_size, mine.st_mtime_ns) != (found.st_size, found.st_mtime_ns):
+        raise vanished(aside, "was replaced by another file")
+
+
+def vanished(file: Path, how: str = "was removed") -> StoreError:
+    """Return the error for a file that something outside of hookx has changed while it was written."""
+    return StoreError(
+        f"{file} {how} while hookx was writing it",
+        f"keep what did that away from {file.parent}/, such as a program that clears scratch space",
+        "finished shards are kept; run the same command again to resume",
+    )
+
+
+def _is_same(made: int | Path, path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.stat(made), os.stat(path))
+    return False
 
 
 def flush(path: Path) -> None:
-    """Flush a file or a directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file or a directory to the disk; a directory as far as its file system can."""
+    is_folder = stat.S_ISDIR(patiently(os.stat, path).st_mode)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            with contextlib.suppress(OSError):  # It was only read.
+                os.close(descriptor)
+    except OSError as error:
+        if not is_folder or error.errno not in _NO_FLUSH | _NO_ACCESS:
+            raise
+
+
+def patiently(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Repeat a call of the system that a signal interrupts, as network file systems let it; Python does so for most."""
+    for _ in range(_MAX_INTERRUPTIONS):
+        with contextlib.suppress(InterruptedError):
+            return call(*arguments)
+    return call(*arguments)
 
 
 @contextlib.contextmanager
@@ -104,14 +245,38 @@ def report_write_errors(path: Path, *, resumable: bool = False) -> Iterator[None
     try:
         yield
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
         resumes = ": it resumes" if resumable else ""
         raise StoreError(
-            f"cannot write {path}: {reason}", f"fix that, then run the same command again{resumes}"
+            f"cannot write {path}: {reason_of(error)}", f"fix that, then run the same command again{resumes}"
         ) from None
 
 
+def reason_of(error: BaseException) -> str:
+    """Return why the system refused something, in a line."""
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def check_is_file(path: Path) -> None:
-    """Raise `OSError` for a pipe or a device, which could be read forever."""
-    if path.exists() and not path.is_file():
-        raise OSError("it is not a file")
+    """Raise `UnreadableError` for a folder, a pipe or a device of this name, which hookx neither reads nor removes."""
+    try:
+        mode = patiently(os.stat, path).st_mode
+    except FileNotFoundError:
+        if not is_there(path):
+            return
+        kind = "a link to nothing"
+    else:
+        if stat.S_ISREG(mode):
+            return
+        kind = _KINDS.get(stat.S_IFMT(mode), "a device")
+    raise UnreadableError(path, f"it is {kind}", "move it away: hookx has a file of that name")
+
+
+@contextlib.contextmanager
+def report_read_errors(path: Path) -> Iterator[None]:
+    """Turn what keeps a file from being read into an `UnreadableError`: it says nothing about what the file holds."""
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        raise UnreadableError(path, reason_of(error)) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,12 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hookx.errors import ShardError, StoreError
+from hookx.errors import ShardError, StoreError, UnreadableError, one_line
 from hookx.plan import DTYPES, LayerSpec
 from hookx.store.crc import crc32
-from hookx.store.files import check_is_file
+from hookx.store.files import check_is_file, report_read_errors
 
 MAX_HEADER_BYTES = 32 * 2**20
+_BYTES_AT_ONCE = 8 * 2**20
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -31,31 +33,62 @@ def checksum(tensor: Tensor) -> int:
     return crc32(bytes_of(tensor)) if tensor.numel() else 0
 
 
+def checksum_in_file(descriptor: int, start: int, stop: int) -> int:
+    """Return the CRC-32 of a range of an open file; `EOFError` if the file ends before."""
+    buffer, total = bytearray(min(_BYTES_AT_ONCE, stop - start)), 0
+    while start < stop:
+        # Not by mapping the file: where a disk cannot read, that crashes the process.
+        piece = memoryview(buffer)[: min(len(buffer), stop - start)]
+        count = os.preadv(descriptor, [piece], start)
+        if not count:
+            raise EOFError("it ends too early")
+        total, start = crc32(piece[:count], total), start + count
+    return total
+
+
 def open_shard(file: Path) -> Any:
     """Open a shard for reading; check that its header is not too long and fits the file's size."""
-    with _open_at_header(file):
-        return safe_open(file, framework="pt")
+    with open_at_header(file):
+        try:
+            return safe_open(file, framework="pt")
+        except FileNotFoundError:  # What safetensors says whatever the reason.
+            os.close(os.open(file, os.O_RDONLY))
+            raise OSError("the system refused to open it once, and not again") from None
 
 
-def data_range(file: Path, address: str) -> tuple[int, int]:
-    """Return where in a shard's file a tensor begins and ends, in bytes."""
-    with _open_at_header(file) as (opened, header_bytes):
-        start, stop = json.loads(opened.read(header_bytes))[address]["data_offsets"]
-    return 8 + header_bytes + start, 8 + header_bytes + stop
+def data_ranges(file: Path) -> dict[str, tuple[int, int]]:
+    """Return where in a shard's file each tensor begins and ends, in bytes."""
+    with open_at_header(file) as (opened, header_bytes):
+        header: dict[str, Any] = json.loads(opened.read(header_bytes))
+        offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+        return {name: (8 + header_bytes + start, 8 + header_bytes + stop) for name, (start, stop) in offsets.items()}
 
 
 @contextlib.contextmanager
-def _open_at_header(file: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """Open a shard at its header; yield the file and the length of the header; `ShardError` if reading it fails."""
+def open_at_header(file: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a shard at its header; yield the file and the length of the header; errors are those of `reading`."""
     try:
-        check_is_file(file)
-        with open(file, "rb") as opened:
-            header_bytes = int.from_bytes(opened.read(8), "little")
-            if header_bytes > MAX_HEADER_BYTES:
-                raise ValueError(f"its header claims {header_bytes:,} bytes")
-            yield opened, header_bytes
-    except (SafetensorError, ValueError, LookupError, TypeError, RecursionError, OSError) as error:
+        with reading(file):
+            check_is_file(file)
+            with open(file, "rb") as opened:
+                header_bytes = int.from_bytes(opened.read(8), "little")
+                if header_bytes > MAX_HEADER_BYTES:
+                    raise ValueError(f"its header claims {header_bytes:,} bytes")
+                yield opened, header_bytes
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ShardError(file, f"is damaged: {error}") from None
+
+
+@contextlib.contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Tell a shard that cannot be read now, `UnreadableError`, from one that was read and is damaged, `ShardError`."""
+    try:
+        with report_read_errors(file):
+            yield
+    except (SafetensorError, EOFError, RecursionError) as error:
+        raise ShardError(file, f"is damaged: {error}") from None
+    except RuntimeError as error:  # torch has no other for a file that the system does not open or map.
+        raise UnreadableError(file, one_line(error)) from None
 
 
 def shard_header(layers: Sequence[LayerSpec], rows: int, metadata: Mapping[str, str], header_bytes: int = 0) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any
 from hookx.errors import ShardError
 from hookx.plan import DTYPES, FORMAT, Plan, Shard, ValueCounts
 from hookx.store.crc import crc32
-from hookx.store.format import open_shard
+from hookx.store.format import open_shard, reading
 
 
 @dataclass
@@ -77,9 +77,14 @@ def _checksum_of_metadata(metadata: Mapping[str, str]) -> str:
 
 
 def read_record(path: Path, plan: Plan, shard: Shard) -> ShardRecord:
-    """Read a shard's record; `StoreError` if the file is damaged or not this shard of this plan."""
+    """Read a shard's record.
+
+    Raises:
+        ShardError: the file is damaged, or not this shard of this plan.
+        UnreadableError: the file cannot be read now.
+    """
     file = path / plan.shard_file(shard)
-    with open_shard(file) as opened:
+    with reading(file), open_shard(file) as opened:
         metadata = opened.metadata() or {}
         addresses = opened.keys() if len(opened.keys()) == len(plan.layers) else []
         slices = [(address, opened.get_slice(address)) for address in addresses]
