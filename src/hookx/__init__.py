@@ -6,7 +6,11 @@ The names below are imported when they are first used: `import hookx` does not i
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+if find_spec("fcntl") is None:
+    raise ImportError("hookx needs Linux, or macOS: this system has no file locks of POSIX (on Windows, use WSL)")
 
 from hookx.errors import HookxError
 

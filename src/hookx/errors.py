@@ -20,7 +20,8 @@ A signal that asks the process to stop raises `Interrupted`, a BaseException. An
 from __future__ import annotations
 
 import difflib
-import os.path
+import errno
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
@@ -114,6 +115,59 @@ class Interrupted(BaseException):
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal_number)
         self.exit_code = 128 + signal_number  # As shells report it: 130 for SIGINT, 143 for SIGTERM.
+
+
+_MEND_IT = "mend that, then run the same command again"
+_ADVICE = {
+    errno.EMFILE: "let this process open more files: ulimit -n 4096",
+    errno.ENFILE: "the system has too many files open: close other programs",
+    errno.EAGAIN: "more processes or threads are not allowed: raise the limit (ulimit -u), or try fewer --workers",
+    errno.ENOMEM: "the machine has too little memory: try fewer --workers or a smaller --batch-size, or free some",
+    errno.ENOSPC: "make room there; if it is /dev/shm, make that larger (in Docker: --shm-size 2g)",
+    errno.EDQUOT: "your quota there is used up: make room, or raise it",
+    errno.EROFS: "the file system is mounted read-only: mount it to be written, or choose another place",
+    errno.ESTALE: "the network file system has lost the file: mount it again, then run the same command again",
+    errno.EIO: "the disk or the network failed: see what dmesg says, then run the same command again",
+}
+# What Python, torch and the C library say in errors without a number.
+_WORDS = {
+    "start new thread": errno.EAGAIN,
+    "Resource temporarily unavailable": errno.EAGAIN,
+    "Too many open files": errno.EMFILE,
+    "ancdata": errno.EMFILE,
+    "allocate memory": errno.ENOMEM,
+    "bad_alloc": errno.ENOMEM,
+    "unable to mmap": errno.ENOMEM,
+    "No space left on device": errno.ENOSPC,
+    "shared memory": errno.ENOSPC,
+    "Input/output error": errno.EIO,
+    "Stale file handle": errno.ESTALE,
+    "Read-only file system": errno.EROFS,
+    "Permission denied": errno.EACCES,
+}
+
+
+def system_failure(error: BaseException, what: str = "") -> HookxError | None:
+    """Put what the system refused into an error that says what to do; None if the error is not the system's.
+
+    Args:
+        what: what was not possible, as in "cannot start a worker".
+
+    Example:
+        >>> print(system_failure(OSError(errno.EMFILE, "Too many open files", "a.jpg")))
+        Too many open files: 'a.jpg'
+          let this process open more files: ulimit -n 4096
+        >>> print(system_failure(RuntimeError("shapes differ")))
+        None
+    """
+    if isinstance(error, OSError) and error.errno:
+        reason = os.strerror(error.errno) + (f": '{os.fsdecode(error.filename)}'" if error.filename else "")
+        return HookxError(f"{what}: {reason}" if what else reason, _ADVICE.get(error.errno, _MEND_IT))
+    if isinstance(error, OSError | RuntimeError | ImportError | MemoryError):
+        for words, number in _WORDS.items():
+            if words in str(error):
+                return HookxError(f"{os.strerror(number)}: {one_line(error)}", _ADVICE.get(number, _MEND_IT))
+    return HookxError("out of memory", _ADVICE[errno.ENOMEM]) if isinstance(error, MemoryError) else None
 
 
 def closest(name: str, names: Iterable[str], count: int = 3) -> str:

@@ -16,8 +16,9 @@ import typer
 
 from hookx.cli.commands import cat, export, extract, inspect, list_layers, list_models, verify, visualize
 from hookx.cli.options import EXIT_CODES
-from hookx.cli.streams import flush_output, interrupt, printable, raise_again
-from hookx.errors import DeviceError, HookxError, Interrupted
+from hookx.cli.streams import flush_output, interrupt, keep_streams, printable, raise_again
+from hookx.errors import DeviceError, HookxError, Interrupted, system_failure
+from hookx.signals import STOPPING
 
 app = typer.Typer(
     help="Exact per-layer activations of vision models: a folder of images in, safetensors shards out.",
@@ -41,33 +42,48 @@ def main() -> NoReturn:
     # Importing torch creates hundreds of thousands of objects that stay; looking through them for garbage again and
     # again takes a seventh of that time.
     gc.set_threshold(100_000, 50, 50)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+    for number in STOPPING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as for `command &` in a script, or under nohup
+            signal.signal(number, interrupt)
     sys.unraisablehook = _report_unraisable
+    keep_streams()
     try:
         try:
+            _check_working_directory()
             app()
-        except SystemExit:
-            flush_output()
+        except SystemExit as ended:
+            sys.exit(flush_output(ended.code))
+        except HookxError:
             raise
-        except Exception:
+        except Exception as error:
             raise_again()  # A signal during an import leaves a half-made module, and any error may follow.
-            raise
+            if (failure := system_failure(error)) is None:
+                raise
+            raise failure from None
     except HookxError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         if isinstance(error, DeviceError):
             print(f"  {shlex.join(['hookx', *sys.argv[1:]])}", file=sys.stderr, flush=True)
             flush_output()
+            sys.stderr.flush()
             os._exit(error.exit_code)  # PyTorch aborts a process that frees memory on a device that has failed.
-        sys.exit(error.exit_code)
+        sys.exit(flush_output(error.exit_code))
     except Interrupted as interrupted:
         print(f"interrupted; finish it with the same command:\n{shlex.join(['hookx', *sys.argv[1:]])}", file=sys.stderr)
-        sys.exit(interrupted.exit_code)
+        sys.exit(flush_output(interrupted.exit_code))
     sys.exit(0)
 
 
+def _check_working_directory() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:  # Libraries beneath torch end the process for it, without a word to the caller.
+        raise HookxError(f"the working directory is gone: {error.strerror}", "change to one that exists") from None
+
+
 def _report_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
-    if not isinstance(unraisable.exc_value, Interrupted):
+    is_second_signal = "ignored due to race condition" in str(unraisable.exc_value)  # It came with the first.
+    if not isinstance(unraisable.exc_value, Interrupted) and not is_second_signal:
         sys.__unraisablehook__(unraisable)
 
 

@@ -6,18 +6,22 @@ The only file that imports tqdm.
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import json
 import logging
 import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
-from typing import Any, TypeVarTuple
+from typing import Any, TextIO, TypeVarTuple
 
-from hookx.errors import HookxError, Interrupted
+from hookx.errors import Interrupted
 from hookx.options import JsonOptions, ReportOptions
+from hookx.signals import STOPPING
 
 Ts = TypeVarTuple("Ts")
 
@@ -47,31 +51,72 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def print_bytes(pieces: Iterable[bytes | memoryview]) -> None:
-    """Print data a piece at a time."""
-    try:
-        for piece in pieces:
-            sys.stdout.buffer.write(piece)
-    except BrokenPipeError:
-        raise  # The reader has seen enough; Typer ends the command silently.
-    except OSError as error:
-        raise _abandon_output(error) from None
+    """Print data a piece at a time, as long as somebody takes it."""
+    for piece in pieces:
+        sys.stdout.buffer.write(piece)
+        if _output_error() is not None:
+            break
 
 
-def flush_output() -> None:
-    """Write what is still buffered. Python does so as it exits, when it is too late to report an error."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        not_written = _abandon_output(error)
-        if isinstance(error, BrokenPipeError):
-            sys.exit(1)
-        raise not_written from None
+class _Descriptor(io.FileIO):
+    """A standard stream of which the first error is kept, and then all that is written goes nowhere.
+
+    What a command does is in its files: it must not end half-way because a terminal closes or a log's disk is full.
+    """
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        while self.error is None:
+            try:
+                if (count := super().write(data)) is not None:
+                    return count
+                select.select([], [self], [])  # Somebody made the stream one that does not wait.
+            except OSError as error:
+                self.error = error
+        return len(memoryview(data).cast("B"))
 
 
-def _abandon_output(error: OSError) -> HookxError:
-    """Discard what is still buffered, which Python would try to write again, and return the error to raise."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return HookxError(f"cannot write to standard output: {error.strerror}")
+def keep_streams() -> None:
+    """Make sure that this process has standard streams, and that writing to them raises nothing.
+
+    One that is closed is opened on nothing, or the next file that is opened would be taken for it.
+    """
+    for number in range(3):
+        with contextlib.suppress(OSError):
+            os.fstat(number)
+            continue
+        os.open(os.devnull, os.O_RDWR)
+    sys.stdout, sys.stderr = _kept(1, sys.stdout, "backslashreplace"), _kept(2, sys.stderr, "backslashreplace")
+
+
+def _kept(number: int, before: TextIO | None, errors: str) -> TextIO:
+    if before is not None:
+        before.flush()
+        errors = errors if before.errors in (None, "strict") else before.errors
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Descriptor(number, "w", closefd=False)),
+        encoding=getattr(before, "encoding", "utf-8"),
+        errors=errors,
+        line_buffering=number == 2 or os.isatty(number),
+    )
+
+
+def _output_error() -> OSError | None:
+    return getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "error", None)
+
+
+def flush_output(code: Any = 0) -> Any:
+    """Write what is still buffered, and return the code to exit with: not 0 if something could not be written.
+
+    A reader that has seen enough is no error.
+    """
+    sys.stdout.flush()
+    error = _output_error()
+    if error is None or error.errno == errno.EPIPE:
+        return code
+    print(f"error: cannot write to standard output: {error.strerror}", file=sys.stderr)
+    return code or 1
 
 
 def printable(text: str) -> str:
@@ -141,9 +186,10 @@ def show_progress(
 
 
 def interrupt(number: int, _frame: FrameType | None) -> None:
-    """Handle SIGINT and SIGTERM by stopping the command; the second one ends the process at once."""
-    for either in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(either, signal.SIG_DFL)
+    """Handle a signal of `STOPPING` by stopping the command; a second one ends the process at once."""
+    for any_of_them in STOPPING:
+        if signal.getsignal(any_of_them) != signal.SIG_IGN:
+            signal.signal(any_of_them, signal.SIG_DFL)
     _signals.append(number)
     raise Interrupted(number)
 

@@ -10,7 +10,6 @@ import mmap
 import multiprocessing
 import operator
 import os
-import signal
 import stat
 import sys
 from array import array
@@ -23,7 +22,7 @@ from hookx.errors import ImageError
 from hookx.images.retries import Retries, is_of_the_file, reason_of
 from hookx.keys import Keys, LazySequence
 from hookx.options import RETRY_SECONDS
-from hookx.signals import defer_signals
+from hookx.signals import begin_child, defer_signals
 
 # Folders are searched for these; a file that is named explicitly may have any suffix.
 SUFFIXES = frozenset(
@@ -284,7 +283,9 @@ def _measure_in_processes(files: Files, sizes_bytes: memoryview[int], retry_seco
     try:
         with defer_signals(), contextlib.suppress(OSError):  # The system may refuse more processes.
             for part in parts:
-                child = fork.Process(target=_measure_in_child, args=(files, part, sizes_bytes, retry_seconds))
+                child = fork.Process(
+                    target=_measure_in_child, args=(files, part, sizes_bytes, retry_seconds, os.getpid())
+                )
                 child.start()
                 started.append(child)
         for process in started:
@@ -298,10 +299,10 @@ def _measure_in_processes(files: Files, sizes_bytes: memoryview[int], retry_seco
             process.join()
 
 
-def _measure_in_child(files: Files, part: range, sizes_bytes: memoryview[int], retry_seconds: float) -> None:
-    # Ctrl-C reaches every process of a terminal; the parent ends its children.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _measure_in_child(
+    files: Files, part: range, sizes_bytes: memoryview[int], retry_seconds: float, parent: int
+) -> None:
+    begin_child(parent)
     _measure_part(files, part, sizes_bytes, retry_seconds)
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from hookx.errors import ImageError
 from hookx.images.decoding import known_formats
 from hookx.images.retries import Retries
-from hookx.run.children import NO_MEMORY, begin_child, how_it_ended
+from hookx.run.children import NO_MEMORY, begin_decoding, how_it_ended
 from hookx.run.in_hand import InHand
 from hookx.run.reader import THEN_RESUME, Decoded, Reader
 from hookx.signals import defer_signals
@@ -106,7 +106,7 @@ def _answer(
     sending: multiprocessing.connection.Connection,
     parent: int,
 ) -> None:
-    begin_child(parent)
+    begin_decoding(parent)
     in_hand = InHand(1, timeout_seconds)
     in_hand.begin(0)
     answer: tuple[object, ...]

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from torch.utils.data import DataLoader
 
-from hookx.run.in_hand import FINISHED
+from hookx.run.in_hand import FINISHED, NOTHING
 from hookx.run.lane import Batch
 from hookx.run.worker import CONSUMED, Worker
 from hookx.signals import defer_signals
@@ -100,8 +100,10 @@ class Processes:
     def _crashed(self) -> Iterator[tuple[int, int]]:
         """Yield the exit code of every process that ended before its work did, and the position it had in hand."""
         for process in self._processes:
-            if process.exitcode is not None and (position := self._in_hand.of(process.pid)) != FINISHED:
-                yield process.exitcode, position
+            position = self._in_hand.of(process.pid)
+            # One that had finished may have taken its last message with it.
+            if process.exitcode is not None and (position != FINISHED or process.exitcode != 0):
+                yield process.exitcode, max(position, NOTHING)
 
     def end(self, wait_seconds: float = 1) -> bool:
         """End what still runs, without waiting for a slow image; return whether all of it ended in time."""

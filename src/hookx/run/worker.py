@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from hookx.errors import HookxError, ImageError
 from hookx.run.alone import read_alone
-from hookx.run.children import NO_MEMORY, NO_MESSAGE, begin_child
+from hookx.run.children import NO_MEMORY, NO_MESSAGE, begin_decoding
 from hookx.run.defaults import keep_freed_memory
 from hookx.run.in_hand import InHand, interruptible, shared_numbers
 from hookx.run.lane import Batch, Lane, stack
@@ -43,7 +43,7 @@ class Worker(IterableDataset[Batch]):
 
     def start(self, worker_number: int) -> None:
         """Do what a worker process does first."""
-        begin_child(self._parent)
+        begin_decoding(self._parent)
         # Only the thread that hands tensors over raises here, when the parent was killed while it took one.
         sys.excepthook = lambda *_: None
         # That thread would print what it cannot send, and the parent would wait for it for ever.

@@ -7,7 +7,6 @@ hand. If the worker crashes, that image is tried alone, and all workers are star
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import logging
 import signal
@@ -17,10 +16,10 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from hookx.errors import HookxError, ImageError, one_line
+from hookx.errors import ImageError, one_line, system_failure
 from hookx.images.decoding import known_formats
 from hookx.images.listing import ImageList
-from hookx.images.retries import Retries, reason_of
+from hookx.images.retries import Retries
 from hookx.options import RETRY_SECONDS
 from hookx.plan import Preprocessing
 from hookx.run.alone import read_alone
@@ -39,11 +38,6 @@ log = logging.getLogger("hookx")
 _Started = TypeVar("_Started")
 _CPU = torch.device("cpu")
 _WAIT_FOR_DISK_SECONDS = 60
-_ROOM = {
-    errno.EAGAIN: "more processes are not allowed: raise the limit (ulimit -u), or try fewer --workers",
-    errno.EMFILE: "too many files are open: raise the limit (ulimit -n)",
-    errno.ENOSPC: "/dev/shm is full: make it larger (in Docker: --shm-size 2g)",
-}
 _MAX_FRUITLESS_STARTS = 3  # of workers that crash at the same batch with no image in hand
 _BY_MEMORY = (-signal.SIGKILL, NO_MEMORY)
 
@@ -159,9 +153,7 @@ def _start_patiently(start: Callable[[], _Started], retry_seconds: float) -> _St
             return start()
         except OSError as error:
             if not retries.wait():
-                raise HookxError(
-                    f"cannot start a worker: {reason_of(error)}", _ROOM.get(error.errno or 0, "try fewer --workers")
-                ) from None
+                raise system_failure(error, "cannot start a worker") or error from None
 
 
 def _out_of_memory(problem: Exception | None, crashes: Sequence[tuple[int, int]]) -> ImageError:
