@@ -277,6 +277,9 @@ class ExtractOptions(ComputeOptions, PreprocessingOptions, ModelOptions, title="
         "--memory-format NAME", "Memory layout: {choices}.", default="auto", title="Compute"
     )
     strict: bool = option("--strict", "Stop at the first image that cannot be read.", default=False, title="Images")
+    retry_failures: bool = option(
+        "--retry-failures", "Compute the images again that the run could not read.", default=False, title="Images"
+    )
     decode_timeout: float = option(
         "--decode-timeout SECONDS", "Time limit for one image; 0: none.", default=60.0, minimum=0, title="Images"
     )
