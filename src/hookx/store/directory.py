@@ -130,9 +130,7 @@ def derived_tables(path: Path, plan: Plan, *, as_fields: bool = True) -> dict[st
     tables = {}
     if any(record.failures for _, record in records()):
         failures = (failure for _, record in records() for failure in record.failures)
-        tables[FAILURES] = table(
-            ("key", "reason"), (failure for _, record in records() for failure in record.failures), as_fields=as_fields
-        )
+        tables[FAILURES] = table(("key", "reason"), failures, as_fields=as_fields)
     rows = ((key, name, row) for name, record in records() for row, key in enumerate(record.keys))
     tables[INDEX] = table(("key", "shard", "row"), rows, as_fields=as_fields)
     return tables
