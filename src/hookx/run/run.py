@@ -98,7 +98,8 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
             workers=job.workers,
             decode_timeout_seconds=job.options.decode_timeout,
             pin_memory=on_gpu,
-            in_worker=functools.partial(_release, directory, writer),
+            # A process that is not forked has inherited nothing of the writer, which cannot be pickled either.
+            in_worker=functools.partial(_release, directory, writer) if job.workers_compute else directory.release,
             transform=ready.loaded.transform,
             lane=lane if job.workers_compute else None,
             device=job.device,

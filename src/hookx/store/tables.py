@@ -1,8 +1,8 @@
 """Lines of tables that people open: names of files stay text in a spreadsheet, and come back unchanged.
 
-Anybody can give a file a name such as `=cmd|' /C calc'!A0.png`, which a spreadsheet takes for a formula and runs. So a
-field that a spreadsheet could take for one begins with an apostrophe, and so does one that begins with an apostrophe
-by itself. Reading a table, drop the first character of a field that begins with an apostrophe: nothing else is changed.
+Anybody can name a file as in `=cmd|' /C calc'!A0.png`, which a spreadsheet takes for a formula and runs. So a field
+that could be taken for one begins with an apostrophe, and so does one that begins with an apostrophe by itself. Reading
+a table, drop the first character of a field that begins with an apostrophe: nothing else is changed.
 
 Source: https://owasp.org/www-community/attacks/CSV_Injection
 """
