@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import tempfile
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,7 @@ class Faults:
         self._file = tempfile.NamedTemporaryFile(prefix="hookx-faults-")  # noqa: SIM115 - it lasts as long as this
         self._file.write(bytes(8 * _MAX_RULES))
         self._file.flush()
+        weakref.finalize(self, self._file.close)
 
     @property
     def environment(self) -> Mapping[str, str]:

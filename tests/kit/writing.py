@@ -37,10 +37,15 @@ def write(
     reason: str = "cut",
     workers: int = 0,
     tuning: Tuning = Tuning(),
+    replaced: Collection[int] = (),
 ) -> dict[str, Tensor]:
-    """Write a run of random activations by the real writer; return those of the images that could be read."""
+    """Write a run of random activations by the real writer; return those of the images that could be read.
+
+    With `replaced`, write only these shards, in place of those that are there.
+    """
+    shards = [shard for shard in plan.shards if not replaced or shard.number in replaced]
     values = random_rows(plan, plan.image_count)
-    batches = [positions for shard in plan.shards for positions in shard.batches(batch_size)]
+    batches = [positions for shard in shards for positions in shard.batches(batch_size)]
 
     def readable(positions: range) -> list[int]:
         return [position for position in positions if position not in unreadable]
@@ -53,10 +58,18 @@ def write(
 
     with (
         RunDirectory(path, plan) as directory,
-        ShardWriter(directory, plan.shards, batch_size, expected, processes=max(1, workers), tuning=tuning) as writer,
+        ShardWriter(
+            directory,
+            shards,
+            batch_size,
+            expected,
+            processes=max(1, workers),
+            tuning=tuning,
+            replaced=replaced,
+        ) as writer,
         filled_by(workers, directory, batches, functools.partial(fill, writer)) as filled,
     ):
-        for shard in plan.shards:
+        for shard in shards:
             record, written = ShardRecord(sizes_bytes=[1] * len(shard)), []
             for positions in shard.batches(batch_size):
                 written.append(next(filled))

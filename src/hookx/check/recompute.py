@@ -213,7 +213,7 @@ def _find_batches(path: Path, plan: Plan, chosen: dict[Shard, list[int]]) -> Ite
         made_on = str(record.made.get("device")).partition(":")[0].partition(" ")[0]
         readable, wanted = set(record.keys), {record.keys[row]: row for row in numbers}
         keys = sorted([*record.keys, *(key for key, _ in record.failures)], key=key_bytes)
-        sizes_bytes = dict(zip(keys, record.sizes_bytes, strict=False))
+        sizes_bytes = dict(zip(keys, record.sizes_bytes, strict=False)) | (record.mended or {})
         for positions in shard.batches(batch_size):
             listed = keys[positions.start - shard.start : positions.stop - shard.start]
             rows = {key: wanted[key] for key in listed if key in wanted}

@@ -7,7 +7,6 @@ and its weights, and the answer is kept in the user's cache.
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import json
 import os
@@ -24,6 +23,7 @@ from hookx.layers.address import Address
 from hookx.layers.select import Selector
 from hookx.models.names import LISTED_PREFIXES, distribution_of, may_run_code, torchvision_names
 from hookx.plan import Plan
+from hookx.store.tables import read_rows
 
 _MAX_KEYS = 1000
 _BASH_BREAKS = re.compile(r"[:=@]+")  # where readline cuts words, as far as addresses, models and options hold it
@@ -162,7 +162,5 @@ def layers_or_addresses(model: str | None, run: str | Path | None, incomplete: s
 def keys(run: str | Path | None, incomplete: str) -> Iterable[str]:
     """Return keys of a finished run: up to a thousand, and the last one, so that their common prefix is right."""
     with open(Path(run or "features") / "index.csv", newline="", errors="surrogateescape") as index:
-        rows = csv.reader(index)
-        next(rows)
-        begun = (key for key, *_ in rows if key.startswith(incomplete) and key.isprintable())
+        begun = (key for key, *_ in read_rows(index) if key.startswith(incomplete) and key.isprintable())
         return [*islice(begun, _MAX_KEYS), *deque(begun, 1)]

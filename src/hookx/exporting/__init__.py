@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from hookx.exporting.rows import Rows
 from hookx.layers.address import Address
 from hookx.read.activations import NOT_IN_NUMPY
 from hookx.read.features import Features, open_features
-from hookx.store.files import check_absent, made_whole
+from hookx.store.files import check_absent, made_whole, report_read_errors
 
 log = logging.getLogger("hookx")
 
@@ -72,7 +73,7 @@ def export(
     """
     to = Path(to)
     format = find_format(to)
-    if not to.parent.is_dir():
+    if not os.path.isdir(to.parent):
         raise StoreError(f"there is no folder '{to.parent}'", f"make it: mkdir -p {shlex.quote(str(to.parent))}")
     check_absent(to)
     if not isinstance(features, Features):
@@ -85,7 +86,10 @@ def export(
         if not _holds(keys_file(to), keys_csv(rows)):  # A killed export can have left the same keys.
             check_absent(keys_file(to))
     with made_whole(to) as aside:
-        free_bytes = shutil.disk_usage(to.parent).free
+        try:
+            free_bytes = shutil.disk_usage(to.parent).free
+        except OSError:  # Not every file system tells.
+            free_bytes = sys.maxsize
         if format.is_binary and rows.nbytes > free_bytes:
             raise StoreError(
                 f"the activations need {rows.nbytes:,} bytes and {to.parent} has {free_bytes:,} free",
@@ -119,7 +123,7 @@ def select_rows(
 
 
 def _holds(file: Path, lines: Iterable[bytes]) -> bool:
-    if not file.is_file():
+    if not os.path.isfile(file):
         return False
-    with open(file, "rb") as opened:
+    with report_read_errors(file), open(file, "rb") as opened:
         return all(opened.read(len(line)) == line for line in lines) and not opened.read(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -18,6 +17,7 @@ from hookx.errors import UsageError, closest
 from hookx.exporting.rows import Rows
 from hookx.keys import key_bytes
 from hookx.layers.address import Address, Reduction
+from hookx.store.tables import line, to_field
 
 MAX_VARIABLE_BYTES = 2**31 - 1  # MATLAB's own limit for files of level 5.
 _CELL_BYTES = 64  # What a MATLAB cell takes beside its text, padding included.
@@ -34,7 +34,7 @@ def keys_csv(rows: Rows) -> Iterator[bytes]:
     yield b"key\n"
     for span in rows.spans():
         for key in rows.keys[span]:
-            yield _quote_key(key) + b"\n"
+            yield line([to_field(key)])
 
 
 def check_mat(rows: Rows) -> None:
@@ -98,14 +98,7 @@ def _write_csv(path: Path, rows: Rows) -> None:
         file.write(",".join(["key", *map(str, range(rows.values_per_row))]).encode() + b"\n")
         for span, block in rows.blocks():
             for key, row in zip(rows.keys[span], block.reshape(len(block), -1), strict=True):
-                file.write(_quote_key(key) + b"," + ",".join(map(str, row)).encode() + b"\n")
-
-
-def _quote_key(key: str) -> bytes:
-    """Return a key as a field of a CSV line, byte for byte."""
-    if re.search('[",\r\n]', key):
-        key = '"{}"'.format(key.replace('"', '""'))
-    return key_bytes(key)
+                file.write(line([to_field(key)]).removesuffix(b"\n") + b"," + ",".join(map(str, row)).encode() + b"\n")
 
 
 def _write_parquet(path: Path, rows: Rows) -> None:

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from hookx.layers.select import Selection, Target, parse_selectors
 from hookx.options import DTYPE_NAMES, ExtractOptions, list_paths, takes
 from hookx.plan import DTYPES, LayerSpec, Plan, Shard, images_per_shard
 from hookx.run.defaults import choose_batch_size, choose_workers
+from hookx.run.mended import as_begun, failing_shards
 from hookx.run.ready import ReadyModel, ready_model
 from hookx.store.directory import begun_plan, check_resumable, finished_shards
 
@@ -39,6 +41,8 @@ class Job:
     images: ImageList
     workers: int
     pending: list[Shard]
+    then_bytes: Sequence[int]  # the sizes of the images when the run was begun
+    replaced: frozenset[int]  # numbers of the pending shards that are there, without images that could not be read
 
     @property
     def device(self) -> torch.device:
@@ -77,9 +81,10 @@ def prepare(options: ExtractOptions) -> Job:
     )
     out = Path(options.out)
     # A resumed run keeps what was chosen automatically: on another device the choice could differ.
-    begun = begun_plan(out) or options
-    batch_size = begun.batch_size if options.batch_size == "auto" else options.batch_size
-    memory_format = begun.memory_format if options.memory_format == "auto" else options.memory_format
+    begun = begun_plan(out)
+    chosen = begun or options
+    batch_size = chosen.batch_size if options.batch_size == "auto" else options.batch_size
+    memory_format = chosen.memory_format if options.memory_format == "auto" else options.memory_format
     ready = ready_model(options.model, options.weights, options, selectors, excluded, memory_format, batch_size)
     selection, specs = _choose_types(ready.selection, options.dtype)
     ready = dataclasses.replace(ready, selection=selection)
@@ -99,12 +104,15 @@ def prepare(options: ExtractOptions) -> Job:
         batch_size=batch_size,
         notes=loaded.notes,
     )
+    plan, then_bytes = as_begun(out, begun, plan, listed)
     check_resumable(out, plan)
-    finished = {shard.number for shard in finished_shards(out, plan)}
-    pending = [shard for shard in plan.shards if shard.number not in finished]
+    finished = finished_shards(out, plan)
+    replaced = failing_shards(out, plan, finished) if options.retry_failures else frozenset()
+    kept = {shard.number for shard in finished} - replaced
+    pending = [shard for shard in plan.shards if shard.number not in kept]
     batches = sum(math.ceil(len(shard) / batch_size) for shard in pending)
     workers = min(choose_workers(options.workers, device), batches)
-    job = Job(options, out, plan, ready.settle() if pending else ready, listed, workers, pending)
+    job = Job(options, out, plan, ready.settle() if pending else ready, listed, workers, pending, then_bytes, replaced)
     if job.bytes_to_write > job.bytes_free:
         raise StoreError(
             f"the activations need {job.bytes_to_write:,} bytes and {_existing_parent(out)} has "

@@ -21,6 +21,7 @@ from hookx.options import ExtractOptions, takes
 from hookx.plan import Shard
 from hookx.run.defaults import describe_device, device_name, single_threaded
 from hookx.run.lane import Lane, to_input
+from hookx.run.mended import check_nothing_lost, mended_in
 from hookx.run.prepare import Job, prepare
 from hookx.run.selfcheck import SelfCheck, choose_batches
 from hookx.run.summary import Summary, Timing, summarize
@@ -65,7 +66,10 @@ def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) ->
             with report_broken_device():  # Outermost: what clears up behind a broken device fails as well.
                 _compute(job, directory, timing, progress)
         directory.publish_index()  # Written again for a finished run: it is small, and may be missing.
-    return summarize(job, timing)
+    summary = summarize(job, timing)
+    if summary.failures and not job.pending:
+        log.info("to try the images again that could not be read: --retry-failures")
+    return summary
 
 
 def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callable[[int], None]) -> None:
@@ -82,6 +86,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
             processes=job.workers if job.workers_compute else 1,
             filled_at_once=_MAX_PASSES_IN_FLIGHT if on_gpu else 1,
             pin_memory=on_gpu,
+            replaced=job.replaced,
         ) as writer,
         RowCapture(ready.runner, ready.selection.targets, ready.settled) as capture,
     ):
@@ -95,7 +100,8 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
             retry_seconds=job.options.retry_for,
             unavailable_is_failure=job.options.on_io_error == "fail",
             pin_memory=on_gpu,
-            in_worker=functools.partial(_release, directory, writer),
+            # A process that is not forked has inherited nothing of the writer, which cannot be pickled either.
+            in_worker=functools.partial(_release, directory, writer) if job.workers_compute else directory.release,
             transform=ready.loaded.transform,
             lane=lane if job.workers_compute else None,
             device=job.device,
@@ -104,7 +110,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
             # The one difference between a CPU and a GPU: workers have run the lane, or this process runs it.
             computed = decoded if job.workers_compute else map(lane.run, decoded)
             for shard in job.pending:
-                record = ShardRecord(sizes_bytes=list(job.images.sizes_bytes[shard.start : shard.stop]))
+                record = ShardRecord(sizes_bytes=list(job.then_bytes[shard.start : shard.stop]))
                 record.self_checked = 0 if lane.check else None
                 written = []
                 for positions in shard.batches(plan.batch_size):
@@ -129,6 +135,10 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
                     lane.finish()
                 record.counts.add(capture.take_counts())
                 record.made = {**made, "batch_size": lane.images_at_once}
+                mended = mended_in(shard, job.images, job.then_bytes)
+                record.mended = {key: mended[key] for key in record.keys if key in mended} or None
+                if shard.number in job.replaced:
+                    check_nothing_lost(job.out, plan, shard, record)
                 writer.publish(record, written)
             writer.finish()
     if failures > _MAX_FAILURES_LOGGED:
@@ -173,7 +183,8 @@ def _expected_record(job: Job, made: dict[str, Any], shard: Shard) -> ShardRecor
     return ShardRecord(
         keys=list(job.images.keys[positions]),
         made=made,
-        sizes_bytes=list(job.images.sizes_bytes[positions]),
+        sizes_bytes=list(job.then_bytes[positions]),
+        mended=mended_in(shard, job.images, job.then_bytes) or None,
         self_checked=None if job.options.self_check == "off" else len(shard),
     )
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import fcntl
-import io
-import itertools
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from hookx.store.files import (
     write_whole,
 )
 from hookx.store.record import ShardRecord, read_record
+from hookx.store.tables import table
 
 log = logging.getLogger("hookx")
 
@@ -122,7 +120,7 @@ class RunDirectory:
             write_whole(self.path / name, lines)
 
 
-def derived_tables(path: Path, plan: Plan) -> dict[str, Iterator[bytes]]:
+def derived_tables(path: Path, plan: Plan, *, as_fields: bool = True) -> dict[str, Iterator[bytes]]:
     """Derive the lines of index.csv, and of failures.csv if there are failures, from the shards of a finished run."""
 
     def records() -> Iterator[tuple[str, ShardRecord]]:
@@ -131,9 +129,10 @@ def derived_tables(path: Path, plan: Plan) -> dict[str, Iterator[bytes]]:
 
     tables = {}
     if any(record.failures for _, record in records()):
-        tables[FAILURES] = _csv(("key", "reason"), (failure for _, record in records() for failure in record.failures))
+        failures = (failure for _, record in records() for failure in record.failures)
+        tables[FAILURES] = table(("key", "reason"), failures, as_fields=as_fields)
     rows = ((key, name, row) for name, record in records() for row, key in enumerate(record.keys))
-    tables[INDEX] = _csv(("key", "shard", "row"), rows)
+    tables[INDEX] = table(("key", "shard", "row"), rows, as_fields=as_fields)
     return tables
 
 
@@ -230,11 +229,3 @@ def read_plan(path: Path) -> Plan:
         raise error from None
     except StoreError as error:
         raise StoreError(f"{path}/{error}") from None
-
-
-def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[bytes]:
-    for row in itertools.chain([header], rows):
-        line = io.StringIO()
-        csv.writer(line, lineterminator="\n").writerow(row)
-        # A file name that is not UTF-8 keeps its bytes.
-        yield line.getvalue().encode("utf-8", "surrogateescape")

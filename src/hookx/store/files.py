@@ -40,6 +40,7 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview], *, replace: bo
     With `replace` it takes the place of any file of that name. Otherwise the first process that publishes wins.
     """
     aside = aside_of(path, new_mark())
+    _remove_left_overs_of(path)
     with report_write_errors(path, resumable=True), removed_at_the_end(aside):
         with open(aside, "xb") as file:  # x: never through a link that someone put there.
             for chunk in chunks:
@@ -58,12 +59,11 @@ def made_whole(path: Path) -> Iterator[Path]:
     """
     check_absent(path)
     with report_write_errors(path):
-        for left_over in left_overs_in(path.parent):
-            if left_over.is_of(path):
-                shutil.rmtree(left_over.path, ignore_errors=True)
-        # Tell early who would be too late; where nobody can tell, the second to publish is refused.
-        if any(aside.is_of(path) and aside.is_in_use for aside in asides_in(path.parent)):
-            raise StoreError(f"another hookx process is writing {path}", "wait for it, or choose another name")
+        _remove_left_overs_of(path)
+        # Say early who would be too late; where nobody can see it, the second to publish is refused.
+        with contextlib.suppress(OSError):
+            if any(aside.is_of(path) and aside.is_in_use for aside in asides_in(path.parent)):
+                raise StoreError(f"another hookx process is writing {path}", "wait for it, or choose another name")
         folder = aside_of(path, new_mark())
         folder.mkdir()
         try:
@@ -74,6 +74,15 @@ def made_whole(path: Path) -> Iterator[Path]:
             flush(path.parent)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_left_overs_of(path: Path) -> None:
+    """Remove what killed processes have left where they made this file or folder."""
+    with contextlib.suppress(OSError):  # A folder may be written to, and not listed.
+        for left_over in left_overs_in(path.parent):
+            if left_over.is_of(path):
+                shutil.rmtree(left_over.path, ignore_errors=True)
+                left_over.path.unlink(missing_ok=True)
 
 
 def _publish_all(all_made: Sequence[Path], path: Path) -> None:

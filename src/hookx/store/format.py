@@ -81,7 +81,7 @@ def open_at_header(file: Path) -> Iterator[tuple[BinaryIO, int]]:
 
 @contextlib.contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Tell a shard that cannot be read now, `UnreadableError`, from one that was read and is damaged, `ShardError`."""
+    """Raise `UnreadableError` if a shard cannot be read now, and `ShardError` if it was read and is damaged."""
     try:
         with report_read_errors(file):
             yield

@@ -30,6 +30,8 @@ class ShardRecord:
     # How many rows were computed again in other company before the shard was published, and found to be the same; None
     # if the run did not check itself.
     self_checked: int | None = None
+    # The size in bytes of images that could not be read at first and were changed until they could: key -> size.
+    mended: dict[str, int] | None = None
 
     @property
     def made_in_batches_of(self) -> int | None:
@@ -135,8 +137,9 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "checksums": _dict_of(_is_whole),
     "sizes_bytes": _list_of(_is_whole),
     "self_checked": _is_whole,
+    "mended": _dict_of(_is_whole),
 }
-_OPTIONAL = ("self_checked",)  # absent from the shards of earlier versions
+_OPTIONAL = ("self_checked", "mended")  # absent from the shards of earlier versions
 
 
 def _parse(metadata: Mapping[str, str]) -> ShardRecord:

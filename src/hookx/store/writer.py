@@ -20,16 +20,18 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from hookx.errors import StoreError, one_line
 from hookx.plan import Shard
 from hookx.store.crc import crc32_combine
 from hookx.store.directory import RunDirectory
-from hookx.store.files import report_write_errors, vanished
+from hookx.store.files import reason_of, report_write_errors, vanished
 from hookx.store.format import tensor_places
 from hookx.store.record import ShardRecord
 from hookx.store.shard_file import PAGE_BYTES, ShardFile, Tuning, close_quietly
@@ -40,6 +42,7 @@ _TOUCH_SECONDS = 3600  # Nobody takes what was touched so often for left over.
 _THREADS_FOR_CHECKSUMS = 3
 _FILES_AHEAD = 2  # for every process: it may have one batch on its way to the disk, and another in hand
 
+T = TypeVar("T")
 Rows = dict[str, Tensor]  # address -> (images of a batch, *shape)
 
 
@@ -96,8 +99,8 @@ class ShardWriter:
         self._tensor_places = {rows: tensor_places(self._layers, rows) for rows in {len(shard) for shard in shards}}
         # One more than the images of a batch that could be read; 0 while nobody knows. Processes forked later share
         # this memory, without a file in a /dev/shm that may be small.
-        self._read = torch.frombuffer(mmap.mmap(-1, 4 * self._first_batches[-1]), dtype=torch.int32)
-        self._made = mmap.mmap(-1, len(shards))  # 1 for a shard whose file is there to be written to; shared as well
+        self._read = torch.frombuffer(_share_memory(4 * self._first_batches[-1]), dtype=torch.int32)
+        self._made = _share_memory(len(shards))  # 1 for a shard whose file is there to be written to; shared as well
 
         # In each process:
         self._images = min(batch_size, max(map(len, shards)))
@@ -138,7 +141,10 @@ class ShardWriter:
             # Two more pages, so that a piece can have the same alignment as its place in the file.
             sizes = {layer.address: self._images * layer.bytes_per_image + 2 * PAGE_BYTES for layer in self._layers}
             allocate = functools.partial(torch.empty, dtype=torch.uint8, pin_memory=self._pin_memory)
-            memory = {address: allocate(size_bytes) for address, size_bytes in sizes.items()}
+            try:
+                memory = {address: allocate(size_bytes) for address, size_bytes in sizes.items()}
+            except RuntimeError as error:  # torch has no other error for too little memory
+                raise _too_little_memory(sum(sizes.values()), one_line(error)) from None
         rows, places = {}, self._tensor_places[len(shard)]
         for layer in self._layers:
             # Headers are whole pages, so only the place behind them counts; it assumes that no image was unreadable.
@@ -152,7 +158,7 @@ class ShardWriter:
     def write(self, positions: range, wait_until_filled: Callable[[], None] = lambda: None) -> Future[Written]:
         """Write a batch in the thread, which first waits until a GPU has filled its rows."""
         memory, rows = self._filled.pop(positions.start)
-        return self._thread.submit(self._write, positions, memory, rows, wait_until_filled)
+        return _submit(self._thread, self._write, positions, memory, rows, wait_until_filled)
 
     def forget(self, positions: range) -> None:
         """Forget what other processes have read of this batch and those behind it: they are read again."""
@@ -259,7 +265,7 @@ class ShardWriter:
         self.check()
         shard = self._shards[self._handed_over]
         self._handed_over += 1
-        self._publishing.append(self._publisher.submit(self._publish, shard, batches, record))
+        self._publishing.append(_submit(self._publisher, self._publish, shard, batches, record))
         self._create_files()
 
     def finish(self) -> None:
@@ -279,9 +285,9 @@ class ShardWriter:
             self._made[number] = 1
         if time.monotonic() - self._touched > _TOUCH_SECONDS:
             self._touched = time.monotonic()
-            for descriptor in self._descriptors.values():
+            for shard in self._shards[self._handed_over : self._created]:
                 with contextlib.suppress(OSError):
-                    os.utime(descriptor)
+                    os.utime(self._directory.aside_of(shard))
 
     def _publish(self, shard: Shard, batches: Sequence[Written | Future[Written] | None], record: ShardRecord) -> None:
         rows = 0
@@ -301,3 +307,31 @@ class ShardWriter:
         with contextlib.closing(file):
             file.publish(rows, record, replace=shard.number in self._replaced)
         self.seconds += time.perf_counter() - start
+
+
+def _share_memory(size_bytes: int) -> mmap.mmap:
+    """Return zeros that this process shares with those that it forks."""
+    try:
+        return mmap.mmap(-1, size_bytes)
+    except OSError as error:
+        raise _too_little_memory(size_bytes, reason_of(error)) from None
+
+
+def _too_little_memory(size_bytes: int, reason: str) -> StoreError:
+    return StoreError(
+        f"the system refuses {size_bytes:,} bytes of memory for activations: {reason}",
+        "try a smaller --batch-size or fewer --workers",
+        "finished shards are kept; run the same command again to resume",
+    )
+
+
+def _submit(executor: Executor, call: Callable[..., T], *arguments: Any) -> Future[T]:
+    """Start work in a thread, or raise `StoreError` if the system refuses another thread."""
+    try:
+        return executor.submit(call, *arguments)
+    except RuntimeError as error:
+        raise StoreError(
+            f"the system refuses a thread that writes: {one_line(error)}",
+            "try fewer --workers, or allow more processes: ulimit -u",
+            "finished shards are kept; run the same command again to resume",
+        ) from None

@@ -1,0 +1,122 @@
+"""The options that several commands share."""
+
+# No `from __future__ import annotations`: the annotations are read at run time.
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+from hookx.option import Options, option
+from hookx.options.values import (
+    AnyPath,
+    ChannelReduction,
+    Decode,
+    Device,
+    Exif,
+    Interpolation,
+    Layout,
+    Precision,
+    read_arguments,
+    read_channels,
+    read_deviations,
+    read_globs,
+)
+
+Progress = Callable[[int], None]
+CALLED = "Called with the number finished since the last call."
+DEVICE = "auto, cpu, cuda, cuda:1 or mps."
+MODEL, NO_MODEL = "A model's name; hookx list-models shows them.", "no model is named"
+RUN, IMAGES_OF_RUN = "The directory that hookx extract wrote.", "The folders and files that the run was given."
+KEYS = "The image to draw, if the run holds several."
+
+
+class BuildOptions(Options, title="Your own models and checkpoints", variables=True):
+    """How to build a model that is not a published one."""
+
+    trust_checkpoint: bool = option(
+        "--trust-checkpoint",
+        "Read a pickled module or a .pt2 file, which can run code.",
+        default=False,
+        variable=False,  # What was set for another program must not decide to run code.
+    )
+    model_args: Mapping[str, str] = option(
+        "--model-arg KEY=VALUE...", "An argument for building the model.", default={}, parse=read_arguments
+    )
+    transform: str | None = option(
+        "--transform REF", "Your own preprocessing, as in python:package.module:factory.", default=None
+    )
+
+
+class CheckpointOptions(BuildOptions, title="Your own models and checkpoints", variables=True):
+    """How to read the file that holds a model's weights."""
+
+    weights_key: str | None = option(
+        "--weights-key KEY", "The entry of a checkpoint that holds the weights, as in model_ema.", default=None
+    )
+    allow_missing: Sequence[str] = option(
+        "--allow-missing GLOB...", "Globs over weights that the file may lack.", default=(), parse=read_globs
+    )
+
+
+class ModelOptions(CheckpointOptions, title="Model", variables=True):
+    """What can be said about a model beside its name and its weights.
+
+    Example:
+        >>> ModelOptions(seed=1, allow_missing="fc.*").allow_missing
+        ('fc.*',)
+    """
+
+    seed: int = option("--seed N", "Seed of --weights none.", default=0)
+
+
+class PreprocessingOptions(Options, title="Preprocessing", variables=True):
+    """What replaces parts of the preprocessing that comes with the weights; None keeps a part."""
+
+    resize: int | None = option(
+        "--resize PX", "Length of the shorter side after resizing, in pixels.", default=None, minimum=1
+    )
+    crop: int | None = option("--crop PX", "Side of the centre crop, in pixels.", default=None, minimum=1)
+    mean: str | Sequence[float] | None = option(
+        "--mean R,G,B", "Channel means, as in 0.485,0.456,0.406.", default=None, parse=read_channels
+    )
+    std: str | Sequence[float] | None = option(
+        "--std R,G,B", "Channel deviations, as in 0.229,0.224,0.225.", default=None, parse=read_deviations
+    )
+    interpolation: Interpolation | None = option("--interpolation NAME", "How to resize: {choices}.", default=None)
+    exif: Exif = option("--exif NAME", "Rotations recorded by cameras: {choices}.", default="ignore")
+    decode: Decode = option(
+        "--decode NAME", "exact; fast: large JPEGs at reduced scale; nvjpeg: JPEGs on a GPU.", default="exact"
+    )
+
+
+class ComputeOptions(Options, title="Compute", variables=True):
+    """Where a model runs, and in which arithmetic."""
+
+    device: Device = option("-d --device NAME", DEVICE, default="auto")
+    precision: Precision = option("--precision NAME", "Arithmetic: {choices}.", default="fp32")
+
+
+class LookOptions(Options, title="Pictures"):
+    """How activations are drawn, and where to."""
+
+    out: AnyPath = option("-o --out DIR", "The directory for the pictures.", default="maps")
+    channels: str = option("--channels RANGES", "Which channels, as in 0-63,128.", default="")
+    top: int | None = option("--top K", "Only the K strongest channels, strongest first.", default=None, minimum=1)
+    reduce: ChannelReduction | Literal[""] = option(
+        "--reduce NAME", "One heat map a layer: {choices} of its channels.", default=""
+    )
+    colormap: str = option(
+        "--colormap NAME", "One of matplotlib's; default: viridis, and inferno for heat maps.", default=""
+    )
+    layout: Layout | Literal[""] = option("--layout NAME", "{choices}, if the model does not tell.", default="")
+
+
+class JsonOptions(Options, title="Options"):
+    """How a command reports."""
+
+    json: bool = option("--json", "Print one JSON document.", default=False)
+
+
+class ReportOptions(JsonOptions, title="Options"):
+    """How a command that writes files reports."""
+
+    quiet: bool = option("-q --quiet", "Print only the paths of the written files.", default=False)

@@ -1,0 +1,101 @@
+"""The types of options whose values are more than a number or a path, and how to read them from text."""
+
+# No `from __future__ import annotations`: the annotations are read at run time.
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from typing import Literal
+
+from hookx.errors import UsageError
+
+Device = Literal["auto", "cpu", "cuda", "mps"] | str  # the words that a shell offers, or another, as in cuda:1
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+MemoryFormat = Literal["contiguous", "channels_last"]
+Dtype = Literal["fp64", "fp32", "fp16", "bf16"]
+Exif = Literal["ignore", "apply"]
+Decode = Literal["exact", "fast", "nvjpeg"]
+Interpolation = Literal["nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+OnIOError = Literal["stop", "fail"]
+Layout = Literal["nchw", "nhwc", "tokens"]
+ChannelReduction = Literal["mean", "max", "norm"]
+
+AnyPath = str | os.PathLike[str]
+Paths = AnyPath | Iterable[AnyPath]
+
+# A plan and a shard have the long names, which are torch's.
+DTYPE_NAMES: dict[str, str] = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+# Unless a user says otherwise:
+MAX_SHARD_BYTES, MAX_SHARD_IMAGES = 512 * 2**20, 4096
+RETRY_SECONDS = 10.0
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size: '512MiB', '2GB', '1.5 GiB', '4096'.
+
+    Example:
+        >>> parse_bytes("512MiB"), parse_bytes("2GB"), parse_bytes("4096")
+        (536870912, 2000000000, 4096)
+    """
+    try:
+        return read_size(text)
+    except ValueError as error:
+        raise UsageError(f"'{text}' is not a size; {error}") from None
+
+
+def list_paths(paths: Paths) -> list[AnyPath]:
+    """Return one path, or several, as a list."""
+    return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+
+
+def read_size(value: str | int) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)(i?)B?\s*", str(value))
+    size = 0
+    if match and (match[2] or not match[3]):
+        power = " KMGT".index(match[2].upper() or " ")
+        size = int(Fraction(match[1]) * (1024 if match[3] else 1000) ** power)
+    if size == 0:
+        raise ValueError("write it as in 512MiB, 2GB or 4096")
+    return size
+
+
+def read_channels(value: str | Iterable[float]) -> tuple[float, ...]:
+    """Read a number for red, green and blue each."""
+    try:
+        numbers = tuple(float(number) for number in (value.split(",") if isinstance(value, str) else value))
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != 3:
+        raise ValueError("give three numbers, as in 0.485,0.456,0.406")
+    return numbers
+
+
+def read_deviations(value: str | Iterable[float]) -> tuple[float, ...]:
+    numbers = read_channels(value)
+    if 0.0 in numbers:
+        raise ValueError("no deviation can be 0")
+    return numbers
+
+
+def read_arguments(value: Mapping[str, str] | Iterable[str]) -> dict[str, str]:
+    if isinstance(value, Mapping):
+        return dict(value)
+    pairs = [text.partition("=") for text in value]
+    if not all(equals for _, equals, _ in pairs):
+        raise ValueError("write key=value, as in width=2")
+    return {key: text for key, _, text in pairs}
+
+
+def read_globs(value: str | Iterable[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def read_dtype(name: str) -> str:
+    """Return the short name of a type that may have been given by its long one."""
+    return next((short for short, long in DTYPE_NAMES.items() if long == name), name)
+
+
+def ignore_progress(count: int) -> None:
+    """Report no progress."""
