@@ -183,6 +183,8 @@ def print_verification(verification: Verification, recomputation: Recomputation 
     print_lines([f"{problem.file} {problem.what}" for problem in problems])
     print_lines([f"note: {note.file} {note.what}" for note in verification.notes])
     whole = f"{verification.shards_whole:,} of {verification.shards:,} whole"
+    if verification.shards_unreadable:
+        whole += f", {verification.shards_unreadable:,} cannot be read now"
     facts = [
         ("shards", f"{whole}; {decimal(verification.bytes)} of activations agree with their checksums"),
         ("images", f"{verification.rows:,} rows, {verification.failures:,} failures"),
