@@ -138,6 +138,7 @@ _WORDS = {
     "allocate memory": errno.ENOMEM,
     "bad_alloc": errno.ENOMEM,
     "unable to mmap": errno.ENOMEM,
+    "failed to map segment": errno.ENOMEM,
     "No space left on device": errno.ENOSPC,
     "shared memory": errno.ENOSPC,
     "Input/output error": errno.EIO,

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -392,7 +393,7 @@ def test_a_reader_that_closes_the_pipe_early_gets_no_traceback(arguments: list[s
         [*HOOKX, *arguments], stdout=write_end, stderr=subprocess.PIPE, text=True, env=BUFFERED, timeout=100
     )
     os.close(write_end)
-    assert (process.returncode, process.stderr) == (1, "")
+    assert (process.returncode, process.stderr) == (0, "")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
@@ -403,6 +404,70 @@ def test_an_answer_that_does_not_fit_on_the_disk_is_an_error() -> None:
         )
     assert process.returncode == 1
     assert process.stderr == "error: cannot write to standard output: No space left on device\n"
+
+
+def test_no_stream_that_is_closed_or_full_keeps_a_run_from_being_stored(
+    uninterrupted: Uninterrupted, tmp_path: Path
+) -> None:
+    for number, (streams, expected) in enumerate(
+        {"2>/dev/full": 0, "<&- >&- 2>&-": 0, "2>&- | true; exit ${PIPESTATUS[0]}": 0, ">/dev/full 2>&-": 1}.items()
+    ):
+        out = tmp_path / str(number)
+        command = shlex.join([*COLD_HOOKX, *uninterrupted.command(out)])
+        ended = subprocess.run(["bash", "-c", f"{command} {streams}"], capture_output=True, text=True, timeout=100)
+        assert (ended.returncode, ended.stderr) == (expected, ""), streams
+        assert files_of(out) == uninterrupted.files, streams
+
+
+def test_a_list_on_a_standard_input_that_is_closed_is_an_error() -> None:
+    command = shlex.join([*COLD_HOOKX, "extract", *SMALL, *LAYERS, "-"])
+    ended = subprocess.run(["bash", "-c", f"{command} <&-"], capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: cannot read the list: standard input is closed\n")
+
+
+def test_names_that_an_encoding_lacks_are_escaped() -> None:
+    code = "import sys; from hookx.cli.streams import keep_streams; keep_streams(); print('é'); sys.stdout.flush()"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100)
+    assert (ended.stdout, ended.stderr) == ("\\xe9\n", "")
+
+
+# --- what the system refuses ---------------------------------------------------------------------------------------
+
+
+def test_a_system_that_has_no_file_locks_is_named_when_hookx_is_imported() -> None:
+    code = "import sys; sys.modules['fcntl'] = None; sys.path_importer_cache.clear(); import hookx"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert ended.stderr.splitlines()[-1].startswith("ImportError: hookx needs Linux")
+
+
+def test_a_working_directory_that_is_gone_is_an_error(tmp_path: Path) -> None:
+    command = shlex.join([*COLD_HOOKX, "list-layers", "resnet18"])
+    ended = subprocess.run(
+        ["bash", "-c", f"mkdir gone && cd gone && rmdir ../gone && {command}"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert ended.returncode == 1 and ended.stderr.startswith("error: the working directory is gone")
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "advice"), [(resource.RLIMIT_NOFILE, 16, "ulimit -n"), (resource.RLIMIT_AS, 2**29, "memory")]
+)
+def test_what_the_system_refuses_is_an_error_with_advice(
+    limit: int, value: int, advice: str, uninterrupted: Uninterrupted, tmp_path: Path
+) -> None:
+    ended = subprocess.run(
+        [*COLD_HOOKX, *uninterrupted.command(tmp_path / "out"), "--retry-for", "0.2", "-j", "4"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        preexec_fn=lambda: resource.setrlimit(limit, (value, value)),
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert ended.stderr.startswith("error: ") and advice in ended.stderr and "Traceback" not in ended.stderr
 
 
 # --- on a terminal -------------------------------------------------------------------------------------------------
@@ -501,15 +566,15 @@ def group_has_ended(group: int) -> bool:
     return False
 
 
-def test_ctrl_c_and_sigterm_end_a_run_with_130_and_143_and_the_command_that_resumes_it(
+def test_signals_end_a_run_with_128_and_their_number_and_the_command_that_resumes_it(
     uninterrupted: Uninterrupted, tmp_path: Path
 ) -> None:
     out = tmp_path / "features"
     command = uninterrupted.command(out)
-    for number, count in ((signal.SIGINT, 2), (signal.SIGTERM, 8)):
+    for number, count in ((signal.SIGINT, 2), (signal.SIGTERM, 6), (signal.SIGHUP, 10), (signal.SIGUSR1, 14)):
         process = start_and_wait_for_shards(command, out, count)
-        if number == signal.SIGINT:
-            os.killpg(process.pid, number)  # A terminal sends Ctrl-C to the decoding processes, too.
+        if number != signal.SIGTERM:
+            os.killpg(process.pid, number)  # Terminals and schedulers send theirs to the decoding processes, too.
         else:
             process.send_signal(number)
         stdout, stderr = process.communicate(timeout=60)
@@ -524,6 +589,38 @@ def test_ctrl_c_and_sigterm_end_a_run_with_130_and_143_and_the_command_that_resu
             time.sleep(0.01)
     resume = shlex.split(stderr.splitlines()[-1])[1:]
     assert in_this_process(*resume).exit_code == 0
+    assert files_of(out) == uninterrupted.files
+
+
+def test_signals_that_were_ignored_at_the_start_stay_ignored(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
+    out = tmp_path / "features"
+    command = shlex.join([*COLD_HOOKX, *uninterrupted.command(out)])
+    # As nohup does, and a script for what it runs with `&`.
+    with subprocess.Popen(["bash", "-c", f"trap '' HUP INT; exec {command}"], start_new_session=True) as process:
+        while not shards_in(out):
+            assert process.poll() is None
+            time.sleep(0.01)
+        for number in (signal.SIGHUP, signal.SIGINT):
+            os.killpg(process.pid, number)
+    assert process.returncode == 0 and files_of(out) == uninterrupted.files
+
+
+@pytest.mark.parametrize("seconds_between", [0.0, 0.02])
+def test_a_second_signal_leaves_no_process_and_loses_no_shard(
+    seconds_between: float, uninterrupted: Uninterrupted, tmp_path: Path
+) -> None:
+    out = tmp_path / "features"
+    process = start_and_wait_for_shards(uninterrupted.command(out), out, 3)
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(seconds_between)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode in (138, 143, -signal.SIGTERM) and "Traceback" not in stderr, stderr
+    deadline = time.monotonic() + 20
+    while not group_has_ended(process.pid):
+        assert time.monotonic() < deadline, "a decoding process stayed behind"
+        time.sleep(0.01)
+    assert in_this_process(*uninterrupted.command(out)).exit_code == 0
     assert files_of(out) == uninterrupted.files
 
 

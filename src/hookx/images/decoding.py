@@ -13,8 +13,8 @@ import stat
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from contextlib import contextmanager, suppress
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -28,9 +28,6 @@ from torchvision.transforms import functional as F  # noqa: N812 - its own docum
 from hookx.errors import UsageError
 from hookx.images.retries import UnavailableError, is_of_the_file, is_of_the_system
 from hookx.plan import Preprocessing
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 _EXIF_ORIENTATION = 0x0112
 _TURN_UPRIGHT = {
@@ -189,6 +186,13 @@ def check_decoding(preprocessing: Preprocessing, device: torch.device) -> None:
         )
 
 
+def size_from_header(file: str) -> tuple[int, int]:
+    """Return an image's width and height in pixels; 0 and 0 if its header cannot be read."""
+    with suppress(Exception), open(file, "rb") as content:
+        return Image.open(content, "r", known_formats()).size
+    return 0, 0
+
+
 def failure_reason(error: Exception) -> str:
     """Return in one line why an image could not be read; without paths, so that all machines store the same bytes."""
     if isinstance(error, UnavailableError):
@@ -206,7 +210,7 @@ class _File(io.FileIO):
 
     error: OSError | None = None
 
-    def readinto(self, buffer: WriteableBuffer) -> int | None:
+    def readinto(self, buffer: Any) -> int | None:
         try:
             return super().readinto(buffer)
         except OSError as error:

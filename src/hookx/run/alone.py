@@ -6,7 +6,6 @@ it. So an image is to blame only if nothing but the image was there, and every p
 
 from __future__ import annotations
 
-import contextlib
 import io
 import multiprocessing
 import multiprocessing.connection
@@ -16,10 +15,9 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 
 from hookx.errors import ImageError
-from hookx.images.decoding import known_formats
+from hookx.images.decoding import size_from_header
 from hookx.images.retries import Retries
 from hookx.run.children import NO_MEMORY, begin_decoding, how_it_ended
 from hookx.run.in_hand import InHand
@@ -116,14 +114,8 @@ def _answer(
     except ImageError as error:
         answer = ("error", str(error))
     except MemoryError:
-        answer = ("memory", _size_of(reader.images.files[position]))
+        answer = ("memory", size_from_header(reader.images.files[position]))
     buffer = io.BytesIO()
     torch.save(answer, buffer)
     sending.send_bytes(buffer.getbuffer())
     os._exit(0)
-
-
-def _size_of(file: str) -> tuple[int, int]:
-    with contextlib.suppress(Exception), open(file, "rb") as content:
-        return Image.open(content, "r", known_formats()).size
-    return 0, 0

@@ -29,6 +29,8 @@ def how_it_ended(exit_code: int) -> str:
     """
     if exit_code == NO_MEMORY:
         return "out of memory"
+    if exit_code == NO_MESSAGE:
+        return "it could not hand over its batch"
     if exit_code >= 0:
         return f"exit code {exit_code}"
     try:

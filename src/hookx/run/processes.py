@@ -34,21 +34,24 @@ class Processes:
         self._early: dict[range, Batch] = {}  # received before its turn
         self.problem: Exception | None = None  # why a message could not be taken
         others = set(multiprocessing.active_children())
-        loader = DataLoader(
-            worker,
-            batch_size=None,  # The dataset's items are batches already: they follow the shards.
-            num_workers=workers,
-            pin_memory=pin_memory,
-            worker_init_fn=worker.start,
-            in_order=False,  # `receive` puts the batches in order.
-            timeout=_POLL_SECONDS if workers else 0,
-            # Forked workers share the list of images and start in milliseconds; they never touch a GPU.
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # more workers than cores: somebody has asked for them
+            loader = DataLoader(
+                worker,
+                batch_size=None,  # The dataset's items are batches already: they follow the shards.
+                num_workers=workers,
+                pin_memory=pin_memory,
+                worker_init_fn=worker.start,
+                in_order=False,  # `receive` puts the batches in order.
+                timeout=_POLL_SECONDS if workers else 0,
+                # Forked workers share the list of images and start in milliseconds; they never touch a GPU.
+                multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+            )
         self._batches: Iterator[Batch] | None = None
         self._processes: list[multiprocessing.process.BaseProcess] = []
         try:
-            with defer_signals(), _keep_child_signals(), _nothing_inherited_is_collected():
+            with defer_signals(), _keep_child_signals(), _nothing_inherited_is_collected(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # more workers than cores: somebody has asked for them
                 try:
                     self._batches = iter(loader)
                 except OSError as error:

@@ -146,7 +146,7 @@ def _errors_kept(batch: Batch) -> Iterator[None]:
     try:
         yield
     except HookxError as error:
-        batch.error = error
+        batch.error, batch.pixels_NCHW, batch.encoded = error, None, None
     except MemoryError:
         if get_worker_info() is not None:
             os._exit(NO_MEMORY)
