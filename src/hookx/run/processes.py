@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 
 from torch.utils.data import DataLoader
@@ -50,8 +51,7 @@ class Processes:
         self._batches: Iterator[Batch] | None = None
         self._processes: list[multiprocessing.process.BaseProcess] = []
         try:
-            with defer_signals(), _keep_child_signals(), _nothing_inherited_is_collected(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # more workers than cores: somebody has asked for them
+            with defer_signals(), _keep_child_signals(), _nothing_inherited_is_collected():
                 try:
                     self._batches = iter(loader)
                 except OSError as error:
