@@ -245,5 +245,7 @@ def test_the_same_command_mends_the_tables_if_it_was_killed_before_them(
     ended = subprocess.run([sys.executable, "-c", code, str(images), str(out)], env=environment, capture_output=True)
     assert ended.returncode == -9
     assert "index.csv" in {problem.file for problem in verify(out).problems}
+    said = CliRunner().invoke(app, ["verify", str(out)]).stdout
+    assert "the same hookx extract command writes the tables again" in said
     store(images, out)
     assert files_of(out) == files_of(undisturbed)
