@@ -200,9 +200,8 @@ def test_a_name_that_cannot_be_an_output_directory_is_an_error_at_once(
 def test_a_directory_that_cannot_be_listed_is_not_an_empty_one(run: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(run, tmp_path / "features"))
     code = "import sys, pathlib, hookx.store.directory as d; d.begun_plan(pathlib.Path(sys.argv[1]))"
-    for error in ("EACCES", "EIO", "EMFILE"):
-        faults = Faults(Fault("opendir", error, path="features"))
-        command = [sys.executable, "-c", code, str(path)]
-        ended = subprocess.run(command, env=os.environ | faults.environment, capture_output=True, text=True)
-        assert f"cannot use {path} as the output directory" in ended.stderr
+    faults = Faults(Fault("opendir", "EACCES", path="features"))
+    command = [sys.executable, "-c", code, str(path)]
+    ended = subprocess.run(command, env=os.environ | faults.environment, capture_output=True, text=True)
+    assert f"cannot use {path} as the output directory: Permission denied" in ended.stderr
     assert begun_plan(path) is not None and begun_plan(tmp_path / "absent") is None

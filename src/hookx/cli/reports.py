@@ -198,6 +198,8 @@ def print_verification(verification: Verification, recomputation: Recomputation 
         facts.append(("computed", f"again: {again}"))
     wrong = f"{len(problems):,} problem{'s' if len(problems) > 1 else ''}"
     facts.append(("result", f"{verification.path}/ {f'has {wrong}' if problems else 'is whole'}"))
+    if problems and {problem.file for problem in problems} <= {"index.csv", "failures.csv"}:
+        facts.append(("next", "the same hookx extract command writes the tables again"))
     print_rows(facts)
 
 
