@@ -35,8 +35,7 @@ class Processes:
         self._early: dict[range, Batch] = {}  # received before its turn
         self.problem: Exception | None = None  # why a message could not be taken
         others = set(multiprocessing.active_children())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # more workers than cores: somebody has asked for them
+        with _any_number_of_workers():
             loader = DataLoader(
                 worker,
                 batch_size=None,  # The dataset's items are batches already: they follow the shards.
@@ -51,7 +50,7 @@ class Processes:
         self._batches: Iterator[Batch] | None = None
         self._processes: list[multiprocessing.process.BaseProcess] = []
         try:
-            with defer_signals(), _keep_child_signals(), _nothing_inherited_is_collected():
+            with defer_signals(), _keep_child_signals(), _nothing_inherited_is_collected(), _any_number_of_workers():
                 try:
                     self._batches = iter(loader)
                 except OSError as error:
@@ -120,6 +119,14 @@ class Processes:
             process.kill()
             process.join(timeout=wait_seconds)  # What is stuck in the kernel cannot be killed.
         return not any(process.is_alive() for process in self._processes)
+
+
+@contextlib.contextmanager
+def _any_number_of_workers() -> Iterator[None]:
+    """Keep the loader from warning of more workers than cores: somebody has asked for them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _forget_frames(error: OSError) -> None:
