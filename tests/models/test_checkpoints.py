@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import collections
+import copy
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -917,3 +919,58 @@ def test_what_a_skeleton_reads_of_a_file_is_what_is_in_it(tmp_path: Path) -> Non
         assert {name: tensor.shape for name, tensor in shapes.items()} == {
             name: tensor.shape for name, tensor in state_of().items()
         }
+
+
+# --- archives that claim more than they hold -----------------------------------------------------------------------
+
+
+def zipped_again(file: Path, change: Callable[[zipfile.ZipFile], None] = lambda _: None) -> Path:
+    """Compress what `torch.save` has stored, and change the archive's directory before it is written."""
+    again = file.with_stem("again")
+    with zipfile.ZipFile(file) as stored, zipfile.ZipFile(again, "w", zipfile.ZIP_DEFLATED) as compressed:
+        for name in stored.namelist():
+            compressed.writestr(name, stored.read(name))
+        change(compressed)
+    return again
+
+
+def test_a_checkpoint_that_was_compressed_afterwards_is_read(tmp_path: Path) -> None:
+    file = saved(state_of(), tmp_path / "weights.pt")
+    state = read_weights(str(zipped_again(file))).state
+    assert all(torch.equal(state[name], tensor) for name, tensor in state_of().items())
+
+
+def test_an_archive_that_unpacks_to_far_more_than_its_size_is_refused(tmp_path: Path) -> None:
+    def add_zeros(archive: zipfile.ZipFile) -> None:
+        archive.writestr("weights/data/999", bytes(200 * 2**20))
+
+    file = zipped_again(saved({"fc.bias": torch.zeros(3)}, tmp_path / "weights.pt"), add_zeros)
+    assert re.search(r"would unpack from \d{3},\d{3} bytes to 209,\d{3},\d{3}, as no checkpoint does\n", error_of(file))
+    with pytest.raises(ModelError, match="would unpack from"):
+        load_model(str(file), "default")
+
+
+def test_an_archive_whose_entries_share_one_piece_of_the_file_is_refused(tmp_path: Path) -> None:
+    def share(archive: zipfile.ZipFile) -> None:
+        largest = max(archive.filelist, key=lambda entry: entry.compress_size)
+        for number in range(50):
+            entry = copy.copy(largest)
+            entry.filename = f"weights/data/{1000 + number}"
+            archive.filelist.append(entry)
+
+    file = zipped_again(saved(state_of(), tmp_path / "weights.pt"), share)
+    assert "its directory claims" in error_of(file)
+
+
+def test_an_archive_that_claims_more_than_it_stores_is_refused(tmp_path: Path) -> None:
+    def lie(archive: zipfile.ZipFile) -> None:
+        archive.filelist[0].file_size = 2**40
+
+    assert "would unpack from" in error_of(zipped_again(saved(state_of(), tmp_path / "weights.pt"), lie))
+
+
+def test_entries_that_refer_to_each_other_again_and_again_are_searched_in_no_time(tmp_path: Path) -> None:
+    inner: dict[str, Any] = {}
+    for _ in range(30):
+        inner = dict.fromkeys(("model", "state_dict", "net", "ema"), inner)
+    assert "is not a state dict" in error_of(saved(inner, tmp_path / "weights.pt"))

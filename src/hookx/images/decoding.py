@@ -26,7 +26,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F  # noqa: N812 - its own documentation's name
 
 from hookx.errors import UsageError
+from hookx.images.memory import lacks_memory
 from hookx.images.retries import UnavailableError, is_of_the_file, is_of_the_system
+from hookx.images.rgb import to_rgb
 from hookx.plan import Preprocessing
 
 _EXIF_ORIENTATION = 0x0112
@@ -64,7 +66,7 @@ def decode(
     listed_bytes: int | None = None,
     transform: Callable[[Image.Image], Tensor] | None = None,
 ) -> tuple[Tensor, bool]:
-    """Read the first frame of an image file as RGB (see `_to_rgb`), resize it and crop it; ignore colour profiles.
+    """Read the first frame of an image file as RGB (see `to_rgb`), resize it and crop it; ignore colour profiles.
 
     A size other than `listed_bytes` is a failure. `transform`, the model's own, takes the RGB image to a model's input
     (3, crop_px, crop_px) in place of `preprocessing`.
@@ -121,6 +123,8 @@ def _decode(content: _Content, preprocessing: Preprocessing) -> tuple[Image.Imag
     with Image.open(content, formats=known_formats()) as image:
         if preprocessing.decode == "nvjpeg" and (encoded := _plain_jpeg(image, content, preprocessing)):
             return torch.frombuffer(encoded, dtype=torch.uint8), _orientation(image)
+        if reason := lacks_memory(image):
+            raise UnreadableError(reason)
         if preprocessing.decode == "fast":
             _reduce_while_decoding(image, preprocessing.resize_px)
         try:
@@ -130,7 +134,10 @@ def _decode(content: _Content, preprocessing: Preprocessing) -> tuple[Image.Imag
                 raise MemoryError(str(error)) from None
             raise
         orientation = _orientation(image)
-        return _to_rgb(image), orientation
+        try:
+            return to_rgb(image), orientation
+        except ValueError as error:
+            raise UnreadableError(str(error)) from None
 
 
 def decode_jpegs(
@@ -297,32 +304,6 @@ def _orientation(image: Image.Image) -> Image.Transpose | None:
         return _TURN_UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # Corrupt EXIF can raise anything; the pixels are still usable.
         return None
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to 8-bit RGB, which models are trained on.
-
-    Images with 1 or 8 bits per channel go through Pillow's `convert("RGB")`, as in the published preprocessing: grey is
-    repeated; alpha channels and transparent colours are dropped, not blended; CMYK, YCCK, Lab and HSV are converted
-    without their profiles. Pillow itself reads the upper 8 bits of colour with 16 bits per channel.
-
-    Grey with more than 8 bits is scaled and rounded, because `convert` would clip everything above 255 to white. White
-    is 65535 if the values are integers between 0 and that; 1 or 255 if they are floating-point numbers between 0 and
-    that. Otherwise the image's minimum becomes 0 and its maximum 255. NaN or infinity is a failure.
-    """
-    if image.mode == "La":  # Premultiplied grey, which Pillow converts to LA only.
-        image = image.convert("LA")
-    if not (image.mode in ("I", "F") or image.mode.startswith("I;16")):
-        return image.convert("RGB")
-    values = np.asarray(image).astype(np.float64)
-    low, high = float(values.min()), float(values.max())
-    if not np.isfinite([low, high]).all():
-        raise UnreadableError("the image holds values that are not finite")
-    whites = (1.0, 255.0) if image.mode == "F" else (65535.0,)
-    if low >= 0 and high <= whites[-1]:
-        low, high = 0.0, next(white for white in whites if high <= white)
-    grey = np.rint((values - low) * (255 / (high - low or 1)))  # A uniform image has no contrast: black.
-    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 
 def model_input(pixels_NCHW: Tensor, preprocessing: Preprocessing) -> Tensor:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hookx.errors import ModelError, closest, one_line
+from hookx.models.archives import check_archive
 from hookx.options import ModelOptions
 from hookx.plan import WeightsIdentity
 
@@ -28,6 +29,7 @@ _SUFFIXES = (".safetensors", ".pt", ".pth", ".pt2", ".ckpt", ".tar", ".bin", ".i
 _ORDINARY = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module")
 _AVERAGED = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "ema_model", "model_ema_state_dict", "params_ema")
 _KNOWN = (*_ORDINARY, *_AVERAGED, "teacher", "student")
+_MAX_DEPTH = 4  # of entries within entries: those that refer to each other twice would take for ever
 _ARCHITECTURE_KEYS = ("arch", "architecture", "model_name")
 
 _REFUSED = "Weights only load failed"  # how torch refuses a file that could run code
@@ -196,15 +198,15 @@ def _choose_only(value: Any, entry: str, file: Path) -> Chosen:
     return Chosen(inner.value, inner.entry, (*(dotted + other for other in others), *inner.others))
 
 
-def _entries(value: Any) -> dict[str, Any]:
+def _entries(value: Any, depth: int = _MAX_DEPTH) -> dict[str, Any]:
     """Return the entries of a checkpoint that hold weights, directly or below an entry with a known name."""
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or depth == 0:
         return {}
     return {
         name: inner
         for name, inner in value.items()
         if isinstance(name, str)
-        and (isinstance(inner, nn.Module) or _is_state(inner) or (name in _KNOWN and bool(_entries(inner))))
+        and (isinstance(inner, nn.Module) or _is_state(inner) or (name in _KNOWN and bool(_entries(inner, depth - 1))))
     }
 
 
@@ -257,6 +259,7 @@ def read_content(path: Path, *, trust: bool = False, shapes_only: bool = False) 
     """
     if not path.is_file():
         raise ModelError(f"there is no weights file '{path}'")
+    check_archive(path)
     match kind_of(path):
         case "exported program":
             raise ModelError(

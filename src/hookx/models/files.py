@@ -16,6 +16,7 @@ from torch import nn
 
 from hookx.errors import ModelError, one_line
 from hookx.models import checkpoints
+from hookx.models.archives import check_archive
 from hookx.models.preprocessing import imagenet_preprocessing
 from hookx.models.source import LoadedModel, Source
 from hookx.models.torchvision import Torchvision
@@ -52,6 +53,7 @@ class ModelFiles(Source):
                 f"'{ref}' holds its own weights; --weights {weights} asks for others",
                 f"leave out --weights, or name an architecture: --model NAME --weights {weights}",
             )
+        check_archive(path)
         if checkpoints.kind_of(path) == "exported program":
             return _load_exported(path, trust=options.trust_checkpoint)
         content = checkpoints.read_content(path, trust=options.trust_checkpoint, shapes_only=shapes_only)
