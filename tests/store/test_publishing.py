@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ UNREADABLE = (4, 5, 11)
 # Under the library each of these writes a run into its own directory; all share one process, because starting costs.
 SCRIPT = """
 import json, sys
+from collections.abc import Iterator
 from pathlib import Path
 from hookx.errors import HookxError
 from kit.writing import write
@@ -116,6 +118,7 @@ def test_an_error_of_the_disk_is_said_leaves_no_half_shard_and_the_same_call_end
 
 TOGETHER = """
 import multiprocessing, sys
+from collections.abc import Iterator
 from pathlib import Path
 from kit.writing import write
 from test_publishing import PLAN, UNREADABLE
@@ -229,3 +232,16 @@ def test_who_writes_a_file_again_removes_what_a_killed_process_left_of_it(tmp_pa
         file.touch()
     write_whole(tmp_path / "a.png", [b"whole"])
     assert {file.name for file in tmp_path.iterdir()} == {"a.png", left[1].name}
+
+
+def test_a_file_that_another_has_taken_the_place_of_is_not_published(tmp_path: Path) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield b"mine"
+        (aside,) = tmp_path.iterdir()
+        aside.unlink()
+        aside.write_bytes(b"of somebody else")
+
+    for replace in (True, False):
+        with pytest.raises(StoreError, match="was replaced by another file while hookx was writing it"):
+            write_whole(tmp_path / "index.csv", chunks(), replace=replace)
+        assert list(tmp_path.iterdir()) == []
