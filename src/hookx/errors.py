@@ -117,6 +117,7 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signal_number  # As shells report it: 130 for SIGINT, 143 for SIGTERM.
 
 
+_MEND_LIBRARY = "try again if the disk or the memory was short of something; otherwise install it again"
 _MEND_IT = "mend that, then run the same command again"
 _ADVICE = {
     errno.EMFILE: "let this process open more files: ulimit -n 4096",
@@ -168,6 +169,8 @@ def system_failure(error: BaseException, what: str = "") -> HookxError | None:
         for words, number in _WORDS.items():
             if words in str(error):
                 return HookxError(f"{os.strerror(number)}: {one_line(error)}", _ADVICE.get(number, _MEND_IT))
+    if isinstance(error, ImportError):
+        return HookxError(f"cannot import a library: {one_line(error)}", _MEND_LIBRARY)
     return HookxError("out of memory", _ADVICE[errno.ENOMEM]) if isinstance(error, MemoryError) else None
 
 

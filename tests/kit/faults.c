@@ -67,6 +67,9 @@ static void set_up(void) {
     rule_count = count;
 }
 
+/* Read the rules again at the next call: a process that has been forked gets rules of its own. */
+void faults_again(void) { rule_count = -1; }
+
 static int fits(const char *path, const char *part) {
     size_t length = strlen(part), whole = strlen(path);
     if (part[length - 1] != '$') return strstr(path, part) != NULL;

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _SOURCE = Path(__file__).with_name("faults.c")
-_MAX_RULES = 64
+MAX_RULES = 64
 
 
 @functools.cache
@@ -72,10 +72,10 @@ class Faults:
     """
 
     def __init__(self, *rules: Fault) -> None:
-        assert len(rules) <= _MAX_RULES
+        assert len(rules) <= MAX_RULES
         self.rules = rules
         self._file = tempfile.NamedTemporaryFile(prefix="hookx-faults-")  # noqa: SIM115 - it lasts as long as this
-        self._file.write(bytes(8 * _MAX_RULES))
+        self._file.write(bytes(8 * MAX_RULES))
         self._file.flush()
         weakref.finalize(self, self._file.close)
 
@@ -92,4 +92,4 @@ class Faults:
     def counts(self) -> list[int]:
         """How many calls fitted each rule, whether or not they failed."""
         self._file.seek(0)
-        return list(struct.unpack_from(f"{len(self.rules)}Q", self._file.read(8 * _MAX_RULES)))
+        return list(struct.unpack_from(f"{len(self.rules)}Q", self._file.read(8 * MAX_RULES)))
