@@ -41,6 +41,7 @@ from hookx.cli.app import app
 from hookx.errors import HookxError, ImageError
 from hookx.images.decoding import decode
 from hookx.images.listing import ImageList, list_images
+from hookx.run.alone import read_alone
 from hookx.run.in_hand import InHand
 from hookx.run.lane import Batch
 from hookx.run.reader import Reader
@@ -566,24 +567,16 @@ def test_a_machine_without_memory_for_any_image_is_an_error_and_no_failure(worke
     assert list(reasons_of(outcomes_of(some))) == ["01.png"]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_large_image_for_which_there_is_too_little_memory_is_a_failure(workers: int, tmp_path: Path) -> None:
-    folder_of(tmp_path, 3, {})
-    Image.new("RGB", (8000, 4000)).save(tmp_path / "01.png")
-    images, fork = list_images([tmp_path]), multiprocessing.get_context("fork")
-    receiver, sender = fork.Pipe(duplex=False)
+def test_a_large_image_for_which_there_is_too_little_memory_is_a_failure_and_a_small_one_is_not(tmp_path: Path) -> None:
+    def take_all_memory(_: Image.Image) -> Tensor:
+        raise MemoryError
 
-    def decode_in_little_memory() -> None:
-        used_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used_bytes + 80 * 2**20, resource.getrlimit(resource.RLIMIT_AS)[1]))
-        some = batches(images, cut(3, 1), SMALL, workers=workers, retry_seconds=0.1)
-        sender.send(reasons_of(outcomes_of(some)))
-
-    process = fork.Process(target=decode_in_little_memory)
-    process.start()
-    with no_longer_than(60):
-        assert receiver.recv() == {"01.png": "8000 x 4000 pixels take more memory than there is"}
-    process.join()
+    for name, side in (("large.png", 4200), ("small.png", 42)):
+        Image.new("L", (side, side)).save(tmp_path / name)
+    reader = Reader(list_images([tmp_path]), SMALL, take_all_memory, retry_seconds=0.1)
+    assert read_alone(reader, 0, 0).reason == "4200 x 4200 pixels take more memory than there is"
+    with pytest.raises(ImageError, match=r"too little memory to decode '.*small.png', with nothing else beside it"):
+        read_alone(reader, 1, 0)
 
 
 def test_workers_that_end_before_they_begin_are_an_error_and_not_a_hang(tmp_path: Path) -> None:
