@@ -80,9 +80,12 @@ def batches(
     known: dict[int, Decoded] = {}  # what became of images that were read alone
 
     def start(first: int, workers: int) -> Processes:
-        in_hand = InHand(workers, decode_timeout_seconds)
-        worker = Worker(reader, positions[first:], lane, known, in_hand, in_worker)
-        return _start_patiently(lambda: Processes(worker, workers=workers, pin_memory=pin_memory), retry_seconds)
+        def start_now() -> Processes:
+            in_hand = InHand(workers, decode_timeout_seconds)
+            worker = Worker(reader, positions[first:], lane, known, in_hand, in_worker)
+            return Processes(worker, workers=workers, pin_memory=pin_memory)
+
+        return _start_patiently(start_now, retry_seconds)
 
     known_formats()  # Imports the decoders: not in every worker, and not in the time of its first image.
     processes = start(0, workers)
