@@ -6,6 +6,7 @@ it. So an image is to blame only if nothing but the image was there, and every p
 
 from __future__ import annotations
 
+import contextlib
 import io
 import multiprocessing
 import multiprocessing.connection
@@ -78,10 +79,14 @@ def _ask_process(reader: Reader, position: int, timeout_seconds: float) -> _Answ
         with defer_signals():
             process.start()
         sending.close()
-        try:
-            content = receiving.recv_bytes()
-        except EOFError:
-            content = b""
+        # The alarm of the image ends most hangs; a process that was forked among threads can hang elsewhere, too.
+        limit_seconds = timeout_seconds + reader.retry_seconds + _WAIT_FOR_EXIT_SECONDS if timeout_seconds else None
+        content = b""
+        with contextlib.suppress(EOFError):
+            if receiving.poll(limit_seconds):
+                content = receiving.recv_bytes()
+            else:
+                process.kill()
         process.join(_WAIT_FOR_EXIT_SECONDS)
     finally:
         receiving.close()
