@@ -53,7 +53,7 @@ def write(
     def fill(writer: ShardWriter, positions: range) -> Future[Written]:
         read = readable(positions)
         for address, rows in writer.rows(positions, len(read)).items():
-            rows[:] = values[address][read]
+            rows[:] = _at(values[address], read)
         return writer.write(positions)
 
     with (
@@ -78,7 +78,12 @@ def write(
             writer.publish(record, written)
         writer.finish()
         directory.publish_index()
-    return {address: tensor[readable(range(plan.image_count))] for address, tensor in values.items()}
+    return {address: _at(tensor, readable(range(plan.image_count))) for address, tensor in values.items()}
+
+
+def _at(values: Tensor, positions: list[int]) -> Tensor:
+    """Return some of the rows; torch 2.6 cannot index every type with a list."""
+    return torch.stack([values[position] for position in positions]) if positions else values[:0]
 
 
 @contextlib.contextmanager
