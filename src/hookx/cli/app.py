@@ -77,7 +77,7 @@ def main() -> NoReturn:
 def _check_working_directory() -> None:
     try:
         os.getcwd()
-    except OSError as error:  # Libraries beneath torch end the process for it, without a word to the caller.
+    except OSError as error:  # A library that torch loads would end the process.
         raise HookxError(f"the working directory is gone: {error.strerror}", "change to one that exists") from None
 
 

@@ -109,7 +109,7 @@ def _output_error() -> OSError | None:
 def flush_output(code: Any = 0) -> Any:
     """Write what is still buffered, and return the code to exit with: not 0 if something could not be written.
 
-    A reader that has seen enough is no error.
+    A reader that closes the pipe early does not count as an error.
     """
     sys.stdout.flush()
     error = _output_error()

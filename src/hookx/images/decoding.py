@@ -233,7 +233,7 @@ class _File(io.FileIO):
 
 
 class _Content(io.BufferedReader):
-    """The bytes of a file; `is_shared` once a library has asked for the descriptor, with which it reads by itself."""
+    """The bytes of a file; `is_shared` once a library has the descriptor and reads by itself."""
 
     is_shared = False
 

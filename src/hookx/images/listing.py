@@ -97,7 +97,7 @@ def list_images(
 
     Args:
         retry_seconds: how long to try again what the system cannot do now; then it is an error.
-        unavailable_is_failure: a file that the system cannot look at is no error, but will be a failure.
+        unavailable_is_failure: count a file that the system cannot look at as a failure later, in place of an error.
         packed_at_once: a number of keys that bounds the memory that packing takes.
 
     Raises:
@@ -184,7 +184,7 @@ def _list_source(source: str, retry_seconds: float) -> Iterator[tuple[bytes, lis
 
 
 def _is_folder(path: str | bytes) -> bool:
-    """Return whether a name is that of a folder; `OSError` if it cannot be looked at, `ImageError` if it is no name."""
+    """Return whether a name is that of a folder; `OSError` if it cannot be looked at, `ImageError` if it does not exist."""
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except OSError as error:

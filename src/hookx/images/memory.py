@@ -34,7 +34,7 @@ def lacks_memory(image: Image.Image) -> str:
 
 
 def allowed_bytes() -> int:
-    """Return how much memory this process could have if nothing else ran: of the machine, its container, its limits."""
+    """Return how much memory this process could have if nothing else ran, given the machine, its container and its limits."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for limit in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
         soft, _ = resource.getrlimit(limit)
@@ -63,6 +63,6 @@ def _cgroup_limits() -> list[int]:
         inner = Path(group.lstrip("/"))
         for folder in (inner, *inner.parents):
             for file in (_CGROUP / folder / "memory.max", _CGROUP_1 / folder / "memory.limit_in_bytes"):
-                with contextlib.suppress(OSError, ValueError):  # 'max' is no number.
+                with contextlib.suppress(OSError, ValueError):  # The file may say 'max'.
                     limits.append(int(file.read_text()))
     return limits

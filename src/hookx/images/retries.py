@@ -1,4 +1,4 @@
-"""Tell what a file is to blame for from what the system cannot do right now, and try the latter again.
+"""Separate the faults of a file from what the system cannot do right now, and retry the latter.
 
 A disk that drops a request, a mount that went away, a process with too many open files: none of it says anything about
 the image. It is tried again for a while; after that the run stops, and the same command goes on where it stopped.

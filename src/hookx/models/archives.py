@@ -17,7 +17,7 @@ _BEGINS = b"PK\x03\x04"
 def check_archive(path: Path) -> None:
     """Raise `ModelError` if a zip archive would unpack to much more than its own size makes plausible.
 
-    Only its directory is read: the sizes there are those to which a reader unpacks. What is no zip archive passes.
+    Only its directory is read: the sizes there are those to which a reader unpacks. Any other kind of file passes.
     """
     with open(path, "rb") as file:
         if file.read(len(_BEGINS)) != _BEGINS:

@@ -29,7 +29,7 @@ _SUFFIXES = (".safetensors", ".pt", ".pth", ".pt2", ".ckpt", ".tar", ".bin", ".i
 _ORDINARY = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module")
 _AVERAGED = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "ema_model", "model_ema_state_dict", "params_ema")
 _KNOWN = (*_ORDINARY, *_AVERAGED, "teacher", "student")
-_MAX_DEPTH = 4  # of entries within entries: those that refer to each other twice would take for ever
+_MAX_DEPTH = 4  # of entries within entries: those that refer to each other twice would take exponential time
 _ARCHITECTURE_KEYS = ("arch", "architecture", "model_name")
 
 _REFUSED = "Weights only load failed"  # how torch refuses a file that could run code

@@ -66,7 +66,7 @@ class InHand:
         self._release()
 
     def finish(self) -> None:
-        """Say that this process has done all of its work, so that its end is no crash."""
+        """Mark all work of this process as done, so that its exit does not count as a crash."""
         if self._row is not None:
             self._set(FINISHED)
 

@@ -123,7 +123,7 @@ class Processes:
 
 @contextlib.contextmanager
 def _any_number_of_workers() -> Iterator[None]:
-    """Keep the loader from warning of more workers than cores: somebody has asked for them."""
+    """Keep the loader from warning of more workers than cores: the user chose that number."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -47,7 +47,7 @@ class Reader:
         """Decode the image at a position of the list.
 
         Raises:
-            ImageError: the system could not read it in all that time, and that is no failure of the image.
+            ImageError: the system could not read it in all that time; the image is not to blame.
             MemoryError: this process could not get the memory.
         """
         file, listed_bytes = self.images.files[position], self.images.sizes_bytes[position]

@@ -46,7 +46,7 @@ class Worker(IterableDataset[Batch]):
         begin_decoding(self._parent)
         # Only the thread that hands tensors over raises here, when the parent was killed while it took one.
         sys.excepthook = lambda *_: None
-        # That thread would print what it cannot send, and the parent would wait for it for ever.
+        # That thread would print what it cannot send, and the parent would wait for it forever.
         multiprocessing.queues.Queue._on_queue_feeder_error = _end_without_message  # type: ignore[attr-defined]
         self.in_hand.begin(worker_number)
         self.in_worker()

@@ -139,7 +139,7 @@ def _how(crashes: Sequence[tuple[int, int]]) -> str:
 
 
 def _fewer_if_memory_lacks(workers: int, crashes: Sequence[tuple[int, int]]) -> int:
-    """Return with how many workers to go on; the system kills what takes too much memory, without a word."""
+    """Return with how many workers to go on; the system kills what takes too much memory."""
     lacks_memory = not crashes or any(position < 0 or exit_code in _BY_MEMORY for exit_code, position in crashes)
     if workers <= 1 or not lacks_memory:
         return workers
