@@ -184,7 +184,7 @@ def _list_source(source: str, retry_seconds: float) -> Iterator[tuple[bytes, lis
 
 
 def _is_folder(path: str | bytes) -> bool:
-    """Return whether a name is that of a folder; `OSError` if it cannot be looked at, `ImageError` if it does not exist."""
+    """Return whether a name is that of a folder; `ImageError` if it does not exist, `OSError` if the system fails."""
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except OSError as error:
