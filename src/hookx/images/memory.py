@@ -34,7 +34,7 @@ def lacks_memory(image: Image.Image) -> str:
 
 
 def allowed_bytes() -> int:
-    """Return the memory that this process could have if nothing else ran, given the machine, its container and limits."""
+    """Return the memory that this process could have if nothing else ran, by the machine, its container and limits."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for limit in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
         soft, _ = resource.getrlimit(limit)
