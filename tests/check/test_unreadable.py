@@ -20,6 +20,7 @@ from hookx.errors import HookxError, ShardError, StoreError, UnreadableError
 from hookx.run.prepare import prepare
 from hookx.store.directory import RunDirectory, begun_plan, check_resumable, finished_shards, read_plan
 from kit.faults import Fault, Faults
+from kit.processes import environment_for
 from kit.runs import MAPS, plan_of
 from kit.writing import write
 
@@ -77,8 +78,7 @@ def read_under(faults: dict[str, Fault], folder: Path, run: Path) -> dict[str, s
     for name in faults:
         shutil.copytree(run, folder / name)
     all_faults = Faults(*faults.values())
-    environment = os.environ | all_faults.environment
-    environment["PYTHONPATH"] = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
+    environment = environment_for(__file__, all_faults.environment)
     command = [sys.executable, "-c", READERS, *(str(folder / name) for name in faults)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr

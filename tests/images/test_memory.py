@@ -12,6 +12,7 @@ from PIL import Image
 
 from hookx.images.memory import allowed_bytes
 from hookx.images.rgb import to_rgb
+from kit.processes import environment_for
 
 SIDE_PX = 700  # two strips
 
@@ -35,7 +36,8 @@ print(f"\\n{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 def decode_in_a_process(file: Path, limit_bytes: int = 0) -> tuple[str, int]:
     """Give the reason why a file cannot be decoded, and how many bytes that or decoding took at most."""
     command = [sys.executable, "-c", CODE, str(file), str(limit_bytes)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+    environment = environment_for(__file__)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100, env=environment)
     reason, taken_bytes = done.stdout.rsplit("\n", 2)[:2]
     return reason, int(taken_bytes)
 

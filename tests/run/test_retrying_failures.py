@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from hookx.run.prepare import prepare
 from hookx.run.run import run
 from hookx.run.summary import Summary
 from kit.faults import Fault, Faults
+from kit.processes import environment_for
 from kit.runs import MAPS, plan_of
 from kit.writing import write
 
@@ -195,8 +195,7 @@ for folder in map(Path, sys.argv[1:]):
 def retry_under(faults: Mapping[str, Fault], folder: Path) -> dict[str, int]:
     """Retry in each of these folders, with their faults; return the exit codes."""
     all_faults = Faults(*faults.values())
-    environment = os.environ | all_faults.environment
-    environment["PYTHONPATH"] = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
+    environment = environment_for(__file__, all_faults.environment)
     command = [sys.executable, "-c", SCRIPT, *(str(folder / name) for name in faults)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
@@ -235,8 +234,7 @@ def test_the_same_command_mends_the_tables_if_it_was_killed_before_them(
     mend(good, images)
     code = "import sys; from test_retrying_failures import store; store(*sys.argv[1:], retry_failures=True)"
     faults = Faults(Fault("rename", "SIGKILL", path="index.csv"))
-    environment = os.environ | faults.environment
-    environment["PYTHONPATH"] = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
+    environment = environment_for(__file__, faults.environment)
     ended = subprocess.run([sys.executable, "-c", code, str(images), str(out)], env=environment, capture_output=True)
     assert ended.returncode == -9
     assert "index.csv" in {problem.file for problem in verify(out).problems}

@@ -18,6 +18,7 @@ from hookx.store.asides import aside_of, new_mark, remove_left_overs
 from hookx.store.directory import RunDirectory
 from hookx.store.files import made_whole, write_whole
 from kit.faults import Fault, Faults
+from kit.processes import environment_for
 from kit.runs import MAPS, plan_of
 from kit.writing import write
 
@@ -58,8 +59,7 @@ def write_under(faults: dict[str, list[Fault]], folder: Path, workers: int) -> t
     """Write every run twice, each with its faults; return the errors of each attempt, and the warnings."""
     all_faults = Faults(*(fault for some in faults.values() for fault in some))
     command = [sys.executable, "-c", SCRIPT, str(workers), *(str(folder / name) for name in faults)]
-    environment = os.environ | all_faults.environment
-    environment["PYTHONPATH"] = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
+    environment = environment_for(__file__, all_faults.environment)
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
     counted = zip(all_faults.rules, all_faults.counts, strict=True)
@@ -140,8 +140,7 @@ def test_two_runs_of_one_plan_at_once_end_with_the_right_bytes_where_a_lock_does
     tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
     faults = Faults(Fault("flock", "lie"))
-    environment = os.environ | faults.environment
-    environment["PYTHONPATH"] = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
+    environment = environment_for(__file__, faults.environment)
     command = [sys.executable, "-c", TOGETHER, str(tmp_path)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert ended.stdout.split() == ["0"] * 16, ended.stderr
