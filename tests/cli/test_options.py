@@ -26,8 +26,8 @@ from hookx.cli.app import COMMANDS, app
 from hookx.cli.options import Command, key_of, variable_of
 from hookx.errors import HookxError, UsageError
 from hookx.models import ModelOptions
-from hookx.option import Option, Options, options_of
 from hookx.options import CallOptions, ExtractOptions
+from hookx.options.option import Option, Options, options_of
 from hookx.pictures.contents import REDUCTIONS
 from hookx.pictures.places import LAYOUTS
 from hookx.plan import DTYPES
@@ -325,7 +325,7 @@ def test_a_type_checker_takes_what_is_right_and_refuses_what_is_wrong(tmp_path: 
     # Only what the signatures are made of is read; all of torch would take a minute.
     (tmp_path / "mypy.ini").write_text(
         f"[mypy]\nstrict = true\nmypy_path = {SOURCE}\ncache_dir = {tmp_path}/cache\nfollow_imports = skip\n"
-        "[mypy-hookx,hookx.errors,hookx.option,hookx.options.*,hookx.run.run,hookx.pictures.models,hookx.pictures.runs,hookx.check.recompute]\n"
+        "[mypy-hookx,hookx.errors,hookx.options.*,hookx.run.run,hookx.pictures.models,hookx.pictures.runs,hookx.check.recompute]\n"
         "follow_imports = silent\n"
     )
     command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "calls.py"]

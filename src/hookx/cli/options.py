@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from hookx.errors import UsageError, closest
-from hookx.option import Option, Options, as_text, options_of
+from hookx.options.option import Option, Options, as_text, options_of
 
 EXIT_CODES = """Exit codes: 0 done; 1 error; 2 usage; 3 done, but some images could not be read; 130 interrupted;
 143 terminated."""

@@ -10,7 +10,6 @@ An option is a field of a class below, which is a frozen dataclass. From the fie
 Making a value of such a class checks its fields, so a flag, a variable, a file and a Python caller get the same error.
 """
 
-from hookx.option import takes
 from hookx.options.commands import (
     CallOptions,
     CatOptions,
@@ -37,6 +36,7 @@ from hookx.options.groups import (
     Progress,
     ReportOptions,
 )
+from hookx.options.option import takes
 from hookx.options.values import (
     DTYPE_NAMES,
     MAX_SHARD_BYTES,

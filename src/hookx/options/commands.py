@@ -5,7 +5,6 @@
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from hookx.option import Options, option
 from hookx.options.groups import (
     CALLED,
     DEVICE,
@@ -23,6 +22,7 @@ from hookx.options.groups import (
     Progress,
     ReportOptions,
 )
+from hookx.options.option import Options, option
 from hookx.options.values import (
     MAX_SHARD_IMAGES,
     RETRY_SECONDS,

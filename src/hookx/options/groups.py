@@ -5,7 +5,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-from hookx.option import Options, option
+from hookx.options.option import Options, option
 from hookx.options.values import (
     AnyPath,
     ChannelReduction,
