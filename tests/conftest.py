@@ -15,6 +15,8 @@ from kit import ROOT, warm
 # By default, idle OpenMP threads spin and take the cores from the other processes of a test.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+_RANKS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
+
 settings.register_profile("any machine", deadline=None)  # A busy machine is slow, not wrong.
 settings.load_profile("any machine")
 
@@ -64,6 +66,6 @@ def mixed_folder(thumbnails: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove HOOKX_* variables, which would change the defaults that the tests rely on."""
-    for name in [name for name in os.environ if name.startswith("HOOKX_")]:
+    """Remove variables that change what the tests rely on: hookx's own, and those that say what part a process is."""
+    for name in [name for name in os.environ if name.startswith(("HOOKX_", "SLURM_", "OMPI_")) or name in _RANKS]:
         monkeypatch.delenv(name)

@@ -16,8 +16,10 @@ from hookx.errors import HookxError
 
 if TYPE_CHECKING:
     from hookx.capture.session import Capture
+    from hookx.check.finish import finish
     from hookx.check.inspect import inspect
     from hookx.check.recompute import recompute
+    from hookx.check.status import status
     from hookx.check.verify import verify
     from hookx.exporting import export
     from hookx.models import LoadedModel, list_models, load_model
@@ -40,12 +42,14 @@ _HOMES = {
     "Summary": ("hookx.run.summary", "Summary"),
     "export": ("hookx.exporting", "export"),
     "extract": ("hookx.run.run", "extract"),
+    "finish": ("hookx.check.finish", "finish"),
     "inspect": ("hookx.check.inspect", "inspect"),
     "join": ("hookx.read.features", "join"),
     "list_models": ("hookx.models", "list_models"),
     "load_model": ("hookx.models", "load_model"),
     "open": ("hookx.read.features", "open_features"),
     "recompute": ("hookx.check.recompute", "recompute"),
+    "status": ("hookx.check.status", "status"),
     "verify": ("hookx.check.verify", "verify"),
     "visualize": ("hookx.pictures.models", "visualize"),
     "visualize_run": ("hookx.pictures.runs", "visualize_run"),
@@ -62,12 +66,14 @@ __all__ = [
     "Summary",
     "export",
     "extract",
+    "finish",
     "inspect",
     "join",
     "list_models",
     "load_model",
     "open",
     "recompute",
+    "status",
     "verify",
     "visualize",
     "visualize_run",

@@ -11,6 +11,7 @@
     ├── CaptureError           a forward pass fails, or differs from what the probe saw
     ├── DeviceError            a GPU fails in the middle of a run
     └── StoreError             an output directory is damaged, belongs to another run, or cannot be written
+        ├── OtherRunError      an output directory holds a run of another plan
         ├── UnreadableError    one file cannot be read now, and may be whole
         └── ShardError         one shard was read, and is damaged
 
@@ -90,6 +91,10 @@ class DeviceError(HookxError):
 
 class StoreError(HookxError):
     """An output directory is damaged, belongs to another run, or cannot be written."""
+
+
+class OtherRunError(StoreError):
+    """An output directory holds a run of another plan."""
 
 
 class UnreadableError(StoreError):

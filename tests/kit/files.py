@@ -30,3 +30,8 @@ def files_opened() -> Iterator[list[str]]:
         yield names
     finally:
         _opened = None
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return what the files of a folder hold, by name."""
+    return {file.name: file.read_bytes() for file in folder.iterdir()}

@@ -23,6 +23,7 @@ from hookx.run.prepare import prepare
 from hookx.run.run import run
 from hookx.run.summary import Summary
 from kit.faults import Fault, Faults
+from kit.files import contents
 from kit.processes import environment_for
 from kit.runs import MAPS, plan_of
 from kit.writing import write
@@ -30,10 +31,6 @@ from kit.writing import write
 SETTINGS: dict[str, Any] = {"weights": "none", "shard_images": 4, "batch_size": 2, "workers": 0, "resize": 64}
 SETTINGS |= {"crop": 64, "self_check": 2}
 BROKEN = (1, 2, 13)  # positions in the list: in the first and the last of its shards
-
-
-def files_of(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
 def store(images: Path, out: Path, **options: Any) -> Summary:
@@ -83,7 +80,7 @@ def test_images_that_can_be_read_again_make_the_bytes_of_an_undisturbed_run(
     copy_of_before = of_before.clone()
     summary = store(images, out, retry_failures=True)
     assert (summary.failures, summary.shards_computed, summary.images_computed) == (0, 2, 6)
-    assert files_of(out) == files_of(undisturbed)
+    assert contents(out) == contents(undisturbed)
     replaced = {file.name for file in out.glob("*.safetensors") if file.stat().st_ino != before[file.name]}
     assert replaced == {"shard-00000-of-00004.safetensors", "shard-00003-of-00004.safetensors"}
     assert torch.equal(of_before, copy_of_before)  # A reader of the old shard keeps it.
@@ -109,7 +106,7 @@ def test_images_that_were_mended_and_have_another_size_belong_to_the_same_run(
     mine, others = hookx.open(out), hookx.open(undisturbed)
     assert mine.keys_of_rows == others.keys_of_rows
     assert all(torch.equal(mine[address][:], others[address][:]) for address in others)
-    assert files_of(out)["index.csv"] == files_of(undisturbed)["index.csv"]
+    assert contents(out)["index.csv"] == contents(undisturbed)["index.csv"]
     assert verify(out).is_whole
     assert hookx.recompute(out, 14, images).problems == ()
     assert store(images, out).shards_computed == 0
@@ -130,13 +127,13 @@ def test_a_change_of_an_image_that_was_read_is_another_run_also_beside_failures(
 def test_a_shard_is_not_replaced_by_one_that_lacks_an_image_which_it_holds(good: Path, tmp_path: Path) -> None:
     images, out = break_images(good, tmp_path / "images", same_size=True), tmp_path / "features"
     store(images, out)
-    before = files_of(out)
+    before = contents(out)
     mend(good, images)
     file = images / "03.png"
     file.write_bytes(b"x" * file.stat().st_size)
     with pytest.raises(ImageError, match=r"cannot read '03.png' now, which .*shard-00000-of-00004.safetensors holds"):
         store(images, out, retry_failures=True)
-    assert {name: files_of(out)[name] for name in before} == before
+    assert {name: contents(out)[name] for name in before} == before
     shutil.copy(good / "03.png", images)
     assert store(images, out, retry_failures=True).failures == 0
 
@@ -165,9 +162,9 @@ def test_a_job_says_before_it_runs_which_shards_it_replaces(good: Path, tmp_path
     store(images, out)
     job = prepare("resnet18", "conv1,avgpool", images, out=out, retry_failures=True, **SETTINGS)
     assert [shard.number for shard in job.pending] == [0, 3] == sorted(job.replaced)
-    before = files_of(out)
+    before = contents(out)
     assert run(job).failures == 3  # They are still broken.
-    assert files_of(out) == before
+    assert contents(out) == before
 
 
 # --- kills ---------------------------------------------------------------------------------------------------------
@@ -207,7 +204,7 @@ def test_a_kill_at_any_moment_leaves_the_old_shard_or_the_new_one_and_the_next_r
 ) -> None:
     write(tmp_path / "old", PLAN, 2, UNREADABLE)
     write(tmp_path / "new", PLAN, 2)
-    old, new = files_of(tmp_path / "old"), files_of(tmp_path / "new")
+    old, new = contents(tmp_path / "old"), contents(tmp_path / "new")
 
     faults = {
         f"{call}-{number}": Fault(call, "SIGKILL", number, number, f"{call}-{number}/")
@@ -219,11 +216,11 @@ def test_a_kill_at_any_moment_leaves_the_old_shard_or_the_new_one_and_the_next_r
     codes = retry_under(faults, tmp_path)
     assert list(codes.values()).count(-9) > 20 and set(codes.values()) <= {-9, 0}
     for name in faults:
-        there = files_of(tmp_path / name)
+        there = contents(tmp_path / name)
         for shard in (shard for shard in new if shard.startswith("shard")):
             assert there[shard] in (old[shard], new[shard]), (name, shard)
         write(tmp_path / name, PLAN, 2, replaced=REPLACED)
-        assert files_of(tmp_path / name) == new, name
+        assert contents(tmp_path / name) == new, name
 
 
 def test_the_same_command_mends_the_tables_if_it_was_killed_before_them(
@@ -241,4 +238,4 @@ def test_the_same_command_mends_the_tables_if_it_was_killed_before_them(
     said = CliRunner().invoke(app, ["verify", str(out)]).stdout
     assert "the same hookx extract command writes the tables again" in said
     store(images, out)
-    assert files_of(out) == files_of(undisturbed)
+    assert contents(out) == contents(undisturbed)

@@ -18,6 +18,7 @@ from hookx.store.asides import aside_of, new_mark, remove_left_overs
 from hookx.store.directory import RunDirectory
 from hookx.store.files import made_whole, write_whole
 from kit.faults import Fault, Faults
+from kit.files import contents
 from kit.processes import environment_for
 from kit.runs import MAPS, plan_of
 from kit.writing import write
@@ -44,15 +45,11 @@ for folder in map(Path, folders):
 """
 
 
-def files_of(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in path.iterdir()}
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     path = tmp_path_factory.mktemp("undisturbed") / "run"
     write(path, PLAN, 2, UNREADABLE)
-    return files_of(path)
+    return contents(path)
 
 
 def write_under(faults: dict[str, list[Fault]], folder: Path, workers: int) -> tuple[dict[tuple[str, int], str], str]:
@@ -85,7 +82,7 @@ def test_a_file_system_without_links_locks_or_flushes_of_folders_takes_a_run_as_
     errors, warnings = write_under(faults, tmp_path, workers=2)
     assert not any(errors.values()), errors
     for name in faults:
-        assert files_of(tmp_path / name) == undisturbed, name
+        assert contents(tmp_path / name) == undisturbed, name
     assert warnings.count("this file system cannot lock") == 10  # once for each attempt; who lies is believed
 
 
@@ -111,7 +108,7 @@ def test_an_error_of_the_disk_is_said_leaves_no_half_shard_and_the_same_call_end
         assert errors[name, 0].startswith("cannot "), (name, errors[name, 0])
         assert "run the same command again: it resumes" in errors[name, 0]
         assert errors[name, 1] == "", name
-        assert files_of(tmp_path / name) == undisturbed, name
+        assert contents(tmp_path / name) == undisturbed, name
 
 
 # --- two writers at once -------------------------------------------------------------------------------------------
@@ -145,7 +142,7 @@ def test_two_runs_of_one_plan_at_once_end_with_the_right_bytes_where_a_lock_does
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert ended.stdout.split() == ["0"] * 16, ended.stderr
     for number in range(8):
-        assert files_of(tmp_path / str(number)) == undisturbed
+        assert contents(tmp_path / str(number)) == undisturbed
 
 
 def test_the_first_plan_wins_and_a_second_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -188,7 +185,7 @@ def test_of_two_exports_to_one_name_the_first_wins_and_the_second_says_so(tmp_pa
     (tmp_path / "fc.npy").write_bytes(b"second")  # As by another host, whose processes nobody sees here.
     with pytest.raises(StoreError, match="already exists"):
         one.__exit__(None, None, None)
-    assert files_of(tmp_path) == {"fc.npy": b"second"}
+    assert contents(tmp_path) == {"fc.npy": b"second"}
 
 
 # --- what is left aside --------------------------------------------------------------------------------------------
@@ -219,7 +216,7 @@ def test_a_name_as_long_as_the_file_system_takes_can_be_written_aside(tmp_path: 
         write_whole(tmp_path / name, [b"all of it"])
         with made_whole(tmp_path / f"{name[:-4]}.npy") as aside:
             aside.write_bytes(b"all of it")
-    assert set(files_of(tmp_path).values()) == {b"all of it"} and len(list(tmp_path.iterdir())) == 4
+    assert set(contents(tmp_path).values()) == {b"all of it"} and len(list(tmp_path.iterdir())) == 4
 
 
 def test_who_writes_a_file_again_removes_what_a_killed_process_left_of_it(tmp_path: Path) -> None:

@@ -14,7 +14,19 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from hookx.cli.commands import cat, export, extract, inspect, list_layers, list_models, verify, visualize
+from hookx.cli.commands import (
+    cat,
+    export,
+    extract,
+    finish,
+    inspect,
+    list_layers,
+    list_models,
+    plan,
+    status,
+    verify,
+    visualize,
+)
 from hookx.cli.options import EXIT_CODES
 from hookx.cli.streams import flush_output, interrupt, keep_streams, printable, raise_again
 from hookx.errors import DeviceError, HookxError, Interrupted, system_failure
@@ -28,7 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # A user's mistake is one line; a bug is an ordinary traceback.
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-COMMANDS = (extract, list_layers, list_models, verify, inspect, export, cat, visualize)
+COMMANDS = (extract, list_layers, list_models, verify, inspect, export, cat, visualize, plan, status, finish)
 for command in COMMANDS:
     command.add_to(app)
 

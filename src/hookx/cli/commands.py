@@ -6,7 +6,7 @@ They import what they call when they run, because most of it imports torch.
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -28,27 +28,79 @@ from hookx.options import JsonOptions, LookOptions, ReportOptions, list_paths
 )
 def extract(options: given.ExtractOptions, call: given.CallOptions) -> None:
     """Store the activations of images; the same command again finishes what was interrupted."""
+    options = _with_sources(options, call)
+    from hookx.cli import run_reports
+    from hookx.run.parts import as_told
+    from hookx.run.prepare import prepare
+    from hookx.run.run import run
+
+    with talk_on_stderr(call.quiet):
+        job = prepare(**vars(as_told(options)))
+        if call.dry_run:
+            # Also with --quiet: no files are written whose paths could be printed.
+            report(JsonOptions(json=call.json), run_reports.describe_job, run_reports.print_job, job)
+            return
+        images = job.image_count
+        done = images - sum(map(len, job.pending))
+        with show_progress("images", images, done=done, quiet=call.quiet, leave=True) as advance:
+            summary = run(job, advance)
+    report(call, run_reports.describe_summary, run_reports.print_summary, summary, files=summary.files)
+    # A part that ended with 3 would stop the others: torchrun ends all, Slurm starts nothing that depends on it.
+    if summary.failures and summary.part is None:
+        raise typer.Exit(3)
+
+
+def _with_sources(options: given.ExtractOptions, call: given.GivenOptions) -> given.ExtractOptions:
+    """Return the options with what standard input is to be read as; `UsageError` if no images are named."""
     sources = list_paths(options.images)
     if not sources and not call.null:
         raise UsageError("no images are named", "give folders, files, or - to read paths from standard input")
     if call.null:
         sources = ["-0" if source == "-" else source for source in sources or ["-"]]
-    from hookx.cli import reports
-    from hookx.run.prepare import prepare
-    from hookx.run.run import run
+    return replace(options, images=sources)
 
-    with talk_on_stderr(call.quiet):
-        job = prepare(**vars(options) | {"images": sources})
-        if call.dry_run:
-            # Also with --quiet: no files are written whose paths could be printed.
-            report(JsonOptions(json=call.json), reports.describe_job, reports.print_job, job)
-            return
-        images = len(job.images)
-        done = images - sum(map(len, job.pending))
-        with show_progress("images", images, done=done, quiet=call.quiet, leave=True) as advance:
-            summary = run(job, advance)
-    report(call, reports.describe_summary, reports.print_summary, summary, files=summary.files)
-    if summary.failures:
+
+@command(
+    "plan",
+    "hookx plan --model resnet18 --layers conv1,avgpool -o features images/",
+    "hookx plan -m vit_b_16 -l 'encoder.layers.*@cls' -o tokens --for cuda images/",
+)
+def plan(options: given.ExtractOptions, call: given.PlanOptions) -> None:
+    """Begin a run and compute nothing: check everything, fetch the weights, write plan.json.
+
+    Several processes then compute it, each with hookx extract --shard I/N.
+    """
+    options = _with_sources(options, call)
+    from hookx.cli import run_reports
+    from hookx.run.run import plan
+
+    with talk_on_stderr():
+        job = plan(options, call.chosen_for)
+    report(call, run_reports.describe_job, partial(run_reports.print_job, is_begun=True), job)
+
+
+@command("status", "hookx status features/", "hookx status features/ --json", "watch hookx status features/")
+def status(options: given.RunOptions, form: JsonOptions) -> None:
+    """Show how far a run is, who computes it, how fast, and how long it will take. Opens no shard."""
+    from hookx.check.status import status
+    from hookx.cli import run_reports
+
+    report(form, run_reports.describe_status, run_reports.print_status, status(options.path))
+
+
+@command("finish", "hookx finish features/", "hookx finish features/ --parts 16")
+def finish(options: given.FinishOptions, form: JsonOptions) -> None:
+    """Complete a run of many processes: write index.csv and failures.csv, and remove what killed processes left.
+
+    The last part does so too, unless its file system shows the others' shards late.
+    """
+    from hookx.check.finish import finish
+    from hookx.cli import run_reports
+
+    with talk_on_stderr(), show_progress("shards") as advance:
+        finished = finish(options.path, options.parts, progress=advance)
+    report(form, run_reports.describe_finished, run_reports.print_finished, finished)
+    if finished.totals.failures:
         raise typer.Exit(3)
 
 

@@ -29,101 +29,19 @@ if TYPE_CHECKING:  # They import torch.
     from hookx.check.verify import Problem, Verification
     from hookx.exporting import Export
     from hookx.pictures.gallery import Gallery
-    from hookx.run.prepare import Job
-    from hookx.run.summary import Summary
 
-# The fields of a summary's document, in order.
-_SUMMARY = (
-    *("out", "model", "weights", "notes", "preprocessing", "layers", "images", "failures", "shards", "shards_computed"),
-    *("images_computed", "bytes", "device", "precision", "memory_format", "batch_size", "workers", "rotations_ignored"),
-    *("counts", "self_checked"),
-    *("seconds_total", "seconds_reading", "seconds_nvjpeg", "seconds_model", "seconds_copying", "seconds_writing"),
-    *("busy", "bound_by", "files"),
-)
 Facts = list[tuple[str, str]]  # names and values, a line each
 # A model's name -> the names of its weights, and whether each is in the cache.
 ModelWeights = Mapping[str, Sequence[tuple[str, bool]]]
 
 
-def describe_summary(summary: Summary) -> dict[str, Any]:
-    document: dict[str, Any] = {name: getattr(summary, name) for name in _SUMMARY}
-    document["preprocessing"] = asdict(summary.preprocessing)
-    document["layers"] = _describe_stored(summary.layers, summary.images)
-    return document
-
-
-def print_summary(summary: Summary) -> None:
-    _print_stored(summary.layers, summary.images)
-    stored = f"{summary.images:,} stored"
-    if summary.failures:
-        stored += f", {summary.failures:,} could not be read (failures.csv says why)"
-    facts = [("images", stored), *(("values", sentence) for sentence in summary.counts.sentences())]
-    if summary.rotations_ignored:
-        note = f"{summary.rotations_ignored:,} images carry a rotation that was ignored; --exif apply turns them"
-        facts.append(("rotation", note))
-    shards = f"{summary.shards:,}"
-    if summary.shards_computed < summary.shards:
-        shards += f", {summary.shards - summary.shards_computed:,} of them already there"
-    facts.append(("shards", f"{shards}; {decimal(summary.bytes)} of activations"))
-    facts += _plan_facts(summary.plan, summary.device, batch_size=summary.batch_size, notes=summary.notes)
-    facts.append(("checked", _checked_text(summary.self_checked)))
-    print_rows([*facts, ("time", _time_text(summary)), ("result", f"{summary.out}/")])
-
-
-def _checked_text(self_checked: int | None) -> str:
+def checked_text(self_checked: int | None) -> str:
     if self_checked is None:
         return "no row was computed again: without --self-check"
     return f"{self_checked:,} rows computed again in other company: the same within rounding"
 
 
-def _time_text(summary: Summary) -> str:
-    """Write how fast a run was, and the share of the time for which each part worked, the slowest first."""
-    speed = f"{summary.seconds_total:.1f} s, {summary.images_computed / summary.seconds_total:.0f} images/s"
-    parts = sorted(summary.busy, key=lambda part: part != summary.bound_by)
-    busy = [f"{part} {summary.busy[part]:.0%}" for part in parts if round(summary.busy[part], 2)]
-    return f"{speed}; busy: {', '.join(busy)}" if busy else speed
-
-
-def describe_job(job: Job) -> dict[str, Any]:
-    plan = job.plan
-    return {
-        "dry_run": True,
-        "out": str(job.out),
-        "model": plan.model,
-        "weights": plan.weights,
-        "preprocessing": asdict(plan.preprocessing),
-        "layers": _describe_stored(plan.layers, plan.image_count),
-        "images": plan.image_count,
-        "shards": len(plan.shards),
-        "shards_pending": len(job.pending),
-        "images_per_shard": plan.images_per_shard,
-        "bytes_to_write": job.bytes_to_write,
-        "bytes_free": job.bytes_free,
-        "device": str(job.device),
-        "precision": plan.precision,
-        "memory_format": plan.memory_format,
-        "batch_size": plan.batch_size,
-        "workers": job.workers,
-        "fingerprint": plan.fingerprint,
-    }
-
-
-def print_job(job: Job) -> None:
-    plan = job.plan
-    _print_stored(plan.layers, plan.image_count)
-    pending = f"{len(job.pending):,} of {len(plan.shards):,} to compute"
-    print_rows(
-        [
-            ("images", f"{plan.image_count:,}"),
-            ("shards", f"{pending}, of up to {plan.images_per_shard:,} images"),
-            ("bytes", f"{decimal(job.bytes_to_write)} to write, {decimal(job.bytes_free)} free"),
-            *_plan_facts(plan, job.device),
-            ("result", f"{job.out}/ (nothing was written)"),
-        ]
-    )
-
-
-def _describe_stored(layers: Iterable[LayerSpec], images: int) -> list[dict[str, Any]]:
+def describe_stored(layers: Iterable[LayerSpec], images: int) -> list[dict[str, Any]]:
     return [
         {
             "address": layer.address,
@@ -135,8 +53,8 @@ def _describe_stored(layers: Iterable[LayerSpec], images: int) -> list[dict[str,
     ]
 
 
-def _print_stored(layers: Iterable[LayerSpec], images: int) -> None:
-    rows = [_stored_row(**layer) for layer in _describe_stored(layers, images)]
+def print_stored(layers: Iterable[LayerSpec], images: int) -> None:
+    rows = [_stored_row(**layer) for layer in describe_stored(layers, images)]
     print_rows(rows, header=("layer", "shape", "type", "size"), right_aligned=(3,))
 
 
@@ -144,7 +62,7 @@ def _stored_row(address: str, shape: Sequence[int], dtype: str, bytes: int) -> l
     return [address, ",".join(map(str, shape)), dtype, decimal(bytes)]
 
 
-def _plan_facts(
+def plan_facts(
     plan: Plan, device: object = "", *, batch_size: int = 0, notes: Iterable[str] = (), made: Iterable[str] = ()
 ) -> Facts:
     computed = f"{plan.precision} on {device}" if device else plan.precision
@@ -156,6 +74,10 @@ def _plan_facts(
         *(("made", text) for text in made),
         ("pixels", str(plan.preprocessing)),
     ]
+
+
+def made_text(made: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in made.items())
 
 
 def problems_of(verification: Verification, recomputation: Recomputation | None) -> list[Problem]:
@@ -228,13 +150,13 @@ def print_inspection(inspection: Inspection) -> None:
     shards = f"{inspection.shards_finished:,} of {len(plan.shards):,} finished"
     if inspection.shards_finished == len(plan.shards) and not inspection.has_index:
         shards += ", index.csv missing"
-    made = (", ".join(f"{name} {value}" for name, value in origin.items()) for origin in inspection.made)
+    made = map(made_text, inspection.made)
     facts = [
         ("images", f"{inspection.rows:,} stored, {inspection.failures:,} failures, of {plan.image_count:,}"),
         *(("values", sentence) for sentence in inspection.counts.sentences()),
         ("shards", f"{shards}; {decimal(inspection.bytes)} of activations"),
-        *_plan_facts(plan, made=made),
-        *([] if inspection.self_checked is None else [("checked", _checked_text(inspection.self_checked))]),
+        *plan_facts(plan, made=made),
+        *([] if inspection.self_checked is None else [("checked", checked_text(inspection.self_checked))]),
         ("plan", plan.fingerprint),
         ("result", f"{inspection.path}/ is {'finished' if inspection.is_finished else 'not finished'}"),
     ]

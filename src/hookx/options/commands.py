@@ -16,6 +16,7 @@ from hookx.options.groups import (
     BuildOptions,
     CheckpointOptions,
     ComputeOptions,
+    JsonOptions,
     LookOptions,
     ModelOptions,
     PreprocessingOptions,
@@ -34,6 +35,7 @@ from hookx.options.values import (
     Paths,
     ignore_progress,
     read_dtype,
+    read_shard,
     read_size,
 )
 
@@ -98,6 +100,13 @@ class ExtractOptions(ComputeOptions, PreprocessingOptions, ModelOptions, title="
     memory_format: MemoryFormat | Literal["auto"] = option(
         "--memory-format NAME", "Memory layout: {choices}.", default="auto", title="Compute"
     )
+    shard: str | None = option(
+        "--shard I/N",
+        "Part I of N of the shards, numbered from 0; or all. Default: what Slurm, torchrun or Open MPI say.",
+        default=None,
+        parse=read_shard,
+        title="Many workers",
+    )
     strict: bool = option("--strict", "Stop at the first image that cannot be read.", default=False, title="Images")
     retry_failures: bool = option(
         "--retry-failures", "Compute the images again that the run could not read.", default=False, title="Images"
@@ -121,12 +130,27 @@ class ExtractOptions(ComputeOptions, PreprocessingOptions, ModelOptions, title="
     progress: Progress = option("", CALLED, default=ignore_progress)
 
 
-class CallOptions(ReportOptions, title="Options"):
-    """What shapes one call of `hookx extract`."""
+class GivenOptions(Options, title="Options"):
+    """Where images and options come from."""
 
     null: bool = option("-0 --null", "Paths on standard input end with NUL.", default=False, title="Images")
     config: str | None = option("--config FILE", "A TOML file whose keys are these options.", default=None)
+
+
+class CallOptions(GivenOptions, ReportOptions, title="Options"):
+    """What shapes one call of `hookx extract`."""
+
     dry_run: bool = option("--dry-run", "Check everything, write nothing.", default=False)
+
+
+class PlanOptions(GivenOptions, JsonOptions, title="Options"):
+    """What shapes one call of `hookx plan`."""
+
+    chosen_for: Literal["cpu", "cuda", "mps"] | None = option(
+        "--for DEVICE",
+        "Choose batches and memory format for this kind of device, which need not be here: {choices}.",
+        default=None,
+    )
 
 
 class ListLayersOptions(BuildOptions, title="Layers"):
@@ -183,6 +207,12 @@ class RecomputeOptions(CheckpointOptions, title="Recomputation"):
 
 class RunOptions(Options, title="Options"):
     path: AnyPath = option("RUN", RUN, default="features")
+
+
+class FinishOptions(RunOptions, title="Options"):
+    parts: int | None = option(
+        "--parts N", "How many parts the run was cut into, to name those that are missing.", default=None, minimum=1
+    )
 
 
 class InspectOptions(RunOptions, title="Options"):

@@ -99,3 +99,18 @@ def read_dtype(name: str) -> str:
 
 def ignore_progress(count: int) -> None:
     """Report no progress."""
+
+
+def read_shard(value: str) -> str:
+    """Read a part of a run: '3/16', or 'all'."""
+    if value == "all":
+        return value
+    match = re.fullmatch(r"\s*(\d{1,9})\s*/\s*(\d{1,9})\s*", str(value))
+    if match is None:
+        raise ValueError("write it as in 3/16, for part 3 of 16, numbered from 0; or all")
+    number, count = int(match[1]), int(match[2])
+    if count == 0:
+        raise ValueError("there must be at least 1 part, as in 0/1")
+    if number >= count:
+        raise ValueError(f"parts are numbered from 0, so the last of {count} is {count - 1}/{count}")
+    return f"{number}/{count}"

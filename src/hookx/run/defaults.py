@@ -19,6 +19,7 @@ from torch import nn
 from hookx.capture.arithmetic import fix_workspace
 from hookx.capture.copies import has_streams
 from hookx.errors import UsageError
+from hookx.run.parts import count_shared_cores
 
 # On the CPU, a batch has 16 images of up to 256 x 256 pixels, or fewer larger images with as many pixels: every worker
 # holds one in memory. Below 16, convolutions spend noticeable time on the layout of their weights. Batches are smaller
@@ -56,6 +57,17 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def device_at(place: int) -> str:
+    """Name the device of one of the processes of a run on this host; 'auto' where each process sees a single one.
+
+    Slurm shows a task its own GPU if it is asked to; torchrun shows all of them to every process.
+    """
+    if torch.accelerator.is_available() and (count := torch.accelerator.device_count()) > 1:
+        accelerator = torch.accelerator.current_accelerator()
+        return f"{accelerator.type}:{place % count}" if accelerator is not None else "auto"
+    return "auto"
+
+
 def check_precision(precision: str, device: torch.device) -> None:
     """Raise `UsageError` if a device cannot compute in a precision."""
     if precision != "tf32":
@@ -78,7 +90,8 @@ def describe_device(device: torch.device) -> dict[str, str]:
         libraries = {"cuda": torch.version.cuda, "hip": torch.version.hip, "cudnn": torch.backends.cudnn.version()}
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         return {"capability": capability} | {name: str(value) for name, value in libraries.items() if value}
-    return {}
+    # Which instructions torch uses: the nodes of one cluster can differ, and sums of other lengths round otherwise.
+    return {"instructions": torch.backends.cpu.get_cpu_capability()} if device.type == "cpu" else {}
 
 
 def count_usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
@@ -94,7 +107,7 @@ def choose_workers(workers: int | None, device: torch.device, cores: int | None 
     """Return how many worker processes to start: on the CPU they compute, too; beside a GPU they only decode."""
     if workers is not None:
         return workers
-    cores = count_usable_cores() if cores is None else cores
+    cores = count_shared_cores(count_usable_cores()) if cores is None else cores
     return cores if device.type == "cpu" else max(1, cores - 1)
 
 

@@ -18,13 +18,14 @@ from hookx.capture.rows import stored_dtype
 from hookx.errors import HookxError, LayerError, StoreError, UsageError, one_line
 from hookx.images.listing import ImageList, list_images
 from hookx.keys import images_sha256
-from hookx.layers.select import Selection, Target, parse_selectors
+from hookx.layers.select import Selection, Selector, Target, parse_selectors
 from hookx.options import DTYPE_NAMES, ExtractOptions, list_paths, takes
 from hookx.plan import DTYPES, LayerSpec, Plan, Shard, images_per_shard
 from hookx.run.defaults import choose_batch_size, choose_workers
 from hookx.run.mended import as_begun, failing_shards
+from hookx.run.parts import Part, describe_part
 from hookx.run.ready import ReadyModel, ready_model
-from hookx.store.directory import begun_plan, check_resumable, finished_shards
+from hookx.store.directory import begun_plan, check_resumable, finished_shards, present_shards
 
 log = logging.getLogger("hookx")
 _CONVERT = "convert it: --dtype fp32"
@@ -42,7 +43,13 @@ class Job:
     workers: int
     pending: list[Shard]
     then_bytes: Sequence[int]  # the sizes of the images when the run was begun
+    begun: Plan | None  # what the directory held by then
     replaced: frozenset[int]  # numbers of the pending shards that are there, without images that could not be read
+
+    @property
+    def part(self) -> Part | None:
+        """The part that this process computes; None for every shard."""
+        return Part.parse(self.options.shard)
 
     @property
     def device(self) -> torch.device:
@@ -55,6 +62,13 @@ class Job:
         Where processes cannot be forked they only decode, as they do beside a GPU, which the main process feeds.
         """
         return self.device.type == "cpu" and self.workers > 0 and sys.platform == "linux"
+
+    @property
+    def image_count(self) -> int:
+        """How many images this process is to account for, computed or not."""
+        if self.part is None:
+            return len(self.images)
+        return sum(len(self.plan.shards[number]) for number in self.part.numbers(len(self.plan.shards)))
 
     @property
     def bytes_to_write(self) -> int:
@@ -71,26 +85,54 @@ class Job:
 @takes(ExtractOptions)
 def prepare(options: ExtractOptions) -> Job:
     """Check everything that can be wrong with a run, and write nothing; `HookxError` if an argument is wrong."""
-    selectors, excluded = parse_selectors(options.layers), parse_selectors(options.exclude)
-    if not selectors:
-        raise UsageError("no layer is named", "name one: --layers avgpool    list them: hookx list-layers MODEL")
-    listed = list_images(
+    return prepare_listed(options, list_images_of(options))
+
+
+def list_images_of(options: ExtractOptions) -> ImageList:
+    """List the images of a run, if the layers are named in words that can be read at all."""
+    _selectors_of(options)  # Listing takes long, where there are many.
+    return list_images(
         list_paths(options.images),
         retry_seconds=options.retry_for,
         unavailable_is_failure=options.on_io_error == "fail",
     )
+
+
+def _selectors_of(options: ExtractOptions) -> tuple[list[Selector], list[Selector]]:
+    selectors, excluded = parse_selectors(options.layers), parse_selectors(options.exclude)
+    if not selectors:
+        raise UsageError("no layer is named", "name one: --layers avgpool    list them: hookx list-layers MODEL")
+    return selectors, excluded
+
+
+def prepare_again(job: Job) -> Job:
+    """Prepare a job once more, with what another process chose that has begun the run since."""
+    return prepare_listed(job.options, job.images)
+
+
+def prepare_listed(options: ExtractOptions, listed: ImageList, chosen_for: str | None = None) -> Job:
+    """Check a run of images that are listed already; see `prepare`.
+
+    Args:
+        chosen_for: a kind of device, in place of the one that computes here, for which the batch size and the memory
+            format are chosen.
+    """
+    selectors, excluded = _selectors_of(options)
     out = Path(options.out)
     # A resumed run keeps what was chosen automatically: on another device the choice could differ.
     begun = begun_plan(out)
     chosen = begun or options
     batch_size = chosen.batch_size if options.batch_size == "auto" else options.batch_size
     memory_format = chosen.memory_format if options.memory_format == "auto" else options.memory_format
-    ready = ready_model(options.model, options.weights, options, selectors, excluded, memory_format, batch_size)
+    ready = ready_model(
+        options.model, options.weights, options, selectors, excluded, memory_format, batch_size, chosen_for
+    )
     selection, specs = _choose_types(ready.selection, options.dtype)
     ready = dataclasses.replace(ready, selection=selection)
     loaded, device = ready.loaded, ready.runner.device
+    intended = torch.device(chosen_for) if chosen_for else device
     bytes_per_image = sum(spec.bytes_per_image for spec in specs)
-    batch_size = choose_batch_size(batch_size, device, ready.preprocessing.crop_px, len(listed), bytes_per_image)
+    batch_size = choose_batch_size(batch_size, intended, ready.preprocessing.crop_px, len(listed), bytes_per_image)
     plan = Plan(
         model=loaded.name,
         weights=loaded.weights,
@@ -106,13 +148,20 @@ def prepare(options: ExtractOptions) -> Job:
     )
     plan, then_bytes = as_begun(out, begun, plan, listed)
     check_resumable(out, plan)
-    finished = finished_shards(out, plan)
+    part = Part.parse(options.shard)
+    # Every part would read every header, of hundreds of thousands; who writes the index reads them all.
+    finished = present_shards(out, plan, is_output=True) if part else finished_shards(out, plan)
+    numbers = part.numbers(len(plan.shards)) if part else range(len(plan.shards))
+    finished = [shard for shard in finished if shard.number in numbers]
     replaced = failing_shards(out, plan, finished) if options.retry_failures else frozenset()
     kept = {shard.number for shard in finished} - replaced
-    pending = [shard for shard in plan.shards if shard.number not in kept]
+    pending = [plan.shards[number] for number in numbers if number not in kept]
+    if part:
+        log.info("part %s", describe_part(part, plan, len(pending)))
     batches = sum(math.ceil(len(shard) / batch_size) for shard in pending)
     workers = min(choose_workers(options.workers, device), batches)
-    job = Job(options, out, plan, ready.settle() if pending else ready, listed, workers, pending, then_bytes, replaced)
+    ready = ready.settle() if pending else ready
+    job = Job(options, out, plan, ready, listed, workers, pending, then_bytes, begun, replaced)
     if job.bytes_to_write > job.bytes_free:
         raise StoreError(
             f"the activations need {job.bytes_to_write:,} bytes and {_existing_parent(out)} has "

@@ -56,15 +56,17 @@ def ready_model(
     excluded: Sequence[Selector] = (),
     memory_format: str = "auto",
     batch_size: int | str = "auto",
+    chosen_for: str | None = None,
 ) -> ReadyModel:
     """Build a model and select its layers; a wrong selector fails on the skeleton, before weights are loaded.
 
     Without selectors nothing is probed, and the selection is empty. Where every batch has one image, `batch_size` is 1,
-    and no layer is refused because its rows depend on other images.
+    and no layer is refused because its rows depend on other images. `chosen_for` is the kind of device for which the
+    memory format is chosen, in place of the one that the options name.
     """
     with report_broken_device("while the model was probed"):  # Outermost: what clears up behind it fails as well.
         try:
-            ready = _ready_model(model, weights, options, selectors, excluded, memory_format, batch_size)
+            ready = _ready_model(model, weights, options, selectors, excluded, memory_format, batch_size, chosen_for)
         except BaseException:
             release_models()
             raise
@@ -80,6 +82,7 @@ def _ready_model(
     excluded: Sequence[Selector],
     memory_format: str,
     batch_size: int | str,
+    chosen_for: str | None,
 ) -> ReadyModel:
     device = choose_device(options.device)
     bare = skeleton(model, weights, options)
@@ -105,7 +108,8 @@ def _ready_model(
         device = torch.device("cpu")
         check_decoding(preprocessing, device)
         check_precision(options.precision, device)
-    chosen = choose_memory_format(memory_format, convolutions, device, options.precision)
+    intended = torch.device(chosen_for) if chosen_for else device
+    chosen = choose_memory_format(memory_format, convolutions, intended, options.precision)
     runner = Runner(loaded.module, loaded.forward, device, options.precision, chosen)
     try:
         selection = place_and_select(loaded, runner, preprocessing, selectors, excluded, batch_size)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,19 +15,19 @@ from hookx.capture.copies import has_streams
 from hookx.capture.failures import report_broken_device
 from hookx.capture.rows import RowCapture
 from hookx.capture.second_look import SecondLook
-from hookx.errors import ImageError
+from hookx.errors import ImageError, OtherRunError
 from hookx.models import borrowed_models
 from hookx.options import ExtractOptions, takes
 from hookx.plan import Shard
 from hookx.run.defaults import describe_device, device_name, single_threaded
 from hookx.run.lane import Lane, to_input
 from hookx.run.mended import check_nothing_lost, mended_in
-from hookx.run.prepare import Job, prepare
+from hookx.run.prepare import Job, list_images_of, prepare, prepare_again, prepare_listed
 from hookx.run.selfcheck import SelfCheck, choose_batches
 from hookx.run.summary import Summary, Timing, summarize
 from hookx.run.workers import batches
-from hookx.store.directory import RunDirectory
-from hookx.store.record import ShardRecord, version_of
+from hookx.store.directory import Lock, RunDirectory
+from hookx.store.record import ShardRecord, Totals, version_of
 from hookx.store.writer import ShardWriter
 
 log = logging.getLogger("hookx")
@@ -57,22 +57,58 @@ def extract(options: ExtractOptions) -> Summary:
 
 def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) -> Summary:
     """Compute the pending shards of a job, and write the index."""
-    timing = Timing(job)
-    with RunDirectory(job.out, job.plan) as directory:
-        if job.options.batch_size == "auto":  # Another process may have begun the run since, and chosen otherwise.
-            plan = dataclasses.replace(job.plan, batch_size=directory.begun.batch_size)
-            job = dataclasses.replace(job, plan=plan)
+    timing, totals = Timing(job), Totals()
+    with begin(job) as (directory, job):
         if job.pending:
-            with report_broken_device():  # Outermost: what clears up behind a broken device fails as well.
-                _compute(job, directory, timing, progress)
-        directory.publish_index()  # Written again for a finished run: it is small, and may be missing.
-    summary = summarize(job, timing)
+            totals = compute(job, directory, timing, progress)
+        if job.part is None or directory.is_complete:  # The last of the parts completes the run.
+            directory.publish_index()  # Written again for a finished run: it is small, and may be missing.
+    summary = summarize(job, timing, totals)
     if summary.failures and not job.pending:
         log.info("to try the images again that could not be read: --retry-failures")
     return summary
 
 
-def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callable[[int], None]) -> None:
+def plan(options: ExtractOptions, chosen_for: str | None = None) -> Job:
+    """Check a run as `prepare` does, and write its plan.json, so that it is begun and no shard is computed."""
+    options = dataclasses.replace(options, shard=None)
+    job = prepare_listed(options, list_images_of(options), chosen_for)
+    with begin(job, "shared") as (_, job):
+        return job
+
+
+@contextlib.contextmanager
+def begin(job: Job, lock: Lock | None = None) -> Iterator[tuple[RunDirectory, Job]]:
+    """Begin a run, or go on with it, while the block lasts; yield its directory, and the job as it was begun.
+
+    Another process may have begun it since the job was prepared, on another kind of device perhaps, for which it chose
+    other batches and another memory format: the first to publish its plan has chosen for all.
+    """
+    if lock is None:
+        lock = "alone" if job.part is None else "shared"
+    directory = RunDirectory(job.out, job.plan, lock=lock)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(directory)
+        except OtherRunError:
+            if job.begun is not None or job.options.memory_format != "auto":
+                raise
+            job = prepare_again(job)
+            directory = stack.enter_context(RunDirectory(job.out, job.plan, lock=lock))
+        if job.options.batch_size == "auto":
+            plan = dataclasses.replace(job.plan, batch_size=directory.begun.batch_size)
+            job = dataclasses.replace(job, plan=plan)
+        yield directory, job
+
+
+def compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callable[[int], None]) -> Totals:
+    """Compute the pending shards of a job, and publish them; return what they hold."""
+    with report_broken_device():  # Outermost: what clears up behind a broken device fails as well.
+        return _compute(job, directory, timing, progress)
+
+
+def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callable[[int], None]) -> Totals:
+    totals = Totals()
     plan, ready, on_gpu = job.plan, job.ready, has_streams(job.device)
     made = _describe_process(job)
     failures, has_failed_first = 0, False
@@ -140,12 +176,14 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
                 if shard.number in job.replaced:
                     check_nothing_lost(job.out, plan, shard, record)
                 writer.publish(record, written)
+                totals.add(record)
             writer.finish()
     if failures > _MAX_FAILURES_LOGGED:
         log.warning("and %d more that cannot be read; see failures.csv", failures - _MAX_FAILURES_LOGGED)
     timing.model += capture.gpu_seconds
     timing.copying = capture.gpu_copying_seconds
     timing.writing = writer.seconds
+    return totals
 
 
 def _release(directory: RunDirectory, writer: ShardWriter) -> None:

@@ -11,7 +11,9 @@ from typing import TypeVar, cast
 from hookx.plan import Plan
 from hookx.run.defaults import device_name
 from hookx.run.nvjpeg import NVJPEG_THREADS
+from hookx.run.parts import Part
 from hookx.run.prepare import Job
+from hookx.store.directory import present_shards
 from hookx.store.record import Totals, read_record
 
 T = TypeVar("T")
@@ -66,6 +68,8 @@ class Summary:
     batch_size: int  # the largest that ran, in the last shard
     shards_computed: int  # by this call; the others were there already
     images_computed: int
+    part: Part | None  # what this call computed; None: all of the run
+    shards_finished: int  # of the run, by now and by whomever
 
     model = _derive(lambda summary: summary.plan.model)
     weights = _derive(lambda summary: summary.plan.weights)
@@ -93,16 +97,26 @@ class Summary:
 
     @property
     def files(self) -> tuple[str, ...]:
-        return tuple(str(Path(self.out) / self.plan.shard_file(shard)) for shard in self.plan.shards)
+        shards = self.plan.shards
+        numbers = self.part.numbers(len(shards)) if self.part else range(len(shards))
+        return tuple(str(Path(self.out) / self.plan.shard_file(shards[number])) for number in numbers)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no shard of the run is missing."""
+        return self.shards_finished == len(self.plan.shards)
 
 
-def summarize(job: Job, timing: Timing) -> Summary:
-    """Add up the shards of a finished run."""
+def summarize(job: Job, timing: Timing, computed: Totals) -> Summary:
+    """Add up the shards of a finished run; for a part of a run, those that it has computed."""
     totals, batch_size = Totals(), job.plan.batch_size
-    for shard in job.plan.shards:  # One record in memory at a time: a run can have millions of images.
-        record = read_record(job.out, job.plan, shard)
-        totals.add(record)
-        batch_size = record.made_in_batches_of or batch_size
+    if job.part is not None:
+        totals = computed
+    else:
+        for shard in job.plan.shards:  # One record in memory at a time: a run can have millions of images.
+            record = read_record(job.out, job.plan, shard)
+            totals.add(record)
+            batch_size = record.made_in_batches_of or batch_size
     timing.stop()
     return Summary(
         plan=job.plan,
@@ -114,4 +128,6 @@ def summarize(job: Job, timing: Timing) -> Summary:
         batch_size=min(batch_size, max(map(len, (job.plan.shards[0], job.plan.shards[-1])))),
         shards_computed=len(job.pending),
         images_computed=sum(map(len, job.pending)),
+        part=job.part,
+        shards_finished=len(present_shards(job.out, job.plan)) if job.part else len(job.plan.shards),
     )

@@ -48,6 +48,7 @@ class Worker(IterableDataset[Batch]):
         sys.excepthook = lambda *_: None
         # That thread would print what it cannot send, and the parent would wait for it forever.
         multiprocessing.queues.Queue._on_queue_feeder_error = _end_without_message  # type: ignore[attr-defined]
+        multiprocessing.queues.Queue._start_thread = _start_or_end  # type: ignore[attr-defined]
         self.in_hand.begin(worker_number)
         self.in_worker()
         keep_freed_memory()
@@ -129,6 +130,17 @@ class Worker(IterableDataset[Batch]):
 
 def _end_without_message(*_: object) -> None:
     os._exit(NO_MESSAGE)
+
+
+_start_thread: Callable[[object], None] = multiprocessing.queues.Queue._start_thread  # type: ignore[attr-defined]
+
+
+def _start_or_end(queue: object) -> None:
+    """Start the thread that hands messages over; where the system refuses one, end and leave the report to the parent."""
+    try:
+        _start_thread(queue)
+    except RuntimeError:
+        os._exit(NO_MESSAGE)
 
 
 def _wait_for_disk(batch: Batch) -> Batch:

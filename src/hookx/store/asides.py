@@ -55,6 +55,12 @@ class Aside:
     start: int = 0  # of the process, in ticks since boot; 0 if it could not tell
 
     @property
+    def shard(self) -> int | None:
+        """The number of the shard that it becomes; None if it becomes something else."""
+        found = re.match(r"\.shard-(\d+)-of-", self.path.name)
+        return int(found[1]) if found else None
+
+    @property
     def is_of_this_host(self) -> bool:
         return self.host == _host()
 
@@ -89,7 +95,7 @@ def left_overs_in(folder: Path) -> Iterator[Aside]:
             if not aside.mark:
                 is_left_over = True
             elif not aside.is_of_this_host:
-                now = now or _clock_of(folder)
+                now = now or clock_of(folder)
                 is_left_over = now - os.lstat(aside.path).st_mtime > _MAX_AGE_SECONDS
             else:
                 is_left_over = not aside.is_in_use
@@ -105,7 +111,7 @@ def remove_left_overs(folder: Path) -> None:
                 os.unlink(aside.path)
 
 
-def _clock_of(folder: Path) -> float:
+def clock_of(folder: Path) -> float:
     """Return the time by the clock of the file system, which need not be this host's."""
     probe = aside_of(folder / "clock", new_mark())
     try:

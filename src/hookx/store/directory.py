@@ -9,9 +9,9 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from hookx.errors import StoreError, UnreadableError
+from hookx.errors import OtherRunError, StoreError, UnreadableError
 from hookx.plan import Plan, Shard
 from hookx.store.asides import aside_of, new_mark, remove_left_overs
 from hookx.store.files import (
@@ -29,6 +29,7 @@ from hookx.store.tables import table
 log = logging.getLogger("hookx")
 
 PLAN, INDEX, FAILURES = "plan.json", "index.csv", "failures.csv"
+Lock = Literal["alone", "shared", ""]
 
 # Bound what is read into memory at once: a stranger may have made it, and JSON grows up to 25-fold as Python objects.
 _MAX_PLAN_BYTES = 16 * 2**20
@@ -42,13 +43,18 @@ class RunDirectory:
     cannot be written. The lock spares two processes the same work; where a file system has none, or one that does
     nothing, both compute all shards, and the first to publish one wins.
 
+    Args:
+        lock: 'alone' of who computes every shard; 'shared' of those that compute a part each; '' of those that compute
+            for a process that holds the lock.
+
     Attributes:
         plan: what is computed.
         begun: the plan that the directory holds; it can differ in what the fingerprint does not cover.
     """
 
-    def __init__(self, path: Path, plan: Plan) -> None:
+    def __init__(self, path: Path, plan: Plan, *, lock: Lock = "alone") -> None:
         self.path, self.plan, self.begun = path, plan, plan
+        self._kind_of_lock = lock
         self._mark = new_mark()  # Forked and spawned workers keep that of the process that owns the run.
         self._descriptor = -1
 
@@ -80,13 +86,18 @@ class RunDirectory:
         return {**self.__dict__, "_descriptor": -1}
 
     def _lock(self) -> None:
+        if not self._kind_of_lock:
+            return
+        is_shared = self._kind_of_lock == "shared"
         try:
             # The kernel drops the lock with its last descriptor, so a killed run leaves no stale lock.
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._descriptor, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StoreError(
-                f"another hookx process is writing to {self.path}{_holder(self._descriptor)}",
+                f"another hookx process is writing to {self.path}{_holder(self._descriptor)}"
+                + (", and computes every shard" if is_shared else ""),
                 "wait for it, or choose another --out",
+                *([] if is_shared else ["if it computes a part, compute another beside it: --shard I/N"]),
             ) from None
         except OSError as error:
             log.warning(
@@ -110,14 +121,26 @@ class RunDirectory:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every shard has its file, as far as the file system shows by now."""
+        return len(present_shards(self.path, self.plan)) == len(self.plan.shards)
+
     def publish_index(self) -> None:
-        """Write index.csv, and failures.csv if there are failures, from the shards; this completes the run."""
-        tables = derived_tables(self.path, self.plan)
-        if FAILURES not in tables:
-            with report_write_errors(self.path / FAILURES, resumable=True):
-                (self.path / FAILURES).unlink(missing_ok=True)  # Left by a shard that was removed and computed again.
-        for name, lines in tables.items():
-            write_whole(self.path / name, lines)
+        publish_index(self.path, self.plan)
+
+
+def publish_index(path: Path, plan: Plan) -> None:
+    """Write index.csv, and failures.csv if there are failures, from the shards; this completes the run.
+
+    Any process may do so, and several at once: they write the same bytes.
+    """
+    tables = derived_tables(path, plan)
+    if FAILURES not in tables:
+        with report_write_errors(path / FAILURES, resumable=True):
+            (path / FAILURES).unlink(missing_ok=True)  # Left by a shard that was removed and computed again.
+    for name, lines in tables.items():
+        write_whole(path / name, lines)
 
 
 def derived_tables(path: Path, plan: Plan, *, as_fields: bool = True) -> dict[str, Iterator[bytes]]:
@@ -153,7 +176,9 @@ def check_resumable(path: Path, plan: Plan) -> Plan | None:
     if PLAN in names:
         there = read_plan(path)
         if there.fingerprint != plan.fingerprint:
-            raise StoreError(f"{path}/ holds another run: {'; '.join(there.differences(plan))}; choose another --out")
+            raise OtherRunError(
+                f"{path}/ holds another run: {'; '.join(there.differences(plan))}; choose another --out"
+            )
     elif any(name.startswith("shard-") and name.endswith(".safetensors") for name in names):
         raise StoreError(f"{path}/ holds shards without a {PLAN}; choose another --out")
     for name in {INDEX, FAILURES} & names:  # Now, and not when all shards are computed.

@@ -1,0 +1,95 @@
+"""The end of a run of many processes: its index, its totals, and what it was made on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hookx.errors import StoreError
+from hookx.plan import Plan
+from hookx.run.parts import Part
+from hookx.store.asides import remove_left_overs
+from hookx.store.directory import present_shards, publish_index, read_plan
+from hookx.store.files import report_write_errors
+from hookx.store.record import Totals, read_record
+
+_MAX_SHOWN = 8
+_NOT_OF_A_KIND = ("batch_size", "nondeterministic")  # They differ within one kind of machine.
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a finished run holds.
+
+    Args:
+        made: the software and the hardware that made shards, and how many shards each made.
+    """
+
+    path: str
+    plan: Plan
+    totals: Totals
+    made: tuple[tuple[Mapping[str, Any], int], ...]
+
+
+def finish(
+    path: str | os.PathLike[str],
+    parts: int | None = None,
+    *,
+    progress: Callable[[int], None] = lambda shards_read: None,
+) -> Finished:
+    """Complete a run whose shards are all there: write index.csv and failures.csv, remove what killed processes left.
+
+    Args:
+        parts: how many parts the run was cut into; an error then names those that are missing.
+        progress: called with the number of shards read since the last call.
+
+    Raises:
+        StoreError: shards are missing (the message has the commands that compute them), damaged or unreadable.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import hookx
+        >>> with TemporaryDirectory() as out:
+        ...     for shard in ("0/2", "1/2"):
+        ...         _ = hookx.extract("resnet18", "avgpool", "images", weights="none", out=out, shard=shard)
+        ...     finished = finish(out)
+        >>> finished.totals.rows, [shards for _, shards in finished.made]
+        (8, [1])
+    """
+    path = Path(path)
+    plan = read_plan(path)
+    present = {shard.number for shard in present_shards(path, plan)}
+    missing = [number for number in range(len(plan.shards)) if number not in present]
+    if missing:
+        raise _not_finished(path, plan, missing, parts)
+    totals, made = Totals(), dict[tuple[tuple[str, Any], ...], int]()
+    for shard in plan.shards:
+        record = read_record(path, plan, shard)
+        totals.add(record)
+        kind = tuple((name, value) for name, value in record.made.items() if name not in _NOT_OF_A_KIND)
+        made[kind] = made.get(kind, 0) + 1
+        progress(1)
+    publish_index(path, plan)
+    with report_write_errors(path, resumable=True):
+        remove_left_overs(path)
+    return Finished(str(path), plan, totals, tuple((dict(kind), shards) for kind, shards in made.items()))
+
+
+def _not_finished(path: Path, plan: Plan, missing: list[int], parts: int | None) -> StoreError:
+    out, count = os.path.join(path, ""), len(plan.shards)
+    shown = ", ".join(map(str, missing[:_MAX_SHOWN])) + (", ..." if len(missing) > _MAX_SHOWN else "")
+    problem = f"{out} is not finished: {len(missing):,} of {count:,} shards are missing ({shown})"
+    if parts is None:
+        return StoreError(problem, "compute them with (reconstructed from the plan):", f"  {plan.command(out)}")
+    absent = [number for number in range(parts) if any(shard % parts == number for shard in missing)]
+    commands = [f"  {plan.command(out)} --shard {Part(number, parts)}" for number in absent[:_MAX_SHOWN]]
+    others = [f"and parts {', '.join(map(str, absent[_MAX_SHOWN:]))}"] if len(absent) > _MAX_SHOWN else []
+    return StoreError(
+        f"{problem}, of {len(absent):,} of {parts:,} parts",
+        "compute them with (reconstructed from the plan):",
+        *commands,
+        *others,
+    )
