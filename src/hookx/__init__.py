@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hookx.check.status import status
     from hookx.check.verify import verify
     from hookx.exporting import export
+    from hookx.launch.extract import extract
     from hookx.models import LoadedModel, list_models, load_model
     from hookx.pictures.gallery import Gallery
     from hookx.pictures.models import visualize
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from hookx.read.activations import Activations
     from hookx.read.features import Features, Join, join
     from hookx.read.features import open_features as open
-    from hookx.run.run import extract
     from hookx.run.summary import Summary
 
 _HOMES = {
@@ -41,7 +41,7 @@ _HOMES = {
     "LoadedModel": ("hookx.models", "LoadedModel"),
     "Summary": ("hookx.run.summary", "Summary"),
     "export": ("hookx.exporting", "export"),
-    "extract": ("hookx.run.run", "extract"),
+    "extract": ("hookx.launch.extract", "extract"),
     "finish": ("hookx.check.finish", "finish"),
     "inspect": ("hookx.check.inspect", "inspect"),
     "join": ("hookx.read.features", "join"),

@@ -38,7 +38,8 @@ class LazySequence(Sequence[_Item]):
 class Keys(LazySequence[str]):
     """Unique keys, sorted by their bytes, in one block of bytes: a key costs its own bytes and 8 more, and no object.
 
-    A file name that is not UTF-8 becomes a string with surrogates, as Python's file functions return it.
+    Both may lie in a file that is mapped. A file name that is not UTF-8 becomes a string with surrogates, as Python's
+    file functions return it.
 
     Example:
         >>> keys = Keys.pack([b"birds/heron.jpg", b"cats/chelsea.jpg"])
@@ -46,8 +47,8 @@ class Keys(LazySequence[str]):
         ('cats/chelsea.jpg', True, 0, 1)
     """
 
-    def __init__(self, block: bytes, ends: array[int]) -> None:
-        self._block, self._ends = block, ends
+    def __init__(self, block: bytes | memoryview, ends: array[int] | memoryview[int]) -> None:
+        self.block, self.ends = block, ends
 
     @classmethod
     def pack(cls, sorted_keys: Iterable[bytes]) -> Keys:
@@ -59,18 +60,18 @@ class Keys(LazySequence[str]):
         return Keys(bytes(block), ends)
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self.ends)
 
     def __iter__(self) -> Iterator[str]:
-        ends = itertools.pairwise(itertools.chain((0,), self._ends))
-        return (os.fsdecode(self._block[start:end]) for start, end in ends)
+        ends = itertools.pairwise(itertools.chain((0,), self.ends))
+        return (os.fsdecode(bytes(self.block[start:end])) for start, end in ends)
 
     def item(self, position: int) -> str:
         return os.fsdecode(self.encoded(position))
 
     def encoded(self, position: int) -> bytes:
-        start = self._ends[position - 1] if position else 0
-        return self._block[start : self._ends[position]]
+        start = self.ends[position - 1] if position else 0
+        return bytes(self.block[start : self.ends[position]])
 
     def place(self, key: str) -> int:
         """Return how many keys sort before a key, which need not be one of them."""

@@ -18,8 +18,8 @@ import hookx
 from hookx.check.inspect import Moments, inspect
 from hookx.cli.app import app
 from hookx.errors import ShardError, StoreError
+from hookx.launch.extract import extract
 from hookx.plan import DTYPES, LayerSpec, Plan, Preprocessing
-from hookx.run.run import extract
 from hookx.store.directory import RunDirectory
 from hookx.store.record import ShardRecord
 from kit.files import files_opened

@@ -11,7 +11,7 @@ from torchvision.models import get_model, get_model_weights
 
 from hookx.check.recompute import recompute
 from hookx.errors import UsageError
-from hookx.run.run import extract
+from hookx.launch.extract import extract
 from hookx.store.directory import read_plan
 
 SMALL: dict[str, Any] = {"resize": 64, "crop": 64, "batch_size": 2, "workers": 0, "device": "cpu"}

@@ -23,7 +23,7 @@ from hookx.check.recompute import recompute
 from hookx.check.verify import Problem, verify
 from hookx.cli.app import app
 from hookx.errors import HookxError, StoreError, UsageError
-from hookx.run.run import extract
+from hookx.launch.extract import extract
 from hookx.store.directory import RunDirectory, read_plan
 from hookx.store.record import ShardRecord, read_record
 from kit import ROOT

@@ -88,6 +88,7 @@ VALUES: dict[str, tuple[str, Any]] = {  # an option of extract -> a text, and th
     "self_check": ("off", "off"),
     "memory_format": ("channels_last", "channels_last"),
     "shard": ("3/16", "3/16"),
+    "devices": ("cpu*2", "cpu*2"),
     "strict": ("true", True),
     "decode_timeout": ("1.5", 1.5),
     "retry_for": ("2.5", 2.5),
@@ -327,7 +328,7 @@ def test_a_type_checker_takes_what_is_right_and_refuses_what_is_wrong(tmp_path: 
     # Only what the signatures are made of is read; all of torch would take a minute.
     (tmp_path / "mypy.ini").write_text(
         f"[mypy]\nstrict = true\nmypy_path = {SOURCE}\ncache_dir = {tmp_path}/cache\nfollow_imports = skip\n"
-        "[mypy-hookx,hookx.errors,hookx.options.*,hookx.run.run,hookx.pictures.models,hookx.pictures.runs,hookx.check.recompute]\n"
+        "[mypy-hookx,hookx.errors,hookx.options.*,hookx.launch.extract,hookx.pictures.models,hookx.pictures.runs,hookx.check.recompute]\n"
         "follow_imports = silent\n"
     )
     command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "calls.py"]

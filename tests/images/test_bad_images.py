@@ -41,11 +41,11 @@ from hookx.cli.app import app
 from hookx.errors import HookxError, ImageError
 from hookx.images.decoding import decode
 from hookx.images.listing import ImageList, list_images
+from hookx.launch.extract import extract
 from hookx.run.alone import read_alone
 from hookx.run.in_hand import InHand
 from hookx.run.lane import Batch
 from hookx.run.reader import Reader
-from hookx.run.run import extract
 from hookx.run.worker import Worker
 from hookx.run.workers import batches
 from kit.pictures import CHELSEA, PLAIN, SMALL, four_by_four, no_longer_than, process_ids

@@ -76,6 +76,13 @@ static int fits(const char *path, const char *part) {
     return whole >= length - 1 && !strncmp(path + whole - (length - 1), part, length - 1);
 }
 
+/* Whether a write reaches no disk: a pipe between processes does not fail, and what is written to standard error
+   could not be said otherwise. */
+static int reaches_no_disk(int descriptor) {
+    struct stat status;
+    return descriptor == 2 || REAL(fstat)(descriptor, &status) || !S_ISREG(status.st_mode);
+}
+
 /* Return the errno that this call is to fail with, 0 if it is not, or LIE. */
 static int fault(const char *call, const char *path, int descriptor) {
     if (inside) return 0;
@@ -95,7 +102,8 @@ static int fault(const char *call, const char *path, int descriptor) {
                 path = of_descriptor;
             }
             if (!path || !fits(path, rule->path)) continue;
-        }
+        } else if (!strcmp(call, "write") && reaches_no_disk(descriptor))
+            continue;
         uint64_t time = __atomic_add_fetch(&counts[number], 1, __ATOMIC_SEQ_CST);
         if (time < rule->first || (rule->last && time > rule->last) || !rule->what) continue;
         if (rule->what < 0) {

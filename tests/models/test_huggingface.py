@@ -18,9 +18,9 @@ from torch import Tensor
 
 from hookx.capture.runner import Runner
 from hookx.errors import ModelError, UsageError
+from hookx.launch.extract import extract
 from hookx.models import ModelOptions, list_models, load_model, skeleton
 from hookx.read.features import open_features
-from hookx.run.run import extract
 from kit import warm
 from kit.hub import COMMIT, broken_hub, hub
 from kit.second_route import captured_of

@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 import hookx
 from hookx.cli.app import app
 from hookx.errors import HookxError, ImageError, LayerError, NotStoredError, StoreError, UsageError
+from hookx.launch.extract import extract
 from hookx.options import LookOptions
 from hookx.pictures.attention import Attention
 from hookx.pictures.contents import Look, ShownImage, ShownLayer, choose, show_activation, show_attention
@@ -27,7 +28,6 @@ from hookx.pictures.gallery import draw, name_file, name_image_folders
 from hookx.pictures.models import pair, visualize
 from hookx.pictures.places import LAYOUTS, Reading, TokenGrid
 from hookx.pictures.runs import visualize_run
-from hookx.run.run import extract
 from kit import warm
 
 ROOT = Path(__file__).parents[2]

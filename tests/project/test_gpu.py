@@ -25,7 +25,7 @@ from hookx.capture.rows import RowCapture
 from hookx.capture.runner import Runner
 from hookx.check.recompute import recompute
 from hookx.images.decoding import decode, decode_jpegs, model_input
-from hookx.run.run import extract
+from hookx.launch.extract import extract
 from kit.nets import targets_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -26,10 +26,11 @@ from torchvision.transforms._presets import ImageClassification
 
 import hookx
 from hookx.errors import CaptureError, ImageError, LayerError, StoreError, UsageError
+from hookx.launch.extract import extract
 from hookx.options import parse_bytes
 from hookx.plan import Plan
 from hookx.run.prepare import prepare
-from hookx.run.run import extract, run
+from hookx.run.run import run
 
 # A forward pass over 32 x 32 pixels takes milliseconds; the traps of a network are the same.
 SMALL: dict[str, Any] = {"weights": "none", "resize": 32, "crop": 32, "workers": 0}

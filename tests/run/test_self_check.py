@@ -26,8 +26,8 @@ from hookx.check.inspect import inspect
 from hookx.check.verify import verify
 from hookx.cli.app import app
 from hookx.errors import CaptureError
+from hookx.launch.extract import extract
 from hookx.run.prepare import prepare
-from hookx.run.run import extract
 from hookx.run.run import run as run_job
 from hookx.run.selfcheck import choose_batches
 from hookx.store.directory import read_plan

@@ -15,7 +15,7 @@ import hookx
 from hookx.check.inspect import Moments
 from hookx.errors import CaptureError, HookxError, LayerError, ModelError, UsageError
 from hookx.exporting.printing import read_activation, to_json, to_text
-from hookx.run.run import extract
+from hookx.launch.extract import extract
 from kit.nets import images
 from kit.runs import same_bits
 

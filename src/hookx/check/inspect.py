@@ -87,7 +87,7 @@ def inspect(
 
     Example:
         >>> from tempfile import TemporaryDirectory
-        >>> from hookx.run.run import extract
+        >>> from hookx.launch.extract import extract
         >>> with TemporaryDirectory() as out:
         ...     _ = extract("resnet18", "relu", "images", weights="none", out=out)
         ...     inspection = inspect(out, statistics=True)

@@ -85,7 +85,7 @@ def recompute(options: RecomputeOptions) -> Recomputation:
 
     Example:
         >>> from tempfile import TemporaryDirectory
-        >>> from hookx.run.run import extract
+        >>> from hookx.launch.extract import extract
         >>> with TemporaryDirectory() as out:
         ...     _ = extract("resnet18", "conv1,avgpool", "images", weights="none", out=out)
         ...     again = recompute(out, 2, "images")

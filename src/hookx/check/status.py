@@ -38,7 +38,7 @@ class Status:
 
     Args:
         images_finished: rows and failures of the finished shards.
-        images_per_second: rate of all processes together, over the last hour of the run; None before two shards are there.
+        images_per_second: rate of all processes together, over the last hour; None with fewer than two shards.
         seconds_left: at that rate; None if nobody is writing, or there is no rate yet.
         seconds_ago: time since the last shard was finished; None before the first.
     """

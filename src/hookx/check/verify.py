@@ -64,7 +64,7 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int], None] = la
 
     Example:
         >>> from tempfile import TemporaryDirectory
-        >>> from hookx.run.run import extract
+        >>> from hookx.launch.extract import extract
         >>> with TemporaryDirectory() as out:
         ...     _ = extract("resnet18", "avgpool", "images", weights="none", out=out)
         ...     whole = verify(out)

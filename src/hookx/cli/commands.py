@@ -30,20 +30,20 @@ def extract(options: given.ExtractOptions, call: given.CallOptions) -> None:
     """Store the activations of images; the same command again finishes what was interrupted."""
     options = _with_sources(options, call)
     from hookx.cli import run_reports
+    from hookx.launch.extract import begin_run, check_run
     from hookx.run.parts import as_told
-    from hookx.run.prepare import prepare
-    from hookx.run.run import run
 
     with talk_on_stderr(call.quiet):
-        job = prepare(**vars(as_told(options)))
+        options = as_told(options)
         if call.dry_run:
             # Also with --quiet: no files are written whose paths could be printed.
+            job = check_run(options)
             report(JsonOptions(json=call.json), run_reports.describe_job, run_reports.print_job, job)
             return
-        images = job.image_count
-        done = images - sum(map(len, job.pending))
-        with show_progress("images", images, done=done, quiet=call.quiet, leave=True) as advance:
-            summary = run(job, advance)
+        with begin_run(options) as begun:
+            images, done = begun.image_count, begun.images_done
+            with show_progress("images", images, done=done, quiet=call.quiet, leave=True) as advance:
+                summary = begun.run(advance)
     report(call, run_reports.describe_summary, run_reports.print_summary, summary, files=summary.files)
     # A part that ended with 3 would stop the others: torchrun ends all, Slurm starts nothing that depends on it.
     if summary.failures and summary.part is None:

@@ -62,7 +62,7 @@ def export(
 
     Example:
         >>> from tempfile import TemporaryDirectory
-        >>> from hookx.run.run import extract
+        >>> from hookx.launch.extract import extract
         >>> with TemporaryDirectory() as folder:
         ...     _ = extract("resnet18", "avgpool", "images", weights="none", out=f"{folder}/features")
         ...     written = export(f"{folder}/features", "avgpool", f"{folder}/avgpool.npy")

@@ -49,7 +49,7 @@ _Found = TypeVar("_Found")
 class Files(LazySequence[str]):
     """The file of each key: the root that it was found in, and the key."""
 
-    def __init__(self, keys: Keys, roots: Sequence[bytes], root_of: array[int]) -> None:
+    def __init__(self, keys: Keys, roots: Sequence[bytes], root_of: array[int] | memoryview[int]) -> None:
         self.keys, self.roots, self.root_of = keys, roots, root_of
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ class ImageList:
 
     keys: Keys
     files: Files
-    sizes_bytes: array[int]  # -1 where a file has none, by its own fault
+    sizes_bytes: array[int] | memoryview[int]  # -1 where a file has none, by its own fault
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -107,6 +107,12 @@ class ExtractOptions(ComputeOptions, PreprocessingOptions, ModelOptions, title="
         parse=read_shard,
         title="Many workers",
     )
+    devices: str | None = option(
+        "--devices LIST",
+        "A process for each device of this host: all, 0,2,3, or cpu*4.",
+        default=None,
+        title="Many workers",
+    )
     strict: bool = option("--strict", "Stop at the first image that cannot be read.", default=False, title="Images")
     retry_failures: bool = option(
         "--retry-failures", "Compute the images again that the run could not read.", default=False, title="Images"

@@ -38,7 +38,7 @@ def visualize_run(options: VisualizeRunOptions) -> Gallery:
 
     Example:
         >>> from tempfile import TemporaryDirectory
-        >>> from hookx.run.run import extract
+        >>> from hookx.launch.extract import extract
         >>> with TemporaryDirectory() as out:
         ...     _ = extract("resnet18", "conv1,fc", "images", weights="none", out=f"{out}/features")
         ...     gallery = visualize_run(f"{out}/features", ["sky/hubble.jpg"], "conv1", out=f"{out}/maps")

@@ -79,7 +79,7 @@ class RunKeys(Keys):
     """
 
     def __init__(self, keys: Keys, addresses: Sequence[str]) -> None:
-        super().__init__(keys._block, keys._ends)  # Shares the memory: there can be millions.
+        super().__init__(keys.block, keys.ends)  # Shares the memory: there can be millions.
         self._addresses = addresses
 
     def __call__(self) -> KeysView[str]:

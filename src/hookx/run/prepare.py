@@ -76,10 +76,7 @@ class Job:
 
     @property
     def bytes_free(self) -> int:
-        try:
-            return shutil.disk_usage(_existing_parent(self.out)).free
-        except OSError:  # Not every file system tells; a full one says so while it is written to.
-            return sys.maxsize
+        return bytes_free(self.out)
 
 
 @takes(ExtractOptions)
@@ -110,12 +107,15 @@ def prepare_again(job: Job) -> Job:
     return prepare_listed(job.options, job.images)
 
 
-def prepare_listed(options: ExtractOptions, listed: ImageList, chosen_for: str | None = None) -> Job:
+def prepare_listed(
+    options: ExtractOptions, listed: ImageList, chosen_for: str | None = None, *, is_helper: bool = False
+) -> Job:
     """Check a run of images that are listed already; see `prepare`.
 
     Args:
         chosen_for: a kind of device, in place of the one that computes here, for which the batch size and the memory
             format are chosen.
+        is_helper: this process computes for another, which says which shards and has looked at those that are there.
     """
     selectors, excluded = _selectors_of(options)
     out = Path(options.out)
@@ -150,25 +150,38 @@ def prepare_listed(options: ExtractOptions, listed: ImageList, chosen_for: str |
     check_resumable(out, plan)
     part = Part.parse(options.shard)
     # Every part would read every header, of hundreds of thousands; who writes the index reads them all.
-    finished = present_shards(out, plan, is_output=True) if part else finished_shards(out, plan)
+    by_name = part is not None or is_helper
+    finished = present_shards(out, plan, is_output=True) if by_name else finished_shards(out, plan)
     numbers = part.numbers(len(plan.shards)) if part else range(len(plan.shards))
     finished = [shard for shard in finished if shard.number in numbers]
-    replaced = failing_shards(out, plan, finished) if options.retry_failures else frozenset()
+    replaced = failing_shards(out, plan, finished) if options.retry_failures and not is_helper else frozenset()
     kept = {shard.number for shard in finished} - replaced
     pending = [plan.shards[number] for number in numbers if number not in kept]
-    if part:
+    if part and not is_helper:
         log.info("part %s", describe_part(part, plan, len(pending)))
     batches = sum(math.ceil(len(shard) / batch_size) for shard in pending)
     workers = min(choose_workers(options.workers, device), batches)
     ready = ready.settle() if pending else ready
     job = Job(options, out, plan, ready, listed, workers, pending, then_bytes, begun, replaced)
-    if job.bytes_to_write > job.bytes_free:
+    if not is_helper:
+        check_room(out, job.bytes_to_write)
+    return job
+
+
+def check_room(out: Path, bytes_to_write: int) -> None:
+    """Raise `StoreError` if the file system of the output directory has less free."""
+    if bytes_to_write > (free := bytes_free(out)):
         raise StoreError(
-            f"the activations need {job.bytes_to_write:,} bytes and {_existing_parent(out)} has "
-            f"{job.bytes_free:,} free",
+            f"the activations need {bytes_to_write:,} bytes and {_existing_parent(out)} has {free:,} free",
             "choose another --out, fewer --layers, a reduction such as @mean23, or --dtype fp16",
         )
-    return job
+
+
+def bytes_free(out: Path) -> int:
+    try:
+        return shutil.disk_usage(_existing_parent(out)).free
+    except OSError:  # Not every file system tells; a full one says so while it is written to.
+        return sys.maxsize
 
 
 def _choose_types(selection: Selection, asked: str | None) -> tuple[Selection, list[LayerSpec]]:

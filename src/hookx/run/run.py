@@ -16,13 +16,12 @@ from hookx.capture.failures import report_broken_device
 from hookx.capture.rows import RowCapture
 from hookx.capture.second_look import SecondLook
 from hookx.errors import ImageError, OtherRunError
-from hookx.models import borrowed_models
-from hookx.options import ExtractOptions, takes
+from hookx.options import ExtractOptions
 from hookx.plan import Shard
 from hookx.run.defaults import describe_device, device_name, single_threaded
 from hookx.run.lane import Lane, to_input
 from hookx.run.mended import check_nothing_lost, mended_in
-from hookx.run.prepare import Job, list_images_of, prepare, prepare_again, prepare_listed
+from hookx.run.prepare import Job, list_images_of, prepare_again, prepare_listed
 from hookx.run.selfcheck import SelfCheck, choose_batches
 from hookx.run.summary import Summary, Timing, summarize
 from hookx.run.workers import batches
@@ -35,35 +34,16 @@ _MAX_FAILURES_LOGGED = 10
 _MAX_PASSES_IN_FLIGHT = 3  # on a GPU
 
 
-@takes(ExtractOptions)
-def extract(options: ExtractOptions) -> Summary:
-    """Store the activations of a folder of images, as `hookx extract` does.
-
-    The same call again finishes an interrupted run, or finds it done.
-
-    Raises:
-        HookxError: an argument is wrong, which shows before the first shard; or the disk fails on the way.
-
-    Example:
-        >>> from tempfile import TemporaryDirectory
-        >>> with TemporaryDirectory() as out:
-        ...     summary = extract("resnet18", "conv1,avgpool", "images", weights="none", out=out)
-        >>> summary.images, [layer.shape for layer in summary.layers]
-        (8, [(64, 112, 112), (512, 1, 1)])
-    """
-    with borrowed_models():
-        return run(prepare(**vars(options)), options.progress)
-
-
 def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) -> Summary:
     """Compute the pending shards of a job, and write the index."""
-    timing, totals = Timing(job), Totals()
+    timing, totals = Timing.of(job), Totals()
     with begin(job) as (directory, job):
         if job.pending:
             totals = compute(job, directory, timing, progress)
         if job.part is None or directory.is_complete:  # The last of the parts completes the run.
             directory.publish_index()  # Written again for a finished run: it is small, and may be missing.
-    summary = summarize(job, timing, totals)
+    device, workers = device_name(job.device), job.workers
+    summary = summarize(job.plan, job.out, job.pending, job.part, totals, timing, device=device, workers=workers)
     if summary.failures and not job.pending:
         log.info("to try the images again that could not be read: --retry-failures")
     return summary

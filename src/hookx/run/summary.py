@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
-from hookx.plan import Plan
-from hookx.run.defaults import device_name
+from hookx.plan import Plan, Shard
 from hookx.run.nvjpeg import NVJPEG_THREADS
 from hookx.run.parts import Part
 from hookx.run.prepare import Job
@@ -22,13 +21,30 @@ T = TypeVar("T")
 class Timing:
     """Seconds of work by part, added up over the processes that shared it, and which part was the slowest."""
 
-    def __init__(self, job: Job) -> None:
+    PARTS = ("reading", "nvjpeg", "model", "copying", "writing")
+
+    def __init__(self, processes: Mapping[str, int], takes_turns: bool) -> None:
         self.total = self.reading = self.nvjpeg = self.model = self.copying = self.writing = 0.0
-        self._processes = {"reading": max(job.workers, 1), "model": job.workers if job.workers_compute else 1}
-        self._processes["nvjpeg"] = NVJPEG_THREADS
+        self._processes = processes  # how many share a part
         # The processes that read run the model too: together, reading and model are what is waited for.
-        self._takes_turns = job.device.type == "cpu" and (job.workers_compute or not job.workers)
+        self._takes_turns = takes_turns
         self._start = time.perf_counter()
+
+    @classmethod
+    def of(cls, job: Job) -> Timing:
+        """Begin to measure a run in this process and its workers."""
+        computing = job.workers if job.workers_compute else 1
+        processes = {"reading": max(job.workers, 1), "model": computing, "nvjpeg": NVJPEG_THREADS}
+        return cls(processes, job.device.type == "cpu" and (job.workers_compute or not job.workers))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {part: getattr(self, part) for part in self.PARTS}
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Add what another process has measured."""
+        for part in self.PARTS:
+            setattr(self, part, getattr(self, part) + seconds[part])
 
     def stop(self) -> None:
         self.total = time.perf_counter() - self._start
@@ -107,27 +123,37 @@ class Summary:
         return self.shards_finished == len(self.plan.shards)
 
 
-def summarize(job: Job, timing: Timing, computed: Totals) -> Summary:
+def summarize(
+    plan: Plan,
+    out: Path,
+    pending: Sequence[Shard],
+    part: Part | None,
+    computed: Totals,
+    timing: Timing,
+    *,
+    device: str,
+    workers: int,
+) -> Summary:
     """Add up the shards of a finished run; for a part of a run, those that it has computed."""
-    totals, batch_size = Totals(), job.plan.batch_size
-    if job.part is not None:
+    totals, batch_size = Totals(), plan.batch_size
+    if part is not None:
         totals = computed
     else:
-        for shard in job.plan.shards:  # One record in memory at a time: a run can have millions of images.
-            record = read_record(job.out, job.plan, shard)
+        for shard in plan.shards:  # One record in memory at a time: a run can have millions of images.
+            record = read_record(out, plan, shard)
             totals.add(record)
             batch_size = record.made_in_batches_of or batch_size
     timing.stop()
     return Summary(
-        plan=job.plan,
+        plan=plan,
         totals=totals,
         timing=timing,
-        out=str(job.out),
-        device=device_name(job.device),
-        workers=job.workers,
-        batch_size=min(batch_size, max(map(len, (job.plan.shards[0], job.plan.shards[-1])))),
-        shards_computed=len(job.pending),
-        images_computed=sum(map(len, job.pending)),
-        part=job.part,
-        shards_finished=len(present_shards(job.out, job.plan)) if job.part else len(job.plan.shards),
+        out=str(out),
+        device=device,
+        workers=workers,
+        batch_size=min(batch_size, max(map(len, (plan.shards[0], plan.shards[-1])))),
+        shards_computed=len(pending),
+        images_computed=sum(map(len, pending)),
+        part=part,
+        shards_finished=len(present_shards(out, plan)) if part else len(plan.shards),
     )

@@ -136,7 +136,7 @@ _start_thread: Callable[[object], None] = multiprocessing.queues.Queue._start_th
 
 
 def _start_or_end(queue: object) -> None:
-    """Start the thread that hands messages over; where the system refuses one, end and leave the report to the parent."""
+    """Start the thread that hands messages over; if the system refuses one, end, and leave the report to the parent."""
     try:
         _start_thread(queue)
     except RuntimeError:

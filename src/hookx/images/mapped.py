@@ -1,0 +1,70 @@
+"""A list of images in a file that any number of processes map: one copy in the page cache, however many they are.
+
+A line of JSON says where the images lie and how long the parts are; behind it, at multiples of 8 bytes, follow the
+numbers of the keys' ends, of the files' sizes and of the roots, and then the keys, one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import sys
+from array import array
+from pathlib import Path
+
+from hookx.errors import ImageError
+from hookx.images.listing import Files, ImageList
+from hookx.keys import Keys
+
+_ALIGNMENT = 8
+
+
+def write_list(images: ImageList, path: Path) -> None:
+    """Write a list to a new file, for the processes of one run on machines of one kind."""
+    keys, files = images.keys, images.files
+    header = {
+        "images": len(images),
+        "roots": [os.fsdecode(root) for root in files.roots],
+        "key_bytes": keys.ends[-1],
+        "byte_order": sys.byteorder,
+    }
+    line = json.dumps(header).encode()
+    with open(path, "xb") as file:
+        file.write(line + b" " * (-(len(line) + 1) % _ALIGNMENT) + b"\n")
+        file.write(keys.ends)
+        file.write(memoryview(array("q", images.sizes_bytes)))
+        file.write(memoryview(array("i", files.root_of)))
+        file.write(keys.block)
+
+
+def map_list(path: Path) -> ImageList:
+    """Map a list that `write_list` wrote; `ImageError` if the file cannot be read, or is of another kind of machine.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from hookx.images.listing import list_images
+        >>> with TemporaryDirectory() as folder:
+        ...     write_list(list_images(["images"]), Path(folder, "list"))
+        ...     images = map_list(Path(folder, "list"))
+        >>> len(images), images.keys[0], images.files[0], images.sizes_bytes[0]
+        (8, 'animals/chelsea.jpg', 'images/animals/chelsea.jpg', 27833)
+    """
+    try:
+        with open(path, "rb") as file:
+            line = file.readline()
+            whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    except (OSError, ValueError) as error:
+        raise ImageError(
+            f"cannot read the list of images {path}: {error}", "does this machine see that folder?"
+        ) from None
+    header = json.loads(line)
+    if header["byte_order"] != sys.byteorder:
+        raise ImageError(f"the list of images {path} was written on another kind of machine")
+    count, start = header["images"], len(line)
+    ends = whole[start : start + 8 * count].cast("q")
+    sizes = whole[start + 8 * count : start + 16 * count].cast("q")
+    root_of = whole[start + 16 * count : start + 20 * count].cast("i")
+    block = whole[start + 20 * count : start + 20 * count + header["key_bytes"]]
+    keys = Keys(block, ends)
+    return ImageList(keys, Files(keys, [os.fsencode(root) for root in header["roots"]], root_of), sizes)

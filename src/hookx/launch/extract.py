@@ -1,0 +1,87 @@
+"""A run from its options: in this process, or by the workers that they ask for."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from hookx.launch.devices import devices_of, workers_each
+from hookx.launch.handed_out import HandedOut
+from hookx.models import borrowed_models
+from hookx.options import ExtractOptions, takes
+from hookx.run.prepare import Job, prepare
+from hookx.run.run import run
+from hookx.run.summary import Summary
+
+
+class Begun(Protocol):
+    """A run that was checked, and that `run` computes."""
+
+    @property
+    def image_count(self) -> int: ...
+
+    @property
+    def images_done(self) -> int: ...
+
+    def run(self, progress: Callable[[int], None]) -> Summary: ...
+
+
+class InThisProcess:
+    """A run that this process and the workers that it forks compute."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    @property
+    def image_count(self) -> int:
+        return self.job.image_count
+
+    @property
+    def images_done(self) -> int:
+        return self.job.image_count - sum(map(len, self.job.pending))
+
+    def run(self, progress: Callable[[int], None]) -> Summary:
+        return run(self.job, progress)
+
+
+@contextlib.contextmanager
+def begin_run(options: ExtractOptions) -> Iterator[Begun]:
+    """Check a run, and begin it with as many workers as the options ask for, while the block lasts."""
+    if options.devices is None:
+        with borrowed_models():
+            yield InThisProcess(prepare(**vars(options)))
+        return
+    devices = devices_of(options)
+    with HandedOut(options, devices, workers_each(options, devices)) as handed_out:
+        yield handed_out
+
+
+def check_run(options: ExtractOptions) -> Job:
+    """Check a run as `prepare` does; one of several devices on the first of them."""
+    if options.devices is not None:
+        devices = devices_of(options)
+        workers = workers_each(options, devices)
+        options = dataclasses.replace(options, device=devices[0].option, devices=None, workers=workers)
+    return prepare(**vars(options))
+
+
+@takes(ExtractOptions)
+def extract(options: ExtractOptions) -> Summary:
+    """Store the activations of a folder of images, as `hookx extract` does.
+
+    The same call again finishes an interrupted run, or finds it done.
+
+    Raises:
+        HookxError: an argument is wrong, which shows before the first shard; or the disk fails on the way.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as out:
+        ...     summary = extract("resnet18", "conv1,avgpool", "images", weights="none", out=out)
+        >>> summary.images, [layer.shape for layer in summary.layers]
+        (8, [(64, 112, 112), (512, 1, 1)])
+    """
+    with begin_run(options) as begun:
+        return begun.run(options.progress)

@@ -1,0 +1,251 @@
+"""A run whose shards are handed out to workers: the same loop for the devices of a host and for the nodes of a cluster.
+
+The process that runs the loop owns the run: it has the directory's lock, shows the progress, and writes the index. It
+computes nothing, and the bytes do not depend on it: of two workers that compute one shard, the first to publish wins.
+So a worker that dies, freezes or comes back costs time only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hookx.errors import DeviceError, HookxError
+from hookx.images.mapped import write_list
+from hookx.launch.blocks import Blocks
+from hookx.launch.crew import Crew, Member, Place
+from hookx.launch.messages import Message, error_from_json, options_to_json
+from hookx.options import ExtractOptions
+from hookx.plan import Plan, Shard
+from hookx.run.mended import failing_shards
+from hookx.run.parts import Part, describe_part
+from hookx.run.prepare import check_room, list_images_of
+from hookx.run.reader import THEN_RESUME
+from hookx.run.summary import Summary, Timing, summarize
+from hookx.store.asides import remove_left_overs
+from hookx.store.directory import RunDirectory, finished_shards, present_shards
+from hookx.store.record import Totals, read_record
+
+log = logging.getLogger("hookx")
+_MAX_FRUITLESS_STARTS = 3  # of a worker that does not finish a block in between
+_MAX_SHOWN = 8
+
+
+class HandedOut:
+    """A run that workers compute. Entering it lists the images and begins the run; `run` hands its shards out.
+
+    Args:
+        options: those of the run.
+        places: where workers are to run.
+        workers_each: how many processes decode, or compute, for each; None: as many as a worker finds cores.
+        scratch: a folder that all workers see, for the list of images; '' for a temporary one of this host.
+    """
+
+    def __init__(
+        self, options: ExtractOptions, places: Sequence[Place], workers_each: int | None, scratch: str = ""
+    ) -> None:
+        self.options, self.out, self.part = options, Path(options.out), Part.parse(options.shard)
+        self._workers_each, self._scratch = workers_each, scratch
+        self._crew = Crew(places)
+        self._stack = contextlib.ExitStack()
+        self._described: dict[Member, Message] = {}  # what workers have said of themselves
+        self._counted_twice = 0  # images of the progress that are computed again
+
+    def __enter__(self) -> HandedOut:
+        with contextlib.ExitStack() as stack:
+            images = list_images_of(self.options)
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hookx-", dir=self._scratch or None)))
+            self._list = folder / "images"
+            write_list(images, self._list)
+            del images  # The workers map the file; this process needs none of it.
+            stack.callback(self._clear_up)
+            stack.callback(self._crew.end)
+            plan = self._prepare_first()
+            self._directory = stack.enter_context(RunDirectory(self.out, plan, lock="shared" if self.part else "alone"))
+            if self.options.batch_size == "auto":
+                plan = dataclasses.replace(plan, batch_size=self._directory.begun.batch_size)
+            self.plan = plan
+            self.pending, self._replaced = self._find_pending()
+            check_room(self.out, sum(map(len, self.pending)) * plan.bytes_per_image)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def image_count(self) -> int:
+        """How many images this process is to account for, computed or not."""
+        return sum(len(self.plan.shards[number]) for number in self._numbers)
+
+    @property
+    def images_done(self) -> int:
+        return self.image_count - sum(map(len, self.pending))
+
+    @property
+    def _numbers(self) -> range:
+        count = len(self.plan.shards)
+        return self.part.numbers(count) if self.part else range(count)
+
+    def _clear_up(self) -> None:
+        with contextlib.suppress(OSError):  # There may be no directory yet.
+            remove_left_overs(self.out)
+
+    def _prepare_first(self) -> Plan:
+        """Let the first worker check the run; return its plan, or raise what is wrong."""
+        first = self._crew.members[0]
+        self._start(first)
+        for member, message in self._crew.events():
+            if message is None:
+                self._restart(member, self._how_it_ended(member))
+            elif "error" in message:
+                raise error_from_json(message["error"])
+            elif "ready" in message:
+                self._meet(member, message["ready"])
+                break
+        return Plan.from_json(self._described[first]["plan"])
+
+    def _find_pending(self) -> tuple[list[Shard], frozenset[int]]:
+        there = present_shards(self.out, self.plan) if self.part else finished_shards(self.out, self.plan)
+        there = [shard for shard in there if shard.number in self._numbers]
+        replaced = failing_shards(self.out, self.plan, there) if self.options.retry_failures else frozenset()
+        kept = {shard.number for shard in there} - replaced
+        pending = [self.plan.shards[number] for number in self._numbers if number not in kept]
+        if self.part:
+            log.info("part %s", describe_part(self.part, self.plan, len(pending)))
+        return pending, replaced
+
+    # --- workers ----------------------------------------------------------------------------------------------------
+
+    def _start(self, member: Member) -> None:
+        options = dataclasses.replace(self.options, device=member.place.option, workers=self._workers_each)
+        message = {"options": options_to_json(options), "images": str(self._list), "folder": os.getcwd()}
+        self._crew.start(member, message)
+
+    def _meet(self, member: Member, description: Message) -> None:
+        member.is_ready, self._described[member] = True, description
+
+    def _how_it_ended(self, member: Member) -> str:
+        assert member.worker is not None
+        how, member.worker, member.is_ready = member.worker.wait(), None, False
+        return how
+
+    def _restart(self, member: Member, how: str) -> None:
+        """Start a worker again that ended unexpectedly; give its place up if that was of no use before."""
+        if member.fruitless_starts < _MAX_FRUITLESS_STARTS:
+            log.warning("the worker at %s ended unexpectedly (%s); it is started again", member.place.name, how)
+            self._start(member)
+            return
+        times = f"{_MAX_FRUITLESS_STARTS} times, the last by {how}"
+        problem = HookxError(
+            f"the worker at {member.place.name} ended unexpectedly {times}",
+            "most often the machine ran out of memory: try fewer --workers or a smaller --batch-size",
+            THEN_RESUME,
+        )
+        self._give_up(member, problem)
+
+    def _give_up(self, member: Member, problem: HookxError) -> None:
+        """Go on without a place, if there are others."""
+        if not self._crew.working:
+            raise problem
+        log.warning("%s: going on without %s", str(problem).splitlines()[0], member.place.name)
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+
+    def run(self, progress: Callable[[int], None] = lambda images_done: None) -> Summary:
+        """Compute the pending shards, and write the index.
+
+        Raises:
+            HookxError: what stops a run in one process stops this one, too; or no place is left; or workers died at a
+                shard again and again, when all others are computed.
+        """
+        timing = self._timing()
+        if self.pending:
+            blocks = Blocks(shard.number for shard in self.pending)
+            self._hand_out(blocks, timing, progress)
+            if blocks.given_up:
+                raise self._deadly(sorted(blocks.given_up))
+        self._crew.finish()
+        if self.part is None or self._directory.is_complete:
+            self._directory.publish_index()
+        computed = Totals()
+        for shard in self.pending if self.part else ():
+            computed.add(read_record(self.out, self.plan, shard))
+        devices = Counter(described["device"] for described in self._described.values())
+        return summarize(
+            *(self.plan, self.out, self.pending, self.part, computed, timing),
+            device=", ".join(f"{count} x {name}" if count > 1 else name for name, count in devices.items()),
+            workers=sum(described["workers"] for described in self._described.values()),
+        )
+
+    def _timing(self) -> Timing:
+        first, count = self._described[self._crew.members[0]], min(len(self._crew.members), max(1, len(self.pending)))
+        return Timing({part: count * number for part, number in first["processes"].items()}, first["takes_turns"])
+
+    def _hand_out(self, blocks: Blocks, timing: Timing, progress: Callable[[int], None]) -> None:
+        for member in self._crew.members[1 : len(self.pending)]:
+            self._start(member)
+        self._serve_idle(blocks)
+        for member, message in self._crew.events():
+            if message is None:
+                self._take_back(member, blocks, died=True)
+                self._restart(member, self._how_it_ended(member))
+            elif "error" in message:
+                error = error_from_json(message["error"])
+                if not isinstance(error, DeviceError):
+                    raise error
+                self._take_back(member, blocks, died=False)
+                self._how_it_ended(member)
+                self._give_up(member, error)
+            elif "ready" in message:
+                self._meet(member, message["ready"])
+            elif "progress" in message:
+                member.images_in_hand += message["progress"]
+                progress(self._count(message["progress"]))
+            elif "done" in message:
+                timing.add(message["seconds"])
+                member.shards_per_second = len(member.block) / max(time.monotonic() - member.since, 1e-6)
+                member.fruitless_starts, member.images_in_hand, member.block = 0, 0, []
+            self._serve_idle(blocks)
+            if not blocks and not any(one.block for one in self._crew.working):
+                return
+
+    def _serve_idle(self, blocks: Blocks) -> None:
+        for member in self._crew.working:
+            if blocks and member.is_ready and not member.block:
+                assert member.worker is not None
+                member.block = blocks.take(len(self._crew.working), member.shards_per_second)
+                member.since = time.monotonic()
+                replaced = [number for number in member.block if number in self._replaced]
+                member.worker.send({"shards": member.block, "replaced": replaced})
+
+    def _take_back(self, member: Member, blocks: Blocks, *, died: bool) -> None:
+        """Take back what a worker has not published of its block."""
+        block, counted, member.block, member.images_in_hand = member.block, member.images_in_hand, [], 0
+        there = {shard.number for shard in present_shards(self.out, self.plan)} - self._replaced
+        missing = [number for number in block if number not in there]
+        published = sum(len(self.plan.shards[number]) for number in block if number in there)
+        self._counted_twice += max(0, counted - published)
+        for number in blocks.take_back(missing, died=died):
+            log.warning("shard %d is left out: each worker that computed it died", number)
+
+    def _count(self, images: int) -> int:
+        """Return how much a progress is worth, without images that were counted before a worker died."""
+        again = min(images, self._counted_twice)
+        self._counted_twice -= again
+        return images - again
+
+    def _deadly(self, numbers: Sequence[int]) -> HookxError:
+        shown = ", ".join(map(str, numbers[:_MAX_SHOWN])) + (", ..." if len(numbers) > _MAX_SHOWN else "")
+        return HookxError(
+            f"{len(numbers):,} shards are missing ({shown}): every worker that computed one of them died",
+            "all others are computed; to see what happens, compute them in one process:",
+            f"  {self.plan.command(os.path.join(self.out, ''))}",
+        )
