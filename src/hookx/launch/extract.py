@@ -7,10 +7,12 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from hookx.errors import UsageError
 from hookx.launch.devices import devices_of, workers_each
 from hookx.launch.handed_out import HandedOut
 from hookx.models import borrowed_models
 from hookx.options import ExtractOptions, takes
+from hookx.options.option import options_of
 from hookx.run.prepare import Job, prepare
 from hookx.run.run import run
 from hookx.run.summary import Summary
@@ -49,6 +51,10 @@ class InThisProcess:
 @contextlib.contextmanager
 def begin_run(options: ExtractOptions) -> Iterator[Begun]:
     """Check a run, and begin it with as many workers as the options ask for, while the block lasts."""
+    if options.launcher == "slurm":
+        raise UsageError("--launcher slurm submits jobs, and gives back no summary", "use the command: hookx extract")
+    if options.launcher is None and (lonely := _of_a_launcher(options)):
+        raise UsageError(f"{lonely} needs a launcher", "name it: --launcher slurm or --launcher ray")
     if options.devices is None:
         with borrowed_models():
             yield InThisProcess(prepare(**vars(options)))
@@ -58,8 +64,15 @@ def begin_run(options: ExtractOptions) -> Iterator[Begun]:
         yield handed_out
 
 
+def _of_a_launcher(options: ExtractOptions) -> str:
+    """Return the flag of an option that was given and only a launcher takes; '' if there is none."""
+    known = options_of(ExtractOptions)
+    names = ("tasks", "at_once", "sbatch", "ray_address", "gpus_per_worker")
+    return next((known[name].flag for name in names if getattr(options, name) != known[name].default), "")
+
+
 def check_run(options: ExtractOptions) -> Job:
-    """Check a run as `prepare` does; one of several devices on the first of them."""
+    """Check a run as `prepare` does, in this process; one of several devices on the first of them."""
     if options.devices is not None:
         devices = devices_of(options)
         workers = workers_each(options, devices)
