@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from hookx.errors import UsageError
+from hookx.launch import ray
 from hookx.launch.devices import devices_of, workers_each
 from hookx.launch.handed_out import HandedOut
 from hookx.models import borrowed_models
@@ -55,13 +56,21 @@ def begin_run(options: ExtractOptions) -> Iterator[Begun]:
         raise UsageError("--launcher slurm submits jobs, and gives back no summary", "use the command: hookx extract")
     if options.launcher is None and (lonely := _of_a_launcher(options)):
         raise UsageError(f"{lonely} needs a launcher", "name it: --launcher slurm or --launcher ray")
-    if options.devices is None:
+    if options.launcher == "ray":
+        if options.devices or options.device != "auto":
+            raise UsageError("Ray gives a worker its device", "leave out --device and --devices; see --gpus-per-worker")
+        with ray.connected(options.ray_address):
+            places = ray.places_of(options)
+            # A folder that all nodes see: that of the shards.
+            with HandedOut(options, places, ray.workers_each(options, places), is_local=False) as handed_out:
+                yield handed_out
+    elif options.devices:
+        devices = devices_of(options)
+        with HandedOut(options, devices, workers_each(options, devices)) as handed_out:
+            yield handed_out
+    else:
         with borrowed_models():
             yield InThisProcess(prepare(**vars(options)))
-        return
-    devices = devices_of(options)
-    with HandedOut(options, devices, workers_each(options, devices)) as handed_out:
-        yield handed_out
 
 
 def _of_a_launcher(options: ExtractOptions) -> str:
