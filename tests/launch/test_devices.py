@@ -122,6 +122,7 @@ def test_two_processes_make_the_bytes_of_one_in_one_run_with_one_summary(
     assert code == 3 and len(printed.splitlines()) == 5  # Finished, and said to be.
 
 
+@pytest.mark.cluster
 def test_a_list_on_standard_input_and_a_part_are_shared_out_too(
     nets: str, mixed_folder: Path, at_once: Path, tmp_path: Path
 ) -> None:
@@ -144,6 +145,7 @@ def test_python_takes_devices_too(nets: str, mixed_folder: Path, at_once: Path, 
     assert contents(out) == contents(at_once)
 
 
+@pytest.mark.cluster
 def test_failures_are_tried_again_by_all(nets: str, mixed_folder: Path, tmp_path: Path) -> None:
     images, out = tmp_path / "images", tmp_path / "features"
     shutil.copytree(mixed_folder, images, symlinks=True)
@@ -174,6 +176,7 @@ def test_workers_that_are_killed_while_they_compute_change_no_byte(
     assert contents(out) == contents(at_once)
 
 
+@pytest.mark.cluster
 def test_a_shard_that_kills_every_worker_is_left_out_and_said(nets: str, photos: Path, tmp_path: Path) -> None:
     from PIL import Image
 
@@ -189,6 +192,7 @@ def test_a_shard_that_kills_every_worker_is_left_out_and_said(nets: str, photos:
     assert run_command(nets, out, str(images))[0] == 0
 
 
+@pytest.mark.cluster
 def test_a_worker_that_cannot_live_ends_the_run_with_an_error(nets: str, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "dies.py").write_text("import os\ndef make():\n    os._exit(9)\n")
     code, _, said = run_command(f"python:{tmp_path}/dies.py:make", tmp_path / "features", str(photos))
@@ -198,15 +202,17 @@ def test_a_worker_that_cannot_live_ends_the_run_with_an_error(nets: str, photos:
 def test_an_error_of_one_worker_is_that_of_the_run(nets: str, mixed_folder: Path, tmp_path: Path) -> None:
     code, _, said = run_command(nets, tmp_path / "features", "--strict", str(mixed_folder))
     assert code == 1 and "error: cannot read '" in said and "leave out --strict" in said
-    code, _, said = run_command(nets, tmp_path / "none", "-l", "pol", str(mixed_folder))
-    assert code == 1 and "no layer matches 'pol'" in said and not (tmp_path / "none").exists()
     with pytest.raises(LayerError, match="no layer matches 'pol'"):
         hookx.extract(nets, "pol", mixed_folder, out=tmp_path / "none", devices="cpu*2")
+    assert not (tmp_path / "none").exists()
     with pytest.raises(ImageError, match="no such file or folder"):
         hookx.extract(nets, "pool", tmp_path / "absent", out=tmp_path / "none", devices="cpu*2")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(one, marks=pytest.mark.cluster) for one in (signal.SIGINT, signal.SIGKILL))],
+)
 def test_a_run_that_is_ended_leaves_no_worker_and_goes_on_to_the_same_bytes(
     number: signal.Signals, nets: str, mixed_folder: Path, at_once: Path, tmp_path: Path
 ) -> None:

@@ -59,6 +59,7 @@ def _submit(options: given.ExtractOptions, call: given.CallOptions) -> None:
     from hookx.launch import slurm
     from hookx.launch.extract import check_run
 
+    slurm.check_options(options)
     job = check_run(options)
     submission = slurm.describe_submission(job, job.images.files)
     if not job.pending:

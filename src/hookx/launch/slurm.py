@@ -45,21 +45,32 @@ class Submission:
     finish_job: str = ""
 
 
+def check_options(options: ExtractOptions) -> None:
+    """Raise `UsageError` if the options do not make an array."""
+    if options.tasks is None:
+        raise UsageError("how many tasks is the array to have?", "say it, as in --tasks 64 --at-once 16")
+    if options.devices or options.shard:
+        raise UsageError("a task of the array computes its part on its device", "leave out --shard and --devices")
+    if ours := [word for word in _split(options.sbatch) if word.partition("=")[0] in _OURS]:
+        raise UsageError(f"{ours[0]} does not belong into --sbatch", "hookx makes the array: --tasks 64 --at-once 16")
+
+
+def _split(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"invalid --sbatch '{text}': {error}", "as in --sbatch '--gpus=1 -t 4:00:00'") from None
+
+
 def describe_submission(job: Job, standard_input: Iterable[str] = ()) -> Submission:
-    """Write the scripts of a run that was checked, without submitting anything; `UsageError` for wrong options.
+    """Write the scripts of a run that was checked, without submitting anything.
 
     Args:
         standard_input: the files that standard input named; a task gets them from a file.
     """
     options = job.options
-    if options.tasks is None:
-        raise UsageError("how many tasks is the array to have?", "say it, as in --tasks 64 --at-once 16")
-    if options.devices or options.shard:
-        raise UsageError("a task of the array computes its part on its device", "leave out --shard and --devices")
-    own = shlex.split(options.sbatch)
-    if ours := [word for word in own if word.partition("=")[0] in _OURS]:
-        raise UsageError(f"{ours[0]} does not belong into --sbatch", "hookx makes the array: --tasks 64 --at-once 16")
-    tasks = min(options.tasks, len(job.plan.shards))
+    assert options.tasks is not None
+    own, tasks = _split(options.sbatch), min(options.tasks, len(job.plan.shards))
     out = os.path.abspath(options.out)
     folder = Path(f"{out}.slurm")
     at_once = f"%{options.at_once}" if options.at_once else ""
