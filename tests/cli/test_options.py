@@ -89,6 +89,7 @@ VALUES: dict[str, tuple[str, Any]] = {  # an option of extract -> a text, and th
     "memory_format": ("channels_last", "channels_last"),
     "shard": ("3/16", "3/16"),
     "devices": ("cpu*2", "cpu*2"),
+    "same_hardware": ("true", True),
     "launcher": ("ray", "ray"),
     "tasks": ("64", 64),
     "at_once": ("16", 16),

@@ -106,6 +106,9 @@ class LauncherOptions(Options, title="Many workers", variables=True):
         default=None,
         parse=read_shard,
     )
+    same_hardware: bool = option(
+        "--same-hardware", "Compute only on the kind of machine, with the software, that began the run.", default=False
+    )
     devices: str | None = option(
         "--devices LIST", "A process for each device of this host: all, 0,2,3, or cpu*4.", default=None
     )
