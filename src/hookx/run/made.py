@@ -11,26 +11,25 @@ import torch
 from hookx.errors import HookxError
 from hookx.plan import Plan
 from hookx.run.defaults import describe_device, device_name
-from hookx.run.prepare import Job
+from hookx.run.ready import ReadyModel
 from hookx.store.directory import present_shards
 from hookx.store.record import read_record, version_of
 
 _NOT_OF_A_KIND = ("batch_size", "nondeterministic")  # They differ within one kind of machine.
 
 
-def describe_process(job: Job) -> dict[str, Any]:
+def describe_process(ready: ReadyModel, batch_size: int) -> dict[str, Any]:
     """Describe the software, the device and the batch size that make a shard, for its record."""
-    distribution = job.ready.loaded.distribution
-    nondeterministic = job.ready.nondeterministic
+    distribution, nondeterministic, device = ready.loaded.distribution, ready.nondeterministic, ready.runner.device
     return {
         "hookx": version_of("hookx-vision"),
         "torch": torch.__version__,
         distribution: version_of(distribution),
         "pillow": version_of("pillow"),
-        "device": device_name(job.device),
-        **describe_device(job.device),
+        "device": device_name(device),
+        **describe_device(device),
         **({"nondeterministic": ", ".join(nondeterministic)} if nondeterministic else {}),
-        "batch_size": job.plan.batch_size,  # Less if that was too much for a GPU.
+        "batch_size": batch_size,  # Less if that was too much for a GPU.
     }
 
 
@@ -39,12 +38,11 @@ def kind_of(made: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     return tuple((name, str(value)) for name, value in made.items() if name not in _NOT_OF_A_KIND)
 
 
-def check_same_hardware(out: Path, begun: Plan, job: Job) -> None:
+def check_same_hardware(out: Path, begun: Plan, here: tuple[tuple[str, str], ...]) -> None:
     """Raise `HookxError` if this process is of another kind than the run was begun with."""
     there = begun.hardware
     if not there and (present := present_shards(out, begun)):  # It was begun without insisting on anything.
         there = kind_of(read_record(out, begun, present[0]).made)
-    here = kind_of(describe_process(job))
     if there and there != here:
         differing = dict(set(there) ^ set(here))
         phrases = [

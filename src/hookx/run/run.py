@@ -18,7 +18,7 @@ from hookx.options import ExtractOptions
 from hookx.plan import Shard
 from hookx.run.defaults import device_name, single_threaded
 from hookx.run.lane import Lane, to_input
-from hookx.run.made import check_same_hardware, describe_process, kind_of
+from hookx.run.made import check_same_hardware, describe_process
 from hookx.run.mended import check_nothing_lost, mended_in
 from hookx.run.prepare import Job, list_images_of, prepare_again, prepare_listed
 from hookx.run.selfcheck import SelfCheck, choose_batches
@@ -65,8 +65,6 @@ def begin(job: Job, lock: Lock | None = None) -> Iterator[tuple[RunDirectory, Jo
     """
     if lock is None:
         lock = "alone" if job.part is None else "shared"
-    if job.options.same_hardware:
-        job = dataclasses.replace(job, plan=dataclasses.replace(job.plan, hardware=kind_of(describe_process(job))))
     directory = RunDirectory(job.out, job.plan, lock=lock)
     with contextlib.ExitStack() as stack:
         try:
@@ -80,7 +78,7 @@ def begin(job: Job, lock: Lock | None = None) -> Iterator[tuple[RunDirectory, Jo
             plan = dataclasses.replace(job.plan, batch_size=directory.begun.batch_size)
             job = dataclasses.replace(job, plan=plan)
         if job.options.same_hardware:
-            check_same_hardware(job.out, directory.begun, job)
+            check_same_hardware(job.out, directory.begun, job.plan.hardware)
         yield directory, job
 
 
@@ -93,7 +91,7 @@ def compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callabl
 def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callable[[int], None]) -> Totals:
     totals = Totals()
     plan, ready, on_gpu = job.plan, job.ready, has_streams(job.device)
-    made = describe_process(job)
+    made = describe_process(ready, plan.batch_size)
     failures, has_failed_first = 0, False
     with (
         single_threaded() if job.device.type == "cpu" else contextlib.nullcontext(),
