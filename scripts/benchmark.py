@@ -7,6 +7,7 @@
     scripts/benchmark.py --models resnet18 --layers pooled first --count 1000       the goal for memory
     scripts/benchmark.py --models efficientnet_b0 densenet121 convnext_tiny --layers pooled
     scripts/benchmark.py --models regnet_y_400mf --layers stem,avgpool     any model and layers
+    scripts/benchmark.py --models resnet18 --layers pooled --contestants hookx hookx-devices --count 6000
 
 Install the dependencies with `scripts/setup bench`, and run it on an otherwise idle machine. The contestants are the
 functions of scripts/benchmark_contestants.py. scripts/benchmark_report.py redraws the picture from the JSON.
@@ -72,6 +73,8 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 BY_HAND = ["hand-written", "fx", "naive", "torchhook", "torchextractor", "torchlens"]
 OF_HOOKX = {"hookx": [], "hookx-bf16": ["--precision", "bf16"]}
+# Several processes in place of one, which costs their starts and the handing out: compare the CPU seconds of a minute.
+MANY_WORKERS = {"hookx-devices": ["--devices", f"cpu*{CORES}", "--shard-images", "256"]}
 # Largest accepted difference, relative to the largest value of a row. Batch sizes, memory formats and kernels change
 # the order of sums; bf16 has 8 significant bits.
 TOLERANCE = {"hookx-bf16": 0.05}
@@ -254,16 +257,20 @@ def command_of_hookx(request: Request, images: Path, out: Path, *options: str) -
     return [sys.executable, "-m", "hookx", "extract", *what, "--json", *options, "--out", str(out), str(images)]
 
 
+def is_hookx(contestant: str) -> bool:
+    return contestant in OF_HOOKX | MANY_WORKERS
+
+
 def command_of(contestant: str, row: Row, images: Path, out: Path) -> list[str]:
-    if contestant in OF_HOOKX:
-        return command_of_hookx(row, images, out, *OF_HOOKX[contestant])
+    if is_hookx(contestant):
+        return command_of_hookx(row, images, out, *(OF_HOOKX | MANY_WORKERS)[contestant])
     what = ["--model", row.model, "--layers", ",".join(row.addresses), "--out", str(out), str(images)]
     return [sys.executable, str(SCRIPTS / "benchmark_contestants.py"), contestant, *what]
 
 
 def steady_seconds(contestant: str, finished: Finished) -> float:
     document = json.loads(finished.stdout)
-    return float(document["seconds_total" if contestant in OF_HOOKX else "seconds"])
+    return float(document["seconds_total" if is_hookx(contestant) else "seconds"])
 
 
 # --- agreement -----------------------------------------------------------------------------------------------------
@@ -570,7 +577,11 @@ def main() -> int:
     parser.add_argument("--layers", nargs="+", metavar="SET", help=sets_help)
     names = [*OF_HOOKX, *BY_HAND]
     parser.add_argument(
-        "--contestants", nargs="+", choices=names, metavar="NAME", help=f"default: all of {', '.join(names)}"
+        "--contestants",
+        nargs="+",
+        choices=[*names, *MANY_WORKERS],
+        metavar="NAME",
+        help=f"default: all of {', '.join(names)}; also: {', '.join(MANY_WORKERS)}",
     )
     parser.add_argument("--images", type=Path, metavar="DIR", help="your own photographs; default: generated ones")
     parser.add_argument("--count", type=int, help="images per run; default: enough for about ten seconds, at most 2 GB")
