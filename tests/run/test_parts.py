@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from hookx.run.run import plan, run
 from hookx.store.asides import aside_of, new_mark
 from hookx.store.directory import RunDirectory, read_plan
 from kit import warm
-from kit.files import contents
+from kit.files import contents, files_opened
 from kit.processes import environment_for
 from kit.runs import wait_for
 
@@ -361,6 +362,34 @@ def test_plan_begins_a_run_and_computes_nothing(mixed_folder: Path, at_once: Pat
     code, printed, _ = run_command("plan", *COMMAND[1:], "-o", str(out), "--json", str(mixed_folder))
     assert code == 0 and json.loads(printed)["shards_pending"] == 5
     assert contents(out) == {"plan.json": (at_once / "plan.json").read_bytes()}
+
+
+def test_parts_take_the_list_of_the_plan_and_look_at_no_file(
+    mixed_folder: Path, at_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, out = tmp_path / "images", tmp_path / "features"
+    shutil.copytree(mixed_folder, images, symlinks=True)
+    code, _, _ = run_command("plan", *COMMAND[1:], "-o", str(out), "--with-list", str(images))
+    assert code == 0 and (out / "images.list").exists()
+    (images / "new.png").symlink_to("a.png")  # Not on the list.
+    monkeypatch.chdir(tmp_path)
+    for shard in ("1/2", "0/2"):
+        with files_opened() as opened:
+            compute(Path("images"), out, shard=shard)  # the same folder in other words
+        assert not any("new.png" in file for file in opened)
+    found = contents(out)
+    assert found.pop("images.list") and found == contents(at_once)
+    assert hookx.verify(out).problems == ()
+    with pytest.raises(OtherRunError, match="numbers of images differ"):
+        compute(tmp_path, out, shard="0/2")  # other sources
+    shutil.copy(images / "a.png", images / "c-empty.png")
+    (images / "new.png").unlink()
+    assert compute(images, out, retry_failures=True).failures == 3
+
+
+def test_a_list_on_standard_input_is_not_written_again(tmp_path: Path) -> None:
+    code, _, said = run_command("plan", *COMMAND[1:], "-o", str(tmp_path), "--with-list", "-")
+    assert code == 2 and "name folders, or leave out --with-list" in said
 
 
 def test_plan_chooses_for_a_device_that_is_elsewhere(mixed_folder: Path, tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def plan(options: given.ExtractOptions, call: given.PlanOptions) -> None:
     from hookx.run.run import plan
 
     with talk_on_stderr():
-        job = plan(options, call.chosen_for)
+        job = plan(options, call.chosen_for, with_list=call.with_list)
     report(call, run_reports.describe_job, partial(run_reports.print_job, is_begun=True), job)
 
 

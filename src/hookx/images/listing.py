@@ -15,12 +15,13 @@ import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
 from hookx.errors import ImageError
 from hookx.images.retries import Retries, is_of_the_file, reason_of
-from hookx.keys import Keys, LazySequence
+from hookx.keys import Keys, LazySequence, images_sha256
 from hookx.options import RETRY_SECONDS
 from hookx.signals import begin_child, defer_signals
 
@@ -80,6 +81,11 @@ class ImageList:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @cached_property
+    def sha256(self) -> str:
+        """The digest of every key and every size, in order."""
+        return images_sha256(self.keys, self.sizes_bytes)
 
 
 def list_images(

@@ -11,7 +11,9 @@ import mmap
 import os
 import sys
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hookx.errors import ImageError
 from hookx.images.listing import Files, ImageList
@@ -20,11 +22,17 @@ from hookx.keys import Keys
 _ALIGNMENT = 8
 
 
-def write_list(images: ImageList, path: Path) -> None:
-    """Write a list to a new file, for the processes of one run on machines of one kind."""
+def write_list(images: ImageList, path: Path, sources: Sequence[str] = ()) -> None:
+    """Write a list to a new file, for the processes of one run on machines of one kind.
+
+    Args:
+        sources: what was listed; see `sources_of`.
+    """
     keys, files = images.keys, images.files
     header = {
         "images": len(images),
+        "sources": list(sources),
+        "sha256": images.sha256,
         "roots": [os.fsdecode(root) for root in files.roots],
         "key_bytes": keys.ends[-1],
         "byte_order": sys.byteorder,
@@ -58,7 +66,7 @@ def map_list(path: Path) -> ImageList:
         raise ImageError(
             f"cannot read the list of images {path}: {error}", "does this machine see that folder?"
         ) from None
-    header = json.loads(line)
+    header = _parse(line, path)
     if header["byte_order"] != sys.byteorder:
         raise ImageError(f"the list of images {path} was written on another kind of machine")
     count, start = header["images"], len(line)
@@ -67,4 +75,24 @@ def map_list(path: Path) -> ImageList:
     root_of = whole[start + 16 * count : start + 20 * count].cast("i")
     block = whole[start + 20 * count : start + 20 * count + header["key_bytes"]]
     keys = Keys(block, ends)
-    return ImageList(keys, Files(keys, [os.fsencode(root) for root in header["roots"]], root_of), sizes)
+    images = ImageList(keys, Files(keys, [os.fsencode(root) for root in header["roots"]], root_of), sizes)
+    vars(images)["sha256"] = header["sha256"]  # Computing it anew would read all of the file.
+    return images
+
+
+def sources_of(path: Path) -> list[str] | None:
+    """Return what the list in a file was made of; None if there is no such file."""
+    try:
+        with open(path, "rb") as file:
+            return list(_parse(file.readline(), path)["sources"])
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ImageError(f"cannot read the list of images {path}: {error}") from None
+
+
+def _parse(line: bytes, path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(line))
+    except ValueError:
+        raise ImageError(f"{path} is not a list of images", "move it away, and begin the run again") from None

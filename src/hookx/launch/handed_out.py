@@ -180,8 +180,8 @@ class HandedOut:
         """Compute the pending shards, and write the index.
 
         Raises:
-            HookxError: what stops a run in one process stops this one, too; or no place is left; or workers crashed at a
-                shard again and again, when all others are computed.
+            HookxError: what stops a run in one process stops this one, too; or no place is left; or a shard is missing
+                at which workers crashed, when all others are computed.
         """
         timing = self._timing()
         if self.pending:

@@ -141,6 +141,9 @@ class CallOptions(GivenOptions, ReportOptions, title="Options"):
 class PlanOptions(GivenOptions, JsonOptions, title="Options"):
     """What shapes one call of `hookx plan`."""
 
+    with_list: bool = option(
+        "--with-list", "Write the list of images beside the plan, so that no part lists them again.", default=False
+    )
     chosen_for: Literal["cpu", "cuda", "mps"] | None = option(
         "--for DEVICE",
         "Choose batches and memory format for this kind of device, which need not be here: {choices}.",

@@ -17,7 +17,7 @@ import torch
 from hookx.capture.rows import stored_dtype
 from hookx.errors import HookxError, LayerError, StoreError, UsageError, one_line
 from hookx.images.listing import ImageList, list_images
-from hookx.keys import images_sha256
+from hookx.images.mapped import map_list, sources_of
 from hookx.layers.select import Selection, Selector, Target, parse_selectors
 from hookx.options import DTYPE_NAMES, ExtractOptions, list_paths, takes
 from hookx.plan import DTYPES, LayerSpec, Plan, Shard, images_per_shard
@@ -26,7 +26,7 @@ from hookx.run.made import describe_process, kind_of
 from hookx.run.mended import as_begun, failing_shards
 from hookx.run.parts import Part, describe_part
 from hookx.run.ready import ReadyModel, ready_model
-from hookx.store.directory import begun_plan, check_resumable, finished_shards, present_shards
+from hookx.store.directory import LIST, begun_plan, check_resumable, finished_shards, present_shards
 
 log = logging.getLogger("hookx")
 _CONVERT = "convert it: --dtype fp32"
@@ -89,11 +89,22 @@ def prepare(options: ExtractOptions) -> Job:
 def list_images_of(options: ExtractOptions) -> ImageList:
     """List the images of a run, if the layers are named in words that can be read at all."""
     _selectors_of(options)  # Listing takes long, where there are many.
+    file, sources = Path(options.out) / LIST, absolute_sources(options)
+    # What was mended since has another size, which only a look at the files shows.
+    if sources and not options.retry_failures and sources_of(file) == sources:
+        log.info("images: as %s lists them", file)
+        return map_list(file)
     return list_images(
         list_paths(options.images),
         retry_seconds=options.retry_for,
         unavailable_is_failure=options.on_io_error == "fail",
     )
+
+
+def absolute_sources(options: ExtractOptions) -> list[str]:
+    """Return the folders and files that a run lists, wherever it is started; none if standard input names images."""
+    sources = [os.fspath(source) for source in list_paths(options.images)]
+    return [] if {"-", "-0"} & set(sources) else [os.path.abspath(source) for source in sources]
 
 
 def _selectors_of(options: ExtractOptions) -> tuple[list[Selector], list[Selector]]:
@@ -142,7 +153,7 @@ def prepare_listed(
         precision=options.precision,
         memory_format=ready.runner.memory_format,
         image_count=len(listed),
-        images_sha256=images_sha256(listed.keys, listed.sizes_bytes),
+        images_sha256=listed.sha256,
         images_per_shard=images_per_shard(bytes_per_image, int(options.max_shard_size), options.shard_images),
         batch_size=batch_size,
         notes=loaded.notes,

@@ -13,18 +13,19 @@ from hookx.capture.copies import has_streams
 from hookx.capture.failures import report_broken_device
 from hookx.capture.rows import RowCapture
 from hookx.capture.second_look import SecondLook
-from hookx.errors import ImageError, OtherRunError
+from hookx.errors import ImageError, OtherRunError, UsageError
+from hookx.images.mapped import write_list
 from hookx.options import ExtractOptions
 from hookx.plan import Shard
 from hookx.run.defaults import device_name, single_threaded
 from hookx.run.lane import Lane, to_input
 from hookx.run.made import check_same_hardware, describe_process
 from hookx.run.mended import check_nothing_lost, mended_in
-from hookx.run.prepare import Job, list_images_of, prepare_again, prepare_listed
+from hookx.run.prepare import Job, absolute_sources, list_images_of, prepare_again, prepare_listed
 from hookx.run.selfcheck import SelfCheck, choose_batches
 from hookx.run.summary import Summary, Timing, summarize
 from hookx.run.workers import batches
-from hookx.store.directory import Lock, RunDirectory
+from hookx.store.directory import LIST, Lock, RunDirectory
 from hookx.store.record import ShardRecord, Totals
 from hookx.store.writer import ShardWriter
 
@@ -48,11 +49,20 @@ def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) ->
     return summary
 
 
-def plan(options: ExtractOptions, chosen_for: str | None = None) -> Job:
-    """Check a run as `prepare` does, and write its plan.json, so that it is begun and no shard is computed."""
+def plan(options: ExtractOptions, chosen_for: str | None = None, *, with_list: bool = False) -> Job:
+    """Check a run as `prepare` does, and write its plan.json, so that it is begun and no shard is computed.
+
+    With `with_list` the list of images is written as well. A later call with the same sources takes them from there,
+    without looking at a single file: an image that has changed since is a failure when it is read.
+    """
     options = dataclasses.replace(options, shard=None)
+    sources = absolute_sources(options)
+    if with_list and not sources:
+        raise UsageError("a list on standard input is not written again", "name folders, or leave out --with-list")
     job = prepare_listed(options, list_images_of(options), chosen_for)
-    with begin(job, "shared") as (_, job):
+    with begin(job, "shared") as (directory, job):
+        if with_list:
+            directory.publish(LIST, lambda aside: write_list(job.images, aside, sources))
         return job
 
 

@@ -7,7 +7,7 @@ import fcntl
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,9 @@ from hookx.store.files import (
     check_is_file,
     is_there,
     patiently,
+    put_in_place,
     reason_of,
+    removed_at_the_end,
     report_read_errors,
     report_write_errors,
     write_whole,
@@ -28,7 +30,7 @@ from hookx.store.tables import table
 
 log = logging.getLogger("hookx")
 
-PLAN, INDEX, FAILURES = "plan.json", "index.csv", "failures.csv"
+PLAN, INDEX, FAILURES, LIST = "plan.json", "index.csv", "failures.csv", "images.list"
 Lock = Literal["alone", "shared", ""]
 
 # Bound what is read into memory at once: a stranger may have made it, and JSON grows up to 25-fold as Python objects.
@@ -128,6 +130,14 @@ class RunDirectory:
 
     def publish_index(self) -> None:
         publish_index(self.path, self.plan)
+
+    def publish(self, name: str, write: Callable[[Path], None]) -> None:
+        """Have a file written aside, and give it its name in place of any other."""
+        file, aside = self.path / name, aside_of(self.path / name, self._mark)
+        with report_write_errors(file, resumable=True), removed_at_the_end(aside):
+            write(aside)
+            with open(aside, "rb") as written:
+                put_in_place(written.fileno(), aside, file, replace=True)
 
 
 def publish_index(path: Path, plan: Plan) -> None:
