@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 _BLOCKS_EACH = 4  # of what remains, for every worker
 # Handing out a block costs some 0.3 s of processes and memory; and what a slow worker has, no other can take from it.
-_MIN_SECONDS, _MAX_SECONDS = 10, 300
+_MIN_SECONDS, _MAX_SECONDS = 60, 600
 _MAX_DEATHS = 3
 
 
@@ -21,7 +21,7 @@ class Blocks:
     Example:
         >>> blocks = Blocks(range(20))
         >>> blocks.take(workers=2, shards_per_second=1.0), blocks.take(workers=2, shards_per_second=0.1), len(blocks)
-        ([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [10], 9)
+        ([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [10, 11, 12, 13, 14], 5)
     """
 
     def __init__(self, numbers: Iterable[int]) -> None:
