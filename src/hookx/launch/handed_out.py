@@ -207,7 +207,10 @@ class HandedOut:
         return Timing({part: count * number for part, number in first["processes"].items()}, first["takes_turns"])
 
     def _hand_out(self, blocks: Blocks, timing: Timing, progress: Callable[[int], None]) -> None:
-        for member in self._crew.members[1 : len(self.pending)]:
+        members = self._crew.members[: len(self.pending)]  # No more than have a shard each.
+        each = self._described[members[0]]["workers"]
+        log.info("workers: %d (%s), with %d processes each", len(members), _names_of(members), each)
+        for member in members[1:]:
             self._start(member)
         self._serve_idle(blocks)
         for member, message in self._crew.events():
@@ -266,3 +269,8 @@ class HandedOut:
             "all others are computed; to see what happens, compute them in one process:",
             f"  {self.plan.command(os.path.join(self.out, ''))}",
         )
+
+
+def _names_of(members: Sequence[Member]) -> str:
+    names = [member.place.name for member in members]
+    return ", ".join(names if len(names) <= _MAX_SHOWN else [*names[:_MAX_SHOWN], "..."])
