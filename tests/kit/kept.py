@@ -48,7 +48,8 @@ class Kept:
 
     @property
     def is_running(self) -> bool:
-        return bool(self.processes)
+        """Whether the command, or something that it has started, runs."""
+        return self._keeper.poll() is None
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to all processes, those included that are started meanwhile."""
@@ -70,7 +71,6 @@ class Kept:
         while self.is_running:
             self.send(signal.SIGKILL)
             time.sleep(0.01)
-        self._keeper.wait()
 
     def end(self) -> None:
         """Kill what is left; the second time does nothing."""

@@ -124,6 +124,10 @@ class Slurm:
         """Kill a node: its slurmd, its slurmstepds, and the processes of jobs. Slurm is not told."""
         self.nodes[node].kill()
 
+    def end_nodes(self) -> None:
+        for node in self.nodes.values():
+            node.end()
+
     def logs(self) -> str:
         """Return the last lines of what the daemons logged."""
         logs = [*sorted(self.folder.glob("*.log")), *sorted(self.folder.glob("*.out"))]
@@ -153,7 +157,7 @@ def slurm(nodes: Sequence[str] = NODES, cpus: int = 2) -> Iterator[Slurm]:
             wait_for((folder / "munge.socket").exists, _START_SECONDS)
             control = ["slurmctld", "-D", "-f", str(folder / "slurm.conf")]
             stack.enter_context(kept(control, folder / "slurmctld.out", environment))
-            stack.callback(lambda: [node.end() for node in running.nodes.values()])
+            stack.callback(running.end_nodes)
             for node in nodes:
                 running.start_node(node)
             try:

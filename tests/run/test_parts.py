@@ -294,6 +294,39 @@ def test_finish_says_how_many_shards_each_kind_of_machine_has_made(mixed_folder:
     assert f"3 shards: instructions {here}" in printed and "2 shards: instructions DEFAULT" in printed
 
 
+def test_a_run_may_insist_on_the_kind_of_machine_that_began_it(mixed_folder: Path, tmp_path: Path) -> None:
+    """Whether its first shard is there by then or not; nothing of the run changes."""
+    here = torch.backends.cpu.get_cpu_capability()
+    for out, shard in ((tmp_path / "begun", "4/5"), (tmp_path / "planned", None)):
+        if shard:
+            compute(mixed_folder, out, shard=shard)  # without insisting on anything
+        else:
+            options = SETTINGS | {"model": "resnet18", "layers": "avgpool", "images": mixed_folder, "out": out}
+            plan(ExtractOptions(**options, same_hardware=True))
+        before = contents(out)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "hookx",
+                *COMMAND,
+                "-o",
+                str(out),
+                "--shard",
+                "0/2",
+                "--same-hardware",
+                mixed_folder,
+            ],
+            env=os.environ | {"ATEN_CPU_CAPABILITY": "default"},
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert done.returncode == 1 and f"instructions (there: {here}; here: DEFAULT)" in done.stderr
+        assert "leave out --same-hardware" in done.stderr and contents(out) == before
+        compute(mixed_folder, out, shard="0/2", same_hardware=True)
+
+
 def test_status_tells_how_far_a_run_is_and_who_writes(mixed_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "features"
     plan(ExtractOptions(model="resnet18", layers="avgpool", images=mixed_folder, out=out, **SETTINGS))

@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hookx.errors import StoreError
 from hookx.plan import Plan
+from hookx.run.made import kind_of
 from hookx.run.parts import Part
 from hookx.store.asides import remove_left_overs
 from hookx.store.directory import present_shards, publish_index, read_plan
@@ -17,7 +17,6 @@ from hookx.store.files import report_write_errors
 from hookx.store.record import Totals, read_record
 
 _MAX_SHOWN = 8
-_NOT_OF_A_KIND = ("batch_size", "nondeterministic")  # They differ within one kind of machine.
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Finished:
     path: str
     plan: Plan
     totals: Totals
-    made: tuple[tuple[Mapping[str, Any], int], ...]
+    made: tuple[tuple[Mapping[str, str], int], ...]
 
 
 def finish(
@@ -65,11 +64,11 @@ def finish(
     missing = [number for number in range(len(plan.shards)) if number not in present]
     if missing:
         raise _not_finished(path, plan, missing, parts)
-    totals, made = Totals(), dict[tuple[tuple[str, Any], ...], int]()
+    totals, made = Totals(), dict[tuple[tuple[str, str], ...], int]()
     for shard in plan.shards:
         record = read_record(path, plan, shard)
         totals.add(record)
-        kind = tuple((name, value) for name, value in record.made.items() if name not in _NOT_OF_A_KIND)
+        kind = kind_of(record.made)
         made[kind] = made.get(kind, 0) + 1
         progress(1)
     publish_index(path, plan)

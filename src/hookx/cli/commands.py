@@ -34,7 +34,10 @@ def extract(options: given.ExtractOptions, call: given.CallOptions) -> None:
     from hookx.run.parts import as_told
 
     with talk_on_stderr(call.quiet):
-        options = as_told(options)
+        if options.launcher == "slurm":
+            _submit(options, call)
+            return
+        options = as_told(options) if options.launcher is None else options
         if call.dry_run:
             # Also with --quiet: no files are written whose paths could be printed.
             job = check_run(options)
@@ -48,6 +51,23 @@ def extract(options: given.ExtractOptions, call: given.CallOptions) -> None:
     # A part that ended with 3 would stop the others: torchrun ends all, Slurm starts nothing that depends on it.
     if summary.failures and summary.part is None:
         raise typer.Exit(3)
+
+
+def _submit(options: given.ExtractOptions, call: given.CallOptions) -> None:
+    """Check a run here, and submit it to Slurm; with --dry-run, print its scripts."""
+    from hookx.cli import run_reports
+    from hookx.launch import slurm
+    from hookx.launch.extract import check_run
+
+    slurm.check_options(options)
+    job = check_run(options)
+    submission = slurm.describe_submission(job, job.images.files)
+    if not job.pending:
+        raise HookxError(f"{job.out}/ has all of its shards", f"there is nothing to submit: hookx finish {job.out}")
+    if not call.dry_run:
+        submission = slurm.submit(submission)
+    files = [str(file) for file in submission.scripts]
+    report(call, run_reports.describe_submission, run_reports.print_submission, submission, files=files)
 
 
 def _with_sources(options: given.ExtractOptions, call: given.GivenOptions) -> given.ExtractOptions:

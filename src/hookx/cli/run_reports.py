@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from rich.filesize import decimal
 
 from hookx.cli.reports import Facts, checked_text, describe_stored, made_text, plan_facts, print_rows, print_stored
+from hookx.cli.streams import print_lines
 
 if TYPE_CHECKING:  # They import torch.
     from hookx.check.finish import Finished
     from hookx.check.status import Status
+    from hookx.launch.slurm import Submission
     from hookx.run.prepare import Job
     from hookx.run.summary import Summary
 
@@ -199,3 +201,32 @@ def _common(made: tuple[tuple[Mapping[str, Any], int], ...]) -> set[str]:
     """Return what all kinds of machine have in common, by name."""
     first = made[0][0]
     return {name for name, value in first.items() if all(other.get(name) == value for other, _ in made)}
+
+
+def describe_submission(submission: Submission) -> dict[str, Any]:
+    return {
+        "out": submission.out,
+        "tasks": submission.tasks,
+        "at_once": submission.at_once,
+        "job": submission.job or None,
+        "finish_job": submission.finish_job or None,
+        "scripts": {str(file): text for file, text in submission.scripts.items() if file.suffix == ".sh"},
+    }
+
+
+def print_submission(submission: Submission) -> None:
+    """Print the numbers of the jobs; or, if nothing was submitted, the scripts."""
+    scripts = [file for file in submission.scripts if file.suffix == ".sh"]
+    if not submission.job:
+        for file in scripts:
+            print_lines([f"# {file}", *submission.scripts[file].splitlines(), ""])
+        return
+    at_once = f", {submission.at_once} at once" if submission.at_once else ""
+    print_rows(
+        [
+            ("job", f"{submission.job}: {submission.tasks} tasks{at_once}"),
+            ("then", f"{submission.finish_job}: hookx finish"),
+            *(("script", str(file)) for file in scripts),
+            ("watch", f"hookx status {submission.out}"),
+        ]
+    )

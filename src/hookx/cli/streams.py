@@ -167,6 +167,7 @@ def show_progress(
     """Show a bar if standard error is a terminal; yields what advances it, and stops a command that was asked to."""
     from tqdm import tqdm
 
+    tqdm.monitor_interval = 0  # No thread that watches the bar: where memory lacks, waiting for it to start has no end.
     with tqdm(
         total=total,
         initial=done,

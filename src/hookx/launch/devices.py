@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from hookx.errors import HookxError, UsageError, system_failure
-from hookx.launch.messages import Message, encode
+from hookx.errors import UsageError
+from hookx.launch.local import LocalWorker
 from hookx.options import ExtractOptions
-from hookx.run.children import how_it_ended
 from hookx.run.defaults import count_usable_cores
 from hookx.run.parts import count_shared_cores
 
@@ -79,46 +73,3 @@ def workers_each(options: ExtractOptions, devices: list[Device]) -> int:
         return options.workers
     share = count_shared_cores(count_usable_cores()) // len(devices)
     return max(1, share if devices[0].option == "cpu" else share - 1)
-
-
-class LocalWorker:
-    """A worker on this host: a process that ends with this one."""
-
-    def __init__(self, variables: Mapping[str, str]) -> None:
-        # -P: the working directory must not shadow what the worker imports.
-        command = [sys.executable, "-P", "-m", "hookx.launch.worker", str(os.getpid())]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **variables}
-        try:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=0
-            )
-        except OSError as error:
-            raise system_failure(error, "cannot start a worker") or HookxError(
-                f"cannot start a worker: {error}"
-            ) from None
-        assert self._process.stdout is not None
-        self._lines = os.fdopen(os.dup(self._process.stdout.fileno()), "rb")
-
-    def send(self, message: Message) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # It has ended, as `receive` will say.
-            self._process.stdin.write(encode(message))
-
-    def receive(self) -> Message | None:
-        """Return its next message; None once it has ended."""
-        with contextlib.suppress(ValueError):  # A line that was cut by its end.
-            if line := self._lines.readline():
-                return dict[str, Any](json.loads(line))
-        return None
-
-    def finish(self) -> None:
-        """Let it end by itself."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def wait(self) -> str:
-        """Wait until it has ended; return how, in words."""
-        return how_it_ended(self._process.wait())

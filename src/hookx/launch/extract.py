@@ -7,10 +7,13 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from hookx.errors import UsageError
+from hookx.launch import ray
 from hookx.launch.devices import devices_of, workers_each
 from hookx.launch.handed_out import HandedOut
 from hookx.models import borrowed_models
 from hookx.options import ExtractOptions, takes
+from hookx.options.option import options_of
 from hookx.run.prepare import Job, prepare
 from hookx.run.run import run
 from hookx.run.summary import Summary
@@ -49,17 +52,36 @@ class InThisProcess:
 @contextlib.contextmanager
 def begin_run(options: ExtractOptions) -> Iterator[Begun]:
     """Check a run, and begin it with as many workers as the options ask for, while the block lasts."""
-    if options.devices is None:
+    if options.launcher == "slurm":
+        raise UsageError("--launcher slurm submits jobs, and gives back no summary", "use the command: hookx extract")
+    if options.launcher is None and (lonely := _of_a_launcher(options)):
+        raise UsageError(f"{lonely} needs a launcher", "name it: --launcher slurm or --launcher ray")
+    if options.launcher == "ray":
+        if options.devices or options.device != "auto":
+            raise UsageError("Ray gives a worker its device", "leave out --device and --devices; see --gpus-per-worker")
+        with ray.connected(options.ray_address):
+            places = ray.places_of(options)
+            # A folder that all nodes see: that of the shards.
+            with HandedOut(options, places, ray.workers_each(options, places), is_local=False) as handed_out:
+                yield handed_out
+    elif options.devices:
+        devices = devices_of(options)
+        with HandedOut(options, devices, workers_each(options, devices)) as handed_out:
+            yield handed_out
+    else:
         with borrowed_models():
             yield InThisProcess(prepare(**vars(options)))
-        return
-    devices = devices_of(options)
-    with HandedOut(options, devices, workers_each(options, devices)) as handed_out:
-        yield handed_out
+
+
+def _of_a_launcher(options: ExtractOptions) -> str:
+    """Return the flag of an option that was given and only a launcher takes; '' if there is none."""
+    known = options_of(ExtractOptions)
+    names = ("tasks", "at_once", "sbatch", "ray_address", "gpus_per_worker")
+    return next((known[name].flag for name in names if getattr(options, name) != known[name].default), "")
 
 
 def check_run(options: ExtractOptions) -> Job:
-    """Check a run as `prepare` does; one of several devices on the first of them."""
+    """Check a run as `prepare` does, in this process; one of several devices on the first of them."""
     if options.devices is not None:
         devices = devices_of(options)
         workers = workers_each(options, devices)

@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hookx.errors import DeviceError, HookxError
@@ -29,8 +29,9 @@ from hookx.run.parts import Part, describe_part
 from hookx.run.prepare import check_room, list_images_of
 from hookx.run.reader import THEN_RESUME
 from hookx.run.summary import Summary, Timing, summarize
-from hookx.store.asides import remove_left_overs
+from hookx.store.asides import aside_of, new_mark, remove_left_overs
 from hookx.store.directory import RunDirectory, finished_shards, present_shards
+from hookx.store.files import report_write_errors
 from hookx.store.record import Totals, read_record
 
 log = logging.getLogger("hookx")
@@ -45,14 +46,14 @@ class HandedOut:
         options: those of the run.
         places: where workers are to run.
         workers_each: how many processes decode, or compute, for each; None: as many as a worker finds cores.
-        scratch: a folder that all workers see, for the list of images; '' for a temporary one of this host.
+        is_local: all workers are on this host; otherwise the list of images lies in the output directory.
     """
 
     def __init__(
-        self, options: ExtractOptions, places: Sequence[Place], workers_each: int | None, scratch: str = ""
+        self, options: ExtractOptions, places: Sequence[Place], workers_each: int | None, *, is_local: bool = True
     ) -> None:
         self.options, self.out, self.part = options, Path(options.out), Part.parse(options.shard)
-        self._workers_each, self._scratch = workers_each, scratch
+        self._workers_each, self._is_local = workers_each, is_local
         self._crew = Crew(places)
         self._stack = contextlib.ExitStack()
         self._described: dict[Member, Message] = {}  # what workers have said of themselves
@@ -61,8 +62,7 @@ class HandedOut:
     def __enter__(self) -> HandedOut:
         with contextlib.ExitStack() as stack:
             images = list_images_of(self.options)
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hookx-", dir=self._scratch or None)))
-            self._list = folder / "images"
+            self._list = stack.enter_context(self._place_for_list())
             write_list(images, self._list)
             del images  # The workers map the file; this process needs none of it.
             stack.callback(self._clear_up)
@@ -76,6 +76,23 @@ class HandedOut:
             check_room(self.out, sum(map(len, self.pending)) * plan.bytes_per_image)
             self._stack = stack.pop_all()
         return self
+
+    @contextlib.contextmanager
+    def _place_for_list(self) -> Iterator[Path]:
+        """Yield where to write the list of images, for as long as the block lasts."""
+        if self._is_local:
+            with tempfile.TemporaryDirectory(prefix="hookx-") as folder:
+                yield Path(folder, "images")
+            return
+        with report_write_errors(self.out, resumable=True):
+            self.out.mkdir(parents=True, exist_ok=True)
+        file = aside_of(self.out.absolute() / "images", new_mark())
+        try:
+            yield file
+        finally:
+            with contextlib.suppress(OSError):  # A later run removes it; the directory stays if it holds a run.
+                file.unlink(missing_ok=True)
+                self.out.rmdir()
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()

@@ -17,6 +17,7 @@ from hookx.options.groups import (
     CheckpointOptions,
     ComputeOptions,
     JsonOptions,
+    LauncherOptions,
     LookOptions,
     ModelOptions,
     PreprocessingOptions,
@@ -35,12 +36,13 @@ from hookx.options.values import (
     Paths,
     ignore_progress,
     read_dtype,
-    read_shard,
     read_size,
 )
 
 
-class ExtractOptions(ComputeOptions, PreprocessingOptions, ModelOptions, title="Output", variables=True):
+class ExtractOptions(
+    LauncherOptions, ComputeOptions, PreprocessingOptions, ModelOptions, title="Output", variables=True
+):
     model: str = option(
         "-m --model REF",
         MODEL,
@@ -99,19 +101,6 @@ class ExtractOptions(ComputeOptions, PreprocessingOptions, ModelOptions, title="
     )
     memory_format: MemoryFormat | Literal["auto"] = option(
         "--memory-format NAME", "Memory layout: {choices}.", default="auto", title="Compute"
-    )
-    shard: str | None = option(
-        "--shard I/N",
-        "Part I of N of the shards, numbered from 0; or all. Default: what Slurm, torchrun or Open MPI say.",
-        default=None,
-        parse=read_shard,
-        title="Many workers",
-    )
-    devices: str | None = option(
-        "--devices LIST",
-        "A process for each device of this host: all, 0,2,3, or cpu*4.",
-        default=None,
-        title="Many workers",
     )
     strict: bool = option("--strict", "Stop at the first image that cannot be read.", default=False, title="Images")
     retry_failures: bool = option(

@@ -13,12 +13,14 @@ from hookx.options.values import (
     Device,
     Exif,
     Interpolation,
+    Launcher,
     Layout,
     Precision,
     read_arguments,
     read_channels,
     read_deviations,
     read_globs,
+    read_shard,
 )
 
 Progress = Callable[[int], None]
@@ -93,6 +95,41 @@ class ComputeOptions(Options, title="Compute", variables=True):
 
     device: Device = option("-d --device NAME", DEVICE, default="auto")
     precision: Precision = option("--precision NAME", "Arithmetic: {choices}.", default="fp32")
+
+
+class LauncherOptions(Options, title="Many workers", variables=True):
+    """Who computes: a part, the devices of this host, or a cluster."""
+
+    shard: str | None = option(
+        "--shard I/N",
+        "Part I of N of the shards, numbered from 0; or all. Default: what Slurm, torchrun or Open MPI say.",
+        default=None,
+        parse=read_shard,
+    )
+    same_hardware: bool = option(
+        "--same-hardware", "Compute only on the kind of machine, with the software, that began the run.", default=False
+    )
+    devices: str | None = option(
+        "--devices LIST", "A process for each device of this host: all, 0,2,3, or cpu*4.", default=None
+    )
+    launcher: Launcher | None = option(
+        "--launcher NAME", "Compute on a cluster: slurm submits an array of jobs, ray hands out shards.", default=None
+    )
+    tasks: int | None = option(
+        "--tasks N", "Tasks of the array, or workers of Ray; Ray's default: all that it has.", default=None, minimum=1
+    )
+    at_once: int | None = option(
+        "--at-once N", "Most tasks of the array that run at the same time.", default=None, minimum=1
+    )
+    sbatch: str = option("--sbatch OPTIONS", "Options of sbatch, as in '--gpus=1 -p a100 -t 4:00:00'.", default="")
+    ray_address: str | None = option(
+        "--ray-address ADDRESS",
+        "A cluster of Ray; default: the one that runs here, or a new one.",
+        default=None,
+    )
+    gpus_per_worker: float | None = option(
+        "--gpus-per-worker N", "GPUs of a worker of Ray; default: 1 if the cluster has any.", default=None, minimum=0
+    )
 
 
 class LookOptions(Options, title="Pictures"):

@@ -147,6 +147,30 @@ class Options:
         return {name: getattr(self, name) for name in options_of(group)}
 
 
+def words_of(options: Options, group: type[Options]) -> list[str]:
+    """Return the flags that ask for the values of a group's options, without those that are the default.
+
+    Example:
+        >>> from hookx.options import ComputeOptions
+        >>> words_of(ComputeOptions(device="cuda:1"), ComputeOptions)
+        ['--device=cuda:1']
+    """
+    words = []
+    for name, option in options_of(group).items():
+        value = getattr(options, name)
+        if not option.flags or value == option.default or value is None:
+            continue
+        if bool in option.types:
+            words.append(option.flag)
+        elif isinstance(value, dict):
+            words += [f"{option.flag}={key}={one}" for key, one in value.items()]
+        elif option.is_repeated and not isinstance(value, str):
+            words += [f"{option.flag}={one}" for one in value]
+        else:
+            words.append(f"{option.flag}={as_text(value)}")
+    return words
+
+
 def options_of(group: type[Options]) -> dict[str, Option]:
     """Return the options of a class by name: its own first, then those of the groups that it is made of.
 

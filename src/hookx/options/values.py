@@ -18,6 +18,7 @@ Exif = Literal["ignore", "apply"]
 Decode = Literal["exact", "fast", "nvjpeg"]
 Interpolation = Literal["nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 OnIOError = Literal["stop", "fail"]
+Launcher = Literal["slurm", "ray"]
 Layout = Literal["nchw", "nhwc", "tokens"]
 ChannelReduction = Literal["mean", "max", "norm"]
 

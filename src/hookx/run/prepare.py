@@ -22,6 +22,7 @@ from hookx.layers.select import Selection, Selector, Target, parse_selectors
 from hookx.options import DTYPE_NAMES, ExtractOptions, list_paths, takes
 from hookx.plan import DTYPES, LayerSpec, Plan, Shard, images_per_shard
 from hookx.run.defaults import choose_batch_size, choose_workers
+from hookx.run.made import describe_process, kind_of
 from hookx.run.mended import as_begun, failing_shards
 from hookx.run.parts import Part, describe_part
 from hookx.run.ready import ReadyModel, ready_model
@@ -145,6 +146,7 @@ def prepare_listed(
         images_per_shard=images_per_shard(bytes_per_image, int(options.max_shard_size), options.shard_images),
         batch_size=batch_size,
         notes=loaded.notes,
+        hardware=kind_of(describe_process(ready, batch_size)) if options.same_hardware else (),
     )
     plan, then_bytes = as_begun(out, begun, plan, listed)
     check_resumable(out, plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import multiprocessing
 import multiprocessing.connection
@@ -111,7 +112,7 @@ class Processes:
         """End what still runs, without waiting for a slow image; return whether all of it ended in time."""
         for process in self._processes:
             if process.is_alive() and process.pid:
-                os.kill(process.pid, signal.SIGALRM)
+                _alarm(process.pid)
         if self._processes and self._batches is not None:
             # What the loader does when it is deleted. Here it may be kept alive, by the traceback of an exception.
             self._batches._shutdown_workers()  # type: ignore[attr-defined]
@@ -119,6 +120,18 @@ class Processes:
             process.kill()
             process.join(timeout=wait_seconds)  # What is stuck in the kernel cannot be killed.
         return not any(process.is_alive() for process in self._processes)
+
+
+def _alarm(process_id: int) -> None:
+    """Send a process the alarm's signal, which its main thread blocks while it may hold a lock that others need.
+
+    A thread that was started while the signal was let in would take it for the whole process at any moment.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "tgkill"):  # Linux, where the main thread has the number of its process.
+        libc.tgkill(process_id, process_id, signal.SIGALRM)
+    else:
+        os.kill(process_id, signal.SIGALRM)
 
 
 @contextlib.contextmanager

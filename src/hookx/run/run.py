@@ -9,8 +9,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
-
 from hookx.capture.copies import has_streams
 from hookx.capture.failures import report_broken_device
 from hookx.capture.rows import RowCapture
@@ -18,15 +16,16 @@ from hookx.capture.second_look import SecondLook
 from hookx.errors import ImageError, OtherRunError
 from hookx.options import ExtractOptions
 from hookx.plan import Shard
-from hookx.run.defaults import describe_device, device_name, single_threaded
+from hookx.run.defaults import device_name, single_threaded
 from hookx.run.lane import Lane, to_input
+from hookx.run.made import check_same_hardware, describe_process
 from hookx.run.mended import check_nothing_lost, mended_in
 from hookx.run.prepare import Job, list_images_of, prepare_again, prepare_listed
 from hookx.run.selfcheck import SelfCheck, choose_batches
 from hookx.run.summary import Summary, Timing, summarize
 from hookx.run.workers import batches
 from hookx.store.directory import Lock, RunDirectory
-from hookx.store.record import ShardRecord, Totals, version_of
+from hookx.store.record import ShardRecord, Totals
 from hookx.store.writer import ShardWriter
 
 log = logging.getLogger("hookx")
@@ -78,6 +77,8 @@ def begin(job: Job, lock: Lock | None = None) -> Iterator[tuple[RunDirectory, Jo
         if job.options.batch_size == "auto":
             plan = dataclasses.replace(job.plan, batch_size=directory.begun.batch_size)
             job = dataclasses.replace(job, plan=plan)
+        if job.options.same_hardware:
+            check_same_hardware(job.out, directory.begun, job.plan.hardware)
         yield directory, job
 
 
@@ -90,7 +91,7 @@ def compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callabl
 def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callable[[int], None]) -> Totals:
     totals = Totals()
     plan, ready, on_gpu = job.plan, job.ready, has_streams(job.device)
-    made = _describe_process(job)
+    made = describe_process(ready, plan.batch_size)
     failures, has_failed_first = 0, False
     with (
         single_threaded() if job.device.type == "cpu" else contextlib.nullcontext(),
@@ -177,22 +178,6 @@ def _self_check(job: Job, capture: RowCapture) -> SelfCheck | None:
     look = SecondLook(capture, job.ready.selection.targets, job.plan.layers)
     to_input_of_run = functools.partial(to_input, device=job.device, preprocessing=job.plan.preprocessing)
     return SelfCheck(look, job.plan, starts, job.images.keys, to_input_of_run) if starts else None
-
-
-def _describe_process(job: Job) -> dict[str, Any]:
-    """Describe the software, the device and the batch size that make a shard, for its record."""
-    distribution = job.ready.loaded.distribution
-    nondeterministic = job.ready.nondeterministic
-    return {
-        "hookx": version_of("hookx-vision"),
-        "torch": torch.__version__,
-        distribution: version_of(distribution),
-        "pillow": version_of("pillow"),
-        "device": device_name(job.device),
-        **describe_device(job.device),
-        **({"nondeterministic": ", ".join(nondeterministic)} if nondeterministic else {}),
-        "batch_size": job.plan.batch_size,  # Less if that was too much for a GPU.
-    }
 
 
 def _expected_record(job: Job, made: dict[str, Any], shard: Shard) -> ShardRecord:

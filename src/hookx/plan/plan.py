@@ -7,14 +7,16 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, get_args, get_origin, get_type_hints
 
 from hookx.errors import StoreError
 from hookx.keys import LazySequence
 from hookx.options import DTYPE_NAMES, MAX_SHARD_BYTES, MAX_SHARD_IMAGES
+from hookx.plan.preprocessing import Preprocessing
+from hookx.plan.weights import WeightsIdentity
 
 FORMAT = "hookx 1"
 _FIELDS = {
@@ -25,7 +27,7 @@ _FIELDS = {
     "images_per_shard": "images per shard",
     "precision": "precisions",
 }
-_UNCOVERED = ("batch_size", "notes")  # by the fingerprint
+_UNCOVERED = ("batch_size", "notes", "hardware")  # by the fingerprint
 # Fields of the preprocessing that are left out at these values, so that plans from before them keep their fingerprints.
 _OMITTED = {"custom": "", "decode": "exact"}
 
@@ -34,7 +36,6 @@ _MAX_IMAGES = 2**40
 _MAX_VALUES = 2**40  # in one image's activation
 _MAX_DIMENSIONS = 32
 _MAX_SIDE_PX = 2**16
-_MAX_CUSTOM_SHOWN = 160  # characters
 
 # torch's name -> (safetensors' code, bytes per element), for every dtype that a safetensors file can hold: those of
 # safetensors 0.7, the lowest that hookx runs with. Later ones have more kinds of float8.
@@ -56,15 +57,6 @@ DTYPES = {
     "uint32": ("U32", 4),
     "uint16": ("U16", 2),
 }
-_SENTENCES = {
-    "non_finite": "NaN or infinity in {address} of {count:,} images",
-    "all_zero": "{address} is all zero for {count:,} images",
-    "overflowed": "{count:,} values of {address} became infinite in the stored type",
-    "flushed": "{count:,} values of {address} became zero in the stored type",
-}
-_OTHER = "{count:,} of {address} are of another kind"  # which a later version of hookx counted
-KINDS = tuple(_SENTENCES)
-
 # Cut shards at multiples of a common batch size, so that few of them end in a small batch.
 _CUT_IMAGES = 32
 
@@ -121,164 +113,6 @@ def images_per_shard(bytes_per_image: int, max_shard_bytes: int, max_images: int
     return max(count, 1)
 
 
-class ValueCounts(dict[str, dict[str, int]]):
-    """Counts by address and kind (see `KINDS`); what did not occur is absent.
-
-    'non_finite' and 'all_zero' count images; 'overflowed' and 'flushed' count values that the stored type made
-    infinite or zero.
-
-    Example:
-        >>> counts = ValueCounts({"conv1": {"all_zero": 2}})
-        >>> counts.add({"conv1": {"all_zero": 1, "overflowed": 5000}})
-        >>> print("; ".join(counts.sentences()))
-        conv1 is all zero for 3 images; 5,000 values of conv1 became infinite in the stored type
-    """
-
-    def add(self, counts: Mapping[str, Mapping[str, int]]) -> None:
-        for address, by_kind in counts.items():
-            total = self.setdefault(address, {})
-            for kind, count in by_kind.items():
-                total[kind] = total.get(kind, 0) + count
-
-    def sentences(self) -> list[str]:
-        return [
-            _SENTENCES.get(kind, _OTHER).format(count=count, address=address)
-            for address, by_kind in self.items()
-            for kind, count in by_kind.items()
-        ]
-
-
-# --- the model's weights and its input -----------------------------------------------------------------------------
-
-
-def describe_arguments(arguments: Mapping[str, object]) -> str:
-    """Return a model's arguments as an identity shows them: 'act=tanh, width=6'."""
-    return ", ".join(f"{name}={value}" for name, value in sorted(arguments.items()))
-
-
-@dataclass(frozen=True)
-class WeightsIdentity:
-    """Where weights come from, precisely enough to tell them from all others.
-
-    The text is part of a plan's fingerprint, so its wording never changes. It has one of these forms:
-
-        ResNet18_Weights.IMAGENET1K_V1                           published weights
-        random (seed 3)                                          no weights
-        sha256:1f0a... (state_dict; without module.)             a file, and what was unwrapped from it
-        timm:resnet18.a1_in1k, hf:facebook/dinov2-small@4f2a...  weights that belong to the model's name
-        python:nets:make(width=6) sha256:9b1c...                 what a factory returned
-        random (seed 3), python:nets:make sha256:9b1c...         the same, seeded on request
-
-    '; random (seed 3): fc' follows if the weights lack modules, and '(img_size=96)' if the model has arguments.
-
-    Example:
-        >>> identity = WeightsIdentity.of_file("1f0a", "state_dict", "without module.")
-        >>> str(identity), identity.published_name, identity.seed, identity.is_file
-        ('sha256:1f0a (state_dict; without module.)', '', None, True)
-    """
-
-    text: str
-
-    def __str__(self) -> str:
-        return self.text
-
-    @classmethod
-    def of_seed(cls, seed: int) -> WeightsIdentity:
-        return cls(f"random (seed {seed})")
-
-    @classmethod
-    def of_file(cls, sha256: str, *unwrapped: str) -> WeightsIdentity:
-        """Return the identity of a file, and of what was unwrapped to get at the weights."""
-        steps = "; ".join(filter(None, unwrapped))
-        return cls(f"sha256:{sha256}" + (f" ({steps})" if steps else ""))
-
-    @classmethod
-    def of_factory(cls, call: str, state_sha256: str, seed: int | None = None) -> WeightsIdentity:
-        """Return the identity of what a factory returned; `call` is its name with its arguments."""
-        return cls(("" if seed is None else f"{cls.of_seed(seed)}, ") + f"{call} sha256:{state_sha256}")
-
-    def in_factory_model(self, call: str, state_sha256: str = "") -> WeightsIdentity:
-        """Return the identity of these weights in a factory's model; the digest covers what they lack."""
-        return WeightsIdentity(f"{call} {self}" + (f" (sha256:{state_sha256})" if state_sha256 else ""))
-
-    def lacking(self, paths: Iterable[str], instead: str) -> WeightsIdentity:
-        """Return the identity of these weights without some modules, and what those hold instead."""
-        return WeightsIdentity(f"{self}; {instead}: {', '.join(paths)}")
-
-    def with_arguments(self, arguments: Mapping[str, object]) -> WeightsIdentity:
-        return WeightsIdentity(f"{self} ({describe_arguments(arguments)})") if arguments else self
-
-    @property
-    def published_name(self) -> str:
-        """The name that `--weights` takes for published weights; '' for all others."""
-        published = re.fullmatch(r"\w+Weights\.(\w+)", self.text)
-        return published[1] if published else ""
-
-    @property
-    def seed(self) -> int | None:
-        """The seed of random weights; None for all others."""
-        random = re.match(r"random \(seed (-?\d{1,20})\)", self.text)
-        # `torch.manual_seed` accepts no others.
-        return int(random[1]) if random and -(2**63) <= int(random[1]) < 2**64 else None
-
-    @property
-    def is_file(self) -> bool:
-        """Whether a file holds the weights: one of their own, or the model's."""
-        return self.text.startswith("sha256:")
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How an image becomes a model's input; `mean` and `std` are per channel of an image in [0, 1].
-
-    Args:
-        resize_px: length of the shorter side after resizing.
-        crop_px: side of the square cut from the centre.
-        interpolation: 'nearest', 'bilinear', 'bicubic', ... (the values of `InterpolationMode`).
-        exif: 'ignore' (as the published preprocessing does) or 'apply' the rotation that a camera recorded.
-        custom: describes a model's own transform, where the fields above cannot; then only `crop_px` (the side of its
-            output) and `exif` apply.
-        decode: 'exact'; 'fast' decodes a JPEG at 1/2, 1/4 or 1/8 of its size if that is still large enough; 'nvjpeg'
-            decodes and resizes a JPEG on an NVIDIA GPU.
-    """
-
-    resize_px: int
-    crop_px: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-    antialias: bool = True
-    exif: str = "ignore"
-    custom: str = ""
-    decode: str = "exact"
-
-    def __str__(self) -> str:
-        exif = ", EXIF applied" if self.exif == "apply" else ""
-        if self.custom:
-            what = self.custom if len(self.custom) <= _MAX_CUSTOM_SHOWN else f"{self.custom[:_MAX_CUSTOM_SHOWN]}…"
-            return f"{what}, {self.crop_px} x {self.crop_px}{exif}"
-        mean, std = (",".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
-        decode = {"exact": "", "fast": ", decoded fast"}.get(self.decode, f", decoded by {self.decode}")
-        size = f"resize {self.resize_px} ({self.interpolation}), crop {self.crop_px}"
-        return f"{size}, mean {mean}, std {std}{exif}{decode}"
-
-    def options(self) -> list[str]:
-        """Return the options of `hookx extract` that ask for this; none for the preprocessing of most weights."""
-        asked = ["--exif", self.exif] if self.exif != "ignore" else []
-        asked += ["--decode", self.decode] if self.decode != "exact" else []
-        if self.custom or replace(self, exif="ignore", decode="exact") == IMAGENET:
-            return asked
-        mean, std = (",".join(map(repr, values)) for values in (self.mean, self.std))
-        sizes = ["--resize", str(self.resize_px), "--crop", str(self.crop_px), "--interpolation", self.interpolation]
-        return [*sizes, "--mean", mean, "--std", std, *asked]
-
-
-IMAGENET = Preprocessing(256, 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
-
-
-# --- the plan ------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Plan:
     """What will be computed. Two runs with one fingerprint store the same numbers."""
@@ -295,6 +129,8 @@ class Plan:
     # Recorded, but outside the fingerprint: the batch size changes values by rounding only.
     batch_size: int
     notes: tuple[str, ...] = ()  # what a reader should know about the weights, such as what was unwrapped
+    # Names and values of the machine and the software that began the run, if all others must be of that kind.
+    hardware: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -364,7 +200,10 @@ class Plan:
         return ["--weights", name] if name else []
 
     def to_json(self) -> str:
-        document = {"fingerprint": self.fingerprint, **self.identity, "chosen": {"batch_size": self.batch_size}}
+        chosen: dict[str, Any] = {"batch_size": self.batch_size}
+        if self.hardware:
+            chosen["hardware"] = dict(self.hardware)
+        document = {"fingerprint": self.fingerprint, **self.identity, "chosen": chosen}
         return json.dumps({**document, "notes": list(self.notes)}, indent=2) + "\n"
 
     @classmethod
@@ -382,6 +221,9 @@ class Plan:
                 **{name: _parse(hint, document[name]) for name, hint in covered.items()},
                 batch_size=int(document["chosen"]["batch_size"]),
                 notes=tuple(notes),
+                hardware=tuple(
+                    (str(name), str(value)) for name, value in document["chosen"].get("hardware", {}).items()
+                ),
             )
             if plan.fingerprint != document["fingerprint"]:
                 raise StoreError("plan.json was altered: its fingerprint does not match its contents")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kit.slurm import NODES, Slurm, slurm
 from kit.runs import wait_for
+from kit.slurm import NODES, Slurm, slurm
 
 pytestmark = pytest.mark.cluster
 

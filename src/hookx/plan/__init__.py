@@ -1,0 +1,22 @@
+"""What a run computes: its plan, and what that consists of. No torch, no disk."""
+
+from hookx.plan.counts import KINDS, ValueCounts
+from hookx.plan.plan import DTYPES, FORMAT, LayerSpec, Plan, Shard, Shards, images_per_shard
+from hookx.plan.preprocessing import IMAGENET, Preprocessing
+from hookx.plan.weights import WeightsIdentity, describe_arguments
+
+__all__ = [
+    "DTYPES",
+    "FORMAT",
+    "IMAGENET",
+    "KINDS",
+    "LayerSpec",
+    "Plan",
+    "Preprocessing",
+    "Shard",
+    "Shards",
+    "ValueCounts",
+    "WeightsIdentity",
+    "describe_arguments",
+    "images_per_shard",
+]
