@@ -1,4 +1,4 @@
-"""Runs on a real Slurm end in the bytes of one process, also when a node dies in the middle of a shard."""
+"""Runs on a real Slurm end in the bytes of one process, even if a node dies in the middle of a shard."""
 
 from __future__ import annotations
 
@@ -88,7 +88,11 @@ def test_the_launcher_submits_an_array_and_what_finishes_it(
     out = tmp_path / "features"
     options = ["--launcher", "slurm", "--tasks", "4", "--at-once", "2", "--sbatch", "--cpus-per-task=2", "--json"]
     submitted = subprocess.run(
-        hookx(*extract(pictures, out, *options)), env=three_nodes.environment, capture_output=True, text=True, timeout=60
+        hookx(*extract(pictures, out, *options)),
+        env=three_nodes.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert submitted.returncode == 0, submitted.stderr
     document = json.loads(submitted.stdout)

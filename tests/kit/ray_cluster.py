@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import socket
 import sys
@@ -83,6 +84,8 @@ def ray_cluster(nodes: int = 2, cores: int = 1) -> Iterator[RayCluster]:
     folder = Path(tempfile.mkdtemp(prefix="hookx-ray-"))
     port = _free_port()
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    # A token of this cluster's own: Ray demands one or none by what lies in the user's home.
+    variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1", "OMP_NUM_THREADS": "1"}
     cluster = RayCluster(folder, f"127.0.0.1:{port}", variables | quiet)
     head = [*_RAY, "start", "--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false"]

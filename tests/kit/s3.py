@@ -1,4 +1,4 @@
-"""Stores of objects that talk S3, each a process of its own here: two that keep their promises, and one that does not."""
+"""Servers that store objects and speak S3, each a process of its own: two keep their promises, one does not."""
 
 from __future__ import annotations
 

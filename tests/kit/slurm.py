@@ -111,7 +111,7 @@ class Slurm:
             time.sleep(0.2)
 
     def state_of(self, node: str) -> str:
-        """Return what Slurm says of a node, such as IDLE, ALLOCATED or DOWN+NOT_RESPONDING."""
+        """Return the state of a node in Slurm's words, such as IDLE, ALLOCATED or DOWN+NOT_RESPONDING."""
         described = self.command("scontrol", "--oneliner", "show", "node", node)
         return dict(re.findall(r"(\S+?)=(\S*)", described))["State"]
 
@@ -144,7 +144,7 @@ def slurm(nodes: Sequence[str] = NODES, cpus: int = 2) -> Iterator[Slurm]:
     """
     # A socket's path has at most 107 characters, so not below pytest's folder.
     folder = Path(tempfile.mkdtemp(prefix="hookx-slurm-"))
-    # Programs that are no shells, such as slurmd, have no PATH for daemons otherwise.
+    # The daemons are not on every user's PATH.
     path = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
     variables = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     environment = variables | {"PATH": path, "SLURM_CONF": str(folder / "slurm.conf")}
