@@ -1,4 +1,4 @@
-"""Shards are handed out in blocks: each to somebody, again if that one died, and not for ever."""
+"""Shards are handed out in blocks: each to somebody, again if that one died, and not without end."""
 
 from __future__ import annotations
 

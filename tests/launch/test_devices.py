@@ -186,7 +186,7 @@ def test_a_shard_that_kills_every_worker_is_left_out_and_said(nets: str, photos:
         white = number == 3
         Image.new("RGB", (40, 40), (255, 255, 255) if white else (9, 9, 9)).save(images / f"{number}.png")
     code, _, said = run_command(nets, out, str(images), variables={"DEADLY": "1"})
-    assert code == 1 and "error: 1 shards are missing (1): every worker that computed one of them died" in said
+    assert code == 1 and "error: 1 shards are missing (1): every worker that computed one of them crashed" in said
     assert "Traceback" not in said
     assert sorted(file.name[:11] for file in out.glob("*.safetensors")) == ["shard-00000", "shard-00002"]
     assert run_command(nets, out, str(images))[0] == 0

@@ -84,6 +84,7 @@ def _with_sources(options: given.ExtractOptions, call: given.GivenOptions) -> gi
     "plan",
     "hookx plan --model resnet18 --layers conv1,avgpool -o features images/",
     "hookx plan -m vit_b_16 -l 'encoder.layers.*@cls' -o tokens --for cuda images/",
+    "find images/ -name '*.jpg' | hookx plan -m resnet18 -l layer4@mean23 -o pooled --json -",
 )
 def plan(options: given.ExtractOptions, call: given.PlanOptions) -> None:
     """Begin a run and compute nothing: check everything, fetch the weights, write plan.json.
@@ -99,7 +100,7 @@ def plan(options: given.ExtractOptions, call: given.PlanOptions) -> None:
     report(call, run_reports.describe_job, partial(run_reports.print_job, is_begun=True), job)
 
 
-@command("status", "hookx status features/", "hookx status features/ --json", "watch hookx status features/")
+@command("status", "hookx status features/", "hookx status features/ --json", "hookx status features/ | grep shards")
 def status(options: given.RunOptions, form: JsonOptions) -> None:
     """Show how far a run is, who computes it, how fast, and how long it will take. Opens no shard."""
     from hookx.check.status import status
@@ -108,7 +109,7 @@ def status(options: given.RunOptions, form: JsonOptions) -> None:
     report(form, run_reports.describe_status, run_reports.print_status, status(options.path))
 
 
-@command("finish", "hookx finish features/", "hookx finish features/ --parts 16")
+@command("finish", "hookx finish features/", "hookx finish features/ --parts 16", "hookx finish features/ --json")
 def finish(options: given.FinishOptions, form: JsonOptions) -> None:
     """Complete a run of many processes: write index.csv and failures.csv, and remove what killed processes left.
 

@@ -15,8 +15,8 @@ _MAX_DEATHS = 3
 class Blocks:
     """The shards that nobody computes yet.
 
-    A shard of a worker that died is handed out again. Which of the worker's shards was to blame shows when each is
-    handed out alone; one at which several workers died is given up.
+    A shard of a worker that exited is handed out again. Which of the worker's shards was to blame shows when each is
+    handed out alone; one at which several workers crashed is given up.
 
     Example:
         >>> blocks = Blocks(range(20))
@@ -47,7 +47,7 @@ class Blocks:
         return block
 
     def take_back(self, numbers: Sequence[int], *, died: bool) -> list[int]:
-        """Take back what a worker will not compute; return those that are given up, because workers died at them."""
+        """Take back what a worker will not compute; return those that are given up, because workers crashed at them."""
         given_up = []
         for number in numbers:
             self._deaths[number] += died

@@ -1,8 +1,8 @@
 """A run whose shards are handed out to workers: the same loop for the devices of a host and for the nodes of a cluster.
 
 The process that runs the loop owns the run: it has the directory's lock, shows the progress, and writes the index. It
-computes nothing, and the bytes do not depend on it: of two workers that compute one shard, the first to publish wins.
-So a worker that dies, freezes or comes back costs time only.
+computes nothing, and the bytes do not depend on it: if two workers compute one shard, the first to publish wins. So a
+worker that exits, freezes or comes back costs time only.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class HandedOut:
         self._workers_each, self._is_local = workers_each, is_local
         self._crew = Crew(places)
         self._stack = contextlib.ExitStack()
-        self._described: dict[Member, Message] = {}  # what workers have said of themselves
+        self._described: dict[Member, Message] = {}  # what workers have said about themselves
         self._counted_twice = 0  # images of the progress that are computed again
 
     def __enter__(self) -> HandedOut:
@@ -180,7 +180,7 @@ class HandedOut:
         """Compute the pending shards, and write the index.
 
         Raises:
-            HookxError: what stops a run in one process stops this one, too; or no place is left; or workers died at a
+            HookxError: what stops a run in one process stops this one, too; or no place is left; or workers crashed at a
                 shard again and again, when all others are computed.
         """
         timing = self._timing()
@@ -251,10 +251,10 @@ class HandedOut:
         published = sum(len(self.plan.shards[number]) for number in block if number in there)
         self._counted_twice += max(0, counted - published)
         for number in blocks.take_back(missing, died=died):
-            log.warning("shard %d is left out: each worker that computed it died", number)
+            log.warning("shard %d is left out: each worker that computed it crashed", number)
 
     def _count(self, images: int) -> int:
-        """Return how much a progress is worth, without images that were counted before a worker died."""
+        """Return how much a progress is worth, without images that were counted before a worker crashed."""
         again = min(images, self._counted_twice)
         self._counted_twice -= again
         return images - again
@@ -262,7 +262,7 @@ class HandedOut:
     def _deadly(self, numbers: Sequence[int]) -> HookxError:
         shown = ", ".join(map(str, numbers[:_MAX_SHOWN])) + (", ..." if len(numbers) > _MAX_SHOWN else "")
         return HookxError(
-            f"{len(numbers):,} shards are missing ({shown}): every worker that computed one of them died",
+            f"{len(numbers):,} shards are missing ({shown}): every worker that computed one of them crashed",
             "all others are computed; to see what happens, compute them in one process:",
             f"  {self.plan.command(os.path.join(self.out, ''))}",
         )

@@ -45,7 +45,7 @@ def error_from_json(described: list[str]) -> HookxError:
 
 
 class Sender:
-    """Sends messages, from any thread; of progress, the sum a few times a second."""
+    """Sends messages from any thread, and the sum of the progress a few times a second."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor, self._lock = descriptor, threading.Lock()
