@@ -27,7 +27,7 @@ def two_nodes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def command(cluster: RayCluster, pictures: Path, out: Path) -> list[str]:
-    return hookx(*extract(pictures, out, "--launcher", "ray", "--ray-address", cluster.address, "-d", "cpu"))
+    return hookx(*extract(pictures, out, "--launcher", "ray", "--ray-address", cluster.address))
 
 
 def writers(cluster: RayCluster, out: Path) -> set[str]:
