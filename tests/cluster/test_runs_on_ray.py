@@ -61,7 +61,7 @@ def test_a_node_that_dies_in_the_middle_of_a_shard_costs_no_byte(
     driver = start(two_nodes, pictures, out)
     try:
         two_nodes.kill_node("n2")
-        wait_for(lambda: not driver.is_running, 180)
+        wait_for(lambda: not driver.is_running, 90)
     finally:
         driver.end()
     assert contents(out) == contents(at_once), driver.log.read_text()
@@ -75,7 +75,7 @@ def test_a_node_that_freezes_in_the_middle_of_a_shard_and_thaws_costs_no_byte(
     driver = start(two_nodes, pictures, out)
     try:
         two_nodes.freeze_node("n2")
-        wait_for(lambda: not driver.is_running, 180)
+        wait_for(lambda: not driver.is_running, 90)
         two_nodes.thaw_node("n2")
         wait_for(lambda: not writers(two_nodes, out), 60)
     finally:

@@ -17,7 +17,7 @@ from pathlib import Path
 from kit.kept import Kept, kept
 from kit.runs import wait_for
 
-_START_SECONDS = 120
+_START_SECONDS = 60
 _STORE_BYTES = 80 << 20  # of objects, the least that Ray takes and more than hookx needs
 # How soon Ray gives up a node that does not answer: after 5 + 3 * 3 seconds; by default after more than a minute.
 _HEALTH = {
@@ -38,9 +38,11 @@ class RayCluster:
     nodes: dict[str, Kept] = field(default_factory=dict)
 
     def start_node(self, name: str, cores: int) -> None:
-        """Start a node, and return at once."""
+        """Start a node, and wait for it: two that start at once can choose the same ports."""
         command = [*_RAY, "start", f"--address={self.address}", f"--num-cpus={cores}", *_options(self.folder)]
-        self.nodes[name] = Kept(command, self.folder / f"{name}.out", self.environment)
+        node = self.nodes[name] = Kept(command, self.folder / f"{name}.out", self.environment)
+        wait_for(lambda: "Ray runtime started" in node.log.read_text() or not node.is_running, _START_SECONDS)
+        assert node.is_running, self.logs()
 
     def kill_node(self, name: str) -> None:
         """Kill a node: its raylet, its agents, its workers and what these have started. Ray is not told."""
@@ -98,7 +100,10 @@ def ray_cluster(nodes: int = 2, cores: int = 1) -> Iterator[RayCluster]:
             stack.callback(cluster.end_nodes)
             for number in range(1, nodes + 1):
                 cluster.start_node(f"n{number}", cores)
-            wait_for(lambda: cluster.cores() == nodes * cores, _START_SECONDS)
+            try:
+                wait_for(lambda: cluster.cores() == nodes * cores, _START_SECONDS)
+            except AssertionError:
+                raise AssertionError(f"Ray did not start: {cluster.logs()}") from None
             yield cluster
     finally:
         shutil.rmtree(folder)
