@@ -238,6 +238,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]
     return done.stdout, json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_a_quick_run_measures_everything_it_promises(quick: tuple[str, dict[str, Any]]) -> None:
     printed, document = quick
     (row,) = document["rows"]
@@ -268,6 +269,7 @@ def test_a_contestant_that_stores_other_values_is_reported_as_wrong_and_not_time
     assert "fx              wrong: differs by" in printed
 
 
+@pytest.mark.slow
 def test_the_report_can_be_printed_again_from_the_figures(quick: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     printed, document = quick
