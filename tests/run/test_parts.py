@@ -56,7 +56,7 @@ def at_once(mixed_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 # --- the law --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(seed=st.integers(0, 1000))
 def test_parts_in_any_order_and_any_number_make_the_bytes_of_one_process(
     seed: int, mixed_folder: Path, at_once: Path, tmp_path_factory: pytest.TempPathFactory
