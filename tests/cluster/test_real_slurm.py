@@ -34,9 +34,10 @@ def test_a_step_has_as_many_tasks_as_srun_is_asked_for(three_nodes: Slurm) -> No
 
 
 def test_a_job_whose_node_is_killed_runs_again(three_nodes: Slurm, tmp_path: Path) -> None:
-    job = three_nodes.sbatch(f"echo $$ >> {tmp_path}/started; sleep $((SLURM_RESTART_COUNT ? 0 : 1000))", "-w", "n2")
-    wait_for((tmp_path / "started").exists, 30)
-    first = int((tmp_path / "started").read_text())
+    started = tmp_path / "started"
+    job = three_nodes.sbatch(f"echo $$ >> {started}; sleep $((SLURM_RESTART_COUNT ? 0 : 1000))", "-w", "n2")
+    wait_for(lambda: started.exists() and started.read_text().endswith("\n"), 60)
+    first = int(started.read_text())
     assert first in three_nodes.nodes["n2"].processes
     three_nodes.kill_node("n2")
     assert not Path(f"/proc/{first}").exists()
@@ -44,4 +45,4 @@ def test_a_job_whose_node_is_killed_runs_again(three_nodes: Slurm, tmp_path: Pat
     three_nodes.start_node("n2")
     [ended] = three_nodes.wait(job)
     assert (ended.state, ended.restarts) == ("COMPLETED", 1)
-    assert len((tmp_path / "started").read_text().split()) == 2
+    assert len(started.read_text().split()) == 2
