@@ -209,7 +209,8 @@ class HandedOut:
     def _hand_out(self, blocks: Blocks, timing: Timing, progress: Callable[[int], None]) -> None:
         members = self._crew.members[: len(self.pending)]  # No more than have a shard each.
         each = self._described[members[0]]["workers"]
-        log.info("workers: %d (%s), with %d processes each", len(members), _names_of(members), each)
+        what = f"{each} process{'es' * (each != 1)} each"
+        log.info("workers: %d (%s), %s", len(members), _names_of(members), what)
         for member in members[1:]:
             self._start(member)
         self._serve_idle(blocks)
