@@ -36,6 +36,7 @@ from hookx.options.values import (
     Paths,
     ignore_progress,
     read_dtype,
+    read_folder,
     read_size,
 )
 
@@ -71,7 +72,7 @@ class ExtractOptions(
     exclude: str | Iterable[str] = option(
         "--exclude LAYERS...", "Layers to leave out.", default=(), completed_by=("layers", "model"), title="Layers"
     )
-    out: AnyPath = option("-o --out DIR", "The output directory.", default="features")
+    out: AnyPath = option("-o --out DIR", "The output directory.", default="features", parse=read_folder)
     dtype: Dtype | None = option(
         "--dtype NAME", "Stored type: {choices}; default: as returned.", default=None, parse=read_dtype
     )

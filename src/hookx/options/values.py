@@ -115,3 +115,10 @@ def read_shard(value: str) -> str:
     if number >= count:
         raise ValueError(f"parts are numbered from 0, so the last of {count} is {count - 1}/{count}")
     return f"{number}/{count}"
+
+
+def read_folder(value: AnyPath) -> AnyPath:
+    """Take a path of the file system; the address of an object store would become a folder called 's3:'."""
+    if re.match("[a-z][a-z0-9+.-]*://", os.fspath(value)):
+        raise ValueError("hookx writes to a file system: mount the store, or copy the finished run there")
+    return value
