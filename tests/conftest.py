@@ -21,6 +21,15 @@ settings.register_profile("any machine", deadline=None)  # A busy machine is slo
 settings.load_profile("any machine")
 
 
+pytest_plugins = ["kit.whole_runs"]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave tests/cluster out, unless a run asks for it by `-m cluster`: it needs Slurm, Ray and minutes."""
+    is_of_cluster = collection_path == ROOT / "tests" / "cluster"
+    return True if is_of_cluster and config.getoption("markexpr") != "cluster" else None
+
+
 def pytest_configure() -> None:
     warm.begin()
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+
+import pytest
 
 from hookx.store.asides import asides_in
 from kit import ROOT
@@ -37,3 +41,23 @@ def is_writing(out: Path, processes: Iterable[int]) -> bool:
     """Whether one of some processes has a shard half written."""
     among = set(processes)
     return out.is_dir() and any(aside.shard is not None and aside.process in among for aside in asides_in(out))
+
+
+@pytest.fixture(scope="session")
+def pictures(thumbnails: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of 24 small images and two files that cannot be read: seven shards."""
+    folder = tmp_path_factory.mktemp("cluster") / "pictures"
+    shutil.copytree(thumbnails, folder)
+    (folder / "b-text.jpg").write_text("this is no picture")
+    (folder / "z-empty.png").touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def at_once(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the run that one process has computed."""
+    out = tmp_path_factory.mktemp("at-once") / "features"
+    command = hookx(*extract(pictures, out, "-q"))
+    done = subprocess.run(command, env=variables(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3, done.stderr
+    return out
