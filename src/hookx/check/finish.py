@@ -87,7 +87,7 @@ def _not_finished(path: Path, plan: Plan, missing: list[int], parts: int | None)
     commands = [f"  {plan.command(out)} --shard {Part(number, parts)}" for number in absent[:_MAX_SHOWN]]
     others = [f"and parts {', '.join(map(str, absent[_MAX_SHOWN:]))}"] if len(absent) > _MAX_SHOWN else []
     return StoreError(
-        f"{problem}, of {len(absent):,} of {parts:,} parts",
+        f"{problem}, in {len(absent):,} of {parts:,} parts",
         "compute them with (reconstructed from the plan):",
         *commands,
         *others,

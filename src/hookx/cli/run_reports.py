@@ -55,7 +55,8 @@ def print_summary(summary: Summary) -> None:
         shards += f", {there:,} of them already there"
     facts.append(("shards", f"{shards}; {decimal(summary.bytes)} of activations"))
     facts += plan_facts(summary.plan, summary.device, batch_size=summary.batch_size, notes=summary.notes)
-    facts.append(("checked", checked_text(summary.self_checked)))
+    if summary.part is None or summary.images_computed:
+        facts.append(("checked", checked_text(summary.self_checked)))
     facts.append(("time", _time_text(summary)))
     result = f"{summary.out}/"
     if not summary.is_complete:
