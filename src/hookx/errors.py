@@ -27,6 +27,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
+THEN_RESUME = "finished shards are kept; run the same command again to resume"
+
 
 class HookxError(Exception):
     """A mistake that the user can fix: the problem, and below it, indented, what to do next."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from hookx.errors import DeviceError
+from hookx.errors import THEN_RESUME, DeviceError
 
 # Libraries that find no memory for themselves raise a RuntimeError, as MPS does for any memory.
 _NO_MEMORY = re.compile(
@@ -48,5 +48,5 @@ def report_broken_device(when: str = "in the middle of a run") -> Iterator[None]
         raise DeviceError(
             f"the device failed {when}: {first_line}",
             "if it fails at the same place, find the operation: CUDA_LAUNCH_BLOCKING=1, or --device cpu",
-            "finished shards are kept; run the same command again to resume",
+            THEN_RESUME,
         ) from None

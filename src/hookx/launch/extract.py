@@ -1,22 +1,25 @@
-"""A run from its options: in this process, or by the workers that they ask for."""
+"""A run from its options: in this process, or by the workers that they ask for.
+
+What computes is imported where it is called: a process that hands shards out needs neither models nor torchvision.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from hookx.errors import UsageError
 from hookx.launch import ray
 from hookx.launch.devices import devices_of, workers_each
 from hookx.launch.handed_out import HandedOut
-from hookx.models import borrowed_models
 from hookx.options import ExtractOptions, takes
 from hookx.options.option import options_of
-from hookx.run.prepare import Job, prepare
-from hookx.run.run import run
 from hookx.run.summary import Summary
+
+if TYPE_CHECKING:
+    from hookx.run.prepare import Job
 
 
 class Begun(Protocol):
@@ -46,6 +49,8 @@ class InThisProcess:
         return self.job.image_count - sum(map(len, self.job.pending))
 
     def run(self, progress: Callable[[int], None]) -> Summary:
+        from hookx.run.run import run
+
         return run(self.job, progress)
 
 
@@ -69,6 +74,9 @@ def begin_run(options: ExtractOptions) -> Iterator[Begun]:
         with HandedOut(options, devices, workers_each(options, devices)) as handed_out:
             yield handed_out
     else:
+        from hookx.models import borrowed_models
+        from hookx.run.prepare import prepare
+
         with borrowed_models():
             yield InThisProcess(prepare(**vars(options)))
 
@@ -82,6 +90,8 @@ def _of_a_launcher(options: ExtractOptions) -> str:
 
 def check_run(options: ExtractOptions) -> Job:
     """Check a run as `prepare` does, in this process; one of several devices on the first of them."""
+    from hookx.run.prepare import prepare
+
     if options.devices is not None:
         devices = devices_of(options)
         workers = workers_each(options, devices)

@@ -17,17 +17,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from hookx.errors import DeviceError, HookxError
+from hookx.errors import THEN_RESUME, DeviceError, HookxError
 from hookx.images.mapped import write_list
 from hookx.launch.blocks import Blocks
 from hookx.launch.crew import Crew, Member, Place
 from hookx.launch.messages import Message, error_from_json, options_to_json
 from hookx.options import ExtractOptions
 from hookx.plan import Plan, Shard
+from hookx.run.listed import list_images_of
 from hookx.run.mended import failing_shards
 from hookx.run.parts import Part, describe_part
-from hookx.run.prepare import check_room, list_images_of
-from hookx.run.reader import THEN_RESUME
+from hookx.run.room import check_room
 from hookx.run.summary import Summary, Timing, summarize
 from hookx.store.asides import aside_of, new_mark, remove_left_overs
 from hookx.store.directory import RunDirectory, finished_shards, present_shards

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 import torch
 
-from hookx.errors import ImageError
+from hookx.errors import THEN_RESUME, ImageError
 from hookx.images.decoding import size_from_header
 from hookx.images.retries import Retries
 from hookx.run.children import NO_MEMORY, begin_decoding, how_it_ended
 from hookx.run.in_hand import InHand
-from hookx.run.reader import THEN_RESUME, Decoded, Reader
+from hookx.run.reader import Decoded, Reader
 from hookx.signals import defer_signals
 
 _MAX_CRASHES = 3

@@ -16,10 +16,9 @@ from torch import Tensor
 from hookx.capture.copies import has_streams
 from hookx.capture.failures import is_out_of_memory
 from hookx.capture.rows import RowCapture
-from hookx.errors import HookxError, ImageError, one_line
+from hookx.errors import THEN_RESUME, HookxError, ImageError, one_line
 from hookx.images.decoding import model_input
 from hookx.plan import Plan, Preprocessing, ValueCounts
-from hookx.run.reader import THEN_RESUME
 from hookx.run.ready import out_of_memory
 from hookx.run.selfcheck import SelfCheck
 from hookx.store.writer import ShardWriter, Written

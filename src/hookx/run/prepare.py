@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,18 +13,19 @@ from pathlib import Path
 import torch
 
 from hookx.capture.rows import stored_dtype
-from hookx.errors import HookxError, LayerError, StoreError, UsageError, one_line
-from hookx.images.listing import ImageList, list_images
-from hookx.images.mapped import map_list, sources_of
-from hookx.layers.select import Selection, Selector, Target, parse_selectors
-from hookx.options import DTYPE_NAMES, ExtractOptions, list_paths, takes
+from hookx.errors import HookxError, LayerError, UsageError, one_line
+from hookx.images.listing import ImageList
+from hookx.layers.select import Selection, Target
+from hookx.options import DTYPE_NAMES, ExtractOptions, takes
 from hookx.plan import DTYPES, LayerSpec, Plan, Shard, images_per_shard
 from hookx.run.defaults import choose_batch_size, choose_workers
+from hookx.run.listed import list_images_of, selectors_of
 from hookx.run.made import describe_process, kind_of
 from hookx.run.mended import as_begun, failing_shards
 from hookx.run.parts import Part, describe_part
 from hookx.run.ready import ReadyModel, ready_model
-from hookx.store.directory import LIST, begun_plan, check_resumable, finished_shards, present_shards
+from hookx.run.room import bytes_free, check_room
+from hookx.store.directory import begun_plan, check_resumable, finished_shards, present_shards
 
 log = logging.getLogger("hookx")
 _CONVERT = "convert it: --dtype fp32"
@@ -86,34 +85,6 @@ def prepare(options: ExtractOptions) -> Job:
     return prepare_listed(options, list_images_of(options))
 
 
-def list_images_of(options: ExtractOptions) -> ImageList:
-    """List the images of a run, if the layers are named in words that can be read at all."""
-    _selectors_of(options)  # Listing takes long, where there are many.
-    file, sources = Path(options.out) / LIST, absolute_sources(options)
-    # What was mended since has another size, which only a look at the files shows.
-    if sources and not options.retry_failures and sources_of(file) == sources:
-        log.info("images: as %s lists them", file)
-        return map_list(file)
-    return list_images(
-        list_paths(options.images),
-        retry_seconds=options.retry_for,
-        unavailable_is_failure=options.on_io_error == "fail",
-    )
-
-
-def absolute_sources(options: ExtractOptions) -> list[str]:
-    """Return the folders and files that a run lists, wherever it is started; none if standard input names images."""
-    sources = [os.fspath(source) for source in list_paths(options.images)]
-    return [] if {"-", "-0"} & set(sources) else [os.path.abspath(source) for source in sources]
-
-
-def _selectors_of(options: ExtractOptions) -> tuple[list[Selector], list[Selector]]:
-    selectors, excluded = parse_selectors(options.layers), parse_selectors(options.exclude)
-    if not selectors:
-        raise UsageError("no layer is named", "name one: --layers avgpool    list them: hookx list-layers MODEL")
-    return selectors, excluded
-
-
 def prepare_again(job: Job) -> Job:
     """Prepare a job once more, with what another process chose that has begun the run since."""
     return prepare_listed(job.options, job.images)
@@ -129,7 +100,7 @@ def prepare_listed(
             format are chosen.
         is_helper: this process computes for another, which says which shards and has looked at those that are there.
     """
-    selectors, excluded = _selectors_of(options)
+    selectors, excluded = selectors_of(options)
     out = Path(options.out)
     # A resumed run keeps what was chosen automatically: on another device the choice could differ.
     begun = begun_plan(out)
@@ -181,22 +152,6 @@ def prepare_listed(
     return job
 
 
-def check_room(out: Path, bytes_to_write: int) -> None:
-    """Raise `StoreError` if the file system of the output directory has less free."""
-    if bytes_to_write > (free := bytes_free(out)):
-        raise StoreError(
-            f"the activations need {bytes_to_write:,} bytes and {_existing_parent(out)} has {free:,} free",
-            "choose another --out, fewer --layers, a reduction such as @mean23, or --dtype fp16",
-        )
-
-
-def bytes_free(out: Path) -> int:
-    try:
-        return shutil.disk_usage(_existing_parent(out)).free
-    except OSError:  # Not every file system tells; a full one says so while it is written to.
-        return sys.maxsize
-
-
 def _choose_types(selection: Selection, asked: str | None) -> tuple[Selection, list[LayerSpec]]:
     """Choose the type that each target is stored in; leave out what no file can hold and no selector names."""
     targets, specs, left_out = [], [], dict(selection.left_out)
@@ -228,8 +183,3 @@ def _type_of(target: Target, asked: str | None) -> str:
     raise UsageError(
         f"'{target.address}' is {returned}, which safetensors files cannot hold", *([_CONVERT] if is_number else [])
     )
-
-
-def _existing_parent(path: Path) -> Path:
-    path = Path(os.path.abspath(path))
-    return path if os.path.exists(path) or path == path.parent else _existing_parent(path.parent)

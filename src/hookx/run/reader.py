@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from hookx.capture.failures import is_out_of_memory
-from hookx.errors import ImageError
+from hookx.errors import THEN_RESUME, ImageError
 from hookx.images.decoding import decode, failure_reason
 from hookx.images.listing import ImageList
 from hookx.images.retries import Retries, UnavailableError
@@ -19,8 +19,6 @@ from hookx.run.in_hand import InHand
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-THEN_RESUME = "finished shards are kept; run the same command again to resume"
 
 
 @dataclass(frozen=True, eq=False)

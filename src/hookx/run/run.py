@@ -19,13 +19,14 @@ from hookx.options import ExtractOptions
 from hookx.plan import Shard
 from hookx.run.defaults import device_name, single_threaded
 from hookx.run.lane import Lane, to_input
+from hookx.run.listed import LIST, absolute_sources, list_images_of
 from hookx.run.made import check_same_hardware, describe_process
 from hookx.run.mended import check_nothing_lost, mended_in
-from hookx.run.prepare import Job, absolute_sources, list_images_of, prepare_again, prepare_listed
+from hookx.run.prepare import Job, prepare_again, prepare_listed
 from hookx.run.selfcheck import SelfCheck, choose_batches
 from hookx.run.summary import Summary, Timing, summarize
 from hookx.run.workers import batches
-from hookx.store.directory import LIST, Lock, RunDirectory
+from hookx.store.directory import Lock, RunDirectory
 from hookx.store.record import ShardRecord, Totals
 from hookx.store.writer import ShardWriter
 

@@ -6,14 +6,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from hookx.plan import Plan, Shard
-from hookx.run.nvjpeg import NVJPEG_THREADS
 from hookx.run.parts import Part
-from hookx.run.prepare import Job
 from hookx.store.directory import present_shards
 from hookx.store.record import Totals, read_record
+
+if TYPE_CHECKING:
+    from hookx.run.prepare import Job
 
 T = TypeVar("T")
 
@@ -34,6 +35,8 @@ class Timing:
     def of(cls, job: Job) -> Timing:
         """Begin to measure a run in this process and its workers."""
         computing = job.workers if job.workers_compute else 1
+        from hookx.run.nvjpeg import NVJPEG_THREADS  # imports torchvision, which who hands shards out does not need
+
         processes = {"reading": max(job.workers, 1), "model": computing, "nvjpeg": NVJPEG_THREADS}
         return cls(processes, job.device.type == "cpu" and (job.workers_compute or not job.workers))
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from hookx.errors import HookxError, ImageError
+from hookx.errors import THEN_RESUME, HookxError, ImageError
 from hookx.run.alone import read_alone
 from hookx.run.children import NO_MEMORY, NO_MESSAGE, begin_decoding
 from hookx.run.defaults import keep_freed_memory
 from hookx.run.in_hand import InHand, interruptible, shared_numbers
 from hookx.run.lane import Batch, Lane, stack
-from hookx.run.reader import THEN_RESUME, Decoded, Reader
+from hookx.run.reader import Decoded, Reader
 
 TAKEN, CONSUMED = 0, 1  # numbers of batches: those that workers have taken, and those that the consumer has
 _POLL_FOR_CONSUMER_SECONDS = 0.002

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from hookx.errors import ImageError, one_line, system_failure
+from hookx.errors import THEN_RESUME, ImageError, one_line, system_failure
 from hookx.images.decoding import known_formats
 from hookx.images.listing import ImageList
 from hookx.images.retries import Retries
@@ -28,7 +28,7 @@ from hookx.run.in_hand import InHand
 from hookx.run.lane import Batch, Lane
 from hookx.run.nvjpeg import decode_rest
 from hookx.run.processes import Processes
-from hookx.run.reader import THEN_RESUME, Decoded, Reader
+from hookx.run.reader import Decoded, Reader
 from hookx.run.worker import Worker
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from hookx.store.tables import table
 
 log = logging.getLogger("hookx")
 
-PLAN, INDEX, FAILURES, LIST = "plan.json", "index.csv", "failures.csv", "images.list"
+PLAN, INDEX, FAILURES = "plan.json", "index.csv", "failures.csv"
 Lock = Literal["alone", "shared", ""]
 
 # Bound what is read into memory at once: a stranger may have made it, and JSON grows up to 25-fold as Python objects.

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hookx.errors import StoreError, UnreadableError
+from hookx.errors import THEN_RESUME, StoreError, UnreadableError
 from hookx.store.asides import aside_of, asides_in, left_overs_in, new_mark
 
 # How file systems say that they have no hard links. If it meant something else, renaming will say so too.
@@ -215,7 +215,7 @@ def vanished(file: Path, how: str = "was removed") -> StoreError:
     return StoreError(
         f"{file} {how} while hookx was writing it",
         f"keep what did that away from {file.parent}/, such as a program that clears scratch space",
-        "finished shards are kept; run the same command again to resume",
+        THEN_RESUME,
     )
 
 

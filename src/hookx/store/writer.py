@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hookx.errors import StoreError, one_line
+from hookx.errors import THEN_RESUME, StoreError, one_line
 from hookx.plan import Shard
 from hookx.store.crc import crc32_combine
 from hookx.store.directory import RunDirectory
@@ -321,7 +321,7 @@ def _too_little_memory(size_bytes: int, reason: str) -> StoreError:
     return StoreError(
         f"the system refuses {size_bytes:,} bytes of memory for activations: {reason}",
         "try a smaller --batch-size or fewer --workers",
-        "finished shards are kept; run the same command again to resume",
+        THEN_RESUME,
     )
 
 
@@ -333,5 +333,5 @@ def _submit(executor: Executor, call: Callable[..., T], *arguments: Any) -> Futu
         raise StoreError(
             f"the system refuses a thread that writes: {one_line(error)}",
             "try fewer --workers, or allow more processes: ulimit -u",
-            "finished shards are kept; run the same command again to resume",
+            THEN_RESUME,
         ) from None
