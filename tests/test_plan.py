@@ -55,6 +55,7 @@ plans = st.builds(
     images_sha256=st.text(),
     images_per_shard=st.integers(1, 10**6),
     batch_size=st.integers(1, 10**6),
+    hardware=st.dictionaries(st.text(), st.text(), max_size=3).map(lambda values: tuple(values.items())),
 )
 
 
@@ -82,7 +83,7 @@ def altered(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 ALTERED = dict(altered(PLAN))
-DECIDING = [place for place in ALTERED if place != "batch_size" and not place.startswith("notes")]
+DECIDING = [place for place in ALTERED if not place.startswith(("batch_size", "notes", "hardware"))]
 
 
 @pytest.mark.parametrize("place", DECIDING)
@@ -93,6 +94,12 @@ def test_the_fingerprint_covers_everything_that_decides_the_numbers(place: str) 
 def test_the_fingerprint_does_not_cover_the_batch_size() -> None:
     assert ALTERED["batch_size"] != PLAN and ALTERED["batch_size"].fingerprint == PLAN.fingerprint
     assert PLAN.differences(ALTERED["batch_size"]) == []
+
+
+def test_the_fingerprint_does_not_cover_the_kind_of_machine_which_is_kept() -> None:
+    insisting = dataclasses.replace(PLAN, hardware=(("device", "cpu"), ("instructions", "AVX2")))
+    assert insisting.fingerprint == PLAN.fingerprint and PLAN.differences(insisting) == []
+    assert Plan.from_json(insisting.to_json()) == insisting
 
 
 def test_a_plan_without_a_transform_of_its_own_does_not_speak_of_one() -> None:

@@ -6,6 +6,7 @@ numbers of the keys' ends, of the files' sizes and of the roots, and then the ke
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -20,6 +21,7 @@ from hookx.images.listing import Files, ImageList
 from hookx.keys import Keys
 
 _ALIGNMENT = 8
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
 def write_list(images: ImageList, path: Path, sources: Sequence[str] = ()) -> None:
@@ -85,9 +87,9 @@ def sources_of(path: Path) -> list[str] | None:
     try:
         with open(path, "rb") as file:
             return list(_parse(file.readline(), path)["sources"])
-    except FileNotFoundError:
-        return None
     except OSError as error:
+        if error.errno in _NO_FILE:  # A name that is no folder's is the output directory's error, and said there.
+            return None
         raise ImageError(f"cannot read the list of images {path}: {error}") from None
 
 

@@ -166,6 +166,7 @@ class Plan:
         command without them is refused with an error that shows what differs.
 
         Example:
+            >>> from hookx.plan import IMAGENET
             >>> layers = (LayerSpec("conv1", (64, 112, 112), "float32"), LayerSpec("avgpool", (512, 1, 1), "float32"))
             >>> plan = Plan("resnet18", "ResNet18_Weights.IMAGENET1K_V1", layers, IMAGENET, "fp32", "contiguous",
             ...             image_count=8, images_sha256="", images_per_shard=160, batch_size=32)
