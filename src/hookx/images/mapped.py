@@ -88,7 +88,7 @@ def sources_of(path: Path) -> list[str] | None:
         with open(path, "rb") as file:
             return list(_parse(file.readline(), path)["sources"])
     except OSError as error:
-        if error.errno in _NO_FILE:  # A name that is no folder's is the output directory's error, and said there.
+        if error.errno in _NO_FILE:  # What is wrong with the name of an output directory is said where it is begun.
             return None
         raise ImageError(f"cannot read the list of images {path}: {error}") from None
 
