@@ -260,6 +260,7 @@ def test_a_quick_run_measures_everything_it_promises(quick: tuple[str, dict[str,
     assert all(line in printed for line in ("hookx", "hand-written", "decode only", "bound"))
 
 
+@pytest.mark.slow
 def test_a_contestant_that_stores_other_values_is_reported_as_wrong_and_not_timed(
     quick: tuple[str, dict[str, Any]],
 ) -> None:
