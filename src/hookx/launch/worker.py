@@ -73,14 +73,14 @@ def serve(messages: Iterator[dict[str, Any]], sender: Sender) -> None:
     options, images = options_from_json(first["options"]), map_list(Path(first["images"]))
     with borrowed_models():
         job = prepare_listed(options, images, is_helper=True)
-        computing = job.workers if job.workers_compute else 1
+        whole = Timing.of(job)
         sender.send(
             ready={
                 "plan": job.plan.to_json(),
                 "device": device_name(job.device),
                 "workers": job.workers,
-                "processes": {"reading": max(job.workers, 1), "model": computing},
-                "takes_turns": job.device.type == "cpu",
+                "processes": whole.processes,
+                "takes_turns": whole.takes_turns,
             }
         )
         first_block = next(messages, None)  # The run has been begun by then.

@@ -26,9 +26,9 @@ class Timing:
 
     def __init__(self, processes: Mapping[str, int], takes_turns: bool) -> None:
         self.total = self.reading = self.nvjpeg = self.model = self.copying = self.writing = 0.0
-        self._processes = processes  # how many share a part
+        self.processes = processes  # how many share a part
         # The processes that read run the model too: together, reading and model are what is waited for.
-        self._takes_turns = takes_turns
+        self.takes_turns = takes_turns
         self._start = time.perf_counter()
 
     @classmethod
@@ -58,13 +58,13 @@ class Timing:
         parts = {"reading": self.reading, "model": self.model, "copying": self.copying, "writing": self.writing}
         if self.nvjpeg:
             parts["nvjpeg"] = self.nvjpeg
-        return {part: round(seconds / self._processes.get(part, 1) / self.total, 3) for part, seconds in parts.items()}
+        return {part: round(seconds / self.processes.get(part, 1) / self.total, 3) for part, seconds in parts.items()}
 
     @property
     def bound_by(self) -> str:
         """The part that the others waited for."""
         busy = self.busy
-        if self._takes_turns and busy["reading"] + busy["model"] > busy["writing"]:
+        if self.takes_turns and busy["reading"] + busy["model"] > busy["writing"]:
             del busy["writing"]
         return max(busy, key=lambda part: busy[part])
 
