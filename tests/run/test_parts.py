@@ -23,7 +23,9 @@ from typer.testing import CliRunner
 
 import hookx
 from hookx.cli.app import app
-from hookx.errors import OtherRunError, StoreError, UsageError
+from hookx.errors import ImageError, OtherRunError, StoreError, UsageError
+from hookx.images.listing import list_images
+from hookx.images.mapped import map_list, write_list
 from hookx.options import ExtractOptions
 from hookx.run.parts import Part, Told, as_told, count_shared_cores, told_by
 from hookx.run.prepare import prepare
@@ -385,6 +387,14 @@ def test_parts_take_the_list_of_the_plan_and_look_at_no_file(
     shutil.copy(images / "a.png", images / "c-empty.png")
     (images / "new.png").unlink()
     assert compute(images, out, retry_failures=True).failures == 3
+
+
+def test_a_list_that_was_cut_short_is_an_error(mixed_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "images.list"
+    write_list(list_images([mixed_folder]), file)
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(ImageError, match="is not a list of images, or was cut short"):
+        map_list(file)
 
 
 def test_a_list_on_standard_input_is_not_written_again(tmp_path: Path) -> None:

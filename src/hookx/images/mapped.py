@@ -21,6 +21,7 @@ from hookx.images.listing import Files, ImageList
 from hookx.keys import Keys
 
 _ALIGNMENT = 8
+_BEGIN_AGAIN = "move it away, and begin the run again"
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
@@ -72,6 +73,8 @@ def map_list(path: Path) -> ImageList:
     if header["byte_order"] != sys.byteorder:
         raise ImageError(f"the list of images {path} was written on another kind of machine")
     count, start = header["images"], len(line)
+    if len(whole) != start + 20 * count + header["key_bytes"]:
+        raise ImageError(f"{path} is not a list of images, or was cut short", _BEGIN_AGAIN)
     ends = whole[start : start + 8 * count].cast("q")
     sizes = whole[start + 8 * count : start + 16 * count].cast("q")
     root_of = whole[start + 16 * count : start + 20 * count].cast("i")
@@ -97,4 +100,4 @@ def _parse(line: bytes, path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(line))
     except ValueError:
-        raise ImageError(f"{path} is not a list of images", "move it away, and begin the run again") from None
+        raise ImageError(f"{path} is not a list of images", _BEGIN_AGAIN) from None
