@@ -102,17 +102,13 @@ def test_what_the_system_refuses_to_read_is_said_with_the_reason_and_is_not_dama
 
 
 def test_a_second_look_at_a_shard_that_the_system_refuses_is_not_damage_either(tmp_path: Path, run: Path) -> None:
+    refused = [("open", "EMFILE", 2), ("read", "EIO", 3), ("open", "ENFILE", 2)]
+    of_readers = dict.fromkeys(("verify", "resume", "inspect"), refused)
+    of_readers["map"] = [*refused[:1], ("mmap", "ENOMEM", 1), ("mmap", "ENODEV", 2), ("mmap", "EAGAIN", 1)]
     faults = {
-        f"{reader}-{call}-{error}-{first}": Fault(call, error, first, path=f"{reader}-{call}-{error}-{first}/shard")
-        for reader in ("verify", "resume", "inspect", "map")
-        for call, error, first in [
-            ("open", "EMFILE", 2),
-            ("open", "EMFILE", 3),
-            ("mmap", "ENOMEM", 1),
-            ("mmap", "ENODEV", 2),
-            ("mmap", "EAGAIN", 1),
-            ("open", "ENFILE", 4),
-        ]
+        (name := f"{reader}-{call}-{error}-{first}"): Fault(call, error, first, path=f"{name}/shard")
+        for reader, all_refused in of_readers.items()
+        for call, error, first in all_refused
     }
     for name, said in read_under(faults, tmp_path, run).items():
         assert "cannot read" in said or "cannot be read" in said, (name, said)

@@ -151,6 +151,8 @@ ssize_t pread(int d, void *to, size_t n, off_t at) { FAIL("read", NULL, d, -1); 
 ssize_t pread64(int d, void *to, size_t n, off64_t at) { FAIL("read", NULL, d, -1); return REAL(pread64)(d, to, n, at); }
 ssize_t preadv(int d, const struct iovec *to, int n, off_t at) { FAIL("read", NULL, d, -1); return REAL(preadv)(d, to, n, at); }
 ssize_t preadv64(int d, const struct iovec *to, int n, off64_t at) { FAIL("read", NULL, d, -1); return REAL(preadv64)(d, to, n, at); }
+ssize_t preadv2(int d, const struct iovec *to, int n, off_t at, int how) { FAIL("read", NULL, d, -1); return REAL(preadv2)(d, to, n, at, how); }
+ssize_t preadv64v2(int d, const struct iovec *to, int n, off64_t at, int how) { FAIL("read", NULL, d, -1); return REAL(preadv64v2)(d, to, n, at, how); }
 ssize_t write(int d, const void *from, size_t n) { FAIL("write", NULL, d, -1); return REAL(write)(d, from, n); }
 ssize_t pwrite(int d, const void *from, size_t n, off_t at) { FAIL("write", NULL, d, -1); return REAL(pwrite)(d, from, n, at); }
 ssize_t pwrite64(int d, const void *from, size_t n, off64_t at) { FAIL("write", NULL, d, -1); return REAL(pwrite64)(d, from, n, at); }

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hookx.plan import LayerSpec, Plan, ValueCounts
 from hookx.store.directory import INDEX, names_in, present_shards, read_plan
-from hookx.store.format import open_shard, reading
 from hookx.store.record import Totals, read_record
+from hookx.store.shard_rows import ShardRows
 
 _BYTES_AT_ONCE = 16 * 2**20
 _VALUES_AT_ONCE = 2**15  # Few enough to stay in a core's cache, and for torch to use a single thread.
@@ -134,11 +134,9 @@ def inspect(
 
 
 def _read_pieces(file: Path, layer: LayerSpec, rows: int) -> Iterator[Tensor]:
-    rows_at_once = max(1, _BYTES_AT_ONCE // max(1, layer.bytes_per_image))
-    with reading(file), open_shard(file) as opened:
-        tensor = opened.get_slice(layer.address)
-        for start in range(0, rows, rows_at_once):
-            yield tensor[start : min(start + rows_at_once, rows)]
+    stored, rows_at_once = ShardRows(file, layer, rows), max(1, _BYTES_AT_ONCE // max(1, layer.bytes_per_image))
+    for start in range(0, rows, rows_at_once):
+        yield stored.tensor(start, min(start + rows_at_once, rows))
 
 
 class Moments:

@@ -30,8 +30,8 @@ from hookx.plan import Plan, Shard, WeightsIdentity
 from hookx.run.defaults import choose_device, single_threaded
 from hookx.run.ready import place_and_select, settle_passes
 from hookx.store.directory import present_shards, read_plan
-from hookx.store.format import open_shard, reading
 from hookx.store.record import read_record
+from hookx.store.shard_rows import ShardRows
 
 # Largest deviations that rounding explains, as a share of the row's largest magnitude. Sums in another order differ
 # slightly; another device also has other arithmetic (TensorFloat-32 has the 10 bits of a half).
@@ -132,7 +132,7 @@ def _recompute(options: RecomputeOptions, path: Path, plan: Plan) -> Recomputati
                 continue
             inputs_NCHW = model_input(pixels_NCHW, plan.preprocessing)
             computed = look.compute(inputs_NCHW)
-            compared = list(_compare(path, batch, computed))
+            compared = list(_compare(path, plan, batch, computed))
             rows += compared
             problems += _find_deviations(compared, plan, same_device=batch.made_on == runner.device.type)
             if batch.images_at_once > 1:
@@ -200,6 +200,7 @@ class _Batch:
     made_on: str  # the type of device
     images_at_once: int  # in the run, at most
     sizes_bytes: dict[str, int]  # key -> size when the run listed the images of the shard
+    rows_of_shard: int
     keys: list[str]
     first_row: int
     rows: dict[str, int]  # key -> row, of those to compare
@@ -220,7 +221,8 @@ def _find_batches(path: Path, plan: Plan, chosen: dict[Shard, list[int]]) -> Ite
             if rows:
                 in_batch = [key for key in listed if key in readable]
                 first_row = record.keys.index(in_batch[0])
-                yield _Batch(plan.shard_file(shard), made_on, batch_size, sizes_bytes, in_batch, first_row, rows)
+                in_shard = (plan.shard_file(shard), made_on, batch_size, sizes_bytes, len(record.keys))
+                yield _Batch(*in_shard, in_batch, first_row, rows)
 
 
 def _decode_again(
@@ -288,16 +290,15 @@ def _find_dependences(
                     yield Problem(batch.file, f"{row} is not that of its image: {what}")
 
 
-def _compare(path: Path, batch: _Batch, computed: Rows) -> Iterator[RecomputedRow]:
+def _compare(path: Path, plan: Plan, batch: _Batch, computed: Rows) -> Iterator[RecomputedRow]:
     """Compare the stored rows of a batch with what was computed for their images."""
-    with open_shard(path / batch.file) as opened:
-        for key, row in batch.rows.items():
-            deviations = {}
-            for address, tensor in computed.items():
-                with reading(path / batch.file):
-                    stored = opened.get_slice(address)[row : row + 1]
-                deviations[address] = _deviation(stored[0], tensor[batch.keys.index(key)])
-            yield RecomputedRow(batch.file, row, key, deviations)
+    stored = {layer.address: ShardRows(path / batch.file, layer, batch.rows_of_shard) for layer in plan.layers}
+    for key, row in batch.rows.items():
+        deviations = {
+            address: _deviation(stored[address].tensor(row, row + 1)[0], tensor[batch.keys.index(key)])
+            for address, tensor in computed.items()
+        }
+        yield RecomputedRow(batch.file, row, key, deviations)
 
 
 def _find_deviations(rows: Sequence[RecomputedRow], plan: Plan, *, same_device: bool) -> Iterator[Problem]:

@@ -15,8 +15,9 @@ from hookx.keys import image_lines, key_bytes
 from hookx.plan import Plan, Shard
 from hookx.store.asides import is_aside
 from hookx.store.directory import FAILURES, INDEX, PLAN, derived_tables, names_in, present_shards, read_plan
-from hookx.store.files import check_is_file, is_there, report_read_errors
-from hookx.store.format import checksum_in_file, data_ranges, reading
+from hookx.store.files import is_there, report_read_errors
+from hookx.store.format import checksum_in_file, open_shard
+from hookx.store.reading import as_stream, open_file
 from hookx.store.record import ShardRecord, Totals, read_record
 
 _MAX_NOTES = 20
@@ -164,11 +165,10 @@ class _ImageList:
 
 
 def _changed_tensors(file: Path, plan: Plan, record: ShardRecord) -> Iterator[str]:
-    ranges = data_ranges(file)
-    with reading(file), open(file, "rb", buffering=0) as opened:
+    with open_shard(file) as (opened, header):
         for layer in plan.layers:
-            found = checksum_in_file(opened.fileno(), *ranges[layer.address])
-            if found != record.checksums.get(layer.address):
+            place = header.tensors[layer.address]
+            if checksum_in_file(opened, place.start, place.stop) != record.checksums.get(layer.address):
                 yield f"is damaged: '{layer.address}' does not match the checksum taken when it was written"
 
 
@@ -207,11 +207,11 @@ def _wrong_tables(path: Path, plan: Plan) -> Iterator[Problem]:
 
 def _difference(table: Path, lines: Iterator[bytes]) -> str:
     """Return how a table differs from the lines derived from the shards, '' if it does not; reads line by line."""
-    check_is_file(table)
     if not is_there(table):
         return "is missing"
     number = 0
-    with open(table, "rb") as file:
+    with open_file(table) as opened:
+        file = as_stream(opened)
         for number, line in enumerate(lines, 1):
             if file.read(len(line)) != line:
                 should_be = line.decode("utf-8", "surrogateescape").rstrip("\n")

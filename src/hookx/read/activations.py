@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import reprlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,17 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hookx.errors import NotStoredError, StoreError, UsageError
+from hookx.errors import NotStoredError, UsageError
 from hookx.keys import Keys
 from hookx.plan import LayerSpec
-from hookx.store.format import data_ranges, open_shard, reading
+from hookx.store.shard_rows import ShardRows, Stretch
 
 NOT_IN_NUMPY = ("bfloat16", "float8_e4m3fn", "float8_e5m2")  # float32 holds their values.
 _BYTES_AT_ONCE = 2**20
 _KEYS_COMPARED = 100  # Neighbours of a missing key, for the error message.
 Index: TypeAlias = int | slice | Sequence[int] | Sequence[bool] | NDArray[Any] | Tensor
 Positions: TypeAlias = NDArray[np.int64]
-_Stretch: TypeAlias = tuple[int, int, int]  # Adjacent rows: the first in its shard, their start and stop in the result.
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +85,7 @@ class Activations:
         self.shape = (len(rows.keys), *layer.shape)
         self.bytes_per_row = layer.bytes_per_image
         self.layer, self.rows, self.keys = layer, rows, rows.keys
-        self._shards: dict[int, _ShardRows] = {}  # opened so far
+        self._shards: dict[int, ShardRows] = {}  # opened so far
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -165,7 +162,7 @@ class Activations:
         for shard, stretches in self._stretches(np.arange(start, stop)):
             shard.prefetch(stretches)
 
-    def _stretches(self, positions: Positions) -> Iterator[tuple[_ShardRows, list[_Stretch]]]:
+    def _stretches(self, positions: Positions) -> Iterator[tuple[ShardRows, list[Stretch]]]:
         """Group ascending rows by shard, and in a shard into stretches of adjacent rows."""
         first_rows = self.rows.first_rows
         ascending = positions if self.rows.chosen is None else self.rows.chosen[positions]
@@ -177,61 +174,11 @@ class Activations:
         for number, of_shard in groupby(zip(numbers.tolist(), stretches, strict=True), key=itemgetter(0)):
             yield self._shard(number), [stretch for _, stretch in of_shard]
 
-    def _shard(self, number: int) -> _ShardRows:
+    def _shard(self, number: int) -> ShardRows:
         if number not in self._shards:
             start, stop = self.rows.first_rows[number : number + 2].tolist()
-            self._shards[number] = _ShardRows(self.rows.files[number], self.layer, stop - start)
+            self._shards[number] = ShardRows(self.rows.files[number], self.layer, stop - start)
         return self._shards[number]
-
-
-class _ShardRows:
-    """The rows of one address in one shard; without an open file, so it can be forked and pickled."""
-
-    def __init__(self, file: Path, layer: LayerSpec, count: int) -> None:
-        self.file, self.layer, self.count = file, layer, count
-        self.row_bytes = layer.bytes_per_image
-        start, stop = data_ranges(file).get(layer.address, (0, -1))
-        if stop - start != count * self.row_bytes:
-            raise self._changed()
-        with reading(file):
-            self.offset, self.file_bytes = start, file.stat().st_size
-
-    def read(self, stretches: Sequence[_Stretch], into: NDArray[np.uint8]) -> None:
-        # A mapped file would need one line. But on a page fault the system also reads the surroundings, up to
-        # megabytes for a row of a few kilobytes, and a disk error would crash the process.
-        with self._open() as descriptor:
-            for first, start, stop in stretches:
-                at, wanted = self.offset + first * self.row_bytes, into[start:stop].data.cast("B")
-                while wanted:  # One call reads at most 2 GiB.
-                    count = os.preadv(descriptor, [wanted], at)
-                    if not count:
-                        raise self._changed()
-                    at, wanted = at + count, wanted[count:]
-
-    def prefetch(self, stretches: Sequence[_Stretch]) -> None:
-        if hasattr(os, "posix_fadvise"):  # macOS lacks it.
-            with self._open() as descriptor:
-                for first, start, stop in stretches:
-                    at, length = self.offset + first * self.row_bytes, (stop - start) * self.row_bytes
-                    os.posix_fadvise(descriptor, at, length, os.POSIX_FADV_WILLNEED)
-
-    def map(self) -> Tensor:
-        """Map all rows into memory, privately: writing to the tensor never changes the file."""
-        with reading(self.file), open_shard(self.file) as opened:
-            rows: Tensor = opened.get_tensor(self.layer.address)
-        if (rows.dtype, rows.shape) != (getattr(torch, self.layer.dtype), (self.count, *self.layer.shape)):
-            raise self._changed()
-        return rows
-
-    @contextlib.contextmanager
-    def _open(self) -> Iterator[int]:
-        with reading(self.file), open(self.file, "rb", buffering=0) as file:
-            if os.fstat(file.fileno()).st_size != self.file_bytes:
-                raise self._changed()
-            yield file.fileno()
-
-    def _changed(self) -> StoreError:
-        return StoreError(f"{self.file} has changed since the run was opened", "open it again")
 
 
 def _positions(index: Any, length: int) -> Positions:

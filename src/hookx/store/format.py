@@ -5,22 +5,25 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hookx.errors import ShardError, StoreError, UnreadableError, one_line
 from hookx.plan import DTYPES, LayerSpec
 from hookx.store.crc import crc32
-from hookx.store.files import check_is_file, report_read_errors
+from hookx.store.files import report_read_errors
+from hookx.store.reading import Readable, open_file, read_range
 
 MAX_HEADER_BYTES = 32 * 2**20
 _BYTES_AT_ONCE = 8 * 2**20
+_WIDTHS = dict(DTYPES.values())  # of a value in bytes
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -33,50 +36,77 @@ def checksum(tensor: Tensor) -> int:
     return crc32(bytes_of(tensor)) if tensor.numel() else 0
 
 
-def checksum_in_file(descriptor: int, start: int, stop: int) -> int:
+def checksum_in_file(file: Readable, start: int, stop: int) -> int:
     """Return the CRC-32 of a range of an open file; `EOFError` if the file ends before."""
     buffer, total = bytearray(min(_BYTES_AT_ONCE, stop - start)), 0
     while start < stop:
-        # Not by mapping the file: where a disk cannot read, that crashes the process.
         piece = memoryview(buffer)[: min(len(buffer), stop - start)]
-        count = os.preadv(descriptor, [piece], start)
-        if not count:
-            raise EOFError("it ends too early")
-        total, start = crc32(piece[:count], total), start + count
+        file.read([(start, piece)])
+        total, start = crc32(piece, total), start + len(piece)
     return total
 
 
-def open_shard(file: Path) -> Any:
-    """Open a shard for reading; check that its header is not too long and fits the file's size."""
-    with open_at_header(file):
-        try:
-            return safe_open(file, framework="pt")
-        except FileNotFoundError:  # What safetensors says whatever the reason.
-            os.close(os.open(file, os.O_RDONLY))
-            raise OSError("the system refused to open it once, and not again") from None
+@dataclass(frozen=True)
+class TensorPlace:
+    """A tensor as a header describes it: its type as safetensors names it, its shape, and its bytes in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
 
 
-def data_ranges(file: Path) -> dict[str, tuple[int, int]]:
-    """Return where in a shard's file each tensor begins and ends, in bytes."""
-    with open_at_header(file) as (opened, header_bytes):
-        header: dict[str, Any] = json.loads(opened.read(header_bytes))
-        offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
-        return {name: (8 + header_bytes + start, 8 + header_bytes + stop) for name, (start, stop) in offsets.items()}
+@dataclass(frozen=True)
+class Header:
+    """What the header of a safetensors file says."""
+
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorPlace]
+
+    @classmethod
+    def parse(cls, text: bytes, data_start: int, size_bytes: int) -> Header:
+        """Parse a header whose tensors lie behind it; `ValueError` and the like unless they fill the file exactly.
+
+        Source: https://github.com/huggingface/safetensors#format
+        """
+        entries = json.loads(text)
+        metadata = entries.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata is not text")
+        places = {name: _place_of(entry, data_start) for name, entry in entries.items()}
+        end = data_start
+        for start, stop in sorted((place.start, place.stop) for place in places.values()):
+            if start != end:
+                raise ValueError("its tensors overlap, or leave gaps")
+            end = stop
+        if end != size_bytes:
+            raise ValueError(f"it has {size_bytes:,} bytes, where its header promises {end:,}")
+        return cls(metadata, places)
+
+
+def _place_of(entry: Mapping[str, Any], data_start: int) -> TensorPlace:
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, *offsets)):
+        raise ValueError("its header has numbers that no tensor has")
+    start, stop = offsets
+    if stop - start != math.prod(shape) * _WIDTHS[dtype]:
+        raise ValueError("its header gives tensors more or fewer bytes than they have")
+    return TensorPlace(dtype, tuple(shape), data_start + start, data_start + stop)
 
 
 @contextlib.contextmanager
-def open_at_header(file: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """Open a shard at its header; yield the file and the length of the header; errors are those of `reading`."""
-    try:
-        with reading(file):
-            check_is_file(file)
-            with open(file, "rb") as opened:
-                header_bytes = int.from_bytes(opened.read(8), "little")
-                if header_bytes > MAX_HEADER_BYTES:
-                    raise ValueError(f"its header claims {header_bytes:,} bytes")
-                yield opened, header_bytes
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ShardError(file, f"is damaged: {error}") from None
+def open_shard(file: Path) -> Iterator[tuple[Readable, Header]]:
+    """Open a shard and read its header, which fits the file; errors are those of `reading`."""
+    with reading(file), open_file(file) as opened:
+        try:
+            size_bytes = opened.size_bytes
+            data_start = 8 + int.from_bytes(read_range(opened, 0, 8), "little")
+            if data_start > min(size_bytes, 8 + MAX_HEADER_BYTES):
+                raise ValueError(f"its header claims {data_start - 8:,} bytes")
+            header = Header.parse(read_range(opened, 8, data_start), data_start, size_bytes)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ShardError(file, f"is damaged: {error}") from None
+        yield opened, header
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 from hookx.errors import ShardError
 from hookx.plan import DTYPES, FORMAT, Plan, Shard, ValueCounts
 from hookx.store.crc import crc32
-from hookx.store.format import open_shard, reading
+from hookx.store.format import open_shard
 
 
 @dataclass
@@ -86,11 +86,9 @@ def read_record(path: Path, plan: Plan, shard: Shard) -> ShardRecord:
         UnreadableError: the file cannot be read now.
     """
     file = path / plan.shard_file(shard)
-    with reading(file), open_shard(file) as opened:
-        metadata = opened.metadata() or {}
-        addresses = opened.keys() if len(opened.keys()) == len(plan.layers) else []
-        slices = [(address, opened.get_slice(address)) for address in addresses]
-        tensors = {address: (data.get_dtype(), data.get_shape()) for address, data in slices}
+    with open_shard(file) as (_, header):
+        metadata = header.metadata
+        tensors = {address: (place.dtype, place.shape) for address, place in header.tensors.items()}
     if metadata.get("fingerprint") != plan.fingerprint:
         raise ShardError(file, "belongs to another run")
     try:
@@ -102,7 +100,7 @@ def read_record(path: Path, plan: Plan, shard: Shard) -> ShardRecord:
         if len(record.keys) + len(record.failures) != len(shard):
             raise ValueError(f"it does not account for {len(shard)} images")
         rows = len(record.keys)
-        if tensors != {layer.address: (DTYPES[layer.dtype][0], [rows, *layer.shape]) for layer in plan.layers}:
+        if tensors != {layer.address: (DTYPES[layer.dtype][0], (rows, *layer.shape)) for layer in plan.layers}:
             raise ValueError("its tensors are not those of the plan")
         return record
     except KeyError as error:

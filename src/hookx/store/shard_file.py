@@ -22,6 +22,7 @@ from hookx.store.crc import crc32, crc32_combine
 from hookx.store.directory import RunDirectory
 from hookx.store.files import check_same, put_in_place, report_write_errors, vanished
 from hookx.store.format import bytes_of, checksum, checksum_in_file, in_file_order, shard_header, tensor_places
+from hookx.store.reading import LocalFile
 from hookx.store.record import ShardRecord
 
 PAGE_BYTES = mmap.PAGESIZE
@@ -99,7 +100,7 @@ class ShardFile:
         for address, place in tensor_places(self._plan.layers, rows).items():  # Some leave zeros out by themselves.
             layer_bytes = rows * next(one.bytes_per_image for one in self._plan.layers if one.address == address)
             start = header_bytes + place
-            if checksum_in_file(self._file, start, start + layer_bytes) != record.checksums[address]:
+            if checksum_in_file(LocalFile(self._file), start, start + layer_bytes) != record.checksums[address]:
                 raise vanished(self._aside, "was cut short")
 
     def close(self) -> None:

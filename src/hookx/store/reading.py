@@ -1,0 +1,78 @@
+"""Files of a run, opened to be read at any place."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from hookx.store.files import check_is_file
+
+Piece = tuple[int, memoryview]  # where in a file, and the bytes that are to be filled from there
+
+
+class Readable(Protocol):
+    """A file that is open, wherever it lies."""
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    def read(self, pieces: Iterable[Piece]) -> None:
+        """Fill pieces of memory; `EOFError` if the file ends before one does."""
+
+
+class LocalFile:
+    """An open file of this system. Not mapped: where a disk cannot read, that would crash the process."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    @property
+    def size_bytes(self) -> int:
+        return os.fstat(self.descriptor).st_size
+
+    def read(self, pieces: Iterable[Piece]) -> None:
+        for at, wanted in pieces:
+            while wanted:  # One call reads at most 2 GiB.
+                count = os.preadv(self.descriptor, [wanted], at)
+                if not count:
+                    raise EOFError("it ends too early")
+                at, wanted = at + count, wanted[count:]
+
+
+@contextlib.contextmanager
+def open_file(file: Path) -> Iterator[Readable]:
+    """Open a file of a run to read it; `UnreadableError` if it is none, `OSError` if the system refuses."""
+    check_is_file(file)
+    with open(file, "rb", buffering=0) as opened:
+        yield LocalFile(opened.fileno())
+
+
+def read_range(file: Readable, start: int, stop: int) -> bytes:
+    """Return some bytes of an open file; `EOFError` if it ends before."""
+    data = bytearray(stop - start)
+    file.read([(start, memoryview(data))])
+    return bytes(data)
+
+
+def as_stream(file: Readable, buffer_bytes: int = 2**20) -> io.BufferedReader:
+    """Return an open file as one that is read from its beginning."""
+    return io.BufferedReader(_Stream(file), buffer_bytes)
+
+
+class _Stream(io.RawIOBase):
+    def __init__(self, file: Readable) -> None:
+        self._file, self._at, self._size_bytes = file, 0, file.size_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        wanted = memoryview(buffer)[: self._size_bytes - self._at]
+        if wanted:
+            self._file.read([(self._at, wanted)])
+            self._at += len(wanted)
+        return len(wanted)
