@@ -24,8 +24,7 @@ import difflib
 import errno
 import os
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 THEN_RESUME = "finished shards are kept; run the same command again to resume"
 
@@ -99,10 +98,17 @@ class OtherRunError(StoreError):
     """An output directory holds a run of another plan."""
 
 
+class Named(Protocol):
+    """A file, wherever it lies."""
+
+    @property
+    def name(self) -> str: ...
+
+
 class UnreadableError(StoreError):
     """A file of a run cannot be read now, whatever it holds; `file` and `what` hold which and why."""
 
-    def __init__(self, file: Path, reason: str, next_step: str = "") -> None:
+    def __init__(self, file: Named, reason: str, next_step: str = "") -> None:
         step = next_step or "it may well be whole: fix that, then run the same command again"
         super().__init__(f"cannot read {file}: {reason}", step)
         self.file, self.what = file, f"cannot be read: {reason}"
@@ -111,7 +117,7 @@ class UnreadableError(StoreError):
 class ShardError(StoreError):
     """A shard was read and is damaged, or is not the shard that its name says; `file` and `what` hold which and why."""
 
-    def __init__(self, file: Path, what: str) -> None:
+    def __init__(self, file: Named, what: str) -> None:
         super().__init__(f"{file} {what}", "remove it, and run the same command again")
         self.file, self.what = file, what
 

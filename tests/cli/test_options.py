@@ -80,6 +80,7 @@ VALUES: dict[str, tuple[str, Any]] = {  # an option of extract -> a text, and th
     "weights": ("none", "none"),
     "exclude": ("fc", ["fc"]),
     "out": ("elsewhere", "elsewhere"),
+    "scratch": ("/fast", "/fast"),
     "dtype": ("fp64", "fp64"),
     "max_shard_size": ("2MiB", 2 * 2**20),
     "shard_images": ("7", 7),
@@ -147,12 +148,6 @@ def test_python_takes_the_value_and_what_it_takes_is_taken_again(name: str) -> N
 
 
 WRONG = [
-    (
-        "out",
-        "s3://bucket/run",
-        "invalid --out 's3://bucket/run': hookx writes to a file system: mount the store, or copy the finished run "
-        "there",
-    ),
     ("shard_images", "0", "--shard-images must be at least 1, got 0"),
     ("shard_images", "70000", "--shard-images must be at most 65,536, got 70,000"),
     ("shard_images", "1.5", "--shard-images must be a whole number, got '1.5'"),

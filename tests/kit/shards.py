@@ -20,4 +20,5 @@ def publish(directory: RunDirectory, shard: Shard, tensors: Mapping[str, Tensor]
     record.checksums = {address: checksum(tensor) for address, tensor in tensors.items()}
     file = directory.path / directory.plan.shard_file(shard)
     write_whole(file, [save(dict(tensors), record.to_metadata(directory.plan, shard))])
+    assert isinstance(file, Path)
     return file

@@ -415,7 +415,7 @@ def test_a_shard_that_changes_or_vanishes_after_the_run_was_opened_is_an_error_a
 ) -> None:
     keys = ["a", "b", "c", "d"]
     features = write_images(tmp_path / "run", keys)
-    first, second = features.rows.files
+    first, second = map(Path, map(str, features.rows.files))
     read: list[Callable[[], object]] = [
         lambda: features["layer1"][0],
         lambda: next(features["layer1"].shards()),

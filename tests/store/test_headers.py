@@ -20,7 +20,7 @@ HEADER = {
     "x": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
     "y": {"dtype": "U8", "shape": [5], "data_offsets": [24, 29]},
 }
-STRANGE = [0, 1, -1, 2.0, True, None, "x", [], {}, 2**70, 24, 29, [0, 24], "F16", [0], [1, 0], "F33"]
+STRANGE: list[Any] = [0, 1, -1, 2.0, True, None, "x", [], {}, 2**70, 24, 29, [0, 24], "F16", [0], [1, 0], "F33"]
 Described = tuple[dict[str, tuple[str, list[int]]], dict[str, str]]
 
 

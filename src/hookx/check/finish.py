@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from hookx.errors import StoreError
 from hookx.plan import Plan
 from hookx.run.made import kind_of
 from hookx.run.parts import Part
-from hookx.store.asides import remove_left_overs
+from hookx.store.asides import MAX_AGE_SECONDS, remove_left_overs
 from hookx.store.directory import present_shards, publish_index, read_plan
 from hookx.store.files import report_write_errors
+from hookx.store.location import Location, location_of
+from hookx.store.objects.path import ObjectPath
 from hookx.store.record import Totals, read_record
 
+log = logging.getLogger("hookx")
 _MAX_SHOWN = 8
 
 
@@ -58,27 +61,43 @@ def finish(
         >>> finished.totals.rows, [shards for _, shards in finished.made]
         (8, [1])
     """
-    path = Path(path)
-    plan = read_plan(path)
-    present = {shard.number for shard in present_shards(path, plan)}
+    run = location_of(path)
+    plan = read_plan(run)
+    present = {shard.number for shard in present_shards(run, plan)}
     missing = [number for number in range(len(plan.shards)) if number not in present]
     if missing:
-        raise _not_finished(path, plan, missing, parts)
+        raise _not_finished(run, plan, missing, parts)
     totals, made = Totals(), dict[tuple[tuple[str, str], ...], int]()
     for shard in plan.shards:
-        record = read_record(path, plan, shard)
+        record = read_record(run, plan, shard)
         totals.add(record)
         kind = kind_of(record.made)
         made[kind] = made.get(kind, 0) + 1
         progress(1)
-    publish_index(path, plan)
-    with report_write_errors(path, resumable=True):
-        remove_left_overs(path)
-    return Finished(str(path), plan, totals, tuple((dict(kind), shards) for kind, shards in made.items()))
+    publish_index(run, plan)
+    if isinstance(run, ObjectPath):
+        _abandon_uploads(run)
+    else:
+        with report_write_errors(run, resumable=True):
+            remove_left_overs(run)
+    return Finished(str(run), plan, totals, tuple((dict(kind), shards) for kind, shards in made.items()))
 
 
-def _not_finished(path: Path, plan: Plan, missing: list[int], parts: int | None) -> StoreError:
-    out, count = os.path.join(path, ""), len(plan.shards)
+def _abandon_uploads(path: ObjectPath) -> None:
+    """Give up what killed processes were sending: its parts are paid for, and in no listing."""
+    try:
+        if count := path.abandon_uploads(MAX_AGE_SECONDS):
+            log.info("uploads that killed processes had begun: %d given up", count)
+    except OSError as error:
+        log.warning(
+            "cannot look for uploads that killed processes had begun (%s): have the store give up what is older than a "
+            "day, by a rule of the bucket",
+            error,
+        )
+
+
+def _not_finished(path: Location, plan: Plan, missing: list[int], parts: int | None) -> StoreError:
+    out, count = f"{path}/", len(plan.shards)
     shown = ", ".join(map(str, missing[:_MAX_SHOWN])) + (", ..." if len(missing) > _MAX_SHOWN else "")
     problem = f"{out} is not finished: {len(missing):,} of {count:,} shards are missing ({shown})"
     if parts is None:

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from hookx.plan import LayerSpec, Plan, ValueCounts
 from hookx.store.directory import INDEX, names_in, present_shards, read_plan
+from hookx.store.location import Location, location_of
 from hookx.store.record import Totals, read_record
 from hookx.store.shard_rows import ShardRows
 
@@ -96,27 +96,27 @@ def inspect(
         >>> inspection.layers[0].statistics.minimum
         0.0
     """
-    path = Path(path)
-    plan = read_plan(path)
-    shards = present_shards(path, plan)
+    run = location_of(path)
+    plan = read_plan(run)
+    shards = present_shards(run, plan)
     totals = Totals()
     made: list[dict[str, Any]] = []
     moments = {layer.address: Moments() for layer in plan.layers}
     for shard in shards:
-        record = read_record(path, plan, shard)
+        record = read_record(run, plan, shard)
         totals.add(record)
         if record.made not in made:
             made.append(record.made)
         if statistics:
             for layer in plan.layers:
-                for values in _read_pieces(path / plan.shard_file(shard), layer, len(record.keys)):
+                for values in _read_pieces(run / plan.shard_file(shard), layer, len(record.keys)):
                     moments[layer.address].add(values)
         progress(1)
     return Inspection(
-        path=str(path),
+        path=str(run),
         plan=plan,
         shards_finished=len(shards),
-        has_index=INDEX in names_in(path),
+        has_index=INDEX in names_in(run),
         **vars(totals),
         bytes=totals.rows * plan.bytes_per_image,
         layers=tuple(
@@ -133,7 +133,7 @@ def inspect(
     )
 
 
-def _read_pieces(file: Path, layer: LayerSpec, rows: int) -> Iterator[Tensor]:
+def _read_pieces(file: Location, layer: LayerSpec, rows: int) -> Iterator[Tensor]:
     stored, rows_at_once = ShardRows(file, layer, rows), max(1, _BYTES_AT_ONCE // max(1, layer.bytes_per_image))
     for start in range(0, rows, rows_at_once):
         yield stored.tensor(start, min(start + rows_at_once, rows))

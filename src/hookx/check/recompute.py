@@ -30,6 +30,7 @@ from hookx.plan import Plan, Shard, WeightsIdentity
 from hookx.run.defaults import choose_device, single_threaded
 from hookx.run.ready import place_and_select, settle_passes
 from hookx.store.directory import present_shards, read_plan
+from hookx.store.location import Location, location_of
 from hookx.store.record import read_record
 from hookx.store.shard_rows import ShardRows
 
@@ -96,7 +97,7 @@ def recompute(options: RecomputeOptions) -> Recomputation:
         raise UsageError(f"--recompute must be at least 1, got {options.count}")
     if options.options is not None:
         warnings.warn("recompute(options=...) is deprecated: give its fields as arguments", DeprecationWarning, 3)
-    path = Path(options.path)
+    path = location_of(options.path)
     plan = read_plan(path)
     for value, known in ((plan.precision, PRECISIONS), (plan.memory_format, MEMORY_FORMATS)):
         if value not in known:
@@ -105,7 +106,7 @@ def recompute(options: RecomputeOptions) -> Recomputation:
         return _recompute(options, path, plan)
 
 
-def _recompute(options: RecomputeOptions, path: Path, plan: Plan) -> Recomputation:
+def _recompute(options: RecomputeOptions, path: Location, plan: Plan) -> Recomputation:
     chosen = _choose_rows(path, plan, options.count, random.Random(options.seed))
     listed = list_images(list_paths(options.images))
     files = dict(zip(listed.keys, listed.files, strict=True))
@@ -141,7 +142,7 @@ def _recompute(options: RecomputeOptions, path: Path, plan: Plan) -> Recomputati
     return Recomputation(str(runner.device), tuple(rows), tuple(problems))
 
 
-def _choose_rows(path: Path, plan: Plan, count: int, generator: random.Random) -> dict[Shard, list[int]]:
+def _choose_rows(path: Location, plan: Plan, count: int, generator: random.Random) -> dict[Shard, list[int]]:
     """Choose random rows from all readable shards; return the row numbers of each shard, in order."""
     rows_of: dict[Shard, int] = {}
     for shard in present_shards(path, plan):
@@ -179,8 +180,8 @@ def _load_again(plan: Plan, model: str | None, weights: str | None, options: Mod
     return loaded
 
 
-def _find_targets(path: Path, plan: Plan, loaded: LoadedModel, runner: Runner, batch_size: int) -> list[Target]:
-    """Place the model on its device and find the run's layers in it."""
+def _find_targets(path: Location, plan: Plan, loaded: LoadedModel, runner: Runner, batch_size: int) -> list[Target]:
+    """Location the model on its device and find the run's layers in it."""
     if loaded.cpu_only and runner.device.type != "cpu":
         raise UsageError(f"{plan.model} has integer layers that run on the CPU only", "write --device cpu")
     check_decoding(plan.preprocessing, runner.device)
@@ -206,7 +207,7 @@ class _Batch:
     rows: dict[str, int]  # key -> row, of those to compare
 
 
-def _find_batches(path: Path, plan: Plan, chosen: dict[Shard, list[int]]) -> Iterator[_Batch]:
+def _find_batches(path: Location, plan: Plan, chosen: dict[Shard, list[int]]) -> Iterator[_Batch]:
     """Yield the batches of the chosen rows: cut at multiples of the batch size, without unreadable images."""
     for shard, numbers in chosen.items():
         record = read_record(path, plan, shard)
@@ -290,7 +291,7 @@ def _find_dependences(
                     yield Problem(batch.file, f"{row} is not that of its image: {what}")
 
 
-def _compare(path: Path, plan: Plan, batch: _Batch, computed: Rows) -> Iterator[RecomputedRow]:
+def _compare(path: Location, plan: Plan, batch: _Batch, computed: Rows) -> Iterator[RecomputedRow]:
     """Compare the stored rows of a batch with what was computed for their images."""
     stored = {layer.address: ShardRows(path / batch.file, layer, batch.rows_of_shard) for layer in plan.layers}
     for key, row in batch.rows.items():

@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hookx.plan import Plan
+from hookx.plan import Plan, Shard
 from hookx.store.asides import Aside, asides_in, clock_of
 from hookx.store.directory import FAILURES, INDEX, names_in, present_shards, read_plan
 from hookx.store.files import report_read_errors
+from hookx.store.location import location_of
+from hookx.store.objects.path import ObjectPath
 
 _WINDOW_SECONDS = 3600  # Only shards that were finished in this time before the last one count for the rate.
+_RECENT_SECONDS = 600
 _MIN_FOR_RATE = 2
 
 
@@ -38,8 +41,10 @@ class Status:
 
     Args:
         images_finished: rows and failures of the finished shards.
+        writers: who writes shards; None in an object store, which does not tell.
         images_per_second: rate of all processes together, over the last hour; None with fewer than two shards.
-        seconds_left: at that rate; None if nobody is writing, or there is no rate yet.
+        seconds_left: at that rate; None if nobody is writing, or there is no rate yet. Who writes to an object store
+            cannot be seen: there, it is None if no shard was finished in the last ten minutes.
         seconds_ago: time since the last shard was finished; None before the first.
     """
 
@@ -49,7 +54,7 @@ class Status:
     images_finished: int
     has_index: bool
     has_failures: bool
-    writers: tuple[Writer, ...]
+    writers: tuple[Writer, ...] | None
     images_per_second: float | None
     seconds_left: float | None
     seconds_ago: float | None
@@ -74,26 +79,23 @@ def status(path: str | os.PathLike[str]) -> Status:
         >>> found.shards_finished, found.images_finished, found.is_finished, found.writers
         (1, 4, False, ())
     """
-    path = Path(path)
-    plan = read_plan(path)
-    finished = present_shards(path, plan)
-    times = []
-    for shard in finished:
-        with contextlib.suppress(OSError):  # It was removed just now.
-            times.append((os.stat(path / plan.shard_file(shard)).st_mtime, len(shard)))
-    with report_read_errors(path):
-        asides = list(asides_in(path))
-    try:
-        now = clock_of(path)
-    except OSError:  # Who only looks need not be allowed to write.
-        now = time.time()
-    names = names_in(path)
-    writers = _writers(asides, now)
+    run = location_of(path)
+    plan = read_plan(run)
+    finished = present_shards(run, plan)
+    names = names_in(run)
+    if isinstance(run, ObjectPath):
+        times, writers, now = _times_of_objects(run, plan, finished), None, time.time()
+    else:
+        times, now = _times_of_files(run, plan, finished), _now(run)
+        with report_read_errors(run):
+            writers = _writers(list(asides_in(run)), now)
+    ago = max(0.0, now - max(times)[0]) if times else None
+    is_going_on = bool(writers) if writers is not None else ago is not None and ago < _RECENT_SECONDS
     images = sum(map(len, finished))
     rate = _rate(sorted(times))
     left = plan.image_count - images
     return Status(
-        path=str(path),
+        path=str(run),
         plan=plan,
         shards_finished=len(finished),
         images_finished=images,
@@ -101,9 +103,32 @@ def status(path: str | os.PathLike[str]) -> Status:
         has_failures=FAILURES in names,
         writers=writers,
         images_per_second=rate,
-        seconds_left=left / rate if rate and left and writers else None,
-        seconds_ago=max(0.0, now - max(times)[0]) if times else None,
+        seconds_left=left / rate if rate and left and is_going_on else None,
+        seconds_ago=ago,
     )
+
+
+def _times_of_files(run: Path, plan: Plan, finished: Sequence[Shard]) -> list[tuple[float, int]]:
+    """Return when each shard was finished, by the clock of the file system, and how many images it has."""
+    times = []
+    for shard in finished:
+        with contextlib.suppress(OSError):  # It was removed just now.
+            times.append((os.stat(run / plan.shard_file(shard)).st_mtime, len(shard)))
+    return times
+
+
+def _times_of_objects(run: ObjectPath, plan: Plan, finished: Sequence[Shard]) -> list[tuple[float, int]]:
+    with report_read_errors(run):
+        listed = run.names()
+    found = ((listed.get(plan.shard_file(shard)), len(shard)) for shard in finished)
+    return [(one.time, images) for one, images in found if one]
+
+
+def _now(run: Path) -> float:
+    try:
+        return clock_of(run)
+    except OSError:  # Who only looks need not be allowed to write.
+        return time.time()
 
 
 def _writers(asides: Sequence[Aside], now: float) -> tuple[Writer, ...]:

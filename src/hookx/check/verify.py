@@ -8,16 +8,17 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 from hookx.errors import ShardError, StoreError, UnreadableError
 from hookx.keys import image_lines, key_bytes
 from hookx.plan import Plan, Shard
 from hookx.store.asides import is_aside
 from hookx.store.directory import FAILURES, INDEX, PLAN, derived_tables, names_in, present_shards, read_plan
-from hookx.store.files import is_there, report_read_errors
+from hookx.store.files import is_there, open_file, report_read_errors
 from hookx.store.format import checksum_in_file, open_shard
-from hookx.store.reading import as_stream, open_file
+from hookx.store.location import Location, location_of
+from hookx.store.objects.path import ObjectPath
+from hookx.store.reading import as_stream
 from hookx.store.record import ShardRecord, Totals, read_record
 
 _MAX_NOTES = 20
@@ -64,6 +65,7 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int], None] = la
         StoreError: the directory does not exist, or cannot be read. Problems inside it are in the result.
 
     Example:
+        >>> from pathlib import Path
         >>> from tempfile import TemporaryDirectory
         >>> from hookx.launch.extract import extract
         >>> with TemporaryDirectory() as out:
@@ -76,26 +78,27 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int], None] = la
         >>> damaged.problems
         (Problem(file='shard-00000-of-00001.safetensors', what='is missing'),)
     """
-    path = Path(path)
-    with report_read_errors(path):
-        if not is_there(path) or not stat.S_ISDIR(os.stat(path).st_mode):
-            raise StoreError(f"there is no directory '{path}'")
+    run = location_of(path)
+    if not isinstance(run, ObjectPath):
+        with report_read_errors(run):
+            if not is_there(run) or not stat.S_ISDIR(os.stat(run).st_mode):
+                raise StoreError(f"there is no directory '{run}'")
     try:
-        plan = read_plan(path)
+        plan = read_plan(run)
     except UnreadableError as error:
-        return Verification(str(path), 0, 0, 0, 0, 0, 0, (Problem(PLAN, error.what),))
+        return Verification(str(run), 0, 0, 0, 0, 0, 0, (Problem(PLAN, error.what),))
     except StoreError as error:
-        what = str(error).removeprefix(f"{path}/{PLAN} ")
-        return Verification(str(path), 0, 0, 0, 0, 0, 0, (Problem(PLAN, what),))
+        what = str(error).removeprefix(f"{run}/{PLAN} ")
+        return Verification(str(run), 0, 0, 0, 0, 0, 0, (Problem(PLAN, what),))
 
-    present = present_shards(path, plan)
+    present = present_shards(run, plan)
     problems = list(_missing(plan, present))
     images, totals, whole, unreadable = _ImageList(), Totals(), 0, 0
     for shard in present:
         file = plan.shard_file(shard)
         try:
-            record = read_record(path, plan, shard)
-            found = [*images.add(shard, record), *_changed_tensors(path / file, plan, record)]
+            record = read_record(run, plan, shard)
+            found = [*images.add(shard, record), *_changed_tensors(run / file, plan, record)]
         except (ShardError, UnreadableError) as error:
             found = [error.what]
             unreadable += isinstance(error, UnreadableError)
@@ -105,16 +108,16 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int], None] = la
         problems += (Problem(file, what) for what in found)
         progress(1)
 
-    foreign, notes = _other_files(path, plan, present)
+    foreign, notes = _other_files(run, plan, present)
     problems += foreign
     if whole == len(plan.shards):
         if images.digest.hexdigest() != plan.images_sha256:
             problems.append(Problem(PLAN, "lists images (names or sizes) other than those in the shards"))
-        problems += _wrong_tables(path, plan)
-    elif INDEX in names_in(path):
+        problems += _wrong_tables(run, plan)
+    elif INDEX in names_in(run):
         notes.insert(0, Problem(INDEX, "was not compared, because not all shards are whole"))
     return Verification(
-        path=str(path),
+        path=str(run),
         shards=len(plan.shards),
         shards_whole=whole,
         shards_unreadable=unreadable,
@@ -164,7 +167,7 @@ class _ImageList:
         self.digest.update(image_lines(zip(keys, record.sizes_bytes, strict=True)))
 
 
-def _changed_tensors(file: Path, plan: Plan, record: ShardRecord) -> Iterator[str]:
+def _changed_tensors(file: Location, plan: Plan, record: ShardRecord) -> Iterator[str]:
     with open_shard(file) as (opened, header):
         for layer in plan.layers:
             place = header.tensors[layer.address]
@@ -172,7 +175,7 @@ def _changed_tensors(file: Path, plan: Plan, record: ShardRecord) -> Iterator[st
                 yield f"is damaged: '{layer.address}' does not match the checksum taken when it was written"
 
 
-def _other_files(path: Path, plan: Plan, present: list[Shard]) -> tuple[list[Problem], list[Problem]]:
+def _other_files(path: Location, plan: Plan, present: list[Shard]) -> tuple[list[Problem], list[Problem]]:
     """Return problems about shards that are not in the plan, and notes about all other files foreign to the run."""
     known = {PLAN, INDEX, FAILURES, *(plan.shard_file(shard) for shard in present)}
     foreign, notes = [], []
@@ -189,7 +192,7 @@ def _other_files(path: Path, plan: Plan, present: list[Shard]) -> tuple[list[Pro
     return foreign, notes
 
 
-def _wrong_tables(path: Path, plan: Plan) -> Iterator[Problem]:
+def _wrong_tables(path: Location, plan: Plan) -> Iterator[Problem]:
     tables = derived_tables(path, plan)
     for name, lines in tables.items():
         try:
@@ -205,7 +208,7 @@ def _wrong_tables(path: Path, plan: Plan) -> Iterator[Problem]:
         yield Problem(FAILURES, "exists, but no shard has failures")
 
 
-def _difference(table: Path, lines: Iterator[bytes]) -> str:
+def _difference(table: Location, lines: Iterator[bytes]) -> str:
     """Return how a table differs from the lines derived from the shards, '' if it does not; reads line by line."""
     if not is_there(table):
         return "is missing"

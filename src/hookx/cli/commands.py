@@ -234,11 +234,19 @@ def cat(options: given.CatOptions, form: JsonOptions) -> None:
     from hookx.exporting import printing
     from hookx.store.format import bytes_of
 
-    activation = printing.read_activation(Path(options.path), options.layer, options.image)
+    activation = printing.read_activation(options.path, options.layer, options.image)
     if options.raw:
         print_bytes([bytes_of(activation.values)])
     else:
         print_bytes(printing.to_json(activation) if form.json else printing.to_text(activation.values))
+
+
+def _holds_a_run(source: given.AnyPath) -> bool:
+    """Whether a source of images is a run instead; only runs lie behind URLs."""
+    from hookx.store.location import location_of
+
+    location = location_of(source)
+    return not isinstance(location, Path) or (location / "plan.json").is_file()
 
 
 @command(
@@ -252,7 +260,7 @@ def visualize(options: given.VisualizeOptions, stored: given.StoredRunOptions, f
     sources = list_paths(options.images)
     if not sources:
         raise UsageError("no images are named", "give image files or folders, or the directory of a run")
-    is_run = len(sources) == 1 and (Path(sources[0]) / "plan.json").is_file()
+    is_run = len(sources) == 1 and _holds_a_run(sources[0])
     if is_run and (options.model or options.attention):
         raise UsageError(f"{sources[0]} is a run, whose model does not run again", "name images instead of the run")
     if not is_run and (stored.keys or stored.images_of_run):

@@ -101,11 +101,12 @@ def print_job(job: Job, *, is_begun: bool = False) -> None:
     print_stored(plan.layers, plan.image_count)
     pending = f"{len(job.pending):,} of {len(plan.shards):,} to compute"
     nothing_written = f"{job.out}/ (nothing was written)"
+    free = "" if job.bytes_free is None else f", {decimal(job.bytes_free)} free"
     print_rows(
         [
             ("images", f"{plan.image_count:,}"),
             ("shards", f"{pending}, of up to {plan.images_per_shard:,} images"),
-            ("bytes", f"{decimal(job.bytes_to_write)} to write, {decimal(job.bytes_free)} free"),
+            ("bytes", f"{decimal(job.bytes_to_write)} to write{free}"),
             *plan_facts(plan, job.device),
             ("result", f"{job.out}/ is begun; compute it with hookx extract" if is_begun else nothing_written),
         ]
@@ -128,7 +129,7 @@ def print_status(status: Status) -> None:
         ("shards", f"{status.shards_finished:,} of {len(plan.shards):,} finished"),
         ("images", f"{status.images_finished:,} of {plan.image_count:,}{share}"),
     ]
-    for writer in status.writers:
+    for writer in status.writers or ():
         shards = ", ".join(map(str, writer.shards))
         facts.append(
             ("writing", f"{writer.host}, process {writer.process}: {shards}; {_ago_text(writer.seconds_ago)} ago")
@@ -147,6 +148,8 @@ def _state_text(status: Status) -> str:
         return "is finished" + (", with images that could not be read: failures.csv" if status.has_failures else "")
     if status.shards_finished == len(status.plan.shards):
         return f"has all of its shards; write its index with hookx finish {status.path}"
+    if status.writers is None:
+        return "is not finished"
     return "is being computed" if status.writers else "is not finished, and nobody is writing"
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ class Activation:
     values: Tensor
 
 
-def read_activation(run: Path, layer: str, key: str) -> Activation:
+def read_activation(run: str | os.PathLike[str], layer: str, key: str) -> Activation:
     """Read one activation of a run, finished or not.
 
     Raises:
@@ -39,7 +39,7 @@ def read_activation(run: Path, layer: str, key: str) -> Activation:
     features = open_features(run, partial=True)
     address = str(Address.parse(layer))
     if address not in features:
-        raise NotStoredError.of(f"{run}/", layer, features, f"all: hookx inspect {run}/")
+        raise NotStoredError.of(f"{features.path}/", layer, features, f"all: hookx inspect {features.path}/")
     try:
         return Activation(key, address, features[address].of(key))
     except NotStoredError as error:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hookx.errors import THEN_RESUME, DeviceError, HookxError
+from hookx.images.listing import ImageList
 from hookx.images.mapped import write_list
 from hookx.launch.blocks import Blocks
 from hookx.launch.crew import Crew, Member, Place
@@ -30,9 +31,12 @@ from hookx.run.parts import Part, describe_part
 from hookx.run.room import check_room
 from hookx.run.summary import Summary, Timing, summarize
 from hookx.store.asides import aside_of, new_mark, remove_left_overs
-from hookx.store.directory import RunDirectory, finished_shards, present_shards
-from hookx.store.files import report_write_errors
+from hookx.store.directory import Lock, RunDirectory, finished_shards, present_shards
+from hookx.store.files import remove, report_write_errors
+from hookx.store.location import Location, absolute, location_of
+from hookx.store.objects.path import ObjectPath
 from hookx.store.record import Totals, read_record
+from hookx.store.scratch import scratch_folder
 
 log = logging.getLogger("hookx")
 _MAX_FRUITLESS_STARTS = 3  # of a worker that does not finish a block in between
@@ -52,7 +56,7 @@ class HandedOut:
     def __init__(
         self, options: ExtractOptions, places: Sequence[Place], workers_each: int | None, *, is_local: bool = True
     ) -> None:
-        self.options, self.out, self.part = options, Path(options.out), Part.parse(options.shard)
+        self.options, self.out, self.part = options, location_of(options.out), Part.parse(options.shard)
         self._workers_each, self._is_local = workers_each, is_local
         self._crew = Crew(places)
         self._stack = contextlib.ExitStack()
@@ -62,37 +66,48 @@ class HandedOut:
     def __enter__(self) -> HandedOut:
         with contextlib.ExitStack() as stack:
             images = list_images_of(self.options)
-            self._list = stack.enter_context(self._place_for_list())
-            write_list(images, self._list)
+            self._list = stack.enter_context(self._list_for_workers(images))
             del images  # The workers map the file; this process needs none of it.
             stack.callback(self._clear_up)
             stack.callback(self._crew.end)
             plan = self._prepare_first()
-            self._directory = stack.enter_context(RunDirectory(self.out, plan, lock="shared" if self.part else "alone"))
+            lock: Lock = "shared" if self.part else "alone"
+            self._directory = RunDirectory(self.out, plan, lock=lock, scratch=self.options.scratch)
+            stack.enter_context(self._directory)
             if self.options.batch_size == "auto":
                 plan = dataclasses.replace(plan, batch_size=self._directory.begun.batch_size)
             self.plan = plan
             self.pending, self._replaced = self._find_pending()
-            check_room(self.out, sum(map(len, self.pending)) * plan.bytes_per_image)
+            places = len(self._crew.members) if self._is_local else 0
+            check_room(self.out, self.pending, plan, self.options.scratch, places)
             self._stack = stack.pop_all()
         return self
 
     @contextlib.contextmanager
-    def _place_for_list(self) -> Iterator[Path]:
-        """Yield where to write the list of images, for as long as the block lasts."""
+    def _list_for_workers(self, images: ImageList) -> Iterator[Location]:
+        """Write the list of images where all workers see it; yield where, for as long as the block lasts."""
         if self._is_local:
             with tempfile.TemporaryDirectory(prefix="hookx-") as folder:
+                write_list(images, Path(folder, "images"))
                 yield Path(folder, "images")
             return
-        with report_write_errors(self.out, resumable=True):
-            self.out.mkdir(parents=True, exist_ok=True)
-        file = aside_of(self.out.absolute() / "images", new_mark())
+        name = aside_of(Path("images"), new_mark()).name
+        if isinstance(self.out, ObjectPath):
+            with scratch_folder(self.options.scratch) as folder:
+                write_list(images, folder / name)
+                with report_write_errors(self.out, resumable=True):
+                    (self.out / name).put(folder / name, replace=False)
+        else:
+            with report_write_errors(self.out, resumable=True):
+                self.out.mkdir(parents=True, exist_ok=True)
+            write_list(images, self.out / name)
         try:
-            yield file
+            yield absolute(self.out / name)
         finally:
             with contextlib.suppress(OSError):  # A later run removes it; the directory stays if it holds a run.
-                file.unlink(missing_ok=True)
-                self.out.rmdir()
+                remove(self.out / name)
+                if isinstance(self.out, Path):
+                    self.out.rmdir()
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
@@ -112,8 +127,9 @@ class HandedOut:
         return self.part.numbers(count) if self.part else range(count)
 
     def _clear_up(self) -> None:
-        with contextlib.suppress(OSError):  # There may be no directory yet.
-            remove_left_overs(self.out)
+        if isinstance(self.out, Path):
+            with contextlib.suppress(OSError):  # There may be no directory yet.
+                remove_left_overs(self.out)
 
     def _prepare_first(self) -> Plan:
         """Let the first worker check the run; return its plan, or raise what is wrong."""
@@ -268,7 +284,7 @@ class HandedOut:
         return HookxError(
             f"{len(numbers):,} shards are missing ({shown}): every worker that computed one of them crashed",
             "all others are computed; to see what happens, compute them in one process:",
-            f"  {self.plan.command(os.path.join(self.out, ''))}",
+            f"  {self.plan.command(f'{self.out}/')}",
         )
 
 

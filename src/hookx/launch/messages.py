@@ -12,6 +12,7 @@ from typing import Any
 from hookx import errors
 from hookx.errors import HookxError
 from hookx.options import ExtractOptions
+from hookx.store.location import absolute, location_of
 
 Message = dict[str, Any]
 _MAX_LOG_CHARACTERS = 1000  # A line of up to 4,096 bytes is written whole, by whichever process.
@@ -26,7 +27,7 @@ def options_to_json(options: ExtractOptions) -> Message:
     """Return the options of a worker: all but where the images lie, which it gets as a list, and what is called."""
     values = {name: value for name, value in vars(options).items() if name not in ("images", "progress")}
     layers = [[value] if isinstance(value, str) else list(value) for value in (options.layers, options.exclude)]
-    return values | {"out": os.path.abspath(options.out), "layers": layers[0], "exclude": layers[1]}
+    return values | {"out": str(absolute(location_of(options.out))), "layers": layers[0], "exclude": layers[1]}
 
 
 def options_from_json(values: Message) -> ExtractOptions:

@@ -22,6 +22,7 @@ from hookx.options import ExtractOptions, LauncherOptions, list_paths
 from hookx.options.option import options_of, words_of
 from hookx.run.prepare import Job
 from hookx.store.files import report_write_errors
+from hookx.store.location import absolute, location_of
 
 _OF_FINISH = ("-p", "--partition", "-A", "--account", "-q", "--qos")  # A job without a GPU needs these as well.
 _OURS = ("-a", "--array")
@@ -71,8 +72,8 @@ def describe_submission(job: Job, standard_input: Iterable[str] = ()) -> Submiss
     options = job.options
     assert options.tasks is not None
     own, tasks = _split(options.sbatch), min(options.tasks, len(job.plan.shards))
-    out = os.path.abspath(options.out)
-    folder = Path(f"{out}.slurm")
+    out = absolute(location_of(options.out))
+    folder = Path(f"{out}.slurm" if isinstance(out, Path) else os.path.abspath(f"{out.name}.slurm"))
     at_once = f"%{options.at_once}" if options.at_once else ""
     hookx = [sys.executable, "-m", "hookx"]
     without = {name: option.default for name, option in options_of(LauncherOptions).items()}
@@ -83,7 +84,7 @@ def describe_submission(job: Job, standard_input: Iterable[str] = ()) -> Submiss
     words += ["-0", "--", "-"] if from_list else ["--", *map(str, sources)]
     redirected = f" < {shlex.quote(str(listed))}" if from_list else ""
     extract = f"exec {shlex.join([*hookx, 'extract', *words])}{redirected}"
-    finish = f"exec {shlex.join([*hookx, 'finish', out, '--parts', str(tasks)])}"
+    finish = f"exec {shlex.join([*hookx, 'finish', str(out), '--parts', str(tasks)])}"
     scripts = {
         folder / "extract.sh": _script(
             [
@@ -103,7 +104,7 @@ def describe_submission(job: Job, standard_input: Iterable[str] = ()) -> Submiss
     }
     if from_list:
         scripts[listed] = "".join(f"{file}\0" for file in standard_input)
-    return Submission(os.fspath(options.out), tasks, options.at_once, scripts)
+    return Submission(str(options.out), tasks, options.at_once, scripts)
 
 
 def submit(submission: Submission) -> Submission:

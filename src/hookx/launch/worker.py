@@ -18,19 +18,20 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from hookx.errors import DeviceError, HookxError, system_failure
+from hookx.errors import THEN_RESUME, DeviceError, HookxError, ImageError, system_failure
 from hookx.images.mapped import map_list
 from hookx.launch.messages import LogSender, Sender, error_to_json, options_from_json
 from hookx.models import borrowed_models
 from hookx.plan import Shard
 from hookx.run.defaults import device_name
+from hookx.run.listed import here
 from hookx.run.prepare import Job, prepare_listed
 from hookx.run.run import begin, compute
 from hookx.run.summary import Timing
 from hookx.signals import begin_child
+from hookx.store.location import location_of
 
 
 def main() -> None:
@@ -70,7 +71,11 @@ def serve(messages: Iterator[dict[str, Any]], sender: Sender) -> None:
     """Prepare the run that the first message describes, wait until it is begun, and compute block after block."""
     first = next(messages)
     os.chdir(first["folder"])
-    options, images = options_from_json(first["options"]), map_list(Path(first["images"]))
+    options = options_from_json(first["options"])
+    with here(location_of(first["images"]), options.scratch) as file:
+        if file is None:
+            raise ImageError(f"the list of images {first['images']} was removed", THEN_RESUME)
+        images = map_list(file)
     with borrowed_models():
         job = prepare_listed(options, images, is_helper=True)
         whole = Timing.of(job)

@@ -36,7 +36,7 @@ from hookx.options.values import (
     Paths,
     ignore_progress,
     read_dtype,
-    read_folder,
+    read_path,
     read_size,
 )
 
@@ -72,7 +72,12 @@ class ExtractOptions(
     exclude: str | Iterable[str] = option(
         "--exclude LAYERS...", "Layers to leave out.", default=(), completed_by=("layers", "model"), title="Layers"
     )
-    out: AnyPath = option("-o --out DIR", "The output directory.", default="features", parse=read_folder)
+    out: AnyPath = option("-o --out DIR", "The output directory; or s3://BUCKET/RUN, gs://, az://.", default="features")
+    scratch: AnyPath | None = option(
+        "--scratch DIR",
+        "Where shards are built that go to an object store; default: the folder for temporary files.",
+        default=None,
+    )
     dtype: Dtype | None = option(
         "--dtype NAME", "Stored type: {choices}; default: as returned.", default=None, parse=read_dtype
     )
@@ -234,6 +239,7 @@ class ExportOptions(LayerOfRunOptions, title="Options"):
         "--to FILE",
         "A new file: .npy, .npz, .parquet, .h5, .mat, .csv (vectors) or .zarr.",
         required=("no file is named", "as in --to avgpool.npy"),
+        parse=read_path,
     )
     partial: bool = option("--partial", "Accept a run that is not finished.", default=False)
 

@@ -20,6 +20,7 @@ from hookx.options.values import (
     read_channels,
     read_deviations,
     read_globs,
+    read_path,
     read_shard,
 )
 
@@ -27,7 +28,7 @@ Progress = Callable[[int], None]
 CALLED = "Called with the number finished since the last call."
 DEVICE = "auto, cpu, cuda, cuda:1 or mps."
 MODEL, NO_MODEL = "A model's name; hookx list-models shows them.", "no model is named"
-RUN, IMAGES_OF_RUN = "The directory that hookx extract wrote.", "The folders and files that the run was given."
+RUN, IMAGES_OF_RUN = "What hookx extract wrote: a directory, or a URL.", "The folders and files that the run was given."
 KEYS = "The image to draw, if the run holds several."
 
 
@@ -135,7 +136,7 @@ class LauncherOptions(Options, title="Many workers", variables=True):
 class LookOptions(Options, title="Pictures"):
     """How activations are drawn, and where to."""
 
-    out: AnyPath = option("-o --out DIR", "The directory for the pictures.", default="maps")
+    out: AnyPath = option("-o --out DIR", "The directory for the pictures.", default="maps", parse=read_path)
     channels: str = option("--channels RANGES", "Which channels, as in 0-63,128.", default="")
     top: int | None = option("--top K", "Only the K strongest channels, strongest first.", default=None, minimum=1)
     reduce: ChannelReduction | Literal[""] = option(

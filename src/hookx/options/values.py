@@ -117,8 +117,8 @@ def read_shard(value: str) -> str:
     return f"{number}/{count}"
 
 
-def read_folder(value: AnyPath) -> AnyPath:
+def read_path(value: AnyPath) -> AnyPath:
     """Take a path of the file system; the address of an object store would become a folder called 's3:'."""
     if re.match("[a-z][a-z0-9+.-]*://", os.fspath(value)):
-        raise ValueError("hookx writes to a file system: mount the store, or copy the finished run there")
+        raise ValueError("only runs lie in object stores: name a path of this system, and copy it there")
     return value

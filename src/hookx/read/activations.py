@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby, pairwise
 from operator import itemgetter
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import Tensor
 from hookx.errors import NotStoredError, UsageError
 from hookx.keys import Keys
 from hookx.plan import LayerSpec
+from hookx.store.location import Location
 from hookx.store.shard_rows import ShardRows, Stretch
 
 NOT_IN_NUMPY = ("bfloat16", "float8_e4m3fn", "float8_e5m2")  # float32 holds their values.
@@ -33,10 +33,10 @@ Positions: TypeAlias = NDArray[np.int64]
 class RowIndex:
     """Which rows there are and which files hold them; every address of a run shares it."""
 
-    path: Path
+    path: Location
     keys: Keys
     failures: Mapping[str, str]  # key -> reason
-    files: Sequence[Path]
+    files: Sequence[Location]
     first_rows: Positions  # how many rows of the run precede each file, and the total
     chosen: Positions | None = None  # the position of each row in the run, ascending; None if all rows are chosen
 

@@ -6,7 +6,6 @@ import os
 from array import array
 from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from hookx.plan import Plan
 from hookx.read.activations import Activations, Positions, RowIndex
 from hookx.read.datasets import ActivationDataset
 from hookx.store.directory import present_shards, read_plan
+from hookx.store.location import Location, absolute, location_of
 from hookx.store.record import read_record
 
 
@@ -40,17 +40,17 @@ def open_features(path: str | os.PathLike[str], *, partial: bool = False) -> Fea
         >>> list(features), rows.shape, features.keys[0]
         (['conv1', 'avgpool'], torch.Size([2, 64, 112, 112]), 'animals/chelsea.jpg')
     """
-    path = Path(path)
-    plan = read_plan(path)
-    shards = present_shards(path, plan)
+    run = location_of(path)
+    plan = read_plan(run)
+    shards = present_shards(run, plan)
     if len(shards) < len(plan.shards) and not partial:
         raise StoreError(
-            f"{path}/ is not finished: {len(shards):,} of {len(plan.shards):,} shards",
+            f"{run}/ is not finished: {len(shards):,} of {len(plan.shards):,} shards",
             "resume it with (reconstructed from the plan):",
-            f"  {plan.command(os.path.join(path, ''))}",
-            f"or read its finished shards: --partial, or in Python hookx.open({str(path)!r}, partial=True)",
+            f"  {plan.command(f'{run}/')}",
+            f"or read its finished shards: --partial, or in Python hookx.open({str(run)!r}, partial=True)",
         )
-    files = [(path / plan.shard_file(shard)).absolute() for shard in shards]
+    files = [absolute(run / plan.shard_file(shard)) for shard in shards]
     failures: dict[str, str] = {}
     first_rows = [0]
 
@@ -58,7 +58,7 @@ def open_features(path: str | os.PathLike[str], *, partial: bool = False) -> Fea
         # Hold one record at a time: a run can have millions of images.
         last = b""
         for shard, file in zip(shards, files, strict=True):
-            record = read_record(path, plan, shard)
+            record = read_record(run, plan, shard)
             failures.update(record.failures)
             first_rows.append(first_rows[-1] + len(record.keys))
             for key in map(os.fsencode, record.keys):
@@ -68,7 +68,7 @@ def open_features(path: str | os.PathLike[str], *, partial: bool = False) -> Fea
                 last = key
 
     keys = Keys.pack(keys_of_rows())
-    return Features(path, plan, RowIndex(path, keys, failures, files, np.array(first_rows, dtype=np.int64)))
+    return Features(run, plan, RowIndex(run, keys, failures, files, np.array(first_rows, dtype=np.int64)))
 
 
 class RunKeys(Keys):
@@ -98,7 +98,7 @@ class Features(Mapping[str, Activations]):
 
     keys: RunKeys
 
-    def __init__(self, path: Path, plan: Plan, rows: RowIndex) -> None:
+    def __init__(self, path: Location, plan: Plan, rows: RowIndex) -> None:
         self.path, self.plan, self.rows, self.failures = path, plan, rows, rows.failures
         self._activations = {layer.address: Activations(layer, rows) for layer in plan.layers}
         self.keys = self.keys_of_rows = RunKeys(rows.keys, list(self))

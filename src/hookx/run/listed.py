@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from hookx.errors import UsageError
@@ -11,24 +14,49 @@ from hookx.images.listing import ImageList, list_images
 from hookx.images.mapped import map_list, sources_of
 from hookx.layers.select import Selector, parse_selectors
 from hookx.options import ExtractOptions, list_paths
+from hookx.store.directory import names_in
+from hookx.store.files import open_file, report_read_errors
+from hookx.store.location import Location, location_of
+from hookx.store.objects.path import ObjectPath
+from hookx.store.reading import as_stream
+from hookx.store.scratch import scratch_folder
 
 log = logging.getLogger("hookx")
+_COPIED_AT_ONCE = 16 * 2**20
 LIST = "images.list"  # beside the plan, if it was written
 
 
 def list_images_of(options: ExtractOptions) -> ImageList:
     """List the images of a run, if the layers are named in words that can be read at all."""
     selectors_of(options)  # Listing takes long, where there are many.
-    file, sources = Path(options.out) / LIST, absolute_sources(options)
+    file, sources = location_of(options.out) / LIST, absolute_sources(options)
     # What was mended since has another size, which only a look at the files shows.
-    if sources and not options.retry_failures and sources_of(file) == sources:
-        log.info("images: as %s lists them", file)
-        return map_list(file)
+    if sources and not options.retry_failures:
+        with here(file, options.scratch) as copy:
+            if copy and sources_of(copy) == sources:
+                log.info("images: as %s lists them", file)
+                return map_list(copy)
     return list_images(
         list_paths(options.images),
         retry_seconds=options.retry_for,
         unavailable_is_failure=options.on_io_error == "fail",
     )
+
+
+@contextlib.contextmanager
+def here(file: Location, scratch: str | os.PathLike[str] | None) -> Iterator[Path | None]:
+    """Yield a file that can be mapped, for as long as the block lasts: a copy of an object; None if there is none."""
+    if not isinstance(file, ObjectPath):
+        yield file
+        return
+    if file.name not in names_in(file.parent, is_output=True):
+        yield None
+        return
+    with scratch_folder(scratch) as folder:
+        copy = folder / file.name
+        with report_read_errors(file), open_file(file) as opened, open(copy, "xb") as written:
+            shutil.copyfileobj(as_stream(opened, _COPIED_AT_ONCE), written, _COPIED_AT_ONCE)
+        yield copy
 
 
 def absolute_sources(options: ExtractOptions) -> list[str]:

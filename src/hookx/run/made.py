@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from hookx.plan import Plan
 from hookx.run.defaults import describe_device, device_name
 from hookx.run.ready import ReadyModel
 from hookx.store.directory import present_shards
+from hookx.store.location import Location
 from hookx.store.record import read_record, version_of
 
 _NOT_OF_A_KIND = ("batch_size", "nondeterministic")  # They differ within one kind of machine.
@@ -38,7 +38,7 @@ def kind_of(made: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     return tuple((name, str(value)) for name, value in made.items() if name not in _NOT_OF_A_KIND)
 
 
-def check_same_hardware(out: Path, begun: Plan, here: tuple[tuple[str, str], ...]) -> None:
+def check_same_hardware(out: Location, begun: Plan, here: tuple[tuple[str, str], ...]) -> None:
     """Raise `HookxError` if this process is of another kind than the run was begun with."""
     there = begun.hardware
     if not there and (present := present_shards(out, begun)):  # It was begun without insisting on anything.

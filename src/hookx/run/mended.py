@@ -6,19 +6,19 @@ import logging
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from hookx.errors import ImageError
 from hookx.images.listing import ImageList
 from hookx.keys import images_sha256, key_bytes
 from hookx.plan import Plan, Shard
 from hookx.store.directory import present_shards
+from hookx.store.location import Location
 from hookx.store.record import ShardRecord, read_record
 
 log = logging.getLogger("hookx")
 
 
-def as_begun(out: Path, begun: Plan | None, plan: Plan, images: ImageList) -> tuple[Plan, Sequence[int]]:
+def as_begun(out: Location, begun: Plan | None, plan: Plan, images: ImageList) -> tuple[Plan, Sequence[int]]:
     """Return the plan with the images of the run that was begun, and the sizes in bytes that they had then.
 
     The fingerprint covers the size of every file. A file that could not be read has left no number in any shard, so
@@ -60,7 +60,7 @@ def mended_in(shard: Shard, images: ImageList, then_bytes: Sequence[int]) -> dic
     }
 
 
-def failing_shards(out: Path, plan: Plan, finished: Sequence[Shard]) -> frozenset[int]:
+def failing_shards(out: Location, plan: Plan, finished: Sequence[Shard]) -> frozenset[int]:
     """Return the numbers of the finished shards that lack images which could not be read."""
     failing = {shard.number for shard in finished if read_record(out, plan, shard).failures}
     if not failing:
@@ -68,7 +68,7 @@ def failing_shards(out: Path, plan: Plan, finished: Sequence[Shard]) -> frozense
     return frozenset(failing)
 
 
-def check_nothing_lost(out: Path, plan: Plan, shard: Shard, record: ShardRecord) -> None:
+def check_nothing_lost(out: Location, plan: Plan, shard: Shard, record: ShardRecord) -> None:
     """Raise `ImageError` if a shard would take the place of one that holds an image which it lacks."""
     there = set(read_record(out, plan, shard).keys)
     for key, reason in record.failures:

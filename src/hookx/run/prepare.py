@@ -26,6 +26,7 @@ from hookx.run.parts import Part, describe_part
 from hookx.run.ready import ReadyModel, ready_model
 from hookx.run.room import bytes_free, check_room
 from hookx.store.directory import begun_plan, check_resumable, finished_shards, present_shards
+from hookx.store.location import Location, location_of
 
 log = logging.getLogger("hookx")
 _CONVERT = "convert it: --dtype fp32"
@@ -36,7 +37,7 @@ class Job:
     """A run that has been checked and not begun."""
 
     options: ExtractOptions
-    out: Path
+    out: Location
     plan: Plan
     ready: ReadyModel
     images: ImageList
@@ -75,8 +76,9 @@ class Job:
         return sum(map(len, self.pending)) * self.plan.bytes_per_image
 
     @property
-    def bytes_free(self) -> int:
-        return bytes_free(self.out)
+    def bytes_free(self) -> int | None:
+        """How many bytes the output directory's file system has left; None for an object store."""
+        return bytes_free(self.out) if isinstance(self.out, Path) else None
 
 
 @takes(ExtractOptions)
@@ -101,7 +103,7 @@ def prepare_listed(
         is_helper: this process computes for another, which says which shards and has looked at those that are there.
     """
     selectors, excluded = selectors_of(options)
-    out = Path(options.out)
+    out = location_of(options.out)
     # A resumed run keeps what was chosen automatically: on another device the choice could differ.
     begun = begun_plan(out)
     chosen = begun or options
@@ -148,7 +150,7 @@ def prepare_listed(
     ready = ready.settle() if pending else ready
     job = Job(options, out, plan, ready, listed, workers, pending, then_bytes, begun, replaced)
     if not is_helper:
-        check_room(out, job.bytes_to_write)
+        check_room(out, pending, plan, options.scratch)
     return job
 
 

@@ -76,7 +76,7 @@ def begin(job: Job, lock: Lock | None = None) -> Iterator[tuple[RunDirectory, Jo
     """
     if lock is None:
         lock = "alone" if job.part is None else "shared"
-    directory = RunDirectory(job.out, job.plan, lock=lock)
+    directory = RunDirectory(job.out, job.plan, lock=lock, scratch=job.options.scratch)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(directory)
@@ -84,7 +84,8 @@ def begin(job: Job, lock: Lock | None = None) -> Iterator[tuple[RunDirectory, Jo
             if job.begun is not None or job.options.memory_format != "auto":
                 raise
             job = prepare_again(job)
-            directory = stack.enter_context(RunDirectory(job.out, job.plan, lock=lock))
+            directory = RunDirectory(job.out, job.plan, lock=lock, scratch=job.options.scratch)
+            stack.enter_context(directory)
         if job.options.batch_size == "auto":
             plan = dataclasses.replace(job.plan, batch_size=directory.begun.batch_size)
             job = dataclasses.replace(job, plan=plan)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from hookx.plan import Plan, Shard
 from hookx.run.parts import Part
 from hookx.store.directory import present_shards
+from hookx.store.location import Location, location_of
 from hookx.store.record import Totals, read_record
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Summary:
     def files(self) -> tuple[str, ...]:
         shards = self.plan.shards
         numbers = self.part.numbers(len(shards)) if self.part else range(len(shards))
-        return tuple(str(Path(self.out) / self.plan.shard_file(shards[number])) for number in numbers)
+        return tuple(str(location_of(self.out) / self.plan.shard_file(shards[number])) for number in numbers)
 
     @property
     def is_complete(self) -> bool:
@@ -128,7 +128,7 @@ class Summary:
 
 def summarize(
     plan: Plan,
-    out: Path,
+    out: Location,
     pending: Sequence[Shard],
     part: Part | None,
     computed: Totals,

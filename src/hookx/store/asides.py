@@ -19,7 +19,7 @@ from pathlib import Path
 ASIDE = ".aside"  # the suffix of what is still being written
 _MAX_NAME_BYTES = 255  # of one name, in all common file systems
 _MAX_HOST_CHARACTERS = 32
-_MAX_AGE_SECONDS = 24 * 3600  # after which what another host left is given up
+MAX_AGE_SECONDS = 24 * 3600  # after which what another host left is given up
 _MARK = re.compile(
     r"\.(?P<mark>(?P<host>[A-Za-z0-9_]+\.[0-9a-f]{8})-(?P<process>\d+)\.(?P<start>\d+)-[0-9a-f]{8})\.aside\Z"
 )
@@ -96,7 +96,7 @@ def left_overs_in(folder: Path) -> Iterator[Aside]:
                 is_left_over = True
             elif not aside.is_of_this_host:
                 now = now or clock_of(folder)
-                is_left_over = now - os.lstat(aside.path).st_mtime > _MAX_AGE_SECONDS
+                is_left_over = now - os.lstat(aside.path).st_mtime > MAX_AGE_SECONDS
             else:
                 is_left_over = not aside.is_in_use
             if is_left_over:

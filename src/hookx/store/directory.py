@@ -17,15 +17,21 @@ from hookx.store.asides import aside_of, new_mark, remove_left_overs
 from hookx.store.files import (
     check_is_file,
     is_there,
+    open_file,
     patiently,
     put_in_place,
     reason_of,
+    remove,
     removed_at_the_end,
     report_read_errors,
     report_write_errors,
     write_whole,
 )
+from hookx.store.location import Location
+from hookx.store.objects.path import ObjectPath
+from hookx.store.reading import as_stream
 from hookx.store.record import ShardRecord, read_record
+from hookx.store.scratch import scratch_folder
 from hookx.store.tables import table
 
 log = logging.getLogger("hookx")
@@ -48,44 +54,60 @@ class RunDirectory:
     Args:
         lock: 'alone' of who computes every shard; 'shared' of those that compute a part each; '' of those that compute
             for a process that holds the lock.
+        scratch: where shards are built that go to an object store, which knows no locks: a folder of this machine, by
+            default that for temporary files.
 
     Attributes:
         plan: what is computed.
         begun: the plan that the directory holds; it can differ in what the fingerprint does not cover.
     """
 
-    def __init__(self, path: Path, plan: Plan, *, lock: Lock = "alone") -> None:
+    def __init__(
+        self, path: Location, plan: Plan, *, lock: Lock = "alone", scratch: str | os.PathLike[str] | None = None
+    ) -> None:
         self.path, self.plan, self.begun = path, plan, plan
-        self._kind_of_lock = lock
+        self._kind_of_lock, self._scratch = lock, scratch
+        self._asides = path if isinstance(path, Path) else Path()  # where files are written before they are whole
+        self._stack = contextlib.ExitStack()
         self._mark = new_mark()  # Forked and spawned workers keep that of the process that owns the run.
         self._descriptor = -1
 
     def __enter__(self) -> RunDirectory:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self.path, os.O_RDONLY)
-        except OSError as error:
-            raise _unusable(self.path, error) from None
-        try:
-            self._lock()
+            if isinstance(self.path, ObjectPath):
+                self._asides = self._stack.enter_context(scratch_folder(self._scratch))
+                if self._kind_of_lock:
+                    _check_store(self.path)
+            else:
+                self._open(self.path)
             begun = check_resumable(self.path, self.plan)
-            with report_write_errors(self.path, resumable=True):
-                remove_left_overs(self.path)
+            if isinstance(self.path, Path):
+                with report_write_errors(self.path, resumable=True):
+                    remove_left_overs(self.path)
             if begun is None:
                 write_whole(self.path / PLAN, [self.plan.to_json().encode()], replace=False)
                 begun = check_resumable(self.path, self.plan)  # Another process may have been first with another plan.
             self.begun = begun or self.plan
         except BaseException:
-            self.release()
+            self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
+        self._stack.close()
 
     def __getstate__(self) -> dict[str, Any]:
         # A spawned worker, unlike a forked one, has not inherited the descriptor, only its number.
-        return {**self.__dict__, "_descriptor": -1}
+        return {**self.__dict__, "_descriptor": -1, "_stack": None}
+
+    def _open(self, path: Path) -> None:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise _unusable(path, error) from None
+        self._lock()
 
     def _lock(self) -> None:
         if not self._kind_of_lock:
@@ -109,12 +131,12 @@ class RunDirectory:
                 reason_of(error),
             )
 
-    def file_of(self, shard: Shard) -> Path:
+    def file_of(self, shard: Shard) -> Location:
         return self.path / self.plan.shard_file(shard)
 
     def aside_of(self, shard: Shard) -> Path:
         """Return where this run writes a shard before it is whole, in any of its processes."""
-        return aside_of(self.file_of(shard), self._mark)
+        return aside_of(self._asides / self.plan.shard_file(shard), self._mark)
 
     def release(self) -> None:
         """Unlock the directory; forked workers do so too, or they would keep the lock of a killed run."""
@@ -133,14 +155,14 @@ class RunDirectory:
 
     def publish(self, name: str, write: Callable[[Path], None]) -> None:
         """Have a file written aside, and give it its name in place of any other."""
-        file, aside = self.path / name, aside_of(self.path / name, self._mark)
+        file, aside = self.path / name, aside_of(self._asides / name, self._mark)
         with report_write_errors(file, resumable=True), removed_at_the_end(aside):
             write(aside)
             with open(aside, "rb") as written:
                 put_in_place(written.fileno(), aside, file, replace=True)
 
 
-def publish_index(path: Path, plan: Plan) -> None:
+def publish_index(path: Location, plan: Plan) -> None:
     """Write index.csv, and failures.csv if there are failures, from the shards; this completes the run.
 
     Any process may do so, and several at once: they write the same bytes.
@@ -148,12 +170,12 @@ def publish_index(path: Path, plan: Plan) -> None:
     tables = derived_tables(path, plan)
     if FAILURES not in tables:
         with report_write_errors(path / FAILURES, resumable=True):
-            (path / FAILURES).unlink(missing_ok=True)  # Left by a shard that was removed and computed again.
+            remove(path / FAILURES)  # Left by a shard that was removed and computed again.
     for name, lines in tables.items():
         write_whole(path / name, lines)
 
 
-def derived_tables(path: Path, plan: Plan, *, as_fields: bool = True) -> dict[str, Iterator[bytes]]:
+def derived_tables(path: Location, plan: Plan, *, as_fields: bool = True) -> dict[str, Iterator[bytes]]:
     """Derive the lines of index.csv, and of failures.csv if there are failures, from the shards of a finished run."""
 
     def records() -> Iterator[tuple[str, ShardRecord]]:
@@ -169,6 +191,19 @@ def derived_tables(path: Path, plan: Plan, *, as_fields: bool = True) -> dict[st
     return tables
 
 
+def _check_store(path: ObjectPath) -> None:
+    """Raise `StoreError` if a store cannot be written to; warn if it does not keep what is there."""
+    try:
+        if not path.keeps_the_first():
+            log.warning(
+                "this store replaces what it was asked to create only: of two processes that write the same shard the "
+                "last wins, with the same bytes; do not begin two runs in %s at the same time",
+                path,
+            )
+    except OSError as error:
+        raise _unusable(path, error) from None
+
+
 def _holder(descriptor: int) -> str:
     """Name the process that holds the lock of an open directory, if the system tells."""
     with contextlib.suppress(OSError, IndexError):  # Only Linux has this file.
@@ -180,7 +215,7 @@ def _holder(descriptor: int) -> str:
     return ""
 
 
-def check_resumable(path: Path, plan: Plan) -> Plan | None:
+def check_resumable(path: Location, plan: Plan) -> Plan | None:
     """Raise `StoreError` unless a run of this plan may write to the directory; return the plan that is there."""
     names, there = names_in(path, is_output=True), None
     if PLAN in names:
@@ -197,14 +232,16 @@ def check_resumable(path: Path, plan: Plan) -> Plan | None:
     return there
 
 
-def begun_plan(path: Path) -> Plan | None:
+def begun_plan(path: Location) -> Plan | None:
     """Return the plan of the run that a directory holds; None if it holds none, or does not exist."""
     return read_plan(path) if PLAN in names_in(path, is_output=True) else None
 
 
-def names_in(path: Path, *, is_output: bool = False) -> set[str]:
+def names_in(path: Location, *, is_output: bool = False) -> set[str]:
     """List a directory; with `is_output` it need not exist."""
     try:
+        if isinstance(path, ObjectPath):
+            return set(path.names())
         return set(patiently(os.listdir, path))
     except FileNotFoundError as error:
         with contextlib.suppress(OSError):
@@ -212,7 +249,7 @@ def names_in(path: Path, *, is_output: bool = False) -> set[str]:
                 return set()
         reason: OSError = error
     except NotADirectoryError as error:
-        if is_output and path.is_file():
+        if is_output and isinstance(path, Path) and path.is_file():
             raise StoreError(f"{path} is a file, not a directory", "choose another --out") from None
         reason = error
     except OSError as error:
@@ -220,13 +257,13 @@ def names_in(path: Path, *, is_output: bool = False) -> set[str]:
     raise _unusable(path, reason) if is_output else UnreadableError(path, reason_of(reason))
 
 
-def _unusable(path: Path, error: OSError) -> StoreError:
+def _unusable(path: Location, error: OSError) -> StoreError:
     return StoreError(
         f"cannot use {path} as the output directory: {reason_of(error)}", "fix that, or choose another --out"
     )
 
 
-def finished_shards(path: Path, plan: Plan) -> list[Shard]:
+def finished_shards(path: Location, plan: Plan) -> list[Shard]:
     """Return the shards whose files exist; `StoreError` for one that cannot be read, is damaged or of another run."""
     present = present_shards(path, plan, is_output=True)
     for shard in present:
@@ -234,7 +271,7 @@ def finished_shards(path: Path, plan: Plan) -> list[Shard]:
     return present
 
 
-def present_shards(path: Path, plan: Plan, *, is_output: bool = False) -> list[Shard]:
+def present_shards(path: Location, plan: Plan, *, is_output: bool = False) -> list[Shard]:
     """Return the shards that have a file, whatever it holds; with `is_output` the directory need not exist."""
     # Look in the directory, not through the plan, which may name any number of shards.
     names = names_in(path, is_output=is_output)
@@ -244,14 +281,14 @@ def present_shards(path: Path, plan: Plan, *, is_output: bool = False) -> list[S
     return [shard for shard in shards if plan.shard_file(shard) in names]
 
 
-def read_plan(path: Path) -> Plan:
+def read_plan(path: Location) -> Plan:
     """Read a directory's plan.json; `UnreadableError` if it is there and cannot be read now."""
     file = path / PLAN
     try:
         with report_read_errors(file):
             check_is_file(file)
-            with open(file, "rb") as opened:
-                text = opened.read(_MAX_PLAN_BYTES + 1)
+            with open_file(file) as opened:
+                text = as_stream(opened).read(_MAX_PLAN_BYTES + 1)
         if len(text) > _MAX_PLAN_BYTES:
             raise StoreError(f"{PLAN} is longer than {_MAX_PLAN_BYTES:,} bytes, and so not from hookx")
         return Plan.from_json(text.decode())

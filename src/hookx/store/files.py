@@ -12,12 +12,16 @@ import filecmp
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hookx.errors import THEN_RESUME, StoreError, UnreadableError
 from hookx.store.asides import aside_of, asides_in, left_overs_in, new_mark
+from hookx.store.location import Location
+from hookx.store.objects.path import ObjectFile, ObjectPath
+from hookx.store.reading import LocalFile, Readable
 
 # How file systems say that they have no hard links. If it meant something else, renaming will say so too.
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
@@ -34,11 +38,16 @@ _KINDS = {
 }
 
 
-def write_whole(path: Path, chunks: Iterable[bytes | memoryview], *, replace: bool = True) -> bool:
+def write_whole(path: Location, chunks: Iterable[bytes | memoryview], *, replace: bool = True) -> bool:
     """Write a file so that it is whole or absent; return whether it has the name now.
 
     With `replace` it takes the place of any file of that name. Otherwise the first process that publishes wins.
     """
+    if isinstance(path, ObjectPath):
+        with report_write_errors(path, resumable=True), tempfile.NamedTemporaryFile(prefix="hookx-") as file:
+            file.writelines(chunks)
+            file.flush()
+            return path.put(Path(file.name), replace=replace)
     aside = aside_of(path, new_mark())
     _remove_left_overs_of(path)
     with report_write_errors(path, resumable=True), removed_at_the_end(aside):
@@ -124,8 +133,10 @@ def check_absent(path: Path) -> None:
             raise StoreError(f"{path} already exists", "remove it, or choose another name")
 
 
-def is_there(path: Path) -> bool:
+def is_there(path: Location) -> bool:
     """Whether anything has this name, even a broken link; `OSError` if the system does not tell."""
+    if isinstance(path, ObjectPath):
+        return path.exists()
     try:
         patiently(os.lstat, path)
     except (FileNotFoundError, NotADirectoryError):
@@ -143,12 +154,18 @@ def removed_at_the_end(aside: Path) -> Iterator[None]:
             os.unlink(aside)
 
 
-def put_in_place(descriptor: int, aside: Path, path: Path, *, replace: bool) -> bool:
+def put_in_place(descriptor: int, aside: Path, path: Location, *, replace: bool) -> bool:
     """Flush an open file that was written aside to the disk, and give it its name; return whether it has it now.
 
     With `replace` it takes the place of any file of that name, which is there until then. Otherwise the first wins,
     and this file is dropped: two writers of one shard write the same bytes.
     """
+    if isinstance(path, ObjectPath):  # It is safe there once the store has answered; what is here may go.
+        check_same(descriptor, aside)
+        is_ours = path.put(aside, replace=replace)
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
+        return is_ours
     os.fsync(descriptor)
     check_same(descriptor, aside)
 
@@ -249,7 +266,7 @@ def patiently(call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 @contextlib.contextmanager
-def report_write_errors(path: Path, *, resumable: bool = False) -> Iterator[None]:
+def report_write_errors(path: Location, *, resumable: bool = False) -> Iterator[None]:
     """Turn an `OSError` into a `StoreError` that names the file, the reason and what to do."""
     try:
         yield
@@ -267,8 +284,33 @@ def reason_of(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def check_is_file(path: Path) -> None:
+@contextlib.contextmanager
+def open_file(path: Location, size_bytes: int | None = None) -> Iterator[Readable]:
+    """Open a file of a run to read it; `UnreadableError` if it is none, `OSError` if the system refuses.
+
+    Args:
+        size_bytes: its size, if it is known: an object store is not asked for it again.
+    """
+    if isinstance(path, ObjectPath):
+        yield ObjectFile(path, size_bytes)
+        return
+    check_is_file(path)
+    with open(path, "rb", buffering=0) as opened:
+        yield LocalFile(opened.fileno())
+
+
+def remove(path: Location) -> None:
+    """Remove a file, if there is one."""
+    if isinstance(path, ObjectPath):
+        path.remove()
+    else:
+        path.unlink(missing_ok=True)
+
+
+def check_is_file(path: Location) -> None:
     """Raise `UnreadableError` for a folder, a pipe or a device of this name, which hookx neither reads nor removes."""
+    if isinstance(path, ObjectPath):
+        return
     try:
         mode = patiently(os.stat, path).st_mode
     except FileNotFoundError:
@@ -283,7 +325,7 @@ def check_is_file(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def report_read_errors(path: Path) -> Iterator[None]:
+def report_read_errors(path: Location) -> Iterator[None]:
     """Turn what keeps a file from being read into an `UnreadableError`: it says nothing about what the file holds."""
     try:
         yield

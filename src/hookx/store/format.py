@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +17,9 @@ from torch import Tensor
 from hookx.errors import ShardError, StoreError, UnreadableError, one_line
 from hookx.plan import DTYPES, LayerSpec
 from hookx.store.crc import crc32
-from hookx.store.files import report_read_errors
-from hookx.store.reading import Readable, open_file, read_range
+from hookx.store.files import open_file, report_read_errors
+from hookx.store.location import Location
+from hookx.store.reading import Readable, read_range
 
 MAX_HEADER_BYTES = 32 * 2**20
 _BYTES_AT_ONCE = 8 * 2**20
@@ -95,7 +95,7 @@ def _place_of(entry: Mapping[str, Any], data_start: int) -> TensorPlace:
 
 
 @contextlib.contextmanager
-def open_shard(file: Path) -> Iterator[tuple[Readable, Header]]:
+def open_shard(file: Location) -> Iterator[tuple[Readable, Header]]:
     """Open a shard and read its header, which fits the file; errors are those of `reading`."""
     with reading(file), open_file(file) as opened:
         try:
@@ -110,7 +110,7 @@ def open_shard(file: Path) -> Iterator[tuple[Readable, Header]]:
 
 
 @contextlib.contextmanager
-def reading(file: Path) -> Iterator[None]:
+def reading(file: Location) -> Iterator[None]:
     """Raise `UnreadableError` if a shard cannot be read now, and `ShardError` if it was read and is damaged."""
     try:
         with report_read_errors(file):

@@ -1,15 +1,11 @@
-"""Files of a run, opened to be read at any place."""
+"""Open files of a run, read at any place in them."""
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Protocol
-
-from hookx.store.files import check_is_file
 
 Piece = tuple[int, memoryview]  # where in a file, and the bytes that are to be filled from there
 
@@ -41,14 +37,6 @@ class LocalFile:
                 if not count:
                     raise EOFError("it ends too early")
                 at, wanted = at + count, wanted[count:]
-
-
-@contextlib.contextmanager
-def open_file(file: Path) -> Iterator[Readable]:
-    """Open a file of a run to read it; `UnreadableError` if it is none, `OSError` if the system refuses."""
-    check_is_file(file)
-    with open(file, "rb", buffering=0) as opened:
-        yield LocalFile(opened.fileno())
 
 
 def read_range(file: Readable, start: int, stop: int) -> bytes:

@@ -7,13 +7,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from hookx.errors import ShardError
 from hookx.plan import DTYPES, FORMAT, Plan, Shard, ValueCounts
 from hookx.store.crc import crc32
 from hookx.store.format import open_shard
+from hookx.store.location import Location
 
 
 @dataclass
@@ -78,7 +78,7 @@ def _checksum_of_metadata(metadata: Mapping[str, str]) -> str:
     return str(crc32(json.dumps(fields).encode()))
 
 
-def read_record(path: Path, plan: Plan, shard: Shard) -> ShardRecord:
+def read_record(path: Location, plan: Plan, shard: Shard) -> ShardRecord:
     """Read a shard's record.
 
     Raises:

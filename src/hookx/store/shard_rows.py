@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -16,8 +15,11 @@ from torch import Tensor
 
 from hookx.errors import StoreError
 from hookx.plan import LayerSpec
+from hookx.store.files import open_file
 from hookx.store.format import open_shard, reading
-from hookx.store.reading import LocalFile, Readable, open_file
+from hookx.store.location import Location
+from hookx.store.objects.path import ObjectPath
+from hookx.store.reading import LocalFile, Readable
 
 Stretch: TypeAlias = tuple[int, int, int]  # adjacent rows: the first in its shard, their start and stop in the result
 
@@ -29,7 +31,7 @@ class ShardRows:
         count: how many rows the shard's record promises; `StoreError` if it has others by now.
     """
 
-    def __init__(self, file: Path, layer: LayerSpec, count: int) -> None:
+    def __init__(self, file: Location, layer: LayerSpec, count: int) -> None:
         self.file, self.layer, self.count = file, layer, count
         self.row_bytes = layer.bytes_per_image
         with open_shard(file) as (opened, header):
@@ -60,7 +62,7 @@ class ShardRows:
 
     def prefetch(self, stretches: Sequence[Stretch]) -> None:
         """Start reading rows into the system's file cache, and return without waiting."""
-        if not hasattr(os, "posix_fadvise"):  # macOS lacks it.
+        if isinstance(self.file, ObjectPath) or not hasattr(os, "posix_fadvise"):  # macOS lacks it.
             return
         with self._open() as opened:
             if isinstance(opened, LocalFile):
@@ -69,7 +71,9 @@ class ShardRows:
                     os.posix_fadvise(opened.descriptor, at, length, os.POSIX_FADV_WILLNEED)
 
     def map(self) -> Tensor:
-        """Map all rows into memory, privately: writing to the tensor never changes the file."""
+        """Map all rows into memory, privately: writing to the tensor never changes the file. Objects are read."""
+        if isinstance(self.file, ObjectPath):
+            return self.tensor(0, self.count)
         with reading(self.file):
             try:
                 with safe_open(self.file, framework="pt") as opened:
@@ -83,7 +87,7 @@ class ShardRows:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[Readable]:
-        with reading(self.file), open_file(self.file) as opened:
+        with reading(self.file), open_file(self.file, self.file_bytes) as opened:
             if opened.size_bytes != self.file_bytes:
                 raise self._changed()
             yield opened

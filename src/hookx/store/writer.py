@@ -40,6 +40,7 @@ _POLL_SECONDS = 0.001  # between looks at what another process does
 _CHECK_SECONDS = 0.5  # between looks at whether what is waited for can still happen
 _TOUCH_SECONDS = 3600  # Nobody takes what was touched so often for left over.
 _THREADS_FOR_CHECKSUMS = 3
+MAX_WAITING = 2  # shards on their way to the store, which may be slower than the model
 _FILES_AHEAD = 2  # for every process: it may have one batch on its way to the disk, and another in hand
 
 T = TypeVar("T")
@@ -262,6 +263,8 @@ class ShardWriter:
 
     def publish(self, record: ShardRecord, batches: Sequence[Written | Future[Written] | None]) -> None:
         """Publish the next shard once its batches are on the disk; raises what went wrong with an earlier shard."""
+        while len(self._publishing) > MAX_WAITING:
+            self._publishing.popleft().result()
         self.check()
         shard = self._shards[self._handed_over]
         self._handed_over += 1

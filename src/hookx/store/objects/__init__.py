@@ -1,0 +1,1 @@
+"""Object stores: places in them, and the process that talks to them."""
