@@ -295,7 +295,7 @@ def read_plan(path: Location) -> Plan:
     except UnicodeDecodeError as error:
         raise StoreError(f"{path}/ holds no run of hookx: cannot read {PLAN} ({error})") from None
     except UnreadableError as error:
-        with contextlib.suppress(OSError):
+        with report_read_errors(path):
             if not is_there(file):
                 raise StoreError(f"{path}/ holds no run of hookx: cannot read {PLAN} (there is none)") from None
         raise error from None

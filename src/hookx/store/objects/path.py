@@ -107,7 +107,7 @@ class ObjectPath:
         try:
             self.size_bytes()
         except FileNotFoundError:
-            return False
+            return self.name in self.parent.names()  # A listing says so if there is no bucket.
         return True
 
     def read(self, ranges: Sequence[tuple[int, int]]) -> memoryview:

@@ -176,7 +176,9 @@ class S3Bucket(Bucket):
         before = datetime.now(UTC) - timedelta(seconds=older_than_seconds)
         with self._in_words():
             all_begun = self._pages("list_multipart_uploads", "Uploads", Prefix=f"{prefix}/")
-            old = [upload for upload in all_begun if upload["Initiated"] < before]
+            # Not every store heeds the prefix.
+            of_run = [upload for upload in all_begun if upload["Key"].startswith(f"{prefix}/")]
+            old = [upload for upload in of_run if upload["Initiated"] < before]
             for upload in old:
                 abort = self._client.abort_multipart_upload
                 self._call(abort, Key=upload["Key"], UploadId=upload["UploadId"])
