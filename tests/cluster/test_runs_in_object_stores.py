@@ -18,6 +18,7 @@ import pytest
 from kit.between import between
 from kit.files import contents
 from kit.kept import kept
+from kit.ray_cluster import ray_cluster
 from kit.runs import wait_for
 from kit.s3 import Store, client, localbucket, moto, nanio, serve
 from kit.whole_runs import SHARDS, extract, hookx, variables
@@ -292,7 +293,7 @@ def test_what_is_wrong_with_a_store_is_said_at_once_and_no_secret_with_it(
         (command, nowhere, "Could not connect to the endpoint", "choose another --out"),
         (command, empty, "there are no credentials", "aws configure"),
         ([*command[:-2], "s3://u:pass@bucket/run", command[-1]], {}, "do not belong into a URL", "s3://BUCKET/RUN"),
-        ([*command[:-2], "ftp://bucket/run", command[-1]], {}, "no store 'ftp://'", "s3://, gs://, az://"),
+        ([*command[:-2], "ftp://bucket/run", command[-1]], {}, "cannot use 'ftp://'", "s3://, gs://, az://"),
         ([*command[:-2], "s3://features", command[-1]], {}, "names no place of its own", "s3://features/RUN"),
         (["verify", "s3://features/absent"], {}, "cannot read plan.json", "there is none"),
         (["inspect", "s3://absent/run"], {}, "there is no bucket 'absent'", ""),
@@ -331,3 +332,27 @@ def test_failures_that_were_mended_take_the_place_of_what_is_there(
     assert call(store, *in_store(folder, "--retry-failures")).returncode == 0
     assert "failures.csv" not in objects(store)
     assert call(store, "verify", RUN).returncode == 0
+
+
+def test_nodes_of_ray_write_to_a_store_and_take_the_list_from_there(
+    pictures: Path, at_once: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables(store.environment).items():
+        monkeypatch.setenv(name, value)
+    with ray_cluster() as cluster:
+        command = in_store(pictures, "--launcher", "ray", "--ray-address", cluster.address)
+        environment = cluster.environment | store.environment
+        done = subprocess.run(hookx(*command), env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 3, done.stderr
+    assert objects(store) == contents(at_once), "the list is removed at the end"
+
+
+def test_an_array_of_slurm_gets_the_address_and_its_scripts_lie_here(
+    pictures: Path, store: Store, tmp_path: Path
+) -> None:
+    command = in_store(pictures, "--launcher", "slurm", "--tasks", "2", "--dry-run")
+    done = subprocess.run(
+        hookx(*command), env=variables(store.environment), cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and f"--out={RUN} " in done.stdout and f"finish {RUN} --parts 2" in done.stdout
+    assert f"--output={tmp_path}/run.slurm/" in done.stdout and not list(tmp_path.iterdir())

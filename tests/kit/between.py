@@ -20,8 +20,8 @@ class Between:
     Attributes:
         store: the same store, by way of this server.
         requests: method and path of each request so far.
-        bytes_down: of the contents that the store has sent.
-        busy_for: so many requests more are answered by 503.
+        bytes_down: what the store has sent, without headers.
+        busy_for: how many of the next requests are answered by 503.
         lose_answers_of: the store does what such requests ask, and the connection breaks instead of its answer; as in
             'POST uploadId'. Each is lost once.
     """

@@ -54,7 +54,7 @@ class RunDirectory:
     Args:
         lock: 'alone' of who computes every shard; 'shared' of those that compute a part each; '' of those that compute
             for a process that holds the lock.
-        scratch: where shards are built that go to an object store, which knows no locks: a folder of this machine, by
+        scratch: where shards are built that go to an object store, which has no locks: a folder of this machine, by
             default that for temporary files.
 
     Attributes:
@@ -196,7 +196,7 @@ def _check_store(path: ObjectPath) -> None:
     try:
         if not path.keeps_the_first():
             log.warning(
-                "this store replaces what it was asked to create only: of two processes that write the same shard the "
+                "this store replaces what it was asked to create only: if two processes write the same shard the "
                 "last wins, with the same bytes; do not begin two runs in %s at the same time",
                 path,
             )

@@ -289,7 +289,7 @@ def open_file(path: Location, size_bytes: int | None = None) -> Iterator[Readabl
     """Open a file of a run to read it; `UnreadableError` if it is none, `OSError` if the system refuses.
 
     Args:
-        size_bytes: its size, if it is known: an object store is not asked for it again.
+        size_bytes: its size, if it is known: so an object store need not say it again.
     """
     if isinstance(path, ObjectPath):
         yield ObjectFile(path, size_bytes)

@@ -66,7 +66,7 @@ class ObjectPath:
         scheme, rest = match.groups() if match else ("", url)
         if scheme not in SCHEMES:
             known = ", ".join(f"{name}://" for name in SCHEMES)
-            raise UsageError(f"hookx knows no store '{scheme}://'", f"use one of {known}, or mount the store")
+            raise UsageError(f"hookx cannot use '{scheme}://'", f"use one of {known}, or mount the store")
         if "@" in rest.partition("/")[0] or "?" in rest or "#" in rest:
             example = f"{scheme}://BUCKET/RUN"
             raise UsageError(

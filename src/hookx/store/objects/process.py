@@ -3,11 +3,12 @@
     python -m hookx.store.objects.process
 
 It reads requests on standard input, a line of JSON each, and answers on standard output: a line of JSON, and behind it
-the bytes that were asked for. It ends with whoever started it.
+the bytes of the request. It ends with whoever started it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -26,7 +27,7 @@ Answer = dict[str, Any]
 
 
 class Requests:
-    """What can be asked for; every request names a scheme, a bucket and a key."""
+    """The requests; every one names a scheme, a bucket and a key."""
 
     def __init__(self) -> None:
         self._buckets: dict[tuple[str, str], Bucket] = {}
@@ -59,10 +60,8 @@ class Requests:
         name, nothing = f"{key}/.probe-{secrets.token_hex(8)}.aside", Path(os.devnull)
         bucket.put(name, nothing, replace=False)
         is_kept = not bucket.put(name, nothing, replace=False)
-        try:
+        with contextlib.suppress(RefusedError):  # Not everybody may remove what he has written.
             bucket.remove(name)
-        except RefusedError:  # Not everybody may remove what he has written.
-            return {"is_kept": is_kept, "left": name}, b""
         return {"is_kept": is_kept}, b""
 
     def _abandon(self, bucket: Bucket, key: str, older_than: float) -> tuple[Answer, bytes]:

@@ -50,7 +50,7 @@ _DENIED = ("AccessDenied", "SignatureDoesNotMatch", "InvalidAccessKeyId", "Expir
 _PASSING = (429, 500, 502, 503, 504)
 _BUSY = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests")
 _MAX_WAIT_SECONDS = 5.0  # between attempts
-_NEAR_BYTES = 2**20  # Ranges that lie so close are asked for as one.
+_NEAR_BYTES = 2**20  # Ranges that lie this close are fetched as one.
 
 
 class S3Bucket(Bucket):
