@@ -35,43 +35,15 @@ class LazySequence(Sequence[_Item]):
         return map(self.item, range(len(self)))
 
 
-class Keys(LazySequence[str]):
-    """Unique keys, sorted by their bytes, in one block of bytes: a key costs its own bytes and 8 more, and no object.
+class SortedKeys(LazySequence[str]):
+    """Unique keys, sorted by their bytes, wherever these are."""
 
-    Both may lie in a file that is mapped. A file name that is not UTF-8 becomes a string with surrogates, as Python's
-    file functions return it.
-
-    Example:
-        >>> keys = Keys.pack([b"birds/heron.jpg", b"cats/chelsea.jpg"])
-        >>> keys[1], "cats/chelsea.jpg" in keys, keys.index("birds/heron.jpg"), keys.place("birds/robin.jpg")
-        ('cats/chelsea.jpg', True, 0, 1)
-    """
-
-    def __init__(self, block: bytes | memoryview, ends: array[int] | memoryview[int]) -> None:
-        self.block, self.ends = block, ends
-
-    @classmethod
-    def pack(cls, sorted_keys: Iterable[bytes]) -> Keys:
-        """Copy keys, sorted by their bytes, into one block."""
-        block, ends = bytearray(), array("q")
-        for key in sorted_keys:
-            block += key
-            ends.append(len(block))
-        return Keys(bytes(block), ends)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __iter__(self) -> Iterator[str]:
-        ends = itertools.pairwise(itertools.chain((0,), self.ends))
-        return (os.fsdecode(bytes(self.block[start:end])) for start, end in ends)
+    @abstractmethod
+    def encoded(self, position: int) -> bytes:
+        """Return the bytes of a key; `position` is not negative."""
 
     def item(self, position: int) -> str:
         return os.fsdecode(self.encoded(position))
-
-    def encoded(self, position: int) -> bytes:
-        start = self.ends[position - 1] if position else 0
-        return bytes(self.block[start : self.ends[position]])
 
     def place(self, key: str) -> int:
         """Return how many keys sort before a key, which need not be one of them."""
@@ -101,6 +73,46 @@ class Keys(LazySequence[str]):
 
     def __repr__(self) -> str:
         return f"<{len(self):,} keys: {', '.join(map(repr, self[:3]))}{', ...' if len(self) > 3 else ''}>"
+
+
+class Keys(SortedKeys):
+    """Unique keys, sorted by their bytes, in one block of bytes: a key costs its own bytes and 8 more, and no object.
+
+    Both may lie in a file that is mapped. A file name that is not UTF-8 becomes a string with surrogates, as Python's
+    file functions return it.
+
+    Example:
+        >>> keys = Keys.pack([b"birds/heron.jpg", b"cats/chelsea.jpg"])
+        >>> keys[1], "cats/chelsea.jpg" in keys, keys.index("birds/heron.jpg"), keys.place("birds/robin.jpg")
+        ('cats/chelsea.jpg', True, 0, 1)
+    """
+
+    def __init__(self, block: bytes | memoryview, ends: array[int] | memoryview[int]) -> None:
+        self.block, self.ends = block, ends
+
+    @classmethod
+    def pack(cls, sorted_keys: Iterable[bytes]) -> Keys:
+        """Copy keys, sorted by their bytes, into one block."""
+        block, ends = bytearray(), array("q")
+        for key in sorted_keys:
+            block += key
+            ends.append(len(block))
+        return Keys(bytes(block), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.block) + 8 * len(self.ends)
+
+    def __iter__(self) -> Iterator[str]:
+        ends = itertools.pairwise(itertools.chain((0,), self.ends))
+        return (os.fsdecode(bytes(self.block[start:end])) for start, end in ends)
+
+    def encoded(self, position: int) -> bytes:
+        start = self.ends[position - 1] if position else 0
+        return bytes(self.block[start : self.ends[position]])
 
 
 def key_bytes(key: str) -> bytes:

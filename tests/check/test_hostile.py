@@ -363,7 +363,7 @@ def test_names_that_are_paths_are_names_and_no_file_is_made_or_read_through_them
     features = hookx.open(path)
     assert features.keys_of_rows == keys and list(features) == HOSTILE_NAMES
     assert {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file()} == {
-        f"deep/features/{name}" for name in ("plan.json", "index.csv", plan.shard_file(plan.shards[0]))
+        f"deep/features/{name}" for name in ("plan.json", "index.csv", "shards.csv", plan.shard_file(plan.shards[0]))
     }
 
 

@@ -71,6 +71,7 @@ def forge(path: Path, number: int, change: Callable[[dict[str, torch.Tensor], Sh
     change(tensors, record)
     with RunDirectory(path, plan) as directory:
         publish(directory, shard, tensors, record)
+    (path / "shards.csv").unlink(missing_ok=True)  # Its sizes are those of the shards before.
 
 
 # --- whole ---------------------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def small(tmp_path: Path) -> Path:
 def promise(run: Path, layer: LayerSpec) -> Features:
     """Open a run as if it held two rows of a layer that no test could write; reading them would fail."""
     features = hookx.open(run)
-    rows = RowIndex(run, Keys.pack([b"a.jpg", b"b.jpg"]), {}, features.rows.files[:1], np.array([0, 2]))
+    rows = RowIndex(run, features.plan, Keys.pack([b"a.jpg", b"b.jpg"]), {}, features.rows.files[:1], np.array([0, 2]))
     return Features(run, replace(features.plan, layers=(layer,)), rows)
 
 

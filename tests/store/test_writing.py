@@ -461,5 +461,5 @@ def test_checksums_computed_beside_the_writing_are_those_of_the_bytes(tmp_path: 
             written.append(writer.write(range(start, start + 2)))
         writer.publish(expected(plan.shards[0]), written)
         writer.finish()
-    assert not [problem for problem in verify(tmp_path).problems if problem.file.startswith("shard")]
+    assert not [problem for problem in verify(tmp_path).problems if problem.file.startswith("shard-")]
     assert all(same_bits(hookx.open(tmp_path)[address][:], rows) for address, rows in values.items())

@@ -12,11 +12,12 @@ from hookx.plan import Plan
 from hookx.run.made import kind_of
 from hookx.run.parts import Part
 from hookx.store.asides import MAX_AGE_SECONDS, remove_left_overs
-from hookx.store.directory import present_shards, publish_index, read_plan
+from hookx.store.directory import present_shards, read_plan
 from hookx.store.files import report_write_errors
+from hookx.store.index import publish_index
 from hookx.store.location import Location, location_of
 from hookx.store.objects.path import ObjectPath
-from hookx.store.record import Totals, read_record
+from hookx.store.record import ShardRecord, Totals
 
 log = logging.getLogger("hookx")
 _MAX_SHOWN = 8
@@ -68,13 +69,14 @@ def finish(
     if missing:
         raise _not_finished(run, plan, missing, parts)
     totals, made = Totals(), dict[tuple[tuple[str, str], ...], int]()
-    for shard in plan.shards:
-        record = read_record(run, plan, shard)
+
+    def see(record: ShardRecord) -> None:
         totals.add(record)
         kind = kind_of(record.made)
         made[kind] = made.get(kind, 0) + 1
         progress(1)
-    publish_index(run, plan)
+
+    publish_index(run, plan, see)
     if isinstance(run, ObjectPath):
         _abandon_uploads(run)
     else:

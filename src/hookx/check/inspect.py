@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hookx.plan import LayerSpec, Plan, ValueCounts
-from hookx.store.directory import INDEX, names_in, present_shards, read_plan
+from hookx.store.directory import names_in, present_shards, read_plan
+from hookx.store.index import INDEX, SHARDS
 from hookx.store.location import Location, location_of
 from hookx.store.record import Totals, read_record
 from hookx.store.shard_rows import ShardRows
@@ -116,8 +117,12 @@ def inspect(
         path=str(run),
         plan=plan,
         shards_finished=len(shards),
-        has_index=INDEX in names_in(run),
-        **vars(totals),
+        has_index=bool({INDEX, SHARDS} & names_in(run)),
+        rows=totals.rows,
+        failures=totals.failures,
+        rotations_ignored=totals.rotations_ignored,
+        counts=totals.counts,
+        self_checked=totals.self_checked,
         bytes=totals.rows * plan.bytes_per_image,
         layers=tuple(
             InspectedLayer(

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from hookx.plan import Plan, Shard
 from hookx.store.asides import Aside, asides_in, clock_of
-from hookx.store.directory import FAILURES, INDEX, names_in, present_shards, read_plan
+from hookx.store.directory import names_in, present_shards, read_plan
 from hookx.store.files import report_read_errors
+from hookx.store.index import FAILURES, INDEX, SHARDS
 from hookx.store.location import location_of
 from hookx.store.objects.path import ObjectPath
 
@@ -99,7 +100,7 @@ def status(path: str | os.PathLike[str]) -> Status:
         plan=plan,
         shards_finished=len(finished),
         images_finished=images,
-        has_index=INDEX in names,
+        has_index=bool({INDEX, SHARDS} & names),
         has_failures=FAILURES in names,
         writers=writers,
         images_per_second=rate,

@@ -13,9 +13,10 @@ from hookx.errors import ShardError, StoreError, UnreadableError
 from hookx.keys import image_lines, key_bytes
 from hookx.plan import Plan, Shard
 from hookx.store.asides import is_aside
-from hookx.store.directory import FAILURES, INDEX, PLAN, derived_tables, names_in, present_shards, read_plan
+from hookx.store.directory import PLAN, names_in, present_shards, read_plan
 from hookx.store.files import is_there, open_file, report_read_errors
 from hookx.store.format import checksum_in_file, open_shard
+from hookx.store.index import FAILURES, INDEX, SHARDS, table_lines, tables_of
 from hookx.store.location import Location, location_of
 from hookx.store.objects.path import ObjectPath
 from hookx.store.reading import as_stream
@@ -113,7 +114,7 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int], None] = la
     if whole == len(plan.shards):
         if images.digest.hexdigest() != plan.images_sha256:
             problems.append(Problem(PLAN, "lists images (names or sizes) other than those in the shards"))
-        problems += _wrong_tables(run, plan)
+        problems += _wrong_tables(run, plan, totals.failures > 0)
     elif INDEX in names_in(run):
         notes.insert(0, Problem(INDEX, "was not compared, because not all shards are whole"))
     return Verification(
@@ -177,7 +178,7 @@ def _changed_tensors(file: Location, plan: Plan, record: ShardRecord) -> Iterato
 
 def _other_files(path: Location, plan: Plan, present: list[Shard]) -> tuple[list[Problem], list[Problem]]:
     """Return problems about shards that are not in the plan, and notes about all other files foreign to the run."""
-    known = {PLAN, INDEX, FAILURES, *(plan.shard_file(shard) for shard in present)}
+    known = {PLAN, INDEX, FAILURES, SHARDS, *(plan.shard_file(shard) for shard in present)}
     foreign, notes = [], []
     for name in sorted(set(names_in(path)) - known):
         if name.startswith("shard-") and name.endswith(".safetensors"):
@@ -192,19 +193,21 @@ def _other_files(path: Location, plan: Plan, present: list[Shard]) -> tuple[list
     return foreign, notes
 
 
-def _wrong_tables(path: Location, plan: Plan) -> Iterator[Problem]:
-    tables = derived_tables(path, plan)
-    for name, lines in tables.items():
+def _wrong_tables(path: Location, plan: Plan, has_failures: bool) -> Iterator[Problem]:
+    there, expected = names_in(path), tables_of(plan)
+    if SHARDS not in there and INDEX in there:
+        expected = [INDEX]  # It was written by an earlier version, which had no other.
+    for name in [FAILURES, *expected] if has_failures else expected:
         try:
             with report_read_errors(path / name):
-                what = _difference(path / name, lines)
-                if what and not _difference(path / name, derived_tables(path, plan, as_fields=False)[name]):
+                what = _difference(path / name, table_lines(path, plan, name))
+                if what and not _difference(path / name, table_lines(path, plan, name, as_fields=False)):
                     what = ""  # It was written before keys were kept from becoming formulas.
         except (ShardError, UnreadableError) as error:  # A shard can have become unreadable since.
             what = error.what if error.file.name == name else f"cannot be compared: {error.file.name} {error.what}"
         if what:
             yield Problem(name, what)
-    if FAILURES not in tables and FAILURES in names_in(path):
+    if not has_failures and FAILURES in there:
         yield Problem(FAILURES, "exists, but no shard has failures")
 
 

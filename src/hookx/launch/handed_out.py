@@ -206,14 +206,14 @@ class HandedOut:
             if blocks.given_up:
                 raise self._deadly(sorted(blocks.given_up))
         self._crew.finish()
+        totals, computed = Totals(), Totals()
         if self.part is None or self._directory.is_complete:
-            self._directory.publish_index()
-        computed = Totals()
+            self._directory.publish_index(totals.add)
         for shard in self.pending if self.part else ():
             computed.add(read_record(self.out, self.plan, shard))
         devices = Counter(described["device"] for described in self._described.values())
         return summarize(
-            *(self.plan, self.out, self.pending, self.part, computed, timing),
+            *(self.plan, self.out, self.pending, self.part, computed if self.part else totals, timing),
             device=", ".join(f"{count} x {name}" if count > 1 else name for name, count in devices.items()),
             workers=sum(described["workers"] for described in self._described.values()),
         )

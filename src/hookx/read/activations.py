@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hookx.errors import NotStoredError, UsageError
-from hookx.keys import Keys
-from hookx.plan import LayerSpec
+from hookx.keys import SortedKeys
+from hookx.plan import LayerSpec, Plan
 from hookx.store.location import Location
 from hookx.store.shard_rows import ShardRows, Stretch
 
@@ -34,7 +34,8 @@ class RowIndex:
     """Which rows there are and which files hold them; every address of a run shares it."""
 
     path: Location
-    keys: Keys
+    plan: Plan
+    keys: SortedKeys
     failures: Mapping[str, str]  # key -> reason
     files: Sequence[Location]
     first_rows: Positions  # how many rows of the run precede each file, and the total
@@ -177,7 +178,9 @@ class Activations:
     def _shard(self, number: int) -> ShardRows:
         if number not in self._shards:
             start, stop = self.rows.first_rows[number : number + 2].tolist()
-            self._shards[number] = ShardRows(self.rows.files[number], self.layer, stop - start)
+            self._shards[number] = ShardRows(
+                self.rows.files[number], self.layer, stop - start, self.rows.plan.fingerprint
+            )
         return self._shards[number]
 
 

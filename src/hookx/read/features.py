@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from hookx.errors import NotStoredError, ShardError, StoreError, UsageError
-from hookx.keys import Keys
-from hookx.plan import Plan
+from hookx.keys import Keys, SortedKeys
+from hookx.plan import Plan, Shard
 from hookx.read.activations import Activations, Positions, RowIndex
 from hookx.read.datasets import ActivationDataset
+from hookx.read.run_keys import FailuresInShards, KeysInShards, RunKeys
 from hookx.store.directory import present_shards, read_plan
+from hookx.store.index import read_shard_table
 from hookx.store.location import Location, absolute, location_of
+from hookx.store.objects.path import ObjectPath
 from hookx.store.record import read_record
+
+_MAX_READ_AT_ONCE = 1_000_000  # images; those of longer runs are read from the disk a shard at a time, when needed
 
 
 def open_features(path: str | os.PathLike[str], *, partial: bool = False) -> Features:
@@ -51,39 +56,37 @@ def open_features(path: str | os.PathLike[str], *, partial: bool = False) -> Fea
             f"or read its finished shards: --partial, or in Python hookx.open({str(run)!r}, partial=True)",
         )
     files = [absolute(run / plan.shard_file(shard)) for shard in shards]
+    # Headers are read at once where that is fast, so that what is wrong with a shard is said here.
+    is_long = plan.image_count > _MAX_READ_AT_ONCE or isinstance(run, ObjectPath)
+    if is_long and len(shards) == len(plan.shards) and (table := read_shard_table(run, plan)):
+        in_shards = KeysInShards(absolute(run), plan, table)
+        failures: Mapping[str, str] = FailuresInShards(absolute(run), plan, table)
+        return Features(run, plan, RowIndex(run, plan, in_shards, failures, files, in_shards.first_rows))
+    keys, failures, first_rows = _read_all(run, plan, shards)
+    return Features(run, plan, RowIndex(run, plan, keys, failures, files, first_rows))
+
+
+def _read_all(run: Location, plan: Plan, shards: Sequence[Shard]) -> tuple[Keys, dict[str, str], Positions]:
+    """Read keys, failures, and how many rows precede each shard, from the headers: a run may have no table of them."""
     failures: dict[str, str] = {}
     first_rows = [0]
 
     def keys_of_rows() -> Iterator[bytes]:
         # Hold one record at a time: a run can have millions of images.
         last = b""
-        for shard, file in zip(shards, files, strict=True):
+        for shard in shards:
             record = read_record(run, plan, shard)
             failures.update(record.failures)
             first_rows.append(first_rows[-1] + len(record.keys))
             for key in map(os.fsencode, record.keys):
                 if key <= last:
+                    file = run / plan.shard_file(shard)
                     raise ShardError(file, "is damaged: its images are not in the order of their keys")
                 yield key
                 last = key
 
     keys = Keys.pack(keys_of_rows())
-    return Features(run, plan, RowIndex(run, keys, failures, files, np.array(first_rows, dtype=np.int64)))
-
-
-class RunKeys(Keys):
-    """The image key of every row of a run, in order.
-
-    `features.keys` serves two meanings: as a sequence it holds the keys of the images; called, as `dict(features)` and
-    `**features` do, it returns the addresses, which are the keys of the mapping.
-    """
-
-    def __init__(self, keys: Keys, addresses: Sequence[str]) -> None:
-        super().__init__(keys.block, keys.ends)  # Shares the memory: there can be millions.
-        self._addresses = addresses
-
-    def __call__(self) -> KeysView[str]:
-        return dict.fromkeys(self._addresses).keys()
+    return keys, failures, np.array(first_rows, dtype=np.int64)
 
 
 class Features(Mapping[str, Activations]):
@@ -144,7 +147,7 @@ class Join:
     only_right: Keys
 
     @property
-    def keys(self) -> Keys:
+    def keys(self) -> SortedKeys:
         """The image key of every row, in order."""
         return self.left.keys
 
@@ -172,7 +175,7 @@ def join(left: Features, right: Features) -> Join:
     )
 
 
-def _match(left: Keys, right: Keys) -> tuple[Positions, Positions]:
+def _match(left: SortedKeys, right: SortedKeys) -> tuple[Positions, Positions]:
     """Return the positions of the common keys in each."""
     in_left, in_right = array("q"), array("q")
     here = there = 0
@@ -192,5 +195,5 @@ def _narrow(features: Features, positions: Positions) -> Features:
     return Features(features.path, features.plan, replace(rows, keys=_take(rows.keys, positions), chosen=chosen))
 
 
-def _take(keys: Keys, positions: Positions) -> Keys:
+def _take(keys: SortedKeys, positions: Positions) -> Keys:
     return Keys.pack(map(keys.encoded, positions.tolist()))

@@ -42,7 +42,10 @@ def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) ->
         if job.pending:
             totals = compute(job, directory, timing, progress)
         if job.part is None or directory.is_complete:  # The last of the parts completes the run.
-            directory.publish_index()  # Written again for a finished run: it is small, and may be missing.
+            whole = Totals()
+            directory.publish_index(whole.add)  # Written again for a finished run: it may be missing.
+            if job.part is None:
+                totals = whole
     device, workers = device_name(job.device), job.workers
     summary = summarize(job.plan, job.out, job.pending, job.part, totals, timing, device=device, workers=workers)
     if summary.failures and not job.pending:

@@ -11,7 +11,7 @@ from hookx.plan import Plan, Shard
 from hookx.run.parts import Part
 from hookx.store.directory import present_shards
 from hookx.store.location import Location, location_of
-from hookx.store.record import Totals, read_record
+from hookx.store.record import Totals
 
 if TYPE_CHECKING:
     from hookx.run.prepare import Job
@@ -131,22 +131,15 @@ def summarize(
     out: Location,
     pending: Sequence[Shard],
     part: Part | None,
-    computed: Totals,
+    totals: Totals,
     timing: Timing,
     *,
     device: str,
     workers: int,
 ) -> Summary:
-    """Add up the shards of a finished run; for a part of a run, those that it has computed."""
-    totals, batch_size = Totals(), plan.batch_size
-    if part is not None:
-        totals = computed
-    else:
-        for shard in plan.shards:  # One record in memory at a time: a run can have millions of images.
-            record = read_record(out, plan, shard)
-            totals.add(record)
-            batch_size = record.made_in_batches_of or batch_size
+    """Describe a finished run by the totals of its shards; a part of a run by those that it has computed."""
     timing.stop()
+    batch_size = totals.batch_size or plan.batch_size
     return Summary(
         plan=plan,
         totals=totals,

@@ -7,7 +7,7 @@ import fcntl
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,22 +21,21 @@ from hookx.store.files import (
     patiently,
     put_in_place,
     reason_of,
-    remove,
     removed_at_the_end,
     report_read_errors,
     report_write_errors,
     write_whole,
 )
+from hookx.store.index import FAILURES, INDEX, SHARDS, publish_index
 from hookx.store.location import Location
 from hookx.store.objects.path import ObjectPath
 from hookx.store.reading import as_stream
 from hookx.store.record import ShardRecord, read_record
 from hookx.store.scratch import scratch_folder
-from hookx.store.tables import table
 
 log = logging.getLogger("hookx")
 
-PLAN, INDEX, FAILURES = "plan.json", "index.csv", "failures.csv"
+PLAN = "plan.json"
 Lock = Literal["alone", "shared", ""]
 
 # Bound what is read into memory at once: a stranger may have made it, and JSON grows up to 25-fold as Python objects.
@@ -150,8 +149,9 @@ class RunDirectory:
         """Whether every shard has its file, as far as the file system shows by now."""
         return len(present_shards(self.path, self.plan)) == len(self.plan.shards)
 
-    def publish_index(self) -> None:
-        publish_index(self.path, self.plan)
+    def publish_index(self, see: Callable[[ShardRecord], None] = lambda record: None) -> None:
+        """Write the tables of a run whose shards are all there; `see` is called with the record of each."""
+        publish_index(self.path, self.plan, see)
 
     def publish(self, name: str, write: Callable[[Path], None]) -> None:
         """Have a file written aside, and give it its name in place of any other."""
@@ -160,35 +160,6 @@ class RunDirectory:
             write(aside)
             with open(aside, "rb") as written:
                 put_in_place(written.fileno(), aside, file, replace=True)
-
-
-def publish_index(path: Location, plan: Plan) -> None:
-    """Write index.csv, and failures.csv if there are failures, from the shards; this completes the run.
-
-    Any process may do so, and several at once: they write the same bytes.
-    """
-    tables = derived_tables(path, plan)
-    if FAILURES not in tables:
-        with report_write_errors(path / FAILURES, resumable=True):
-            remove(path / FAILURES)  # Left by a shard that was removed and computed again.
-    for name, lines in tables.items():
-        write_whole(path / name, lines)
-
-
-def derived_tables(path: Location, plan: Plan, *, as_fields: bool = True) -> dict[str, Iterator[bytes]]:
-    """Derive the lines of index.csv, and of failures.csv if there are failures, from the shards of a finished run."""
-
-    def records() -> Iterator[tuple[str, ShardRecord]]:
-        # One at a time in memory: a run can have millions of images.
-        return ((plan.shard_file(shard), read_record(path, plan, shard)) for shard in plan.shards)
-
-    tables = {}
-    if any(record.failures for _, record in records()):
-        failures = (failure for _, record in records() for failure in record.failures)
-        tables[FAILURES] = table(("key", "reason"), failures, as_fields=as_fields)
-    rows = ((key, name, row) for name, record in records() for row, key in enumerate(record.keys))
-    tables[INDEX] = table(("key", "shard", "row"), rows, as_fields=as_fields)
-    return tables
 
 
 def _check_store(path: ObjectPath) -> None:
@@ -226,7 +197,7 @@ def check_resumable(path: Location, plan: Plan) -> Plan | None:
             )
     elif any(name.startswith("shard-") and name.endswith(".safetensors") for name in names):
         raise StoreError(f"{path}/ holds shards without a {PLAN}; choose another --out")
-    for name in {INDEX, FAILURES} & names:  # Now, and not when all shards are computed.
+    for name in {INDEX, FAILURES, SHARDS} & names:  # Now, and not when all shards are computed.
         with report_read_errors(path / name):
             check_is_file(path / name)
     return there

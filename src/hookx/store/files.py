@@ -15,7 +15,7 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from hookx.errors import THEN_RESUME, StoreError, UnreadableError
 from hookx.store.asides import aside_of, asides_in, left_overs_in, new_mark
@@ -43,19 +43,41 @@ def write_whole(path: Location, chunks: Iterable[bytes | memoryview], *, replace
 
     With `replace` it takes the place of any file of that name. Otherwise the first process that publishes wins.
     """
+    with _aside(path) as (file, publish):
+        file.writelines(chunks)
+        return publish(replace)
+
+
+@contextlib.contextmanager
+def whole_file(path: Location) -> Iterator[BinaryIO]:
+    """Yield a file that takes the place of any of this name when the block ends, unless it ends with an error."""
+    with _aside(path) as (file, publish):
+        yield file
+        publish(True)
+
+
+@contextlib.contextmanager
+def _aside(path: Location) -> Iterator[tuple[BinaryIO, Callable[[bool], bool]]]:
+    """Yield a file that is written aside, and what publishes it: `replace` -> whether it has the name now."""
     if isinstance(path, ObjectPath):
-        with report_write_errors(path, resumable=True), tempfile.NamedTemporaryFile(prefix="hookx-") as file:
-            file.writelines(chunks)
-            file.flush()
-            return path.put(Path(file.name), replace=replace)
+        with report_write_errors(path, resumable=True), tempfile.NamedTemporaryFile(prefix="hookx-") as temporary:
+
+            def send(replace: bool) -> bool:
+                temporary.flush()
+                return path.put(Path(temporary.name), replace=replace)
+
+            yield cast(BinaryIO, temporary), send
+        return
     aside = aside_of(path, new_mark())
     _remove_left_overs_of(path)
     with report_write_errors(path, resumable=True), removed_at_the_end(aside):
         with open(aside, "xb") as file:  # x: never through a link that someone put there.
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            return put_in_place(file.fileno(), aside, path, replace=replace)
+
+            def publish(replace: bool) -> bool:
+                file.flush()
+                return put_in_place(file.fileno(), aside, path, replace=replace)
+
+            yield file, publish
 
 
 @contextlib.contextmanager
@@ -322,6 +344,19 @@ def check_is_file(path: Location) -> None:
             return
         kind = _KINDS.get(stat.S_IFMT(mode), "a device")
     raise UnreadableError(path, f"it is {kind}", "move it away: hookx has a file of that name")
+
+
+def sizes_in(path: Location) -> dict[str, int]:
+    """Return the size in bytes of every file in a folder, by name; `UnreadableError` if it cannot be listed."""
+    with report_read_errors(path):
+        if isinstance(path, ObjectPath):
+            return {name: listed.size_bytes for name, listed in path.names().items()}
+        sizes_bytes = {}
+        with os.scandir(path) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # It was removed just now.
+                    sizes_bytes[entry.name] = entry.stat().st_size
+        return sizes_bytes
 
 
 @contextlib.contextmanager

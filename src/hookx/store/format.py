@@ -109,6 +109,15 @@ def open_shard(file: Location) -> Iterator[tuple[Readable, Header]]:
         yield opened, header
 
 
+def check_of_run(file: Location, header: Header, fingerprint: str) -> None:
+    """Raise `ShardError` if a shard is one of another run, or another one of this run than its name says."""
+    if header.metadata.get("fingerprint") != fingerprint:
+        raise ShardError(file, "belongs to another run")
+    number = header.metadata.get("shard", "")
+    if not file.name.startswith(f"shard-{number:0>5}-of-"):
+        raise ShardError(file, f"is shard {number} of this run, and was renamed")
+
+
 @contextlib.contextmanager
 def reading(file: Location) -> Iterator[None]:
     """Raise `UnreadableError` if a shard cannot be read now, and `ShardError` if it was read and is damaged."""

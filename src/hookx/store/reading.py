@@ -51,6 +51,11 @@ def as_stream(file: Readable, buffer_bytes: int = 2**20) -> io.BufferedReader:
     return io.BufferedReader(_Stream(file), buffer_bytes)
 
 
+def as_text(file: Readable) -> io.TextIOWrapper:
+    """Return an open file as text, whose lines end as they are; bytes that are not UTF-8 come back unchanged."""
+    return io.TextIOWrapper(as_stream(file), encoding="utf-8", errors="surrogateescape", newline="")
+
+
 class _Stream(io.RawIOBase):
     def __init__(self, file: Readable) -> None:
         self._file, self._at, self._size_bytes = file, 0, file.size_bytes

@@ -55,12 +55,14 @@ class Totals:
     rotations_ignored: int = 0
     counts: ValueCounts = field(default_factory=ValueCounts)
     self_checked: int | None = None  # None if no shard was
+    batch_size: int | None = None  # the most images that went through the model together, in the last shard
 
     def add(self, record: ShardRecord) -> None:
         self.rows += len(record.keys)
         self.failures += len(record.failures)
         self.rotations_ignored += record.rotations_ignored
         self.counts.add(record.counts)
+        self.batch_size = record.made_in_batches_of or self.batch_size
         if record.self_checked is not None:
             self.self_checked = (self.self_checked or 0) + record.self_checked
 
@@ -85,8 +87,14 @@ def read_record(path: Location, plan: Plan, shard: Shard) -> ShardRecord:
         ShardError: the file is damaged, or not this shard of this plan.
         UnreadableError: the file cannot be read now.
     """
+    return read_sized_record(path, plan, shard)[0]
+
+
+def read_sized_record(path: Location, plan: Plan, shard: Shard) -> tuple[ShardRecord, int]:
+    """Read a shard's record, and the size of its file in bytes; see `read_record`."""
     file = path / plan.shard_file(shard)
-    with open_shard(file) as (_, header):
+    with open_shard(file) as (opened, header):
+        size_bytes = opened.size_bytes
         metadata = header.metadata
         tensors = {address: (place.dtype, place.shape) for address, place in header.tensors.items()}
     if metadata.get("fingerprint") != plan.fingerprint:
@@ -102,7 +110,7 @@ def read_record(path: Location, plan: Plan, shard: Shard) -> ShardRecord:
         rows = len(record.keys)
         if tensors != {layer.address: (DTYPES[layer.dtype][0], (rows, *layer.shape)) for layer in plan.layers}:
             raise ValueError("its tensors are not those of the plan")
-        return record
+        return record, size_bytes
     except KeyError as error:
         raise ShardError(file, f"is damaged: its record has no {error}") from None
     except (ValueError, RecursionError) as error:

@@ -16,7 +16,7 @@ from torch import Tensor
 from hookx.errors import StoreError
 from hookx.plan import LayerSpec
 from hookx.store.files import open_file
-from hookx.store.format import open_shard, reading
+from hookx.store.format import check_of_run, open_shard, reading
 from hookx.store.location import Location
 from hookx.store.objects.path import ObjectPath
 from hookx.store.reading import LocalFile, Readable
@@ -29,12 +29,15 @@ class ShardRows:
 
     Args:
         count: how many rows the shard's record promises; `StoreError` if it has others by now.
+        fingerprint: that of the run, if the record has not been read.
     """
 
-    def __init__(self, file: Location, layer: LayerSpec, count: int) -> None:
+    def __init__(self, file: Location, layer: LayerSpec, count: int, fingerprint: str = "") -> None:
         self.file, self.layer, self.count = file, layer, count
         self.row_bytes = layer.bytes_per_image
         with open_shard(file) as (opened, header):
+            if fingerprint:
+                check_of_run(file, header, fingerprint)
             place = header.tensors.get(layer.address)
             if place is None or place.stop - place.start != count * self.row_bytes:
                 raise self._changed()
