@@ -1,4 +1,4 @@
-"""Runs of so many images that their keys stay in the shards are read as any other."""
+"""Runs whose keys stay in the shards are read as any other."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FAILED = {KEYS[3]: "it is empty", **dict.fromkeys(KEYS[8:12], "no image"), KEYS[
 
 @pytest.fixture
 def run(tmp_path: Path, plan_of_maps: Plan) -> Path:
-    """Return a run of eight shards of four images, of which one has no row at all."""
+    """Return a run of eight shards of four images; one shard has no row at all."""
     plan, path = plan_of_maps, tmp_path / "run"
     with RunDirectory(path, plan) as directory:
         for shard in plan.shards:

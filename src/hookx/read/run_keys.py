@@ -1,4 +1,4 @@
-"""The keys of a run's rows, which stay in its shards until they are asked for."""
+"""The keys of a run's rows, which stay in its shards until they are needed."""
 
 from __future__ import annotations
 
