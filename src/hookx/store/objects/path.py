@@ -256,8 +256,9 @@ _inherited: list[_Process | None] = []  # Kept: they belong to another process, 
 def _process() -> _Process:
     global _running
     with _starting:
-        if _running is None or _running.has_ended:
-            _running = _Process()
+        if _running is not None and _running.has_ended:
+            _end()
+        _running = _running or _Process()
         return _running
 
 
@@ -269,8 +270,10 @@ def _begin_anew() -> None:
 
 
 def _end() -> None:
+    global _running
     if _running is not None:
         _running.end()
+    _running = None
 
 
 if hasattr(os, "register_at_fork"):

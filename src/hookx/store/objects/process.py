@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from hookx.signals import STOPPING
-from hookx.store.objects.bucket import Bucket, RefusedError
+from hookx.store.objects.bucket import Bucket, RefusedError, without_secrets
 
 Answer = dict[str, Any]
 
@@ -86,8 +86,8 @@ def serve(requests: Iterator[bytes], answer: Callable[[Answer, bytes], None]) ->
             answer(*known.answer(**json.loads(line)))
         except RefusedError as refused:
             answer({"refused": refused.kind, "reason": str(refused)}, b"")
-        except OSError as error:  # of a file that is to be sent
-            answer({"refused": "failed", "reason": str(error)}, b"")
+        except Exception as error:  # of a file that is to be sent, or of a library: whoever asked says it
+            answer({"refused": "failed", "reason": without_secrets(f"{type(error).__name__}: {error}")}, b"")
 
 
 def main() -> None:
