@@ -21,6 +21,7 @@ from hookx.capture.second_look import Rows, SecondLook
 from hookx.check.verify import Problem
 from hookx.errors import CaptureError, ShardError, StoreError, UnreadableError, UsageError
 from hookx.images.decoding import check_decoding, decode, decode_jpegs, failure_reason, model_input
+from hookx.images.files import File
 from hookx.images.listing import list_images
 from hookx.keys import key_bytes
 from hookx.layers.select import Selector, Target
@@ -224,7 +225,7 @@ def _find_batches(path: Path, plan: Plan, chosen: dict[Shard, list[int]]) -> Ite
 
 
 def _decode_again(
-    batch: _Batch, files: dict[str, str], plan: Plan, loaded: LoadedModel, device: torch.device
+    batch: _Batch, files: dict[str, File], plan: Plan, loaded: LoadedModel, device: torch.device
 ) -> Tensor:
     """Return the pixels of a batch; `StoreError` for an image that is missing, has changed or cannot be read."""
 
