@@ -57,15 +57,19 @@ class Remarks:
         not_taken: how many files of each suffix were found and are not images.
         chosen: the options that left images out, as in '--limit 100'; '' if none did.
         found: how many images there are without them.
+        taken: how many are left.
     """
 
     not_taken: Mapping[str, int] = field(default_factory=dict)
     chosen: str = ""
     found: int = 0
+    taken: int = 0
 
     def sentences(self) -> list[str]:
         """Write what was left out, one sentence each."""
-        return [describe_not_taken(dict(self.not_taken))] if self.not_taken else []
+        chosen = f"{self.taken:,} of {self.found:,} images, by {self.chosen}: a list, and so a run, of its own"
+        not_taken = [describe_not_taken(dict(self.not_taken))] if self.not_taken else []
+        return [*([chosen] if self.chosen else []), *not_taken]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -144,7 +148,7 @@ def list_images(
     marked_keys.sort(reverse=True)
     count = len(marked_keys)
     marked_keys = choice.of(marked_keys)
-    remarks = Remarks(look.not_taken.counts, str(choice) if len(marked_keys) < count else "", count)
+    remarks = Remarks(look.not_taken.counts, str(choice) if len(marked_keys) < count else "", count, len(marked_keys))
     files, member_sizes = _pack(marked_keys, list(marks), packed_at_once)
     sizes_bytes = _measure(files, member_sizes, retry_seconds)
     if not unavailable_is_failure:

@@ -64,6 +64,7 @@ class HandedOut:
             images = list_images_of(self.options)
             self._list = stack.enter_context(self._place_for_list())
             write_list(images, self._list)
+            self._remarks = images.remarks
             del images  # The workers map the file; this process needs none of it.
             stack.callback(self._clear_up)
             stack.callback(self._crew.end)
@@ -200,6 +201,7 @@ class HandedOut:
             *(self.plan, self.out, self.pending, self.part, computed, timing),
             device=", ".join(f"{count} x {name}" if count > 1 else name for name, count in devices.items()),
             workers=sum(described["workers"] for described in self._described.values()),
+            remarks=self._remarks,
         )
 
     def _timing(self) -> Timing:

@@ -12,6 +12,7 @@ from hookx.options.groups import (
     KEYS,
     MODEL,
     NO_MODEL,
+    ROOT_OF_RUN,
     RUN,
     BuildOptions,
     CheckpointOptions,
@@ -37,6 +38,7 @@ from hookx.options.values import (
     ignore_progress,
     read_dtype,
     read_folder,
+    read_root,
     read_size,
 )
 
@@ -60,7 +62,9 @@ class ExtractOptions(
         title="Layers",
     )
     images: Paths = option(
-        "IMAGES...", "Folders (searched recursively), image files, or - for paths on standard input.", kw_only=False
+        "IMAGES...",
+        "Folders (searched recursively), .tar and .zip archives, image files, or - for paths on standard input.",
+        kw_only=False,
     )
     weights: str = option(
         "-w --weights NAME",
@@ -102,6 +106,27 @@ class ExtractOptions(
     )
     memory_format: MemoryFormat | Literal["auto"] = option(
         "--memory-format NAME", "Memory layout: {choices}.", default="auto", title="Compute"
+    )
+    root: AnyPath | None = option(
+        "--root DIR",
+        "Make all keys relative to this folder; default: to each folder that is named.",
+        default=None,
+        parse=read_root,
+        title="Images",
+    )
+    limit: int | None = option(
+        "--limit N",
+        "Only the first N images, for a try; another run than that of all.",
+        default=None,
+        minimum=1,
+        title="Images",
+    )
+    sample: int | None = option(
+        "--sample N",
+        "Only N images at random, by --seed, for a try; another run than that of all.",
+        default=None,
+        minimum=1,
+        title="Images",
     )
     strict: bool = option("--strict", "Stop at the first image that cannot be read.", default=False, title="Images")
     retry_failures: bool = option(
@@ -195,6 +220,7 @@ class RecomputeOptions(CheckpointOptions, title="Recomputation"):
         "--recompute N", "Run the model again on N random rows, and compare.", kw_only=False, minimum=0, absent=0
     )
     images: Paths = option("--images PATH...", IMAGES_OF_RUN, kw_only=False)
+    root: AnyPath | None = option("--root DIR", ROOT_OF_RUN, default=None)
     model: str | None = option(
         "-m --model REF", "The run's model again, if it is not torchvision's.", default=None, completed_by=("models",)
     )
@@ -287,6 +313,7 @@ class StoredRunOptions(Options, title="A stored run"):
 
     keys: Sequence[str] = option("--image KEY...", KEYS, default=(), completed_by=("keys", "images"))
     images_of_run: Paths = option("--images PATH...", IMAGES_OF_RUN, default=())
+    root: AnyPath | None = option("--root DIR", ROOT_OF_RUN, default=None)
 
 
 class VisualizeRunOptions(LookOptions, title="A stored run"):
@@ -296,4 +323,5 @@ class VisualizeRunOptions(LookOptions, title="A stored run"):
     keys: Sequence[str] = option("--image KEY...", KEYS, default=(), kw_only=False)
     layers: str | Sequence[str] = option("", "Addresses, or globs over them; empty: all.", default=(), kw_only=False)
     images: Paths = option("--images PATH...", IMAGES_OF_RUN, default=())
+    root: AnyPath | None = option("--root DIR", ROOT_OF_RUN, default=None)
     progress: Progress = option("", CALLED, default=ignore_progress)

@@ -122,3 +122,8 @@ def read_folder(value: AnyPath) -> AnyPath:
     if re.match("[a-z][a-z0-9+.-]*://", os.fspath(value)):
         raise ValueError("hookx writes to a file system: mount the store, or copy the finished run there")
     return value
+
+
+def read_root(value: AnyPath) -> str:
+    """Take a path as a text, which other processes are told."""
+    return os.fspath(value)

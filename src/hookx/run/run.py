@@ -44,7 +44,12 @@ def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) ->
         if job.part is None or directory.is_complete:  # The last of the parts completes the run.
             directory.publish_index()  # Written again for a finished run: it is small, and may be missing.
     device, workers = device_name(job.device), job.workers
-    summary = summarize(job.plan, job.out, job.pending, job.part, totals, timing, device=device, workers=workers)
+    summary = summarize(
+        *(job.plan, job.out, job.pending, job.part, totals, timing),
+        device=device,
+        workers=workers,
+        remarks=job.images.remarks,
+    )
     if summary.failures and not job.pending:
         log.info("to try the images again that could not be read: --retry-failures")
     return summary

@@ -47,7 +47,7 @@ _REFUSED = {
     ".7z": _UNPACKED,
     ".rar": _UNPACKED,
 }
-_SIGNS = frozenset(suffix[-4:].encode() for suffix in (*_REFUSED, ".tar", ".zip", *map(os.fsdecode, _TAR_SUFFIXES)))
+_SIGNS = frozenset(suffix[-3:].encode() for suffix in (*_REFUSED, ".tar", ".zip", *map(os.fsdecode, _TAR_SUFFIXES)))
 # What can be done about files that are not taken, by suffix.
 _HINTS = {
     ".tar": "name it to read it",
@@ -90,9 +90,9 @@ def refuse_others(path: bytes) -> None:
 
 def refuse_listed(paths: Iterable[bytes]) -> None:
     """Raise `ImageError` if a list of paths names an archive, or what `refuse_others` refuses."""
-    # The last four bytes of a long list's paths are few different ones, so looking at the paths is for the rare case.
+    # The last three bytes of a long list's paths are few different ones, so looking at the paths is for the rare case.
     paths = list(paths)
-    if {tail.lower() for tail in {path[-4:] for path in paths}}.isdisjoint(_SIGNS):
+    if {tail.lower() for tail in {path[-3:] for path in paths}}.isdisjoint(_SIGNS):
         return
     for path in paths:
         if archive_kind(path):
