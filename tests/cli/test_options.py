@@ -97,6 +97,8 @@ VALUES: dict[str, tuple[str, Any]] = {  # an option of extract -> a text, and th
     "ray_address": ("auto", "auto"),
     "gpus_per_worker": ("0.5", 0.5),
     "root": ("photos", "photos"),
+    "path_column": ("file", "file"),
+    "key_column": ("id", "id"),
     "limit": ("100", 100),
     "sample": ("50", 50),
     "strict": ("true", True),

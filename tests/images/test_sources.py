@@ -89,7 +89,7 @@ def test_a_source_outside_of_the_root_is_an_error(tmp_path: Path, monkeypatch: p
     for source in (tmp_path, tmp_path / "inside.png", "inside.png"):
         assert "is not within --root 'in'" in error_of(source, root="in")
     message = refused("extract", *FLAGS, "--root", "in", "-", given="in/a.png\ninside.png\n")
-    assert "inside.png', on standard input, is not within --root 'in'" in message
+    assert "inside.png', named by standard input, is not within --root 'in'" in message
 
 
 def test_a_run_with_a_root_is_computed_again_and_drawn_with_it(thumbnails: Path, tmp_path: Path) -> None:

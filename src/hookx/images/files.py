@@ -51,7 +51,7 @@ def file_to_open(file: File) -> str:
 
 
 class Files(LazySequence[File]):
-    """The file of each key: the root that it was found in, and the key; for a member, where it is in its archive.
+    """The file of each key: its root and the key make its path; for a member, where it is in its archive.
 
     Args:
         roots: what precedes the keys to make paths.
@@ -60,6 +60,7 @@ class Files(LazySequence[File]):
         offsets: where each member is in its archive, -1 for a loose file; empty if there are no archives.
         stored_bytes: what each member takes there; empty if there are no archives.
         named: the numbers of roots whose files were named by a list, so that they may never have existed.
+        paths: those that do not follow from the keys, because a table gave the keys, and '' for all others.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Files(LazySequence[File]):
         offsets: array[int] | memoryview[int] | None = None,
         stored_bytes: array[int] | memoryview[int] | None = None,
         named: Sequence[int] | None = None,
+        paths: Keys | None = None,
     ) -> None:
         self.keys, self.roots, self.root_of = keys, roots, root_of
         self.archives = archives or {}
@@ -79,6 +81,7 @@ class Files(LazySequence[File]):
         if named is None:
             named = [number for number, root in enumerate(roots) if root in _ROOTS_OF_STANDARD_INPUT]
         self.named = frozenset(named)
+        self.paths = paths
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -95,6 +98,8 @@ class Files(LazySequence[File]):
 
     def encoded(self, position: int) -> bytes:
         """Return the path of a loose file, or what a member is called in errors."""
+        if self.paths is not None and (path := self.paths.encoded(position)):
+            return path
         return self.roots[self.root_of[position]] + self.keys.encoded(position)
 
     def was_found(self, position: int) -> bool:

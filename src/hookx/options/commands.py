@@ -63,7 +63,7 @@ class ExtractOptions(
     )
     images: Paths = option(
         "IMAGES...",
-        "Folders (searched recursively), .tar and .zip archives, image files, or - for paths on standard input.",
+        "Folders (searched recursively), archives, tables, image files, or - for paths on standard input.",
         kw_only=False,
     )
     weights: str = option(
@@ -112,6 +112,18 @@ class ExtractOptions(
         "Make all keys relative to this folder; default: to each folder that is named.",
         default=None,
         parse=read_root,
+        title="Images",
+    )
+    path_column: str | None = option(
+        "--path-column NAME",
+        "The column of a table that holds the paths; default: path, file_name, image or another usual name.",
+        default=None,
+        title="Images",
+    )
+    key_column: str | None = option(
+        "--key-column NAME",
+        "The column of a table that holds the keys; default: its paths.",
+        default=None,
         title="Images",
     )
     limit: int | None = option(

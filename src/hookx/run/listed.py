@@ -29,6 +29,8 @@ def list_images_of(options: ExtractOptions) -> ImageList:
     return list_images(
         list_paths(options.images),
         root=options.root,
+        path_column=options.path_column,
+        key_column=options.key_column,
         choice=Choice(options.limit, options.sample, options.seed),
         retry_seconds=options.retry_for,
         unavailable_is_failure=options.on_io_error == "fail",
@@ -44,6 +46,8 @@ def absolute_sources(options: ExtractOptions) -> list[str]:
     if {"-", "-0"} & set(sources):
         return []
     how = [f"--root {os.path.abspath(options.root)}"] if options.root is not None else []
+    how += [f"--path-column {options.path_column}"] if options.path_column is not None else []
+    how += [f"--key-column {options.key_column}"] if options.key_column is not None else []
     choice = str(Choice(options.limit, options.sample, options.seed))
     return [*map(os.path.abspath, sources), *how, *filter(None, [choice])]
 

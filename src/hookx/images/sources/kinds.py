@@ -25,13 +25,13 @@ _UNPACKERS = {
 }
 _TAR_SUFFIXES = tuple(suffix for _, suffixes in _UNPACKERS.values() for suffix in suffixes)
 _VIDEOS = ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .mts .m2ts .3gp".split()
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 _MAX_LABELS = 1000  # Names that end in a number each would make a label each.
 _OTHERS = "others"
 
 # A suffix -> what such a file is, and the command that makes images of it; {} is its name, {stem} that without suffix.
 _FRAMES = ("a video", "take its frames: mkdir frames && ffmpeg -i {} frames/%06d.png, and name frames/")
 _PATHS = "to read the paths that it holds, one per line: hookx extract ... - < {}"
-_ROWS = "write the paths that it holds to standard input, one per line: ... | hookx extract ... -"
 _UNPACKED = ("an archive that hookx does not read", "unpack it, and name the folder: 7z x {}")
 _REFUSED = {
     **dict.fromkeys(_VIDEOS, _FRAMES),
@@ -39,11 +39,10 @@ _REFUSED = {
     ".txt": ("a list", _PATHS),
     ".lst": ("a list", _PATHS),
     ".list": ("a list", _PATHS),
-    ".csv": ("a table", _ROWS),
-    ".tsv": ("a table", _ROWS),
-    ".json": ("a table", _ROWS),
-    ".jsonl": ("a table", _ROWS),
-    ".parquet": ("a table", _ROWS),
+    ".json": ("a table", "write a line for each image, and name that: jq -c '.[]' {} > images.jsonl"),
+    **dict.fromkeys(
+        (".csv", ".tsv", ".jsonl", ".parquet"), ("a table", "name it as an argument: hookx extract ... {}")
+    ),
     ".7z": _UNPACKED,
     ".rar": _UNPACKED,
 }

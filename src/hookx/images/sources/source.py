@@ -25,6 +25,7 @@ class Found:
     Attributes:
         places: for each member of an archive its offset, the bytes that it takes there, and its size.
         is_named: a list names the files, so that they may never have existed.
+        paths: where the files are, if that does not follow from the keys.
     """
 
     root: bytes
@@ -32,6 +33,7 @@ class Found:
     archive: Archive | None = None
     places: array[int] = field(default_factory=lambda: array("q"))
     is_named: bool = False
+    paths: list[bytes] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,14 @@ class Look:
     Attributes:
         root: the folder that keys are relative to, '' for each source's own.
         retry_seconds: how long to try again what the system cannot do now; then it is an error.
+        path_column: the column of tables that holds the paths; '' for one of the usual names.
+        key_column: the column of tables that holds the keys; '' for keys that are paths.
         not_taken: counts what is there and is not an image.
     """
 
     root: str = ""
+    path_column: str = ""
+    key_column: str = ""
     retry_seconds: float = 0.0
     not_taken: NotTaken = field(default_factory=NotTaken)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from hookx.errors import ImageError
 from hookx.images.retries import reason_of
 from hookx.images.sources.kinds import refuse_listed
+from hookx.images.sources.named import find_named, normalise
 from hookx.images.sources.source import Found, Look
 
 _BLOCK_BYTES = 2**20  # read at once
@@ -32,24 +33,10 @@ class StandardInput:
             raise ImageError(
                 f"cannot tell the working directory: {reason_of(error)}", "change to one that exists"
             ) from None
-        root = os.path.join(os.path.abspath(os.fsencode(look.root)), b"") if look.root else b""
         for block in _read_blocks(self.end):
             paths = _split(block, self.end)
             refuse_listed(paths)
-            if root:
-                whole = [path if path.startswith(b"/") else here + path for path in paths]
-                outside = next((path for path in whole if not path.startswith(root)), None)
-                if outside is not None:
-                    raise ImageError(
-                        f"'{os.fsdecode(outside)}', on standard input, is not within --root '{look.root}'",
-                        "name a folder above all of them",
-                    )
-                yield Found(root, [path.removeprefix(root) for path in whole], is_named=True)
-                continue
-            inside = [path.removeprefix(here) for path in paths if path.startswith(here) or not path.startswith(b"/")]
-            yield Found(b"", inside, is_named=True)
-            others = [path.lstrip(b"/") for path in paths if path.startswith(b"/") and not path.startswith(here)]
-            yield Found(b"/", others, is_named=True)
+            yield from find_named(paths, here, b"", look, "standard input")
 
 
 def _split(block: bytes, end: bytes) -> list[bytes]:
@@ -66,7 +53,7 @@ def _split(block: bytes, end: bytes) -> list[bytes]:
         block = block.replace(end + b"./", end)
     paths = block[1:-1].split(end)
     if not is_plain or end + b"." in block:
-        paths = [_normalise(path) for path in paths if path]
+        paths = [normalise(path) for path in paths if path]
     return paths
 
 
@@ -82,9 +69,3 @@ def _read_blocks(end: bytes) -> Iterator[bytes]:
     except OSError as error:
         raise ImageError(f"cannot read the list on standard input: {reason_of(error)}") from None
     yield rest
-
-
-def _normalise(path: bytes) -> bytes:
-    if b".." in path.split(b"/"):  # After a link, '..' is not the folder before it.
-        path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
-    return os.path.abspath(path)
