@@ -13,6 +13,7 @@ from hookx.images.files import File, Member, file_to_open
 from hookx.images.memory import allowed_bytes
 from hookx.images.retries import UnavailableError, is_of_the_file, is_of_the_system
 from hookx.images.sources import zips
+from hookx.images.watched import WatchedFile
 
 _BLOCK_BYTES = 2**20
 
@@ -21,30 +22,10 @@ class UnreadableError(Exception):
     """A file cannot be decoded; the message alone is the reason, without a class name before it."""
 
 
-class _File(io.FileIO):
-    """A file that keeps the system's error of reading it, which a decoder may put into words of its own."""
-
-    error: OSError | None = None
-
-    def readinto(self, buffer: Any) -> int | None:
-        try:
-            return super().readinto(buffer)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def readall(self) -> bytes:
-        try:
-            return super().readall()
-        except OSError as error:
-            self.error = error
-            raise
-
-
 class _Stretch(io.RawIOBase):
     """The bytes of an archive from an offset on; it has no descriptor, with which a library would read others."""
 
-    def __init__(self, whole: _File, offset: int, size_bytes: int) -> None:
+    def __init__(self, whole: WatchedFile, offset: int, size_bytes: int) -> None:
         self._whole, self._offset, self._size_bytes, self._position = whole, offset, size_bytes, 0
 
     def readable(self) -> bool:
@@ -64,14 +45,15 @@ class _Stretch(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        wanted = memoryview(buffer)[: max(0, self._size_bytes - self._position)]
+        count = min(len(buffer), max(0, self._size_bytes - self._position))
         try:
-            count = os.preadv(self._whole.fileno(), [wanted], self._offset + self._position) if wanted else 0
+            content = os.pread(self._whole.fileno(), count, self._offset + self._position)
         except OSError as error:
             self._whole.error = error
             raise
-        self._position += count
-        return count
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
 
 
 class Content(io.BufferedReader):
@@ -102,7 +84,7 @@ def open_image(file: File, listed_bytes: int | None = None) -> Iterator[Content]
     was_seen = isinstance(file, Member) or (listed_bytes is not None and listed_bytes >= 0)
     try:
         # Without O_NONBLOCK, opening a named pipe blocks until something writes to it.
-        raw = _File(path, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
+        raw = WatchedFile(path, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
     except OSError as error:
         if is_of_the_file(error, path, was_seen=was_seen):
             raise
@@ -124,7 +106,7 @@ def open_image(file: File, listed_bytes: int | None = None) -> Iterator[Content]
         raise UnavailableError(raw.error)
 
 
-def _content_of(file: File, raw: _File, file_bytes: int, listed_bytes: int | None) -> Content:
+def _content_of(file: File, raw: WatchedFile, file_bytes: int, listed_bytes: int | None) -> Content:
     if isinstance(file, str):
         _check_size(file_bytes, listed_bytes)
         return Content(raw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import struct
@@ -11,6 +12,7 @@ import zlib
 from hookx.errors import ImageError
 from hookx.images.sources.archive import Members
 from hookx.images.sources.kinds import is_image
+from hookx.images.watched import WatchedFile
 
 _STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 _ENCRYPTED, _HAS_DESCRIPTOR, _IS_UTF8 = 1 << 0, 1 << 3, 1 << 11
@@ -25,10 +27,12 @@ class DamagedMemberError(Exception):
 
 def scan(descriptor: int, size_bytes: int, path: str, members: Members) -> None:
     """List the members of a zip; `ImageError` if it is damaged, or its images are encrypted."""
-    with open(descriptor, "rb", closefd=False) as file:
+    with WatchedFile(descriptor, closefd=False) as raw, io.BufferedReader(raw) as file:
         try:
             directory = zipfile.ZipFile(file).infolist()
         except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+            if raw.error is not None:  # Python's zipfile says that what cannot be read is not a zip.
+                raise raw.error from None
             raise ImageError(f"'{path}' is not a whole zip: {error}", "copy or pack it again") from None
     for member in directory:
         if member.is_dir():
