@@ -115,6 +115,7 @@ def test_a_mapped_list_keeps_the_paths_of_a_table_with_keys(thumbnails: Path, tm
     write_list(images, tmp_path / "list")
     mapped = map_list(tmp_path / "list")
     assert list(mapped.files) == list(images.files) and list(mapped.keys) == list(images.keys)
+    assert [mapped.files.was_found(position) for position in range(5)] == [False, False, True, True, True]
     assert list(images.files)[:2] == [f"{tmp_path}/z.png", f"{tmp_path}/x y.png"]
     assert list(images.files)[2:] == [f"{small}/hubble-{number}.png" for number in range(3)]
 

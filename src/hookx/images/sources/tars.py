@@ -26,7 +26,8 @@ _NOT_TAKEN = {
     **dict.fromkeys(b"346", "devices and pipes"),
 }
 _WITHOUT_DATA = frozenset(b"123456")
-_FOLDER = ord("5")
+_FOLDER, _FOLDER_OF_GNU = ord("5"), ord("D")  # the latter in an incremental archive, with the names within as its data
+_SPACE = ord(" ")
 _MAX_EXTENSION_BYTES = 2**20  # of a long name, or of a member's pax records; anything above is damage
 _PAX_RECORD = re.compile(rb"(\d{1,20}) ([^=]+)=")
 _SUM, _BLANK_SUM = slice(148, 156), 8 * ord(" ")
@@ -64,6 +65,8 @@ def scan(descriptor: int, size_bytes: int, path: str, members: Members) -> None:
         has_ended = False
         kind = header[156]
         try:
+            if header[135] > _SPACE:  # a twelfth digit, as some programs write from 8 GiB on
+                raise ValueError
             stored_bytes = int(header[124:135], 8)
         except ValueError:
             stored_bytes = _read_number(header[124:136], path, position)
@@ -106,7 +109,7 @@ def scan(descriptor: int, size_bytes: int, path: str, members: Members) -> None:
             _cut_short(path, name)
         if kind in _REGULAR and not is_sparse:
             add(name, data, stored_bytes, stored_bytes)
-        elif kind != _FOLDER:
+        elif kind not in (_FOLDER, _FOLDER_OF_GNU):
             members.not_taken.add_kind("sparse files" if is_sparse else _NOT_TAKEN.get(kind, "members of other kinds"))
     if not has_ended:
         _cut_short(path)
