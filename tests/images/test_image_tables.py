@@ -101,6 +101,7 @@ def test_a_column_of_keys_names_the_rows_of_a_run(suffix: str, thumbnails: Path,
     options: dict[str, Any] = {"path_column": "where", "key_column": "id"}
     hookx.extract("resnet18", "conv1", tmp_path / f"t{suffix}", out=tmp_path / "a", **options, **SMALL)
     hookx.extract("resnet18", "conv1", thumbnails, out=tmp_path / "b", **SMALL)
+    assert not hookx.recompute(tmp_path / "a", 2, tmp_path / f"t{suffix}", **options).problems
     by_id, by_path = hookx.open(tmp_path / "a"), hookx.open(tmp_path / "b")
     assert list(by_id.keys_of_rows) == [str(row["id"]) for row in rows]
     for row in rows:

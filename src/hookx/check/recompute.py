@@ -108,7 +108,12 @@ def recompute(options: RecomputeOptions) -> Recomputation:
 
 def _recompute(options: RecomputeOptions, path: Path, plan: Plan) -> Recomputation:
     chosen = _choose_rows(path, plan, options.count, random.Random(options.seed))
-    listed = list_images(list_paths(options.images), root=options.root)
+    listed = list_images(
+        list_paths(options.images),
+        root=options.root,
+        path_column=options.path_column,
+        key_column=options.key_column,
+    )
     files = dict(zip(listed.keys, listed.files, strict=True))
     model_options = options.options or ModelOptions(**options.values_of(CheckpointOptions))
     loaded = _load_again(plan, options.model, options.weights, model_options)

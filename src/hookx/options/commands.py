@@ -7,6 +7,7 @@ from typing import Literal
 
 from hookx.options.groups import (
     CALLED,
+    COLUMN_OF_RUN,
     DEVICE,
     IMAGES_OF_RUN,
     KEYS,
@@ -233,6 +234,8 @@ class RecomputeOptions(CheckpointOptions, title="Recomputation"):
     )
     images: Paths = option("--images PATH...", IMAGES_OF_RUN, kw_only=False)
     root: AnyPath | None = option("--root DIR", ROOT_OF_RUN, default=None)
+    path_column: str | None = option("--path-column NAME", COLUMN_OF_RUN, default=None)
+    key_column: str | None = option("--key-column NAME", COLUMN_OF_RUN, default=None)
     model: str | None = option(
         "-m --model REF", "The run's model again, if it is not torchvision's.", default=None, completed_by=("models",)
     )
