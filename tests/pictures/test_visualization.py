@@ -411,7 +411,7 @@ def test_images_that_cannot_be_read_are_named_and_the_others_drawn(mixed_folder:
     ("arguments", "said"),
     [
         ([], "no images are named"),
-        (["cat.jpg", "--image", "cat.jpg"], "--image and --images need a run"),
+        (["cat.jpg", "--image", "cat.jpg"], "--image, --images and --root need a run"),
         (["features", "-m", "resnet18"], "features is a run, whose model does not run again"),
         (["features", "--attention"], "features is a run, whose model does not run again"),
         (["cat.jpg", "-m", "resnet18", "-l", "conv1", "--top", "0"], "--top must be at least 1, got 0"),

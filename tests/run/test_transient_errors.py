@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -81,3 +82,55 @@ def test_an_error_that_stays_stops_the_run_which_goes_on_to_the_same_bytes(
     assert not {"failures.csv", "index.csv"} & set(content_of(tmp_path / "out"))
     assert extract(pictures, tmp_path / "out") == (0, "")
     assert content_of(tmp_path / "out") == undisturbed
+
+
+@pytest.fixture(scope="module", params=["tar", "zip"])
+def archive(request: pytest.FixtureRequest, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    archive: Path = tmp_path_factory.mktemp("archive") / f"all.{request.param}"
+    if request.param == "tar":
+        subprocess.run(["tar", "-cf", archive, "-C", pictures, "."], check=True)
+    else:
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
+            for file in sorted(pictures.iterdir()):
+                packed.write(file, file.name)
+    return archive
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_an_archive_that_cannot_be_read_for_a_while_changes_no_byte(
+    workers: str, archive: Path, tmp_path: Path
+) -> None:
+    assert extract(archive, tmp_path / "undisturbed") == (0, "")
+    faults = Faults(
+        Fault("open", "ESTALE", 1, 2, archive.name),  # while it is listed
+        Fault("open", "EIO", 5, 7, archive.name),
+        Fault("open", "ENOENT", 9, 9, archive.name),
+        Fault("read", "EIO", 3, 4, archive.name),
+        Fault("read", "ETIMEDOUT", 50, 52, archive.name),
+    )
+    code, said = extract(archive, tmp_path / "out", "-j", workers, faults=faults.environment)
+    assert code == 0, said
+    assert all(faults.counts), f"each fault has happened: {faults.counts}"
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "undisturbed")
+
+
+def test_an_archive_that_stays_unreadable_stops_the_run_and_is_no_failure_of_its_images(
+    archive: Path, tmp_path: Path
+) -> None:
+    faults = Faults(Fault("open", "ENOENT", 6, path=archive.name))  # It was listed, and then its mount went away.
+    code, said = extract(archive, tmp_path / "out", "--retry-for", "0.2", faults=faults.environment)
+    assert code == 1 and f"{archive.name}/" in said and "after 0.2 s of trying" in said, said
+    assert not {"failures.csv", "index.csv"} & set(content_of(tmp_path / "out"))
+    assert extract(archive, tmp_path / "out") == extract(archive, tmp_path / "undisturbed") == (0, "")
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "undisturbed")
+
+
+def test_a_run_of_an_archive_that_is_killed_goes_on_to_the_same_bytes(archive: Path, tmp_path: Path) -> None:
+    assert extract(archive, tmp_path / "undisturbed") == (0, "")
+    for call in (4, 8):
+        faults = Faults(Fault("open", "SIGKILL", call, call, archive.name))
+        code, _ = extract(archive, tmp_path / "out", "-j", "0", faults=faults.environment)
+        assert code == -9
+    assert extract(archive, tmp_path / "out") == (0, "")
+    there = content_of(tmp_path / "out")
+    assert {name: there[name] for name in there if not name.startswith(".")} == content_of(tmp_path / "undisturbed")

@@ -21,6 +21,7 @@ from hookx.capture.second_look import Rows, SecondLook
 from hookx.check.verify import Problem
 from hookx.errors import CaptureError, ShardError, StoreError, UnreadableError, UsageError
 from hookx.images.decoding import check_decoding, decode, decode_jpegs, failure_reason, model_input
+from hookx.images.files import File
 from hookx.images.listing import list_images
 from hookx.keys import key_bytes
 from hookx.layers.select import Selector, Target
@@ -108,7 +109,12 @@ def recompute(options: RecomputeOptions) -> Recomputation:
 
 def _recompute(options: RecomputeOptions, path: Location, plan: Plan) -> Recomputation:
     chosen = _choose_rows(path, plan, options.count, random.Random(options.seed))
-    listed = list_images(list_paths(options.images))
+    listed = list_images(
+        list_paths(options.images),
+        root=options.root,
+        path_column=options.path_column,
+        key_column=options.key_column,
+    )
     files = dict(zip(listed.keys, listed.files, strict=True))
     model_options = options.options or ModelOptions(**options.values_of(CheckpointOptions))
     loaded = _load_again(plan, options.model, options.weights, model_options)
@@ -227,7 +233,7 @@ def _find_batches(path: Location, plan: Plan, chosen: dict[Shard, list[int]]) ->
 
 
 def _decode_again(
-    batch: _Batch, files: dict[str, str], plan: Plan, loaded: LoadedModel, device: torch.device
+    batch: _Batch, files: dict[str, File], plan: Plan, loaded: LoadedModel, device: torch.device
 ) -> Tensor:
     """Return the pixels of a batch; `StoreError` for an image that is missing, has changed or cannot be read."""
 

@@ -48,9 +48,15 @@ def extract(options: given.ExtractOptions, call: given.CallOptions) -> None:
             with show_progress("images", images, done=done, quiet=call.quiet, leave=True) as advance:
                 summary = begun.run(advance)
     report(call, run_reports.describe_summary, run_reports.print_summary, summary, files=summary.files)
+    if not summary.images and summary.part is None:
+        raise _nothing_stored(summary.out)
     # A part that ended with 3 would stop the others: torchrun ends all, Slurm starts nothing that depends on it.
     if summary.failures and summary.part is None:
         raise typer.Exit(3)
+
+
+def _nothing_stored(out: str) -> HookxError:
+    return HookxError(f"no image could be read, so {out}/ holds no row", f"{out}/failures.csv says why")
 
 
 def _submit(options: given.ExtractOptions, call: given.CallOptions) -> None:
@@ -121,6 +127,8 @@ def finish(options: given.FinishOptions, form: JsonOptions) -> None:
     with talk_on_stderr(), show_progress("shards") as advance:
         finished = finish(options.path, options.parts, progress=advance)
     report(form, run_reports.describe_finished, run_reports.print_finished, finished)
+    if not finished.totals.rows:
+        raise _nothing_stored(finished.path)
     if finished.totals.failures:
         raise typer.Exit(3)
 
@@ -263,8 +271,10 @@ def visualize(options: given.VisualizeOptions, stored: given.StoredRunOptions, f
     is_run = len(sources) == 1 and _holds_a_run(sources[0])
     if is_run and (options.model or options.attention):
         raise UsageError(f"{sources[0]} is a run, whose model does not run again", "name images instead of the run")
-    if not is_run and (stored.keys or stored.images_of_run):
-        raise UsageError("--image and --images need a run", "name its directory, as in hookx visualize features/")
+    if not is_run and (stored.keys or stored.images_of_run or stored.root):
+        raise UsageError(
+            "--image, --images and --root need a run", "name its directory, as in hookx visualize features/"
+        )
     from hookx.cli import reports
     from hookx.pictures.models import visualize
     from hookx.pictures.runs import visualize_run
@@ -272,7 +282,9 @@ def visualize(options: given.VisualizeOptions, stored: given.StoredRunOptions, f
     with talk_on_stderr(form.quiet), show_progress("pictures", quiet=form.quiet) as advance:
         if is_run:
             look, images = options.values_of(LookOptions), stored.images_of_run
-            gallery = visualize_run(sources[0], stored.keys, options.layers, images=images, progress=advance, **look)
+            gallery = visualize_run(
+                sources[0], stored.keys, options.layers, images=images, root=stored.root, progress=advance, **look
+            )
         else:
             gallery = visualize(**vars(options) | {"progress": advance})
     paths = [picture.file for picture in gallery.pictures]

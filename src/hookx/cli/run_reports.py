@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # They import torch.
 
 # The fields of a summary's document, in order.
 _SUMMARY = (
-    *("out", "model", "weights", "notes", "preprocessing", "layers", "images", "failures", "shards", "shards_computed"),
+    *("out", "model", "weights", "notes", "preprocessing", "layers", "images", "failures"),
+    *("not_taken", "chosen", "shards", "shards_computed"),
     *("images_computed", "bytes", "device", "precision", "memory_format", "batch_size", "workers", "rotations_ignored"),
     *("counts", "self_checked"),
     *("seconds_total", "seconds_reading", "seconds_nvjpeg", "seconds_model", "seconds_copying", "seconds_writing"),
@@ -45,6 +46,7 @@ def print_summary(summary: Summary) -> None:
         where = "(failures.csv says why)" if summary.is_complete else "(failures.csv will say why)"
         stored += f", {summary.failures:,} could not be read {where}"
     facts = [("images", stored), *(("values", sentence) for sentence in summary.counts.sentences())]
+    facts += [("note", sentence) for sentence in summary.remarks.sentences()]
     if summary.rotations_ignored:
         note = f"{summary.rotations_ignored:,} images carry a rotation that was ignored; --exif apply turns them"
         facts.append(("rotation", note))
@@ -82,6 +84,8 @@ def describe_job(job: Job) -> dict[str, Any]:
         "preprocessing": asdict(plan.preprocessing),
         "layers": describe_stored(plan.layers, plan.image_count),
         "images": plan.image_count,
+        "not_taken": dict(job.images.remarks.not_taken),
+        "chosen": job.images.remarks.chosen,
         "shards": len(plan.shards),
         "shards_pending": len(job.pending),
         "images_per_shard": plan.images_per_shard,
@@ -105,6 +109,7 @@ def print_job(job: Job, *, is_begun: bool = False) -> None:
     print_rows(
         [
             ("images", f"{plan.image_count:,}"),
+            *(("note", sentence) for sentence in job.images.remarks.sentences()),
             ("shards", f"{pending}, of up to {plan.images_per_shard:,} images"),
             ("bytes", f"{decimal(job.bytes_to_write)} to write{free}"),
             *plan_facts(plan, job.device),

@@ -5,16 +5,13 @@ Pillow decodes; with `--decode nvjpeg` an NVIDIA GPU decodes plain JPEGs.
 
 from __future__ import annotations
 
-import io
 import math
-import os
 import re
-import stat
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, BinaryIO, TypeVar
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -26,8 +23,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F  # noqa: N812 - its own documentation's name
 
 from hookx.errors import UsageError
+from hookx.images.files import File
 from hookx.images.memory import lacks_memory
-from hookx.images.retries import UnavailableError, is_of_the_file, is_of_the_system
+from hookx.images.opening import Content, UnreadableError, open_image
+from hookx.images.retries import UnavailableError
 from hookx.images.rgb import to_rgb
 from hookx.plan import Preprocessing
 
@@ -56,17 +55,13 @@ _NO_MEMORY_OF_PILLOW = "out of memory error"  # in its words for status -9 of a 
 _Picture = TypeVar("_Picture", Image.Image, Tensor)
 
 
-class UnreadableError(Exception):
-    """A file cannot be decoded; the message alone is the reason, without a class name before it."""
-
-
 def decode(
-    file: str,
+    file: File,
     preprocessing: Preprocessing,
     listed_bytes: int | None = None,
     transform: Callable[[Image.Image], Tensor] | None = None,
 ) -> tuple[Tensor, bool]:
-    """Read the first frame of an image file as RGB (see `to_rgb`), resize it and crop it; ignore colour profiles.
+    """Read the first frame of an image as RGB (see `to_rgb`), resize it and crop it; ignore colour profiles.
 
     A size other than `listed_bytes` is a failure. `transform`, the model's own, takes the RGB image to a model's input
     (3, crop_px, crop_px) in place of `preprocessing`.
@@ -91,10 +86,10 @@ def decode(
         torch.float32
     """
     assert transform or not preprocessing.custom, "custom preprocessing comes with its transform"
-    # Pillow would map the file into memory, and a file that is truncated meanwhile would kill the process; so open it
-    # here. Pillow's warnings about metadata and large images are noise: what matters is whether the image decodes.
+    # Pillow would map a file into memory, and one that is truncated meanwhile would kill the process; so it gets one
+    # that is open. Pillow's warnings about metadata and large images are noise: what matters is whether it decodes.
     for is_last_try in (False, True):
-        with _open_regular(file, listed_bytes) as content, warnings.catch_warnings():
+        with open_image(file, listed_bytes) as content, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 rgb, orientation = _decode(content, preprocessing)
@@ -118,7 +113,7 @@ def decode(
     return pixels_CHW, orientation is not None
 
 
-def _decode(content: _Content, preprocessing: Preprocessing) -> tuple[Image.Image | Tensor, Image.Transpose | None]:
+def _decode(content: Content, preprocessing: Preprocessing) -> tuple[Image.Image | Tensor, Image.Transpose | None]:
     """Return an image as RGB, or the bytes of a JPEG that nvjpeg shall decode; and what would turn it upright."""
     with Image.open(content, formats=known_formats()) as image:
         if preprocessing.decode == "nvjpeg" and (encoded := _plain_jpeg(image, content, preprocessing)):
@@ -193,9 +188,9 @@ def check_decoding(preprocessing: Preprocessing, device: torch.device) -> None:
         )
 
 
-def size_from_header(file: str) -> tuple[int, int]:
+def size_from_header(file: File) -> tuple[int, int]:
     """Return an image's width and height in pixels; 0 and 0 if its header cannot be read."""
-    with suppress(Exception), open(file, "rb") as content:
+    with suppress(Exception), open_image(file) as content:
         return Image.open(content, "r", known_formats()).size
     return 0, 0
 
@@ -210,73 +205,6 @@ def failure_reason(error: Exception) -> str:
         return "UnidentifiedImageError: not an image that Pillow knows"
     text = (getattr(error, "strerror", None) or " ".join(str(error).split()))[:_MAX_REASON_LENGTH]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-class _File(io.FileIO):
-    """A file that keeps the system's error of reading it, which a decoder may put into words of its own."""
-
-    error: OSError | None = None
-
-    def readinto(self, buffer: Any) -> int | None:
-        try:
-            return super().readinto(buffer)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def readall(self) -> bytes:
-        try:
-            return super().readall()
-        except OSError as error:
-            self.error = error
-            raise
-
-
-class _Content(io.BufferedReader):
-    """The bytes of a file; `is_shared` once a library has the descriptor and reads by itself."""
-
-    is_shared = False
-
-    def fileno(self) -> int:
-        self.is_shared = True
-        return super().fileno()
-
-    def read_through(self) -> None:
-        """Read the file to its end, for the system's error if there is one."""
-        position = 0
-        while block := os.pread(super().fileno(), _BLOCK_BYTES, position):
-            position += len(block)
-
-
-@contextmanager
-def _open_regular(file: str, listed_bytes: int | None) -> Iterator[_Content]:
-    """Open a file and, as long as it is open, tell errors of the system from those of decoders."""
-    try:
-        # Without O_NONBLOCK, opening a named pipe blocks until something writes to it.
-        raw = _File(file, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
-    except OSError as error:
-        if is_of_the_file(error, file, was_seen=listed_bytes is not None and listed_bytes >= 0):
-            raise
-        raise UnavailableError(error) from None
-    try:
-        with _Content(raw) as content:
-            status = os.fstat(raw.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise UnreadableError("not a regular file")
-            if listed_bytes is not None and status.st_size != listed_bytes:
-                before = "unreadable" if listed_bytes < 0 else listed_bytes
-                raise UnreadableError(f"changed since it was listed ({before} -> {status.st_size} bytes)")
-            if status.st_size == 0:
-                raise UnreadableError("the file is empty")
-            yield content
-    except Exception as error:
-        if raw.error is not None:
-            raise UnavailableError(raw.error) from None
-        if isinstance(error, OSError) and is_of_the_system(error):
-            raise UnavailableError(error) from None
-        raise
-    if raw.error is not None:  # The decoder made do with what it had.
-        raise UnavailableError(raw.error)
 
 
 def known_formats() -> list[str]:

@@ -1,11 +1,14 @@
 """A list of images in a file that any number of processes map: one copy in the page cache, however many they are.
 
 A line of JSON says where the images lie and how long the parts are; behind it, at multiples of 8 bytes, follow the
-numbers of the keys' ends, of the files' sizes and of the roots, and then the keys, one after the other.
+numbers of the keys' ends and of the files' sizes; if there are archives, those of the members' offsets and of the bytes
+that they take there; if a table gives the keys, those of the paths' ends; those of the roots; and then the keys and the
+paths, one after the other.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import mmap
@@ -17,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from hookx.errors import ImageError
-from hookx.images.listing import Files, ImageList
+from hookx.images.files import Archive, Files
+from hookx.images.listing import ImageList, Remarks
 from hookx.keys import Keys
 
 _ALIGNMENT = 8
@@ -39,14 +43,25 @@ def write_list(images: ImageList, path: Path, sources: Sequence[str] = ()) -> No
         "roots": [os.fsdecode(root) for root in files.roots],
         "key_bytes": keys.ends[-1],
         "byte_order": sys.byteorder,
+        "path_bytes": files.paths.ends[-1] if files.paths is not None else None,
+        "named": sorted(files.named),
+        "archives": [[number, *dataclasses.astuple(archive)] for number, archive in files.archives.items()],
+        "remarks": dataclasses.asdict(images.remarks),
     }
     line = json.dumps(header).encode()
     with open(path, "xb") as file:
         file.write(line + b" " * (-(len(line) + 1) % _ALIGNMENT) + b"\n")
         file.write(keys.ends)
         file.write(memoryview(array("q", images.sizes_bytes)))
+        if files.archives:
+            file.write(memoryview(array("q", files.offsets)))
+            file.write(memoryview(array("q", files.stored_bytes)))
+        if files.paths is not None:
+            file.write(files.paths.ends)
         file.write(memoryview(array("i", files.root_of)))
         file.write(keys.block)
+        if files.paths is not None:
+            file.write(files.paths.block)
 
 
 def map_list(path: Path) -> ImageList:
@@ -73,14 +88,22 @@ def map_list(path: Path) -> ImageList:
     if header["byte_order"] != sys.byteorder:
         raise ImageError(f"the list of images {path} was written on another kind of machine")
     count, start = header["images"], len(line)
-    if len(whole) != start + 20 * count + header["key_bytes"]:
+    # A list that an earlier version wrote says nothing about archives.
+    archives = {number: Archive(*described) for number, *described in header.get("archives", ())}
+    path_bytes = header.get("path_bytes")
+    wide = 2 + 2 * bool(archives) + (path_bytes is not None)
+    if len(whole) != start + (8 * wide + 4) * count + header["key_bytes"] + (path_bytes or 0):
         raise ImageError(f"{path} is not a list of images, or was cut short", _BEGIN_AGAIN)
-    ends = whole[start : start + 8 * count].cast("q")
-    sizes = whole[start + 8 * count : start + 16 * count].cast("q")
-    root_of = whole[start + 16 * count : start + 20 * count].cast("i")
-    block = whole[start + 20 * count : start + 20 * count + header["key_bytes"]]
-    keys = Keys(block, ends)
-    images = ImageList(keys, Files(keys, [os.fsencode(root) for root in header["roots"]], root_of), sizes)
+    starts = range(start, start + 8 * wide * count + 1, 8 * count)
+    ends, sizes, *places = (whole[one : one + 8 * count].cast("q") for one in starts[:-1])
+    root_of = whole[starts[-1] : starts[-1] + 4 * count].cast("i")
+    first = starts[-1] + 4 * count
+    keys = Keys(whole[first : first + header["key_bytes"]], ends)
+    paths = Keys(whole[first + header["key_bytes"] :], places.pop()) if path_bytes is not None else None
+    offsets, stored_bytes = places or (None, None)
+    roots = [os.fsencode(root) for root in header["roots"]]
+    files = Files(keys, roots, root_of, archives, offsets, stored_bytes, header.get("named"), paths)
+    images = ImageList(keys, files, sizes, Remarks(**header.get("remarks", {})))
     vars(images)["sha256"] = header["sha256"]  # Computing it anew would read all of the file.
     return images
 

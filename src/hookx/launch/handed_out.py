@@ -67,6 +67,7 @@ class HandedOut:
         with contextlib.ExitStack() as stack:
             images = list_images_of(self.options)
             self._list = stack.enter_context(self._list_for_workers(images))
+            self._remarks = images.remarks
             del images  # The workers map the file; this process needs none of it.
             stack.callback(self._clear_up)
             stack.callback(self._crew.end)
@@ -216,6 +217,7 @@ class HandedOut:
             *(self.plan, self.out, self.pending, self.part, computed if self.part else totals, timing),
             device=", ".join(f"{count} x {name}" if count > 1 else name for name, count in devices.items()),
             workers=sum(described["workers"] for described in self._described.values()),
+            remarks=self._remarks,
         )
 
     def _timing(self) -> Timing:

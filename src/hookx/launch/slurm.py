@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hookx.errors import HookxError, UsageError
+from hookx.images.files import File
 from hookx.options import ExtractOptions, LauncherOptions, list_paths
 from hookx.options.option import options_of, words_of
 from hookx.run.prepare import Job
@@ -63,7 +64,7 @@ def _split(text: str) -> list[str]:
         raise UsageError(f"invalid --sbatch '{text}': {error}", "as in --sbatch '--gpus=1 -t 4:00:00'") from None
 
 
-def describe_submission(job: Job, standard_input: Iterable[str] = ()) -> Submission:
+def describe_submission(job: Job, standard_input: Iterable[File] = ()) -> Submission:
     """Write the scripts of a run that was checked, without submitting anything.
 
     Args:
@@ -103,6 +104,10 @@ def describe_submission(job: Job, standard_input: Iterable[str] = ()) -> Submiss
         ),
     }
     if from_list:
+        if job.images.files.archives:
+            raise UsageError(
+                "--launcher slurm takes archives or a list on standard input, and not both", "submit two runs"
+            )
         scripts[listed] = "".join(f"{file}\0" for file in standard_input)
     return Submission(str(options.out), tasks, options.at_once, scripts)
 

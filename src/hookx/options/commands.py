@@ -7,11 +7,13 @@ from typing import Literal
 
 from hookx.options.groups import (
     CALLED,
+    COLUMN_OF_RUN,
     DEVICE,
     IMAGES_OF_RUN,
     KEYS,
     MODEL,
     NO_MODEL,
+    ROOT_OF_RUN,
     RUN,
     BuildOptions,
     CheckpointOptions,
@@ -37,6 +39,7 @@ from hookx.options.values import (
     ignore_progress,
     read_dtype,
     read_path,
+    read_root,
     read_size,
 )
 
@@ -60,7 +63,9 @@ class ExtractOptions(
         title="Layers",
     )
     images: Paths = option(
-        "IMAGES...", "Folders (searched recursively), image files, or - for paths on standard input.", kw_only=False
+        "IMAGES...",
+        "Folders (searched recursively), archives, tables, image files, or - for paths on standard input.",
+        kw_only=False,
     )
     weights: str = option(
         "-w --weights NAME",
@@ -107,6 +112,39 @@ class ExtractOptions(
     )
     memory_format: MemoryFormat | Literal["auto"] = option(
         "--memory-format NAME", "Memory layout: {choices}.", default="auto", title="Compute"
+    )
+    root: AnyPath | None = option(
+        "--root DIR",
+        "Make all keys relative to this folder; default: to each folder that is named.",
+        default=None,
+        parse=read_root,
+        title="Images",
+    )
+    path_column: str | None = option(
+        "--path-column NAME",
+        "The column of a table that holds the paths; default: path, file_name, image or another usual name.",
+        default=None,
+        title="Images",
+    )
+    key_column: str | None = option(
+        "--key-column NAME",
+        "The column of a table that holds the keys; default: its paths.",
+        default=None,
+        title="Images",
+    )
+    limit: int | None = option(
+        "--limit N",
+        "Only the first N images, for a try; another run than that of all.",
+        default=None,
+        minimum=1,
+        title="Images",
+    )
+    sample: int | None = option(
+        "--sample N",
+        "Only N images at random, by --seed, for a try; another run than that of all.",
+        default=None,
+        minimum=1,
+        title="Images",
     )
     strict: bool = option("--strict", "Stop at the first image that cannot be read.", default=False, title="Images")
     retry_failures: bool = option(
@@ -200,6 +238,9 @@ class RecomputeOptions(CheckpointOptions, title="Recomputation"):
         "--recompute N", "Run the model again on N random rows, and compare.", kw_only=False, minimum=0, absent=0
     )
     images: Paths = option("--images PATH...", IMAGES_OF_RUN, kw_only=False)
+    root: AnyPath | None = option("--root DIR", ROOT_OF_RUN, default=None)
+    path_column: str | None = option("--path-column NAME", COLUMN_OF_RUN, default=None)
+    key_column: str | None = option("--key-column NAME", COLUMN_OF_RUN, default=None)
     model: str | None = option(
         "-m --model REF", "The run's model again, if it is not torchvision's.", default=None, completed_by=("models",)
     )
@@ -293,6 +334,7 @@ class StoredRunOptions(Options, title="A stored run"):
 
     keys: Sequence[str] = option("--image KEY...", KEYS, default=(), completed_by=("keys", "images"))
     images_of_run: Paths = option("--images PATH...", IMAGES_OF_RUN, default=())
+    root: AnyPath | None = option("--root DIR", ROOT_OF_RUN, default=None)
 
 
 class VisualizeRunOptions(LookOptions, title="A stored run"):
@@ -302,4 +344,5 @@ class VisualizeRunOptions(LookOptions, title="A stored run"):
     keys: Sequence[str] = option("--image KEY...", KEYS, default=(), kw_only=False)
     layers: str | Sequence[str] = option("", "Addresses, or globs over them; empty: all.", default=(), kw_only=False)
     images: Paths = option("--images PATH...", IMAGES_OF_RUN, default=())
+    root: AnyPath | None = option("--root DIR", ROOT_OF_RUN, default=None)
     progress: Progress = option("", CALLED, default=ignore_progress)

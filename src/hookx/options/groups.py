@@ -29,6 +29,8 @@ CALLED = "Called with the number finished since the last call."
 DEVICE = "auto, cpu, cuda, cuda:1 or mps."
 MODEL, NO_MODEL = "A model's name; hookx list-models shows them.", "no model is named"
 RUN, IMAGES_OF_RUN = "What hookx extract wrote: a directory, or a URL.", "The folders and files that the run was given."
+ROOT_OF_RUN = "The folder that the keys of the run are relative to, if the run had --root."
+COLUMN_OF_RUN = "The column of a table, if the run had this option."
 KEYS = "The image to draw, if the run holds several."
 
 

@@ -122,3 +122,8 @@ def read_path(value: AnyPath) -> AnyPath:
     if re.match("[a-z][a-z0-9+.-]*://", os.fspath(value)):
         raise ValueError("only runs lie in object stores: name a path of this system, and copy it there")
     return value
+
+
+def read_root(value: AnyPath) -> str:
+    """Take a path as a text, which other processes are told."""
+    return os.fspath(value)

@@ -14,6 +14,7 @@ from hookx.capture.rows import RowCapture, stored_dtype
 from hookx.capture.runner import Runner, module_classes
 from hookx.errors import HookxError, ImageError, LayerError, UsageError, closest
 from hookx.images.decoding import decode, failure_reason, model_input
+from hookx.images.files import File
 from hookx.images.listing import list_images
 from hookx.layers.select import Selector, matched_paths, parse_selectors
 from hookx.models import borrowed_models
@@ -98,7 +99,7 @@ class _Viewer:
         self.places = probe_places(bare, lambda: whole, self.side_px, look.options.layout)
         self.attention_paths = self._find_attention_paths(selectors) if look.attention else None
 
-    def decode(self, file: str) -> Tensor:
+    def decode(self, file: File) -> Tensor:
         return decode(file, self.ready.preprocessing, transform=self.ready.loaded.transform)[0]
 
     def show(self, key: str, pixels_CHW: Tensor) -> ShownImage:
@@ -144,7 +145,7 @@ class _Viewer:
         return within
 
 
-def _show(files: Mapping[str, str], viewers: Sequence[_Viewer], failures: dict[str, str]) -> Iterator[ShownImage]:
+def _show(files: Mapping[str, File], viewers: Sequence[_Viewer], failures: dict[str, str]) -> Iterator[ShownImage]:
     """Show each image by every model; enter the images that cannot be read into `failures`."""
     for key, file in files.items():
         try:

@@ -16,7 +16,7 @@ from hookx.images.decoding import decode, failure_reason
 from hookx.images.listing import list_images
 from hookx.layers.address import Address
 from hookx.models import load_model, may_run_code, skeleton
-from hookx.options import Paths, VisualizeRunOptions, list_paths, takes
+from hookx.options import AnyPath, Paths, VisualizeRunOptions, list_paths, takes
 from hookx.pictures.contents import Look, ShownImage, show_input, show_layer
 from hookx.pictures.gallery import Gallery, draw
 from hookx.pictures.places import Places, probe_places
@@ -49,7 +49,7 @@ def visualize_run(options: VisualizeRunOptions) -> Gallery:
     features = open_features(options.path, partial=True)
     plan, side_px = features.plan, features.plan.preprocessing.crop_px
     keys = _check_keys(features, options.keys)
-    inputs = _prepare_inputs(plan, keys, options.images)
+    inputs = _prepare_inputs(plan, keys, options.images, options.root)
     addresses = _match_addresses(features, options.layers)
     places = _learn_places(plan, options.layout)
     addresses = places.sort(addresses)
@@ -108,7 +108,7 @@ def _learn_places(plan: Plan, layout: str) -> Places:
         return Places(layout=layout)
 
 
-def _prepare_inputs(plan: Plan, keys: Sequence[str], images: Paths) -> dict[str, Tensor]:
+def _prepare_inputs(plan: Plan, keys: Sequence[str], images: Paths, root: AnyPath | None) -> dict[str, Tensor]:
     """Prepare the images of a run again, if they are given and the plan tells how."""
     sources = list_paths(images)
     if not sources:
@@ -116,7 +116,7 @@ def _prepare_inputs(plan: Plan, keys: Sequence[str], images: Paths) -> dict[str,
     if plan.preprocessing.custom:
         log.info("the inputs are not shown: the plan does not describe the model's own preprocessing in full")
         return {}
-    listed = list_images(sources)
+    listed = list_images(sources, root=root)
     files = dict(zip(listed.keys, listed.files, strict=True))
     exactly = replace(plan.preprocessing, decode="exact")  # No visible difference, and it needs no GPU.
     inputs = {}

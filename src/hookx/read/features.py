@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -153,7 +154,7 @@ class Join:
 
 
 def join(left: Features, right: Features) -> Join:
-    """Match the rows of two runs by their keys, without reading any activation.
+    """Match the rows of two runs by their keys, without reading any activation; warn if they share none.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -167,6 +168,12 @@ def join(left: Features, right: Features) -> Join:
         (8, 0, [(2, 512), (2, 1000)])
     """
     in_left, in_right = _match(left.keys, right.keys)
+    if left.keys and right.keys and not len(in_left):
+        warnings.warn(
+            f"{left.path} and {right.path} have no key in common: the first are '{left.keys[0]}' and "
+            f"'{right.keys[0]}'; hookx extract --root gives all runs keys relative to one folder",
+            stacklevel=2,
+        )
     return Join(
         left=_narrow(left, in_left),
         right=_narrow(right, in_right),

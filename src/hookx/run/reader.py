@@ -11,6 +11,7 @@ from torch import Tensor
 from hookx.capture.failures import is_out_of_memory
 from hookx.errors import THEN_RESUME, ImageError
 from hookx.images.decoding import decode, failure_reason
+from hookx.images.files import File
 from hookx.images.listing import ImageList
 from hookx.images.retries import Retries, UnavailableError
 from hookx.options import RETRY_SECONDS
@@ -69,7 +70,7 @@ class Reader:
                     raise MemoryError(str(error)) from None
                 return Decoded(reason=failure_reason(error))
 
-    def _unavailable(self, file: str, error: UnavailableError) -> ImageError:
+    def _unavailable(self, file: File, error: UnavailableError) -> ImageError:
         return ImageError(
             f"cannot read '{file}' after {self.retry_seconds:g} s of trying: {error}",
             f"{THEN_RESUME} once it can be read",

@@ -47,7 +47,12 @@ def run(job: Job, progress: Callable[[int], None] = lambda images_done: None) ->
             if job.part is None:
                 totals = whole
     device, workers = device_name(job.device), job.workers
-    summary = summarize(job.plan, job.out, job.pending, job.part, totals, timing, device=device, workers=workers)
+    summary = summarize(
+        *(job.plan, job.out, job.pending, job.part, totals, timing),
+        device=device,
+        workers=workers,
+        remarks=job.images.remarks,
+    )
     if summary.failures and not job.pending:
         log.info("to try the images again that could not be read: --retry-failures")
     return summary

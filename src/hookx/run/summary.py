@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
 
+from hookx.images.listing import Remarks
 from hookx.plan import Plan, Shard
 from hookx.run.parts import Part
 from hookx.store.directory import present_shards
@@ -89,6 +90,7 @@ class Summary:
     images_computed: int
     part: Part | None  # what this call computed; None: all of the run
     shards_finished: int  # of the run, by now and by whomever
+    remarks: Remarks  # on the list of images
 
     model = _derive(lambda summary: summary.plan.model)
     weights = _derive(lambda summary: summary.plan.weights)
@@ -99,6 +101,8 @@ class Summary:
     memory_format = _derive(lambda summary: summary.plan.memory_format)
     images = _derive(lambda summary: summary.totals.rows)  # stored
     failures = _derive(lambda summary: summary.totals.failures)
+    not_taken = _derive(lambda summary: dict(summary.remarks.not_taken))  # files that are not images, by suffix
+    chosen = _derive(lambda summary: summary.remarks.chosen)  # the options that left images out
     rotations_ignored = _derive(lambda summary: summary.totals.rotations_ignored)
     counts = _derive(lambda summary: summary.totals.counts)
     # Rows that were computed again in other company, and are the same; None if the run did not check itself.
@@ -136,6 +140,7 @@ def summarize(
     *,
     device: str,
     workers: int,
+    remarks: Remarks,
 ) -> Summary:
     """Describe a finished run by the totals of its shards; a part of a run by those that it has computed."""
     timing.stop()
@@ -152,4 +157,5 @@ def summarize(
         images_computed=sum(map(len, pending)),
         part=part,
         shards_finished=len(present_shards(out, plan)) if part else len(plan.shards),
+        remarks=remarks,
     )

@@ -1,0 +1,134 @@
+"""Open the bytes of one image, in whichever process, and tell the faults of the system from those of the file."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hookx.images.files import File, Member, file_to_open
+from hookx.images.memory import allowed_bytes
+from hookx.images.retries import UnavailableError, is_of_the_file, is_of_the_system
+from hookx.images.sources import zips
+from hookx.images.watched import WatchedFile
+
+_BLOCK_BYTES = 2**20
+
+
+class UnreadableError(Exception):
+    """A file cannot be decoded; the message alone is the reason, without a class name before it."""
+
+
+class _Stretch(io.RawIOBase):
+    """The bytes of an archive from an offset on; it has no descriptor, with which a library would read others."""
+
+    def __init__(self, whole: WatchedFile, offset: int, size_bytes: int) -> None:
+        self._whole, self._offset, self._size_bytes, self._position = whole, offset, size_bytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size_bytes}[whence]
+        if start + offset < 0:
+            raise ValueError(f"negative seek position {start + offset}")
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        count = min(len(buffer), max(0, self._size_bytes - self._position))
+        try:
+            content = os.pread(self._whole.fileno(), count, self._offset + self._position)
+        except OSError as error:
+            self._whole.error = error
+            raise
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+
+class Content(io.BufferedReader):
+    """The bytes of an image; `is_shared` once a library has the descriptor and reads by itself."""
+
+    is_shared = False
+
+    def fileno(self) -> int:
+        descriptor = super().fileno()
+        self.is_shared = True
+        return descriptor
+
+    def read_through(self) -> None:
+        """Read the file to its end, for the system's error if there is one."""
+        position = 0
+        while block := os.pread(super().fileno(), _BLOCK_BYTES, position):
+            position += len(block)
+
+
+@contextmanager
+def open_image(file: File, listed_bytes: int | None = None) -> Iterator[Content]:
+    """Open an image and, as long as it is open, tell errors of the system from those of decoders.
+
+    A size other than `listed_bytes` is an `UnreadableError`, and so is an archive of another size than when its members
+    were listed: they may lie elsewhere in it by now.
+    """
+    path = file_to_open(file)
+    was_seen = isinstance(file, Member) or (listed_bytes is not None and listed_bytes >= 0)
+    try:
+        # Without O_NONBLOCK, opening a named pipe blocks until something writes to it.
+        raw = WatchedFile(path, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
+    except OSError as error:
+        if is_of_the_file(error, path, was_seen=was_seen):
+            raise
+        raise UnavailableError(error) from None
+    try:
+        with raw:
+            status = os.fstat(raw.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise UnreadableError("not a regular file")
+            with _content_of(file, raw, status.st_size, listed_bytes) as content:
+                yield content
+    except Exception as error:
+        if raw.error is not None:
+            raise UnavailableError(raw.error) from None
+        if isinstance(error, OSError) and is_of_the_system(error):
+            raise UnavailableError(error) from None
+        raise
+    if raw.error is not None:  # The decoder made do with what it had.
+        raise UnavailableError(raw.error)
+
+
+def _content_of(file: File, raw: WatchedFile, file_bytes: int, listed_bytes: int | None) -> Content:
+    if isinstance(file, str):
+        _check_size(file_bytes, listed_bytes)
+        return Content(raw)
+    if file_bytes != file.archive.size_bytes:
+        raise UnreadableError(
+            f"its archive changed since it was listed ({file.archive.size_bytes} -> {file_bytes} bytes)"
+        )
+    if file.archive.kind == "tar":
+        _check_size(file.stored_bytes, listed_bytes)
+        return Content(_Stretch(raw, file.offset, file.stored_bytes))
+    max_bytes = allowed_bytes() if listed_bytes is None else listed_bytes
+    try:
+        content = zips.read_member(raw.fileno(), file.offset, file.stored_bytes, max_bytes)
+    except zips.DamagedMemberError as error:
+        raise UnreadableError(f"damaged in its archive: {error}") from None
+    _check_size(len(content), listed_bytes)
+    return Content(io.BytesIO(content))
+
+
+def _check_size(size_bytes: int, listed_bytes: int | None) -> None:
+    if listed_bytes is not None and size_bytes != listed_bytes:
+        before = "unreadable" if listed_bytes < 0 else listed_bytes
+        raise UnreadableError(f"changed since it was listed ({before} -> {size_bytes} bytes)")
+    if size_bytes == 0:
+        raise UnreadableError("the file is empty")

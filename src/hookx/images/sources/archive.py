@@ -1,0 +1,102 @@
+"""An archive: its members are listed from their headers, and nothing is unpacked to the disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import posixpath
+import re
+import stat
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hookx.errors import ImageError
+from hookx.images.files import Archive
+from hookx.images.sources.kinds import NotTaken, archive_kind, check_not_compressed, is_image
+from hookx.images.sources.source import Found, Look
+
+_NO_NAME = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL)
+_OF_A_LINK = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+_MACOS_PREFIX = b"._"
+# A path with './', '//' or '..' is another spelling of a plain one; keys are never absolute; and macOS adds '._a.jpg'.
+_IS_UNUSUAL = re.compile(rb"[./]|.*?/[./]", re.DOTALL).match
+
+
+def is_folder(path: str | bytes) -> bool:
+    """Return whether a name is that of a folder; `ImageError` if it does not exist, `OSError` if the system fails."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except OSError as error:
+        if os.path.islink(path) and error.errno in _OF_A_LINK:
+            return False  # A link to nothing, or to itself.
+        if error.errno in _NO_NAME:
+            raise ImageError(f"no such file or folder: '{os.fsdecode(path)}'") from None
+        raise
+
+
+class Members:
+    """The images of one archive, as they are found: their keys, and where they are."""
+
+    def __init__(self, prefix: bytes) -> None:
+        self._prefix = prefix
+        self.keys: list[bytes] = []
+        self.places = array("q")
+        self.not_taken = NotTaken()
+
+    def add(self, name: bytes, offset: int, stored_bytes: int, size_bytes: int) -> None:
+        """Take a member that is an image by its name, and count another."""
+        if not is_image(name):
+            self.not_taken.add(name)
+            return
+        if _IS_UNUSUAL(name):
+            name = posixpath.normpath(b"/" + name).lstrip(b"/")
+            if posixpath.basename(name).startswith(_MACOS_PREFIX):
+                self.not_taken.add_kind("._ (metadata of macOS)")
+                return
+        self.keys.append(self._prefix + name)
+        self.places.fromlist([offset, stored_bytes, size_bytes])
+
+
+@dataclass(frozen=True)
+class ArchiveSource:
+    """The images of a .tar or a .zip; the key of each is the archive's name, '/', and the member's name."""
+
+    path: str
+
+    def find(self, look: Look) -> Iterator[Found]:
+        file = os.fsencode(self.path)
+        name = os.path.basename(file)
+        root, beginning = look.begin_in(os.fsdecode(file.removesuffix(name)))
+        yield from self.find_in(look, root, beginning + name)
+
+    def find_in(self, look: Look, root: bytes, key: bytes) -> Iterator[Found]:
+        """Find the images of an archive that has a key among others in a folder."""
+        members, archive = look.patiently("read the archive", self.path, lambda: self._scan(key + b"/"))
+        for label, count in members.not_taken.counts.items():
+            look.not_taken.add_kind(label, count)
+        yield Found(root, members.keys, archive, members.places)
+
+    def _scan(self, prefix: bytes) -> tuple[Members, Archive]:
+        from hookx.images.sources import tars, zips  # They import this module.
+
+        path, members = os.fsencode(self.path), Members(prefix)
+        kind = archive_kind(path)
+        assert kind is not None
+        try:
+            # Without O_NONBLOCK, opening a named pipe blocks until something writes to it.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno in _NO_NAME:
+                raise ImageError(f"no such file or folder: '{self.path}'") from None
+            raise
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError(f"'{self.path}' is not a regular file", "write it to the disk, and name that")
+            check_not_compressed(path, os.pread(descriptor, 8, 0))
+            scan = tars.scan if kind == "tar" else zips.scan
+            scan(descriptor, status.st_size, self.path, members)
+        finally:
+            os.close(descriptor)
+        return members, Archive(self.path, kind, status.st_size)
