@@ -164,6 +164,14 @@ def test_a_store_that_is_busy_for_a_while_costs_time_only(pictures: Path, at_onc
     assert objects(store) == contents(at_once)
 
 
+def test_a_store_that_is_busy_from_the_start_is_waited_for(pictures: Path, at_once: Path, store: Store) -> None:
+    with between(store) as way:
+        way.busy_for = 10  # more than the attempts that are made where nobody answers
+        done = call(way.store, *in_store(pictures))
+        assert done.returncode == 3 and way.busy_for == 0, done.stderr
+    assert objects(store) == contents(at_once)
+
+
 LARGE = "import sys; from pathlib import Path; from hookx.store.objects.path import ObjectPath\n"
 LARGE += "file, url = Path(sys.argv[1]), ObjectPath.parse(sys.argv[2])\n"
 LARGE += "print(url.put(file, replace=False), url.put(file, replace=False))"

@@ -64,12 +64,14 @@ class S3Bucket(Bucket):
 
     def _call(self, call: Callable[..., T], **values: Any) -> T:
         """Call the store, again and again for a while if it is busy or away; for seconds only until it answers once."""
-        give_up_at = time.monotonic() + (PATIENCE_SECONDS if self._has_answered else 0)
+        began = time.monotonic()
         while True:
             try:
                 answer = call(Bucket=self._name, **values)
             except (BotoCoreError, ClientError) as error:
-                if not _is_passing(error) or time.monotonic() > give_up_at:
+                self._has_answered |= isinstance(error, ClientError)  # It is there, if only to say that it is busy.
+                patience = PATIENCE_SECONDS if self._has_answered else 0
+                if not _is_passing(error) or time.monotonic() - began > patience:
                     raise
                 time.sleep(random.uniform(0, _MAX_WAIT_SECONDS))
             else:
