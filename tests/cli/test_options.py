@@ -100,6 +100,8 @@ VALUES: dict[str, tuple[str, Any]] = {  # an option of extract -> a text, and th
     "root": ("photos", "photos"),
     "path_column": ("file", "file"),
     "key_column": ("id", "id"),
+    "columns": ("label,split", ("label", "split")),
+    "label": ("parent", "parent"),
     "limit": ("100", 100),
     "sample": ("50", 50),
     "strict": ("true", True),

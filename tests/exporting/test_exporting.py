@@ -613,7 +613,7 @@ def test_what_is_too_large_for_a_mat_file_is_refused_before_anything_is_written(
 
 def test_a_mat_file_is_as_large_as_matlab_can_read_and_its_keys_count_too(small: Path) -> None:
     features = promise(small, LayerSpec("fc", (MAX_VARIABLE_BYTES // 2,), "uint8"))
-    rows = Rows(features.keys, features["fc"], np.dtype(np.uint8), {"layer": "fc"})
+    rows = Rows(features.keys, features["fc"], np.dtype(np.uint8), {"layer": "fc"}, features.columns)
     check_mat(rows)
     numbers = replace(rows, activations=promise(small, LayerSpec("fc", (), "uint8"))["fc"])
     check_mat(replace(numbers, keys=["k" * 2**26] * 31))

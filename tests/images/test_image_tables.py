@@ -143,8 +143,10 @@ def test_what_a_table_cannot_mean_is_an_error_that_says_what_to_do(tmp_path: Pat
     assert "line 1, is not an object" in after("[1]\n")
     table = tmp_path / "t.parquet"
     assert "is not a Parquet file that can be read" in after("PAR1")
-    write_parquet(table, [{"image": {"bytes": b"x", "path": "a.png"}}])
-    assert "hookx does not read images within it (image)" in error_of(table)
+    write_parquet(table, [{"left": b"x", "right": b"y"}])
+    assert "holds bytes in the columns left, right" in error_of(table)
+    write_parquet(table, [{"image": {"bytes": b"x", "path": "a.png"}, "id": 1}])
+    assert "has no column 'ids'; closest: id" in error_of(table, key_column="ids")
 
 
 def test_rows_without_a_path_are_counted(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hookx.plan import LayerSpec, Plan, ValueCounts
+from hookx.store.columns import open_columns
 from hookx.store.directory import names_in, present_shards, read_plan
 from hookx.store.index import INDEX, SHARDS
 from hookx.store.location import Location, location_of
@@ -62,6 +63,7 @@ class Inspection:
     bytes: int  # activations only
     layers: tuple[InspectedLayer, ...]
     counts: ValueCounts
+    columns: Mapping[str, str]  # 'int', 'float', 'bool' or 'text', by the name of the column
     self_checked: int | None  # rows that the run computed again in other company; None if it did not check itself
     made: tuple[dict[str, Any], ...]  # how the shards were made, without repetition
 
@@ -100,7 +102,7 @@ def inspect(
     run = location_of(path)
     plan = read_plan(run)
     shards = present_shards(run, plan)
-    totals = Totals()
+    totals, columns = Totals(), open_columns(run, plan)
     made: list[dict[str, Any]] = []
     moments = {layer.address: Moments() for layer in plan.layers}
     for shard in shards:
@@ -122,6 +124,7 @@ def inspect(
         failures=totals.failures,
         rotations_ignored=totals.rotations_ignored,
         counts=totals.counts,
+        columns=columns.kinds if columns is not None else {},
         self_checked=totals.self_checked,
         bytes=totals.rows * plan.bytes_per_image,
         layers=tuple(

@@ -114,6 +114,7 @@ def _recompute(options: RecomputeOptions, path: Location, plan: Plan) -> Recompu
         root=options.root,
         path_column=options.path_column,
         key_column=options.key_column,
+        columns=(),
     )
     files = dict(zip(listed.keys, listed.files, strict=True))
     model_options = options.options or ModelOptions(**options.values_of(CheckpointOptions))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -13,6 +13,7 @@ from hookx.errors import ShardError, StoreError, UnreadableError
 from hookx.keys import image_lines, key_bytes
 from hookx.plan import Plan, Shard
 from hookx.store.asides import is_aside
+from hookx.store.columns import COLUMNS, open_columns
 from hookx.store.directory import PLAN, names_in, present_shards, read_plan
 from hookx.store.files import is_there, open_file, report_read_errors
 from hookx.store.format import checksum_in_file, open_shard
@@ -57,7 +58,8 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int], None] = la
 
     Checked: the plan matches its fingerprint, and every shard matches the plan; every shard exists, under its name,
     with the planned tensors, shapes and types; rows and failures are the listed images (key and size), each once and
-    in order; the checksums taken while the shards were written match; index.csv and failures.csv match the shards.
+    in order; the checksums taken while the shards were written match; index.csv and failures.csv match the shards, and
+    columns.safetensors its checksum.
 
     Args:
         progress: called with the number of shards read since the last call.
@@ -110,11 +112,12 @@ def verify(path: str | os.PathLike[str], *, progress: Callable[[int], None] = la
         progress(1)
 
     foreign, notes = _other_files(run, plan, present)
-    problems += foreign
+    damaged = list(_damaged_columns(run, plan))
+    problems += [*foreign, *damaged]
     if whole == len(plan.shards):
         if images.digest.hexdigest() != plan.images_sha256:
             problems.append(Problem(PLAN, "lists images (names or sizes) other than those in the shards"))
-        problems += _wrong_tables(run, plan, totals.failures > 0)
+        problems += _wrong_tables(run, plan, totals.failures > 0, [INDEX] if damaged else [])
     elif INDEX in names_in(run):
         notes.insert(0, Problem(INDEX, "was not compared, because not all shards are whole"))
     return Verification(
@@ -178,7 +181,7 @@ def _changed_tensors(file: Location, plan: Plan, record: ShardRecord) -> Iterato
 
 def _other_files(path: Location, plan: Plan, present: list[Shard]) -> tuple[list[Problem], list[Problem]]:
     """Return problems about shards that are not in the plan, and notes about all other files foreign to the run."""
-    known = {PLAN, INDEX, FAILURES, SHARDS, *(plan.shard_file(shard) for shard in present)}
+    known = {PLAN, INDEX, FAILURES, SHARDS, COLUMNS, *(plan.shard_file(shard) for shard in present)}
     foreign, notes = [], []
     for name in sorted(set(names_in(path)) - known):
         if name.startswith("shard-") and name.endswith(".safetensors"):
@@ -193,10 +196,19 @@ def _other_files(path: Location, plan: Plan, present: list[Shard]) -> tuple[list
     return foreign, notes
 
 
-def _wrong_tables(path: Location, plan: Plan, has_failures: bool) -> Iterator[Problem]:
+def _damaged_columns(path: Location, plan: Plan) -> Iterator[Problem]:
+    try:
+        if (columns := open_columns(path, plan)) and columns.is_damaged():
+            yield Problem(COLUMNS, "is damaged: it does not match the checksum taken when it was written")
+    except (ShardError, UnreadableError) as error:
+        yield Problem(COLUMNS, error.what)
+
+
+def _wrong_tables(path: Location, plan: Plan, has_failures: bool, but: Sequence[str]) -> Iterator[Problem]:
     there, expected = names_in(path), tables_of(plan)
     if SHARDS not in there and INDEX in there:
         expected = [INDEX]  # It was written by an earlier version, which had no other.
+    expected = [name for name in expected if name not in but]
     for name in [FAILURES, *expected] if has_failures else expected:
         try:
             with report_read_errors(path / name):

@@ -135,6 +135,8 @@ def describe_inspection(inspection: Inspection) -> dict[str, Any]:
 
 
 def print_inspection(inspection: Inspection) -> None:
+    from hookx.images.listing import describe_columns
+
     plan = inspection.plan
     header = ["layer", "shape", "type", "size"]
     rows = [_stored_row(layer.address, layer.shape, layer.dtype, layer.bytes) for layer in inspection.layers]
@@ -153,6 +155,7 @@ def print_inspection(inspection: Inspection) -> None:
     made = map(made_text, inspection.made)
     facts = [
         ("images", f"{inspection.rows:,} stored, {inspection.failures:,} failures, of {plan.image_count:,}"),
+        *([("columns", describe_columns(inspection.columns))] if inspection.columns else []),
         *(("values", sentence) for sentence in inspection.counts.sentences()),
         ("shards", f"{shards}; {decimal(inspection.bytes)} of activations"),
         *plan_facts(plan, made=made),

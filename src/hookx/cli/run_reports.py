@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # They import torch.
 # The fields of a summary's document, in order.
 _SUMMARY = (
     *("out", "model", "weights", "notes", "preprocessing", "layers", "images", "failures"),
-    *("not_taken", "chosen", "shards", "shards_computed"),
+    *("not_taken", "columns", "chosen", "shards", "shards_computed"),
     *("images_computed", "bytes", "device", "precision", "memory_format", "batch_size", "workers", "rotations_ignored"),
     *("counts", "self_checked"),
     *("seconds_total", "seconds_reading", "seconds_nvjpeg", "seconds_model", "seconds_copying", "seconds_writing"),
@@ -85,6 +85,7 @@ def describe_job(job: Job) -> dict[str, Any]:
         "layers": describe_stored(plan.layers, plan.image_count),
         "images": plan.image_count,
         "not_taken": dict(job.images.remarks.not_taken),
+        "columns": dict(job.images.remarks.columns),
         "chosen": job.images.remarks.chosen,
         "shards": len(plan.shards),
         "shards_pending": len(job.pending),

@@ -119,7 +119,7 @@ def select_rows(
     origin = {"layer": address, "model": plan.model, "weights": plan.weights, "fingerprint": plan.fingerprint}
     # Paths need not be UTF-8, and formats hold text.
     origin = {name: text.encode("utf-8", "backslashreplace").decode() for name, text in origin.items()}
-    return Rows(features.keys, activations, np.dtype(dtype), origin, progress)
+    return Rows(features.keys, activations, np.dtype(dtype), origin, features.columns, progress)
 
 
 def _holds(file: Path, lines: Iterable[bytes]) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from numpy.typing import NDArray
 
 from hookx.keys import key_bytes
 from hookx.read.activations import Activations
+from hookx.read.columns import Columns, as_objects
+from hookx.store.columns import Value
 
 log = logging.getLogger("hookx")
 
@@ -27,6 +31,7 @@ class Rows:
     activations: Activations
     dtype: np.dtype[np.generic]  # to write; it holds every value of the stored type
     origin: Mapping[str, str]  # layer, model, weights and fingerprint of the run, as text that every format can hold
+    columns: Columns  # what else is known of the images
     advance: Callable[[int], None] = lambda rows_read: None  # called as export's `progress`
     max_block_bytes: int = 16 * 2**20  # or a single row
     max_block_rows: int = 2**14  # A second bound, because a row can be smaller than its key.
@@ -62,6 +67,20 @@ class Rows:
         for span in self.spans():
             yield span, self.activations[span].to(dtype).numpy()
             self.advance(span.stop - span.start)
+
+    def values(self, span: slice) -> Iterator[tuple[Value, ...]]:
+        """Yield the values of the columns for some rows, one row at a time; None where there is none."""
+        if not self.columns:
+            return itertools.repeat((), span.stop - span.start)
+        arrays = (as_objects(*self.columns.read(name, span)) for name in self.columns)
+        return zip(*(array.tolist() for array in arrays), strict=True)
+
+    def numbers_or_texts(self, name: str) -> NDArray[Any]:
+        """Return a column for formats that cannot lack a value: numbers, in which NaN stands for none, or texts."""
+        values, present = self.columns.read(name)
+        if self.columns.kinds[name] == "text":
+            return values if present is None else np.where(present, values, "")
+        return values if present is None else np.where(present, values.astype(np.float64), np.nan)
 
     @cached_property
     def keys_are_text(self) -> bool:

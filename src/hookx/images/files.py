@@ -10,18 +10,19 @@ from typing import Literal
 
 from hookx.keys import Keys, LazySequence
 
-ArchiveKind = Literal["tar", "zip"]
+ArchiveKind = Literal["tar", "zip", "parquet"]
 LOOSE = -1  # in place of an offset
 _ROOTS_OF_STANDARD_INPUT = (b"", b"/")
 
 
 @dataclass(frozen=True)
 class Archive:
-    """An archive as it was when its members were listed."""
+    """An archive as it was when its members were listed; `column` holds the images within a table."""
 
     path: str
     kind: ArchiveKind
     size_bytes: int
+    column: str = ""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Member:
     """An image within an archive; as a text, the path of the archive with the member's name behind it.
 
     Attributes:
-        offset: where its bytes begin in a tar; where its local header begins in a zip.
+        offset: where its bytes begin in a tar; where its local header begins in a zip; its row in a table.
         stored_bytes: the bytes that it takes there, which are fewer than its size if they are compressed.
     """
 

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from hookx.errors import ImageError
+from hookx.errors import ImageError, UsageError, closest
+from hookx.images.columns import Column, FolderColumn
 from hookx.images.files import LOOSE, Files
 from hookx.images.measuring import UNAVAILABLE, UNMEASURABLE, measure
 from hookx.images.packing import Pile
@@ -20,6 +21,7 @@ from hookx.keys import Keys, images_sha256
 from hookx.options import RETRY_SECONDS
 
 _PACKED_AT_ONCE = 100_000  # keys
+LABEL = "label"  # the column that --label makes
 
 
 @dataclass(frozen=True)
@@ -54,18 +56,33 @@ class Remarks:
         chosen: the options that left images out, as in '--limit 100'; '' if none did.
         found: how many images there are without them.
         taken: how many are left.
+        columns: what else is known of the images: 'int', 'float', 'bool' or 'text', by the name of the column.
     """
 
     not_taken: Mapping[str, int] = field(default_factory=dict)
     chosen: str = ""
     found: int = 0
     taken: int = 0
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     def sentences(self) -> list[str]:
-        """Write what was left out, one sentence each."""
+        """Write what was left out, and what is kept beside, one sentence each."""
         chosen = f"{self.taken:,} of {self.found:,} images, by {self.chosen}: a list, and so a run, of its own"
         not_taken = [describe_not_taken(dict(self.not_taken))] if self.not_taken else []
-        return [*([chosen] if self.chosen else []), *not_taken]
+        columns = [f"kept with the rows: {describe_columns(self.columns)}"] if self.columns else []
+        return [*([chosen] if self.chosen else []), *columns, *not_taken]
+
+
+def describe_columns(columns: Mapping[str, str], shown: int = 8) -> str:
+    """Write which columns there are.
+
+    Example:
+        >>> describe_columns({"label": "text", "year": "int"})
+        '2 columns, label (text), year (int)'
+    """
+    parts = [f"{name} ({kind})" for name, kind in list(columns.items())[:shown]]
+    parts += ["..."] if len(columns) > shown else []
+    return ", ".join([f"{len(columns):,} column{'s' * (len(columns) != 1)}", *parts])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,6 +98,7 @@ class ImageList:
     files: Files
     sizes_bytes: array[int] | memoryview[int]  # -1 where a file has none, by its own fault
     remarks: Remarks = Remarks()
+    columns: Sequence[Column | FolderColumn] = ()  # what else is known of the images
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -97,6 +115,8 @@ def list_images(
     root: str | os.PathLike[str] | None = None,
     path_column: str | None = None,
     key_column: str | None = None,
+    columns: Sequence[str] | None = None,
+    label: str | None = None,
     choice: Choice | None = None,
     retry_seconds: float = RETRY_SECONDS,
     unavailable_is_failure: bool = False,
@@ -113,6 +133,8 @@ def list_images(
         root: a folder that all keys are relative to, whichever source names a file.
         path_column: the column of tables that holds the paths; by default one of the usual names.
         key_column: the column of tables that holds the keys, in place of the paths.
+        columns: the columns of tables and sidecars to keep; by default all.
+        label: 'parent' for a column of the folders that the images are in.
         choice: which of the images to take.
         retry_seconds: how long to try again what the system cannot do now; then it is an error.
         unavailable_is_failure: count a file that the system cannot look at as a failure later, in place of an error.
@@ -120,6 +142,7 @@ def list_images(
 
     Raises:
         ImageError: a source does not exist or cannot be listed, no image is found, or two images have the same key.
+        UsageError: no source has one of `columns`.
 
     Example:
         >>> images = list_images(["images"])
@@ -127,21 +150,47 @@ def list_images(
         (8, 'animals/chelsea.jpg', ['1 file not taken: 1 .md'])
     """
     names = [os.fspath(source) for source in sources]
-    look = Look(os.fspath(root or ""), path_column or "", key_column or "", retry_seconds)
+    look = Look(os.fspath(root or ""), path_column or "", key_column or "", retry_seconds, columns)
     choice = choice or Choice()
     pile = Pile()
     for name in names:
         for found in source_of(name, look).find(look):
             pile.add(found)
-    if not pile:
+    count = pile.settle()
+    if pile.unmatched:
+        look.not_taken.add_kind("rows of metadata without an image", pile.unmatched)
+    if not count:
         raise ImageError(f"no image found in {', '.join(names) or 'an empty list'}", *_what_is_there(look))
-    count = len(pile)
-    files, member_sizes = pile.pack(choice.of, packed_at_once)
-    remarks = Remarks(look.not_taken.counts, str(choice) if len(files) < count else "", count, len(files))
-    sizes_bytes = _measure(files, member_sizes, retry_seconds)
+    packed = pile.pack(choice.of, packed_at_once)
+    files = packed.files
+    columns_of_images = _columns(packed.columns, files.keys, look, label)
+    remarks = Remarks(
+        look.not_taken.counts,
+        str(choice) if len(files) < count else "",
+        count,
+        len(files),
+        {column.name: column.kind for column in columns_of_images},
+    )
+    sizes_bytes = _measure(files, packed.member_sizes, retry_seconds)
     if not unavailable_is_failure:
         _check_available(files, sizes_bytes)
-    return ImageList(files.keys, files, array("q", [max(size, UNMEASURABLE) for size in sizes_bytes]), remarks)
+    sizes_bytes = array("q", [max(size, UNMEASURABLE) for size in sizes_bytes])
+    return ImageList(files.keys, files, sizes_bytes, remarks, columns_of_images)
+
+
+def _columns(found: list[Column], keys: Keys, look: Look, label: str | None) -> Sequence[Column | FolderColumn]:
+    for name in look.columns or ():
+        if name not in look.seen_columns:
+            there = sorted(look.seen_columns)
+            near = f"closest: {closest(name, there)}" if there else "no source has any"
+            raise UsageError(f"there is no column '{name}'; {near}")
+    if label is None:
+        return found
+    if any(column.name == LABEL for column in found):
+        raise UsageError(
+            f"--label gives a column '{LABEL}', and the sources have one", "leave out --label, or choose --columns"
+        )
+    return [*found, FolderColumn(LABEL, keys)]
 
 
 def _what_is_there(look: Look) -> list[str]:

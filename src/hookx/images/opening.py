@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from hookx.errors import ImageError, one_line
 from hookx.images.files import File, Member, file_to_open
 from hookx.images.memory import allowed_bytes
 from hookx.images.retries import UnavailableError, is_of_the_file, is_of_the_system
+from hookx.images.rows import read_row
 from hookx.images.sources import zips
 from hookx.images.watched import WatchedFile
 
@@ -117,6 +119,13 @@ def _content_of(file: File, raw: WatchedFile, file_bytes: int, listed_bytes: int
     if file.archive.kind == "tar":
         _check_size(file.stored_bytes, listed_bytes)
         return Content(_Stretch(raw, file.offset, file.stored_bytes))
+    if file.archive.kind == "parquet":
+        try:
+            content = read_row(file.archive, file.offset)
+        except ImageError as error:
+            raise UnreadableError(f"damaged in its table: {one_line(error)}") from None
+        _check_size(len(content), listed_bytes)
+        return Content(io.BytesIO(content))
     max_bytes = allowed_bytes() if listed_bytes is None else listed_bytes
     try:
         content = zips.read_member(raw.fileno(), file.offset, file.stored_bytes, max_bytes)

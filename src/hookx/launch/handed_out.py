@@ -67,14 +67,16 @@ class HandedOut:
         with contextlib.ExitStack() as stack:
             images = list_images_of(self.options)
             self._list = stack.enter_context(self._list_for_workers(images))
-            self._remarks = images.remarks
-            del images  # The workers map the file; this process needs none of it.
+            self._remarks, columns = images.remarks, images.columns
+            del images  # The workers map the file; this process needs none of it but what no worker knows.
             stack.callback(self._clear_up)
             stack.callback(self._crew.end)
             plan = self._prepare_first()
             lock: Lock = "shared" if self.part else "alone"
             self._directory = RunDirectory(self.out, plan, lock=lock, scratch=self.options.scratch)
             stack.enter_context(self._directory)
+            if columns:
+                self._directory.publish_columns(columns)
             if self.options.batch_size == "auto":
                 plan = dataclasses.replace(plan, batch_size=self._directory.begun.batch_size)
             self.plan = plan

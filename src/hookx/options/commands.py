@@ -33,10 +33,12 @@ from hookx.options.values import (
     AnyPath,
     Device,
     Dtype,
+    Label,
     MemoryFormat,
     OnIOError,
     Paths,
     ignore_progress,
+    read_columns,
     read_dtype,
     read_path,
     read_root,
@@ -129,6 +131,19 @@ class ExtractOptions(
     key_column: str | None = option(
         "--key-column NAME",
         "The column of a table that holds the keys; default: its paths.",
+        default=None,
+        title="Images",
+    )
+    columns: str | Sequence[str] | None = option(
+        "--columns NAMES",
+        "The columns of tables and sidecars to keep, as in label,split; default: all; '': none.",
+        default=None,
+        parse=read_columns,
+        title="Images",
+    )
+    label: Label | None = option(
+        "--label NAME",
+        "parent: a column 'label' with the folder that each image is in.",
         default=None,
         title="Images",
     )

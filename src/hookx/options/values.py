@@ -19,6 +19,7 @@ Decode = Literal["exact", "fast", "nvjpeg"]
 Interpolation = Literal["nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 OnIOError = Literal["stop", "fail"]
 Launcher = Literal["slurm", "ray"]
+Label = Literal["parent"]
 Layout = Literal["nchw", "nhwc", "tokens"]
 ChannelReduction = Literal["mean", "max", "norm"]
 
@@ -91,6 +92,11 @@ def read_arguments(value: Mapping[str, str] | Iterable[str]) -> dict[str, str]:
 
 def read_globs(value: str | Iterable[str]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
+
+
+def read_columns(value: str | Iterable[str]) -> tuple[str, ...]:
+    """Read the names of columns, separated by commas in a text."""
+    return tuple(filter(None, value.split(","))) if isinstance(value, str) else tuple(value)
 
 
 def read_dtype(name: str) -> str:

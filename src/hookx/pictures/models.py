@@ -53,7 +53,7 @@ def visualize(options: VisualizeOptions) -> Gallery:
 def _visualize(options: VisualizeOptions) -> Gallery:
     look = Look(options, options.attention)
     asked = pair(options.model, options.weights, options.layers, attention=look.attention)
-    listed = list_images(list_paths(options.images))
+    listed = list_images(list_paths(options.images), columns=())
     viewers = []
     for ref, weights, selectors in asked:
         ready = ready_model(ref, weights, options, [] if look.attention else selectors, batch_size=1)

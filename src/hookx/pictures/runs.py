@@ -116,7 +116,7 @@ def _prepare_inputs(plan: Plan, keys: Sequence[str], images: Paths, root: AnyPat
     if plan.preprocessing.custom:
         log.info("the inputs are not shown: the plan does not describe the model's own preprocessing in full")
         return {}
-    listed = list_images(sources, root=root)
+    listed = list_images(sources, root=root, columns=())
     files = dict(zip(listed.keys, listed.files, strict=True))
     exactly = replace(plan.preprocessing, decode="exact")  # No visible difference, and it needs no GPU.
     inputs = {}

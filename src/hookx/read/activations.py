@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hookx.errors import NotStoredError, UsageError
 from hookx.keys import SortedKeys
-from hookx.plan import LayerSpec, Plan
+from hookx.plan import LayerSpec, Plan, Shard
 from hookx.store.location import Location
 from hookx.store.shard_rows import ShardRows, Stretch
 
@@ -40,6 +40,7 @@ class RowIndex:
     files: Sequence[Location]
     first_rows: Positions  # how many rows of the run precede each file, and the total
     chosen: Positions | None = None  # the position of each row in the run, ascending; None if all rows are chosen
+    shards: Sequence[Shard] = ()  # those that the files are
 
     @cached_property
     def borders(self) -> Positions:

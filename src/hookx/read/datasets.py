@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -11,14 +12,40 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from hookx.errors import UsageError
+from hookx.keys import SortedKeys
 from hookx.options import parse_bytes
 from hookx.read.activations import Activations, Positions
+from hookx.read.columns import Columns
 
 _STRETCH_BYTES = 2**20  # Long enough for a disk to read at nearly full speed.
 _MAX_WINDOW_ROWS = 2**20  # Bounds the memory for the order of small rows.
 
 
-class ActivationDataset(Dataset[tuple[Any, str]]):
+@dataclass(frozen=True)
+class Targets:
+    """A value for each row, which a model is to learn: a number, or the number of a class."""
+
+    values: Sequence[Any]
+    classes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, columns: Columns, name: str, keys: SortedKeys) -> Targets:
+        """Take a column as targets; `UsageError` if a row has no value in it."""
+        values, present = columns.read(name)
+        if present is not None:
+            lacking = np.flatnonzero(~present).tolist()
+            raise UsageError(
+                f"{len(lacking):,} of {len(values):,} rows have no {name}; the first: '{keys[lacking[0]]}'",
+                "give each image one, or choose another column",
+            )
+        if columns.kinds[name] != "text":
+            return cls(values.tolist())
+        classes = sorted(set(values))
+        numbers = {text: number for number, text in enumerate(classes)}
+        return cls([numbers[text] for text in values], tuple(classes))
+
+
+class ActivationDataset(Dataset[tuple[Any, Any]]):
     """A map-style dataset of (activation, key), or of ({address: activation}, key) for several addresses.
 
     It holds no open file, so worker processes can be forked or spawned. A DataLoader's batch is read at once, each
@@ -28,6 +55,10 @@ class ActivationDataset(Dataset[tuple[Any, str]]):
         activations: address -> activations, all over the same rows.
         address: the address whose activations are the items; None for a dict of all.
         transform: applied to each activation (or dict of them) where it is read; spawned workers need to pickle it.
+        targets: what takes the place of the key in each item; None for the key.
+
+    Attributes:
+        classes: the texts that targets are numbers of; () if they are numbers themselves, or keys.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -47,18 +78,20 @@ class ActivationDataset(Dataset[tuple[Any, str]]):
         activations: Mapping[str, Activations],
         address: str | None = None,
         transform: Callable[[Any], Any] | None = None,
+        targets: Targets | None = None,
     ) -> None:
-        self.activations, self.address, self.transform = activations, address, transform
+        self.activations, self.address, self.transform, self.targets = activations, address, transform, targets
+        self.classes = targets.classes if targets is not None else ()
         self.rows = next(iter(activations.values())).rows
         self.keys = self.rows.keys
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __getitem__(self, row: int) -> tuple[Any, str]:
+    def __getitem__(self, row: int) -> tuple[Any, Any]:
         return self.__getitems__([row])[0]
 
-    def __getitems__(self, rows: Sequence[int]) -> list[tuple[Any, str]]:
+    def __getitems__(self, rows: Sequence[int]) -> list[tuple[Any, Any]]:
         """Return several items; a DataLoader gets each batch with one call."""
         read = {address: activations[rows] for address, activations in self.activations.items()}
         items: Iterable[Any]
@@ -68,7 +101,8 @@ class ActivationDataset(Dataset[tuple[Any, str]]):
             items = (dict(zip(read, tensors, strict=True)) for tensors in zip(*read.values(), strict=True))
         if self.transform is not None:
             items = map(self.transform, items)
-        return [(item, self.keys[row]) for item, row in zip(items, rows, strict=True)]
+        seconds = self.keys if self.targets is None else self.targets.values
+        return [(item, seconds[row]) for item, row in zip(items, rows, strict=True)]
 
     def _prefetch(self, start: int, stop: int) -> None:
         for activations in self.activations.values():

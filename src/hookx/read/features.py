@@ -7,7 +7,7 @@ import warnings
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,13 +15,17 @@ from hookx.errors import NotStoredError, ShardError, StoreError, UsageError
 from hookx.keys import Keys, SortedKeys
 from hookx.plan import Plan, Shard
 from hookx.read.activations import Activations, Positions, RowIndex
-from hookx.read.datasets import ActivationDataset
+from hookx.read.columns import Columns
+from hookx.read.datasets import ActivationDataset, Targets
 from hookx.read.run_keys import FailuresInShards, KeysInShards, RunKeys
 from hookx.store.directory import present_shards, read_plan
 from hookx.store.index import read_shard_table
 from hookx.store.location import Location, absolute, location_of
 from hookx.store.objects.path import ObjectPath
 from hookx.store.record import read_record
+
+if TYPE_CHECKING:
+    import pandas
 
 _MAX_READ_AT_ONCE = 1_000_000  # images; those of longer runs are read from the disk a shard at a time, when needed
 
@@ -62,9 +66,9 @@ def open_features(path: str | os.PathLike[str], *, partial: bool = False) -> Fea
     if is_long and len(shards) == len(plan.shards) and (table := read_shard_table(run, plan)):
         in_shards = KeysInShards(absolute(run), plan, table)
         failures: Mapping[str, str] = FailuresInShards(absolute(run), plan, table)
-        return Features(run, plan, RowIndex(run, plan, in_shards, failures, files, in_shards.first_rows))
+        return Features(run, plan, RowIndex(run, plan, in_shards, failures, files, in_shards.first_rows, shards=shards))
     keys, failures, first_rows = _read_all(run, plan, shards)
-    return Features(run, plan, RowIndex(run, plan, keys, failures, files, first_rows))
+    return Features(run, plan, RowIndex(run, plan, keys, failures, files, first_rows, shards=shards))
 
 
 def _read_all(run: Location, plan: Plan, shards: Sequence[Shard]) -> tuple[Keys, dict[str, str], Positions]:
@@ -98,12 +102,14 @@ class Features(Mapping[str, Activations]):
         keys: the image key of every row, in order, for all addresses; also named `keys_of_rows`. `features.keys()`
             returns the addresses.
         failures: key -> reason for the images that could not be read.
+        columns: what else is known of the image of every row, by the name of the column; see `Columns`.
     """
 
     keys: RunKeys
 
-    def __init__(self, path: Location, plan: Plan, rows: RowIndex) -> None:
+    def __init__(self, path: Location, plan: Plan, rows: RowIndex, columns: Columns | None = None) -> None:
         self.path, self.plan, self.rows, self.failures = path, plan, rows, rows.failures
+        self.columns = columns if columns is not None else Columns(rows)
         self._activations = {layer.address: Activations(layer, rows) for layer in plan.layers}
         self.keys = self.keys_of_rows = RunKeys(rows.keys, list(self))
 
@@ -121,16 +127,54 @@ class Features(Mapping[str, Activations]):
     def __repr__(self) -> str:
         return f"Features('{self.path}', {len(self.keys):,} images, {', '.join(self)})"
 
-    def dataset(self, address: str | Sequence[str], transform: Callable[[Any], Any] | None = None) -> ActivationDataset:
-        """Return a map-style torch Dataset of (activation, key); see `ActivationDataset`.
+    def dataset(
+        self,
+        address: str | Sequence[str],
+        transform: Callable[[Any], Any] | None = None,
+        *,
+        target: str | None = None,
+    ) -> ActivationDataset:
+        """Return a map-style torch Dataset of (activation, key), or (activation, target); see `ActivationDataset`.
 
         For several addresses, the items are ({address: activation}, key).
+
+        Args:
+            target: a column, whose value takes the place of the key. A text becomes its number among all texts of the
+                column, sorted; the dataset's `classes` holds them.
+
+        Raises:
+            NotStoredError: the run does not hold an address.
+            UsageError: there is no such column, or some rows have no value in it.
         """
+        targets = Targets.of(self.columns, target, self.keys) if target is not None else None
         if isinstance(address, str):
-            return ActivationDataset({address: self[address]}, address, transform)
+            return ActivationDataset({address: self[address]}, address, transform, targets)
         if not address:
             raise UsageError("a dataset needs at least one address", f"choose from: {', '.join(self)}")
-        return ActivationDataset({one: self[one] for one in address}, None, transform)
+        return ActivationDataset({one: self[one] for one in address}, None, transform, targets)
+
+    def to_pandas(self, addresses: str | Sequence[str] = ()) -> pandas.DataFrame:
+        """Return all rows as a table of pandas: the columns, then a column for each address, indexed by the keys.
+
+        An activation is an array in its own shape; `np.stack(table["avgpool"])` joins those of all rows. A value that
+        is lacking is one of pandas' own.
+
+        Raises:
+            NotStoredError: the run does not hold an address.
+            UsageError: pandas is not installed.
+
+        Example:
+            >>> from tempfile import TemporaryDirectory
+            >>> import hookx
+            >>> with TemporaryDirectory() as out:
+            ...     _ = hookx.extract("resnet18", "avgpool", "images", weights="none", out=out, label="parent")
+            ...     table = hookx.open(out).to_pandas(["avgpool"])
+            >>> list(table), table.groupby("label").size()["things"], table["avgpool"]["things/rocket.jpg"].shape
+            (['label', 'avgpool'], 2, (512, 1, 1))
+        """
+        from hookx.read.tables import to_pandas  # pandas takes a second to import, and is an extra.
+
+        return to_pandas(self, [addresses] if isinstance(addresses, str) else addresses)
 
 
 @dataclass(frozen=True)
@@ -199,7 +243,8 @@ def _match(left: SortedKeys, right: SortedKeys) -> tuple[Positions, Positions]:
 def _narrow(features: Features, positions: Positions) -> Features:
     rows = features.rows
     chosen = positions if rows.chosen is None else rows.chosen[positions]
-    return Features(features.path, features.plan, replace(rows, keys=_take(rows.keys, positions), chosen=chosen))
+    narrowed = replace(rows, keys=_take(rows.keys, positions), chosen=chosen)
+    return Features(features.path, features.plan, narrowed, features.columns.at(positions))
 
 
 def _take(keys: SortedKeys, positions: Positions) -> Keys:

@@ -43,6 +43,8 @@ def list_images_of(options: ExtractOptions) -> ImageList:
         root=options.root,
         path_column=options.path_column,
         key_column=options.key_column,
+        columns=options.columns,
+        label=options.label,
         choice=Choice(options.limit, options.sample, options.seed),
         retry_seconds=options.retry_for,
         unavailable_is_failure=options.on_io_error == "fail",
@@ -76,6 +78,8 @@ def absolute_sources(options: ExtractOptions) -> list[str]:
     how = [f"--root {os.path.abspath(options.root)}"] if options.root is not None else []
     how += [f"--path-column {options.path_column}"] if options.path_column is not None else []
     how += [f"--key-column {options.key_column}"] if options.key_column is not None else []
+    how += [f"--columns {','.join(options.columns)}"] if options.columns is not None else []
+    how += [f"--label {options.label}"] if options.label is not None else []
     choice = str(Choice(options.limit, options.sample, options.seed))
     return [*map(os.path.abspath, sources), *how, *filter(None, [choice])]
 

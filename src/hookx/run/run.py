@@ -97,6 +97,8 @@ def begin(job: Job, lock: Lock | None = None) -> Iterator[tuple[RunDirectory, Jo
         if job.options.batch_size == "auto":
             plan = dataclasses.replace(job.plan, batch_size=directory.begun.batch_size)
             job = dataclasses.replace(job, plan=plan)
+        if job.images.columns:
+            directory.publish_columns(job.images.columns)
         if job.options.same_hardware:
             check_same_hardware(job.out, directory.begun, job.plan.hardware)
         yield directory, job

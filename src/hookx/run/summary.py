@@ -102,6 +102,7 @@ class Summary:
     images = _derive(lambda summary: summary.totals.rows)  # stored
     failures = _derive(lambda summary: summary.totals.failures)
     not_taken = _derive(lambda summary: dict(summary.remarks.not_taken))  # files that are not images, by suffix
+    columns = _derive(lambda summary: dict(summary.remarks.columns))  # what each holds, by name
     chosen = _derive(lambda summary: summary.remarks.chosen)  # the options that left images out
     rotations_ignored = _derive(lambda summary: summary.totals.rotations_ignored)
     counts = _derive(lambda summary: summary.totals.counts)

@@ -7,13 +7,14 @@ import fcntl
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from hookx.errors import OtherRunError, StoreError, UnreadableError
 from hookx.plan import Plan, Shard
 from hookx.store.asides import aside_of, new_mark, remove_left_overs
+from hookx.store.columns import COLUMNS, Column, write_columns
 from hookx.store.files import (
     check_is_file,
     is_there,
@@ -153,6 +154,14 @@ class RunDirectory:
         """Write the tables of a run whose shards are all there; `see` is called with the record of each."""
         publish_index(self.path, self.plan, see)
 
+    def publish_columns(self, columns: Sequence[Column]) -> None:
+        """Write what is known of the images, unless it is there; `StoreError` if the file cannot be written."""
+
+        def write(aside: Path) -> None:
+            write_columns(aside, columns, self.plan.image_count)
+
+        self.publish(COLUMNS, write)
+
     def publish(self, name: str, write: Callable[[Path], None]) -> None:
         """Have a file written aside, and give it its name in place of any other."""
         file, aside = self.path / name, aside_of(self._asides / name, self._mark)
@@ -197,7 +206,7 @@ def check_resumable(path: Location, plan: Plan) -> Plan | None:
             )
     elif any(name.startswith("shard-") and name.endswith(".safetensors") for name in names):
         raise StoreError(f"{path}/ holds shards without a {PLAN}; choose another --out")
-    for name in {INDEX, FAILURES, SHARDS} & names:  # Now, and not when all shards are computed.
+    for name in {INDEX, FAILURES, SHARDS, COLUMNS} & names:  # Now, and not when all shards are computed.
         with report_read_errors(path / name):
             check_is_file(path / name)
     return there

@@ -36,9 +36,9 @@ def checksum(tensor: Tensor) -> int:
     return crc32(bytes_of(tensor)) if tensor.numel() else 0
 
 
-def checksum_in_file(file: Readable, start: int, stop: int) -> int:
-    """Return the CRC-32 of a range of an open file; `EOFError` if the file ends before."""
-    buffer, total = bytearray(min(_BYTES_AT_ONCE, stop - start)), 0
+def checksum_in_file(file: Readable, start: int, stop: int, total: int = 0) -> int:
+    """Return the CRC-32 of a range of an open file, behind what has `total`; `EOFError` if the file ends before."""
+    buffer = bytearray(min(_BYTES_AT_ONCE, stop - start))
     while start < stop:
         piece = memoryview(buffer)[: min(len(buffer), stop - start)]
         file.read([(start, piece)])

@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from hookx.errors import UnreadableError
-from hookx.plan import Plan
+from hookx.keys import key_bytes
+from hookx.plan import Plan, Shard
+from hookx.store.columns import StoredColumns, Value, free_names, open_columns
 from hookx.store.files import is_there, open_file, remove, report_read_errors, report_write_errors, sizes_in, whole_file
 from hookx.store.location import Location
 from hookx.store.reading import as_text
 from hookx.store.record import ShardRecord, read_sized_record
-from hookx.store.tables import line, read_rows, to_field
+from hookx.store.tables import line, read_rows, to_field, value_field
 
 INDEX, FAILURES, SHARDS = "index.csv", "failures.csv", "shards.csv"
 MAX_INDEX_ROWS = 10_000_000  # A table of more is nothing that a spreadsheet opens; its rows are found by `shards.csv`.
@@ -57,11 +59,11 @@ def publish_index(
     Args:
         see: called with the record of every shard, in order: each is read once, and takes long to read.
     """
-    has_failures = False
+    has_failures, columns = False, open_columns(path, plan)
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(whole_file(path / name)) for name in tables_of(plan)}
         for name, file in files.items():
-            file.write(line(_HEADERS[name]))
+            file.write(_header(name, columns))
         for shard in plan.shards:  # One record in memory at a time: a run can have millions of images.
             record, size_bytes = read_sized_record(path, plan, shard)
             see(record)
@@ -70,7 +72,7 @@ def publish_index(
                 files[FAILURES] = stack.enter_context(whole_file(path / FAILURES))
                 files[FAILURES].write(line(_HEADERS[FAILURES]))
             for name, file in files.items():
-                file.writelines(_lines(name, plan.shard_file(shard), record, size_bytes))
+                file.writelines(_lines(name, plan, shard, record, size_bytes, columns))
     for name in {INDEX, FAILURES} - set(files):  # Left by shards that were removed and computed again.
         with report_write_errors(path / name, resumable=True):
             if is_there(path / name):
@@ -79,23 +81,50 @@ def publish_index(
 
 def table_lines(path: Location, plan: Plan, name: str, *, as_fields: bool = True) -> Iterator[bytes]:
     """Yield the lines of a table, derived from the shards; without `as_fields`, as an earlier version wrote them."""
-    yield line(_HEADERS[name])
+    columns = open_columns(path, plan) if name == INDEX else None
+    yield _header(name, columns)
     for shard in plan.shards:
-        yield from _lines(name, plan.shard_file(shard), *read_sized_record(path, plan, shard), as_fields)
+        yield from _lines(name, plan, shard, *read_sized_record(path, plan, shard), columns, as_fields)
 
 
-def _lines(name: str, file: str, record: ShardRecord, size_bytes: int, as_fields: bool = True) -> Iterator[bytes]:
+def _header(name: str, columns: StoredColumns | None) -> bytes:
+    header = _HEADERS[name]
+    if name == INDEX and columns is not None:
+        return line((*header, *map(to_field, free_names(columns.kinds, header))))
+    return line(header)
+
+
+def _lines(
+    name: str,
+    plan: Plan,
+    shard: Shard,
+    record: ShardRecord,
+    size_bytes: int,
+    columns: StoredColumns | None,
+    as_fields: bool = True,
+) -> Iterator[bytes]:
     """Yield what a shard adds to a table."""
-    field = to_field if as_fields else str
+    field, file = to_field if as_fields else str, plan.shard_file(shard)
     if name == INDEX:
-        for row, key in enumerate(record.keys):
-            yield line((field(key), file, row))
+        others = _values_of_rows(shard, record, columns) if columns is not None else itertools.repeat(())
+        for row, (key, values) in enumerate(zip(record.keys, others, strict=False)):
+            yield line((field(key), file, row, *map(value_field, values)))
     elif name == FAILURES:
         for key, reason in record.failures:
             yield line((field(key), field(reason)))
     else:
         first = record.keys[0] if record.keys else ""
         yield line((file, field(first), len(record.keys), len(record.failures), size_bytes))
+
+
+def _values_of_rows(shard: Shard, record: ShardRecord, columns: StoredColumns) -> Iterator[tuple[Value, ...]]:
+    """Yield the values of the images that have rows; the columns hold those that could not be read as well."""
+    images = columns.rows(shard.start, shard.stop)
+    if not record.failures:
+        return images
+    failed = {key for key, _ in record.failures}
+    keys = sorted([*record.keys, *failed], key=key_bytes)
+    return itertools.compress(images, [key not in failed for key in keys])
 
 
 def read_shard_table(path: Location, plan: Plan) -> ShardTable | None:

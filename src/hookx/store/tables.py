@@ -40,6 +40,20 @@ def from_field(field: str) -> str:
     return field.removeprefix("'")
 
 
+def value_field(value: float | str | None) -> str:
+    """Return a value of a column as a field: numbers as they are, because none is a formula; '' for none.
+
+    Example:
+        >>> [value_field(value) for value in (-5, 0.1, True, None, "-5")]
+        ['-5', '0.1', 'true', '', "'-5"]
+    """
+    if isinstance(value, str):
+        return to_field(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "" if value is None else str(value)
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str | int]], *, as_fields: bool = True) -> Iterator[bytes]:
     """Yield the lines of a table; without `as_fields`, as an earlier version of hookx wrote them."""
     yield line(header)

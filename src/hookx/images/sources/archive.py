@@ -8,13 +8,15 @@ import posixpath
 import re
 import stat
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hookx.errors import ImageError
 from hookx.images.files import Archive
 from hookx.images.sources.kinds import NotTaken, archive_kind, check_not_compressed, is_image
-from hookx.images.sources.source import Found, Look
+from hookx.images.sources.sidecars import SAMPLES_AT_ONCE, Sidecars, is_sidecar
+from hookx.images.sources.source import NUMBERS_OF_A_MEMBER, Found, Look
 
 _NO_NAME = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL)
 _OF_A_LINK = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
@@ -43,11 +45,15 @@ class Members:
         self.keys: list[bytes] = []
         self.places = array("q")
         self.not_taken = NotTaken()
+        self.sidecars = Sidecars()
 
     def add(self, name: bytes, offset: int, stored_bytes: int, size_bytes: int) -> None:
         """Take a member that is an image by its name, and count another."""
         if not is_image(name):
-            self.not_taken.add(name)
+            if is_sidecar(name) and not posixpath.basename(name).startswith(_MACOS_PREFIX):
+                self.sidecars.add(name, offset, stored_bytes, size_bytes)
+            else:
+                self.not_taken.add(name)
             return
         if _IS_UNUSUAL(name):
             name = posixpath.normpath(b"/" + name).lstrip(b"/")
@@ -72,10 +78,43 @@ class ArchiveSource:
 
     def find_in(self, look: Look, root: bytes, key: bytes) -> Iterator[Found]:
         """Find the images of an archive that has a key among others in a folder."""
-        members, archive = look.patiently("read the archive", self.path, lambda: self._scan(key + b"/"))
+        prefix = key + b"/"
+        members, archive = look.patiently("read the archive", self.path, lambda: self._scan(prefix))
+        names = [] if look.columns == () else [key.removeprefix(prefix) for key in members.keys]
+        matched = members.sidecars.match(names, members.not_taken)
         for label, count in members.not_taken.counts.items():
             look.not_taken.add_kind(label, count)
-        yield Found(root, members.keys, archive, members.places)
+        if not any(matched):
+            yield Found(root, members.keys, archive, members.places)
+            return
+        start = 0
+        with self._opened(look) as read:
+            for values in members.sidecars.read(matched, read, look.take):
+                stop = start + SAMPLES_AT_ONCE
+                places = members.places[NUMBERS_OF_A_MEMBER * start : NUMBERS_OF_A_MEMBER * stop]
+                yield Found(root, members.keys[start:stop], archive, places, values=values)
+                start = stop
+
+    @contextmanager
+    def _opened(self, look: Look) -> Iterator[Callable[[int, int, int], bytes]]:
+        """Yield what reads a member: by its offset, the bytes that it takes, and its size."""
+        from hookx.images.sources import zips  # It imports this module.
+
+        descriptor = look.patiently("read the archive", self.path, lambda: os.open(self.path, os.O_RDONLY))
+
+        def read(offset: int, stored_bytes: int, size_bytes: int) -> bytes:
+            if archive_kind(os.fsencode(self.path)) == "tar":
+                return os.pread(descriptor, stored_bytes, offset)
+            try:
+                return zips.read_member(descriptor, offset, stored_bytes, size_bytes)
+            except zips.DamagedMemberError as error:
+                what = f"'{self.path}' is damaged at byte {offset:,}: {error}"
+                raise ImageError(what, "copy or pack it again") from None
+
+        try:
+            yield lambda *place: look.patiently("read the archive", self.path, lambda: read(*place))
+        finally:
+            os.close(descriptor)
 
     def _scan(self, prefix: bytes) -> tuple[Members, Archive]:
         from hookx.images.sources import tars, zips  # They import this module.

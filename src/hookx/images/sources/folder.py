@@ -6,13 +6,15 @@ import functools
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hookx.images.sources.archive import ArchiveSource, is_folder
 from hookx.images.sources.kinds import archive_kind, check_not_compressed, is_compressed_tar, is_image, refuse_others
 from hookx.images.sources.source import Found, Look
+from hookx.images.sources.tables import FILE_NAME, TableSource
 
 log = logging.getLogger("hookx")
+METADATA = (b"metadata.csv", b"metadata.jsonl", b"metadata.parquet")
 
 
 @dataclass(frozen=True)
@@ -34,18 +36,21 @@ class FolderSource:
     """The images in a folder and all folders below, links followed; or those in its archives, if it holds only such.
 
     A folder of archives and no loose image is what WebDataset and img2dataset write. Among photographs, an archive is
-    more likely a copy of them, so it is counted as not taken.
+    more likely a copy of them, so it is counted as not taken. A `metadata.csv`, `.jsonl` or `.parquet` with a column
+    `file_name` says more about the images of its folder, as that of a Hugging Face imagefolder does.
     """
 
     path: str
 
     def find(self, look: Look) -> Iterator[Found]:
         root, beginning = look.begin_in(self.path)
-        folder, archives = os.fsencode(os.path.join(self.path, "")), list[bytes]()
-        has_images = False
-        for keys in _search(folder, beginning, (), look, archives):
+        folder, beside = os.fsencode(os.path.join(self.path, "")), _Beside()
+        archives, has_images = beside.archives, False
+        for keys in _search(folder, beginning, (), look, beside):
             has_images = has_images or bool(keys)
             yield Found(root, keys)
+        for path in beside.metadata:
+            yield from _find_metadata(path, beginning + path.removeprefix(folder), look)
         if has_images:
             for path in archives:
                 look.not_taken.add(path)
@@ -59,10 +64,26 @@ class FolderSource:
             yield from ArchiveSource(os.fsdecode(path)).find_in(look, root, beginning + path.removeprefix(folder))
 
 
+@dataclass(frozen=True)
+class _Beside:
+    """Files that a folder holds beside its loose images."""
+
+    archives: list[bytes] = field(default_factory=list)
+    metadata: list[bytes] = field(default_factory=list)
+
+
+def _find_metadata(path: bytes, key: bytes, look: Look) -> Iterator[Found]:
+    table = TableSource(os.fsdecode(path))
+    if look.columns == () or not look.patiently("read", path, lambda: table.has_column(FILE_NAME)):
+        look.not_taken.add(path)
+        return
+    yield from table.find_values(key[: key.rfind(b"/") + 1], look)
+
+
 def _search(
-    folder: bytes, prefix: bytes, above: tuple[tuple[int, int], ...], look: Look, archives: list[bytes]
+    folder: bytes, prefix: bytes, above: tuple[tuple[int, int], ...], look: Look, beside: _Beside
 ) -> Iterator[list[bytes]]:
-    """Yield the keys of a folder's images, and collect the paths of its archives."""
+    """Yield the keys of a folder's images, and collect what lies beside them."""
     status = look.patiently("list the folder", folder, lambda: os.stat(folder))
     identity = (status.st_dev, status.st_ino)
     if identity in above:
@@ -74,11 +95,13 @@ def _search(
         except OSError:
             is_below = look.patiently("look at", entry.path, functools.partial(is_folder, entry.path))
         if is_below:
-            yield from _search(entry.path, prefix + entry.name + b"/", (*above, identity), look, archives)
+            yield from _search(entry.path, prefix + entry.name + b"/", (*above, identity), look, beside)
         elif is_image(entry.name):
             keys.append(prefix + entry.name)
         elif archive_kind(entry.name) or is_compressed_tar(entry.name):
-            archives.append(entry.path)
+            beside.archives.append(entry.path)
+        elif entry.name in METADATA:
+            beside.metadata.append(entry.path)
         else:
             look.not_taken.add(entry.name)
     yield keys

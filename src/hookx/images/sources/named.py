@@ -2,35 +2,46 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from hookx.errors import ImageError
+from hookx.images.columns import Values
 from hookx.images.sources.source import Found, Look
 
 
-def find_named(paths: list[bytes], here: bytes, root_of_here: bytes, look: Look, named_by: str) -> Iterator[Found]:
+def find_named(
+    paths: list[bytes], here: bytes, root_of_here: bytes, look: Look, named_by: str, values: Values | None = None
+) -> Iterator[Found]:
     """Yield files by normalised paths, with keys relative to `here`, to `--root` if it is given, or else to '/'.
 
     Args:
         here: the folder that relative paths begin in, with '/' at its end.
         root_of_here: how errors and the system are told that folder.
+        values: what is known of each file.
     """
     if look.root:
         root = os.path.join(os.path.abspath(os.fsencode(look.root)), b"")
         whole = [path if path.startswith(b"/") else here + path for path in paths]
-        outside = next((path for path in whole if not path.startswith(root)), None)
-        if outside is not None:
+        stray = next((path for path in whole if not path.startswith(root)), None)
+        if stray is not None:
             raise ImageError(
-                f"'{os.fsdecode(outside)}', named by {named_by}, is not within --root '{look.root}'",
+                f"'{os.fsdecode(stray)}', named by {named_by}, is not within --root '{look.root}'",
                 "name a folder above all of them",
             )
-        yield Found(root, [path.removeprefix(root) for path in whole], is_named=True)
+        yield Found(root, [path.removeprefix(root) for path in whole], is_named=True, values=values)
         return
-    inside = [path.removeprefix(here) for path in paths if path.startswith(here) or not path.startswith(b"/")]
-    yield Found(root_of_here, inside, is_named=True)
-    others = [path.lstrip(b"/") for path in paths if path.startswith(b"/") and not path.startswith(here)]
-    yield Found(b"/", others, is_named=True)
+    is_inside = [path.startswith(here) or not path.startswith(b"/") for path in paths]
+    if all(is_inside):
+        yield Found(root_of_here, [path.removeprefix(here) for path in paths], is_named=True, values=values)
+        return
+    inside = [path.removeprefix(here) for path in itertools.compress(paths, is_inside)]
+    yield Found(root_of_here, inside, is_named=True, values=values and values.where(is_inside))
+    is_outside = [not one for one in is_inside]
+    outside = [path.lstrip(b"/") for path in itertools.compress(paths, is_outside)]
+    yield Found(b"/", outside, is_named=True, values=values and values.where(is_outside))
 
 
 def normalise(path: bytes) -> bytes:
@@ -38,3 +49,15 @@ def normalise(path: bytes) -> bytes:
     if b".." in path.split(b"/"):  # After a link, '..' is not the folder before it.
         path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))
     return os.path.abspath(path)
+
+
+def to_key(value: Any, table: str, number: int, column: str) -> bytes:
+    """Return a value of a column as a key."""
+    text = "" if value is None else str(value)
+    if not text or "\0" in text or not isinstance(value, str | int):
+        raise ImageError(f"'{table}', row {number:,}: {column} is not a key: {shown(value)}")
+    return os.fsencode(text)
+
+
+def shown(value: object, max_length: int = 80) -> str:
+    return repr(value)[:max_length]

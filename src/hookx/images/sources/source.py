@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from hookx.errors import ImageError
+from hookx.images.columns import Values
 from hookx.images.files import Archive
 from hookx.images.retries import Retries, reason_of
 from hookx.images.sources.kinds import NotTaken
@@ -26,6 +27,8 @@ class Found:
         places: for each member of an archive its offset, the bytes that it takes there, and its size.
         is_named: a list names the files, so that they may never have existed.
         paths: where the files are, if that does not follow from the keys.
+        values: what is known of each image beside its pixels.
+        is_only_values: the images themselves are found elsewhere, under the same keys.
     """
 
     root: bytes
@@ -34,6 +37,8 @@ class Found:
     places: array[int] = field(default_factory=lambda: array("q"))
     is_named: bool = False
     paths: list[bytes] | None = None
+    values: Values | None = None
+    is_only_values: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,14 +50,18 @@ class Look:
         retry_seconds: how long to try again what the system cannot do now; then it is an error.
         path_column: the column of tables that holds the paths; '' for one of the usual names.
         key_column: the column of tables that holds the keys; '' for keys that are paths.
+        columns: the columns to take; None for all.
         not_taken: counts what is there and is not an image.
+        seen_columns: the names of the columns that there are.
     """
 
     root: str = ""
     path_column: str = ""
     key_column: str = ""
     retry_seconds: float = 0.0
+    columns: Sequence[str] | None = None
     not_taken: NotTaken = field(default_factory=NotTaken)
+    seen_columns: set[str] = field(default_factory=set)
 
     def begin_in(self, folder: str) -> tuple[bytes, bytes]:
         """Return the root of the files in a folder, and how their keys begin; '' is the working directory."""
@@ -65,6 +74,12 @@ class Look:
             )
         beginning = b"" if within == os.curdir else os.fsencode(within) + b"/"
         return os.fsencode(os.path.join(self.root, "")), beginning
+
+    def take(self, columns: Iterable[str], but: str = "") -> list[str]:
+        """Return which of some columns to take; the one that the keys say already only if it is named."""
+        columns = list(columns)
+        self.seen_columns.update(columns)
+        return [name for name in columns if (name != but if self.columns is None else name in self.columns)]
 
     def patiently(self, what: str, path: str | bytes, look: Callable[[], _T]) -> _T:
         """Return what `look` finds, and try again for a while what the system cannot do now; `ImageError` after."""
