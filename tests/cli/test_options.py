@@ -102,6 +102,8 @@ VALUES: dict[str, tuple[str, Any]] = {  # an option of extract -> a text, and th
     "key_column": ("id", "id"),
     "columns": ("label,split", ("label", "split")),
     "label": ("parent", "parent"),
+    "reuse": ("old", ("old",)),
+    "append": ("true", True),
     "limit": ("100", 100),
     "sample": ("50", 50),
     "strict": ("true", True),

@@ -20,7 +20,7 @@ from pyarrow import parquet
 from torch.utils.data import DataLoader
 
 import hookx
-from hookx.errors import ShardError, UsageError
+from hookx.errors import NotStoredError, ShardError, UsageError
 from hookx.read.features import Features
 from hookx.store.columns import COLUMNS, StoredColumns, free_names, open_columns, write_columns
 from hookx.store.directory import read_plan
@@ -86,7 +86,8 @@ def test_a_column_has_the_value_of_every_row_whichever_images_failed(run: Path, 
     assert as_lists(features) == {name: expected(name, features) for name in KINDS}
     assert features.columns["n"].dtype == np.int64 and features.columns["weight"].dtype == np.float64
     assert features.columns["seen"].dtype == np.bool_ and features.columns["some"].dtype == object
-    with pytest.raises(UsageError, match="there is no column 'captio'; closest: caption"):
+    assert "captio" not in features.columns and features.columns.get("captio") is None
+    with pytest.raises(NotStoredError, match="there is no column 'captio'; closest: caption"):
         features.columns["captio"]
 
 

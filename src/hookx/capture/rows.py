@@ -113,6 +113,14 @@ class RowCapture:
         with report_broken_device():
             return self._copies.wait_for_all()
 
+    def count(self, address: str, rows: Tensor) -> None:
+        """Count what is remarkable in rows that no pass has computed here."""
+        if rows.is_floating_point() or rows.is_complex():
+            values = computable(rows) if rows.is_floating_point() else _real_numbers(rows)
+            self._counter.begin_pass()
+            self._counter.add(address, values, values)
+            self._counter.end_pass()
+
     def take_counts(self) -> ValueCounts:
         """Return what was remarkable in the values since the last call."""
         return self._counter.take()

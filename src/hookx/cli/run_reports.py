@@ -23,7 +23,7 @@ _SUMMARY = (
     *("out", "model", "weights", "notes", "preprocessing", "layers", "images", "failures"),
     *("not_taken", "columns", "chosen", "shards", "shards_computed"),
     *("images_computed", "bytes", "device", "precision", "memory_format", "batch_size", "workers", "rotations_ignored"),
-    *("counts", "self_checked"),
+    *("counts", "self_checked", "reused"),
     *("seconds_total", "seconds_reading", "seconds_nvjpeg", "seconds_model", "seconds_copying", "seconds_writing"),
     *("busy", "bound_by", "files"),
 )
@@ -47,6 +47,9 @@ def print_summary(summary: Summary) -> None:
         stored += f", {summary.failures:,} could not be read {where}"
     facts = [("images", stored), *(("values", sentence) for sentence in summary.counts.sentences())]
     facts += [("note", sentence) for sentence in summary.remarks.sentences()]
+    if summary.reused:
+        total = summary.images * len(summary.layers)
+        facts.append(("reused", f"{summary.reused:,} of {total:,} activations, copied from other runs"))
     if summary.rotations_ignored:
         note = f"{summary.rotations_ignored:,} images carry a rotation that was ignored; --exif apply turns them"
         facts.append(("rotation", note))

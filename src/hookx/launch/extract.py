@@ -10,20 +10,27 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from hookx.errors import UsageError
+from hookx.errors import OtherRunError, UsageError
 from hookx.launch import ray
+from hookx.launch.append import appending, beside_run, place_of
 from hookx.launch.devices import devices_of, workers_each
 from hookx.launch.handed_out import HandedOut
 from hookx.options import ExtractOptions, takes
 from hookx.options.option import options_of
+from hookx.run.listed import list_images_of
 from hookx.run.summary import Summary
 
 if TYPE_CHECKING:
+    from hookx.images.listing import ImageList
+    from hookx.plan import Plan
     from hookx.run.prepare import Job
 
 
 class Begun(Protocol):
     """A run that was checked, and that `run` computes."""
+
+    @property
+    def plan(self) -> Plan: ...
 
     @property
     def image_count(self) -> int: ...
@@ -38,7 +45,7 @@ class InThisProcess:
     """A run that this process and the workers that it forks compute."""
 
     def __init__(self, job: Job) -> None:
-        self.job = job
+        self.job, self.plan = job, job.plan
 
     @property
     def image_count(self) -> int:
@@ -55,8 +62,16 @@ class InThisProcess:
 
 
 @contextlib.contextmanager
-def begin_run(options: ExtractOptions) -> Iterator[Begun]:
-    """Check a run, and begin it with as many workers as the options ask for, while the block lasts."""
+def begin_run(options: ExtractOptions, images: ImageList | None = None) -> Iterator[Begun]:
+    """Check a run, and begin it with as many workers as the options ask for, while the block lasts.
+
+    Args:
+        images: those of the run, if they are listed already.
+    """
+    if options.append:
+        with appending(options, begin_run) as begun:
+            yield begun
+        return
     if options.launcher == "slurm":
         raise UsageError("--launcher slurm submits jobs, and gives back no summary", "use the command: hookx extract")
     if options.launcher is None and (lonely := _of_a_launcher(options)):
@@ -71,14 +86,14 @@ def begin_run(options: ExtractOptions) -> Iterator[Begun]:
                 yield handed_out
     elif options.devices:
         devices = devices_of(options)
-        with HandedOut(options, devices, workers_each(options, devices)) as handed_out:
+        with HandedOut(options, devices, workers_each(options, devices), images=images) as handed_out:
             yield handed_out
     else:
         from hookx.models import borrowed_models
-        from hookx.run.prepare import prepare
+        from hookx.run.prepare import prepare_listed
 
         with borrowed_models():
-            yield InThisProcess(prepare(**vars(options)))
+            yield InThisProcess(prepare_listed(options, list_images_of(options) if images is None else images))
 
 
 def _of_a_launcher(options: ExtractOptions) -> str:
@@ -92,6 +107,12 @@ def check_run(options: ExtractOptions) -> Job:
     """Check a run as `prepare` does, in this process; one of several devices on the first of them."""
     from hookx.run.prepare import prepare
 
+    if options.append:
+        place_of(options)
+        try:
+            return check_run(dataclasses.replace(options, append=False))
+        except OtherRunError:
+            options = beside_run(options)
     if options.devices is not None:
         devices = devices_of(options)
         workers = workers_each(options, devices)

@@ -54,10 +54,16 @@ class HandedOut:
     """
 
     def __init__(
-        self, options: ExtractOptions, places: Sequence[Place], workers_each: int | None, *, is_local: bool = True
+        self,
+        options: ExtractOptions,
+        places: Sequence[Place],
+        workers_each: int | None,
+        *,
+        is_local: bool = True,
+        images: ImageList | None = None,
     ) -> None:
         self.options, self.out, self.part = options, location_of(options.out), Part.parse(options.shard)
-        self._workers_each, self._is_local = workers_each, is_local
+        self._workers_each, self._is_local, self._listed = workers_each, is_local, images
         self._crew = Crew(places)
         self._stack = contextlib.ExitStack()
         self._described: dict[Member, Message] = {}  # what workers have said about themselves
@@ -65,7 +71,8 @@ class HandedOut:
 
     def __enter__(self) -> HandedOut:
         with contextlib.ExitStack() as stack:
-            images = list_images_of(self.options)
+            images = self._listed or list_images_of(self.options)
+            self._listed = None
             self._list = stack.enter_context(self._list_for_workers(images))
             self._remarks, columns = images.remarks, images.columns
             del images  # The workers map the file; this process needs none of it but what no worker knows.

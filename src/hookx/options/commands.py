@@ -42,6 +42,7 @@ from hookx.options.values import (
     read_dtype,
     read_path,
     read_root,
+    read_runs,
     read_size,
 )
 
@@ -146,6 +147,15 @@ class ExtractOptions(
         "parent: a column 'label' with the folder that each image is in.",
         default=None,
         title="Images",
+    )
+    reuse: Sequence[AnyPath] = option(
+        "--reuse RUN...",
+        "Runs whose rows are copied, image by image and layer by layer, so that only the rest is computed.",
+        default=(),
+        parse=read_runs,
+    )
+    append: bool = option(
+        "--append", "Add images and layers to the run in --out, and compute only these.", default=False
     )
     limit: int | None = option(
         "--limit N",

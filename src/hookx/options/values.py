@@ -99,6 +99,11 @@ def read_columns(value: str | Iterable[str]) -> tuple[str, ...]:
     return tuple(filter(None, value.split(","))) if isinstance(value, str) else tuple(value)
 
 
+def read_runs(value: AnyPath | Iterable[AnyPath]) -> tuple[str, ...]:
+    """Take the places of runs as texts, which other processes are told."""
+    return tuple(os.fspath(one) for one in ([value] if isinstance(value, str | os.PathLike) else value))
+
+
 def read_dtype(name: str) -> str:
     """Return the short name of a type that may have been given by its long one."""
     return next((short for short, long in DTYPE_NAMES.items() if long == name), name)

@@ -38,14 +38,27 @@ class RowIndex:
     keys: SortedKeys
     failures: Mapping[str, str]  # key -> reason
     files: Sequence[Location]
-    first_rows: Positions  # how many rows of the run precede each file, and the total
-    chosen: Positions | None = None  # the position of each row in the run, ascending; None if all rows are chosen
+    first_rows: Positions  # how many rows precede each file, and the total
+    chosen: Positions | None = None  # the position of each row in the files; None if they are those of the files
     shards: Sequence[Shard] = ()  # those that the files are
+    fingerprints: Sequence[str] = ()  # of the run that each file belongs to, if it is not that of the plan
 
     @cached_property
     def borders(self) -> Positions:
-        """How many of these rows precede each file, and the total."""
-        return self.first_rows if self.chosen is None else np.searchsorted(self.chosen, self.first_rows)
+        """How many of these rows precede each file, and the total; where runs are read as one, each stretch of rows."""
+        if self.chosen is None:
+            return self.first_rows
+        if not self.is_in_file_order:
+            return np.array([*range(0, len(self.keys), self.plan.images_per_shard), len(self.keys)])
+        return np.searchsorted(self.chosen, self.first_rows)
+
+    @cached_property
+    def is_in_file_order(self) -> bool:
+        return self.chosen is None or bool((np.diff(self.chosen) > 0).all())
+
+    def in_files(self, positions: Positions) -> Positions:
+        """Return where rows are in the files."""
+        return positions if self.chosen is None else self.chosen[positions]
 
     def position(self, key: str) -> int:
         """Return the row of an image; `NotStoredError` if it has none, with the reason if the image failed."""
@@ -101,7 +114,7 @@ class Activations:
         return f"Activations('{self.address}', shape={self.shape}, dtype={self.dtype})"
 
     def __getitem__(self, index: Index) -> Tensor:
-        positions = _positions(index, len(self))
+        positions = self.rows.in_files(_positions(index, len(self)))
         ascending, places = np.unique(positions, return_inverse=True)  # Read each row once, in file order.
         rows = np.empty((len(ascending), self.bytes_per_row), dtype=np.uint8)  # numpy lacks some of torch's types.
         if rows.size:
@@ -132,7 +145,8 @@ class Activations:
         """Yield all rows in order, one shard at a time, without copying: (activations, keys)."""
         for number, (start, stop) in enumerate(pairwise(self.rows.borders)):
             if start < stop:
-                is_whole = stop - start == self.rows.first_rows[number + 1] - self.rows.first_rows[number]
+                first_rows = self.rows.first_rows
+                is_whole = self.rows.is_in_file_order and stop - start == first_rows[number + 1] - first_rows[number]
                 yield self._shard(number).map() if is_whole else self[start:stop], self.keys[start:stop]
 
     def torch(self) -> Tensor:
@@ -161,13 +175,12 @@ class Activations:
 
     def prefetch(self, start: int, stop: int) -> None:
         """Start reading rows into the system's file cache, and return without waiting."""
-        for shard, stretches in self._stretches(np.arange(start, stop)):
+        for shard, stretches in self._stretches(np.sort(self.rows.in_files(np.arange(start, stop)))):
             shard.prefetch(stretches)
 
-    def _stretches(self, positions: Positions) -> Iterator[tuple[ShardRows, list[Stretch]]]:
-        """Group ascending rows by shard, and in a shard into stretches of adjacent rows."""
+    def _stretches(self, ascending: Positions) -> Iterator[tuple[ShardRows, list[Stretch]]]:
+        """Group ascending rows of the files by shard, and in a shard into stretches of adjacent rows."""
         first_rows = self.rows.first_rows
-        ascending = positions if self.rows.chosen is None else self.rows.chosen[positions]
         gaps = np.flatnonzero(np.diff(ascending) != 1) + 1
         cuts = np.union1d(gaps, np.searchsorted(ascending, first_rows))
         numbers = np.searchsorted(first_rows, ascending[cuts[:-1]], side="right") - 1
@@ -179,9 +192,8 @@ class Activations:
     def _shard(self, number: int) -> ShardRows:
         if number not in self._shards:
             start, stop = self.rows.first_rows[number : number + 2].tolist()
-            self._shards[number] = ShardRows(
-                self.rows.files[number], self.layer, stop - start, self.rows.plan.fingerprint
-            )
+            fingerprint = self.rows.fingerprints[number] if self.rows.fingerprints else self.rows.plan.fingerprint
+            self._shards[number] = ShardRows(self.rows.files[number], self.layer, stop - start, fingerprint)
         return self._shards[number]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hookx.errors import UsageError, closest
+from hookx.errors import NotStoredError, closest
 from hookx.read.activations import Positions, RowIndex
 from hookx.store.columns import Kind, StoredColumns, open_columns
 
@@ -31,12 +31,12 @@ class Columns(Mapping[str, NDArray[Any]]):
         (['label'], array(['animals', 'people', 'sky'], dtype=object))
     """
 
-    def __init__(self, rows: RowIndex, of: Columns | None = None, chosen: Positions | None = None) -> None:
-        self._rows, self._of, self._chosen = rows, of, chosen
+    def __init__(self, rows: RowIndex) -> None:
+        self._rows = rows
 
     def at(self, rows: Positions) -> Columns:
         """Return the columns of some rows."""
-        return Columns(self._rows, self, rows)
+        return _ColumnsOfSome(self, rows)
 
     @cached_property
     def _stored(self) -> StoredColumns | None:
@@ -64,12 +64,11 @@ class Columns(Mapping[str, NDArray[Any]]):
         """Return the values of some rows, and which of them have one; None if all do.
 
         Raises:
-            UsageError: there is no such column; the message names the closest.
+            NotStoredError: there is no such column; the message names the closest.
         """
+        self.check(name)
         stored = self._stored
-        if stored is None or name not in stored.kinds:
-            near = f"closest: {closest(name, list(self))}" if self else "the run has none"
-            raise UsageError(f"there is no column '{name}'; {near}")
+        assert stored is not None
         positions = self._positions[rows]
         if not len(positions):
             return stored.read(name, 0, 0)
@@ -80,17 +79,38 @@ class Columns(Mapping[str, NDArray[Any]]):
             present = None if present is None else present[positions - first]
         return values, None if present is None or present.all() else present
 
+    def check(self, name: str) -> None:
+        """Raise `NotStoredError` if there is no such column."""
+        if name not in self.kinds:
+            near = f"closest: {closest(name, list(self))}" if self else "the run has none"
+            raise NotStoredError(f"there is no column '{name}'; {near}")
+
     @cached_property
     def _positions(self) -> Positions:
         """The place of each row in the list of images, which holds those that could not be read as well."""
-        if self._of is not None:
-            return self._of._positions[self._chosen]
         rows = self._rows
         positions = np.concatenate([np.arange(shard.start, shard.stop) for shard in rows.shards] or [np.arange(0)])
         if rows.failures:
             before = np.array(sorted(map(rows.keys.place, rows.failures)))  # how many rows precede each
             positions = np.delete(positions, before + np.arange(len(before)))
         return positions
+
+
+class _ColumnsOfSome(Columns):
+    """The columns of some rows of a run."""
+
+    def __init__(self, whole: Columns, chosen: Positions) -> None:
+        self._whole, self._chosen = whole, chosen
+
+    @property
+    def kinds(self) -> Mapping[str, Kind]:
+        return self._whole.kinds
+
+    def read(self, name: str, rows: slice = slice(None)) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+        values, present = self._whole.read(name)
+        chosen = self._chosen[rows]
+        present = None if present is None else present[chosen]
+        return values[chosen], None if present is None or present.all() else present
 
 
 def as_objects(values: NDArray[Any], present: NDArray[np.bool_] | None) -> NDArray[Any]:

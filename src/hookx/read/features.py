@@ -18,6 +18,7 @@ from hookx.read.activations import Activations, Positions, RowIndex
 from hookx.read.columns import Columns
 from hookx.read.datasets import ActivationDataset, Targets
 from hookx.read.run_keys import FailuresInShards, KeysInShards, RunKeys
+from hookx.read.several import merge
 from hookx.store.directory import present_shards, read_plan
 from hookx.store.index import read_shard_table
 from hookx.store.location import Location, absolute, location_of
@@ -30,15 +31,21 @@ if TYPE_CHECKING:
 _MAX_READ_AT_ONCE = 1_000_000  # images; those of longer runs are read from the disk a shard at a time, when needed
 
 
-def open_features(path: str | os.PathLike[str], *, partial: bool = False) -> Features:
+def open_features(
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, partial: bool = False
+) -> Features:
     """Open the output directory of a run without reading any activation.
 
+    Several runs that differ in their images only are read as one: their rows are in the order of their keys, as if one
+    run had computed all of them.
+
     Args:
+        path: the directory, or those of several runs.
         partial: accept an unfinished run and show its finished shards.
 
     Raises:
         StoreError: the directory holds no run, an unfinished one (the message has the command that resumes it), or a
-            damaged shard.
+            damaged shard; or runs do not belong together.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -50,6 +57,9 @@ def open_features(path: str | os.PathLike[str], *, partial: bool = False) -> Fea
         >>> list(features), rows.shape, features.keys[0]
         (['conv1', 'avgpool'], torch.Size([2, 64, 112, 112]), 'animals/chelsea.jpg')
     """
+    if not isinstance(path, str | os.PathLike | ObjectPath):
+        runs = [open_features(one, partial=partial) for one in path]
+        return runs[0] if len(runs) == 1 else _open_several(runs)
     run = location_of(path)
     plan = read_plan(run)
     shards = present_shards(run, plan)
@@ -69,6 +79,11 @@ def open_features(path: str | os.PathLike[str], *, partial: bool = False) -> Fea
         return Features(run, plan, RowIndex(run, plan, in_shards, failures, files, in_shards.first_rows, shards=shards))
     keys, failures, first_rows = _read_all(run, plan, shards)
     return Features(run, plan, RowIndex(run, plan, keys, failures, files, first_rows, shards=shards))
+
+
+def _open_several(runs: Sequence[Features]) -> Features:
+    plan, rows, columns = merge(runs)  # `UsageError` without any
+    return Features(runs[0].path, plan, rows, columns)
 
 
 def _read_all(run: Location, plan: Plan, shards: Sequence[Shard]) -> tuple[Keys, dict[str, str], Positions]:
@@ -143,8 +158,8 @@ class Features(Mapping[str, Activations]):
                 column, sorted; the dataset's `classes` holds them.
 
         Raises:
-            NotStoredError: the run does not hold an address.
-            UsageError: there is no such column, or some rows have no value in it.
+            NotStoredError: the run does not hold an address or the column.
+            UsageError: some rows have no value in the column.
         """
         targets = Targets.of(self.columns, target, self.keys) if target is not None else None
         if isinstance(address, str):

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -20,6 +20,7 @@ from hookx.errors import THEN_RESUME, HookxError, ImageError, one_line
 from hookx.images.decoding import model_input
 from hookx.plan import Plan, Preprocessing, ValueCounts
 from hookx.run.ready import out_of_memory
+from hookx.run.reuse import Reuse
 from hookx.run.selfcheck import SelfCheck
 from hookx.store.writer import ShardWriter, Written
 
@@ -42,6 +43,7 @@ class Batch:
     nvjpeg_seconds: float = 0.0
     # Computed and written, by a lane.
     counts: ValueCounts = field(default_factory=ValueCounts)
+    copied: int = 0  # activations that other runs had
     self_checked: int = 0  # rows that were computed again
     model_seconds: float = 0.0
     written: Written | Future[Written] | None = None
@@ -98,8 +100,15 @@ class Lane:
     has memory for their rows.
     """
 
-    def __init__(self, capture: RowCapture, writer: ShardWriter, plan: Plan, check: SelfCheck | None = None) -> None:
-        self.capture, self.writer, self.plan, self.check = capture, writer, plan, check
+    def __init__(
+        self,
+        capture: RowCapture,
+        writer: ShardWriter,
+        plan: Plan,
+        check: SelfCheck | None = None,
+        reuse: Reuse | None = None,
+    ) -> None:
+        self.capture, self.writer, self.plan, self.check, self.reuse = capture, writer, plan, check, reuse
         self.images_at_once = plan.batch_size  # in the model; fewer in the rest of a shard for which that was too much
         self._shard = -1
 
@@ -107,17 +116,47 @@ class Lane:
         """Run a batch, and start to write it; a GPU has only started the pass when this returns."""
         self._begin_shard(batch.positions.start // self.plan.images_per_shard)
         pixels_NCHW, batch.pixels_NCHW = batch.pixels_NCHW, None
-        rows = self.writer.rows(batch.positions, 0 if pixels_NCHW is None else len(pixels_NCHW))
+        readable = [position for position in batch.positions if position not in batch.reasons]
+        rows = self.writer.rows(batch.positions, len(readable))
         device = self.capture.runner.device
         if pixels_NCHW is not None:
             start = time.perf_counter()
-            self._run(batch, pixels_NCHW, rows)
+            if self.reuse is None:
+                self._run(batch, pixels_NCHW, rows)
+            else:
+                self._run_rest(batch, pixels_NCHW, rows, readable, self.reuse)
             if not has_streams(device):  # A GPU measures its own time.
                 batch.model_seconds = time.perf_counter() - start
+        if self.reuse is not None:
+            self._copy(batch, rows, readable, self.reuse)
         if device.type == "cpu":  # Elsewhere the counts of a shard are taken at its end: they wait for the device.
             batch.counts = self.capture.take_counts()
         batch.written = self.writer.write(batch.positions, functools.partial(self.capture.wait, self.capture.passes))
         return batch
+
+    def _run_rest(
+        self, batch: Batch, pixels_NCHW: Tensor, rows: Mapping[str, Tensor], readable: Sequence[int], reuse: Reuse
+    ) -> None:
+        """Run the images of a batch that no other run has whole, up to the last layer that any of them lacks."""
+        places = [place for place, position in enumerate(readable) if not reuse.is_whole(position)]
+        if len(places) == len(readable):
+            self._run(batch, pixels_NCHW, {address: rows[address] for address in reuse.lacking})
+        else:
+            some = {address: torch.empty_like(rows[address][: len(places)]) for address in reuse.lacking}
+            self._run_in_parts(pixels_NCHW, some)
+            self.capture.wait()
+            for address, computed in some.items():
+                rows[address][places] = computed
+
+    def _copy(self, batch: Batch, rows: Mapping[str, Tensor], readable: Sequence[int], reuse: Reuse) -> None:
+        """Copy what other runs have of a batch, in place of what was computed of the same images."""
+        self.capture.wait()
+        for address, places in reuse.copy(readable, rows).items():
+            batch.copied += len(places)
+            is_computed = address in reuse.lacking  # and so counted, but for the images that are copied whole
+            counted = [place for place in places if not is_computed or reuse.is_whole(readable[place])]
+            if counted:
+                self.capture.count(address, rows[address][counted])
 
     def _begin_shard(self, number: int) -> None:
         """Begin every shard with whole batches, so that its bytes do not depend on the shards before it."""

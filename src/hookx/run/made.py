@@ -15,7 +15,7 @@ from hookx.store.directory import present_shards
 from hookx.store.location import Location
 from hookx.store.record import read_record, version_of
 
-_NOT_OF_A_KIND = ("batch_size", "nondeterministic")  # They differ within one kind of machine.
+_NOT_OF_A_KIND = ("batch_size", "nondeterministic", "reused")  # They differ within one kind of machine.
 
 
 def describe_process(ready: ReadyModel, batch_size: int) -> dict[str, Any]:

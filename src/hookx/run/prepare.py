@@ -13,17 +13,19 @@ from pathlib import Path
 import torch
 
 from hookx.capture.rows import stored_dtype
-from hookx.errors import HookxError, LayerError, UsageError, one_line
+from hookx.errors import HookxError, LayerError, OtherRunError, UsageError, one_line
 from hookx.images.listing import ImageList
 from hookx.layers.select import Selection, Target
 from hookx.options import DTYPE_NAMES, ExtractOptions, takes
 from hookx.plan import DTYPES, LayerSpec, Plan, Shard, images_per_shard
 from hookx.run.defaults import choose_batch_size, choose_workers
+from hookx.run.growth import explain
 from hookx.run.listed import list_images_of, selectors_of
 from hookx.run.made import describe_process, kind_of
 from hookx.run.mended import as_begun, failing_shards
 from hookx.run.parts import Part, describe_part
 from hookx.run.ready import ReadyModel, ready_model
+from hookx.run.reuse import Reuse, plans_of, reuse_of
 from hookx.run.room import bytes_free, check_room
 from hookx.store.directory import begun_plan, check_resumable, finished_shards, present_shards
 from hookx.store.location import Location, location_of
@@ -46,6 +48,7 @@ class Job:
     then_bytes: Sequence[int]  # the sizes of the images when the run was begun
     begun: Plan | None  # what the directory held by then
     replaced: frozenset[int]  # numbers of the pending shards that are there, without images that could not be read
+    reuse: Reuse | None = None  # what is copied from other runs
 
     @property
     def part(self) -> Part | None:
@@ -106,7 +109,8 @@ def prepare_listed(
     out = location_of(options.out)
     # A resumed run keeps what was chosen automatically: on another device the choice could differ.
     begun = begun_plan(out)
-    chosen = begun or options
+    others = plans_of(options.reuse)
+    chosen = begun or (others[0][1] if others else options)  # The rows of one kind of layout fit together.
     batch_size = chosen.batch_size if options.batch_size == "auto" else options.batch_size
     memory_format = chosen.memory_format if options.memory_format == "auto" else options.memory_format
     ready = ready_model(
@@ -133,7 +137,10 @@ def prepare_listed(
         hardware=kind_of(describe_process(ready, batch_size)) if options.same_hardware else (),
     )
     plan, then_bytes = as_begun(out, begun, plan, listed)
-    check_resumable(out, plan)
+    try:
+        check_resumable(out, plan)
+    except OtherRunError as error:
+        raise explain(error, out, plan, begun, listed) from None
     part = Part.parse(options.shard)
     # Every part would read every header, of hundreds of thousands; who writes the index reads them all.
     by_name = part is not None or is_helper
@@ -147,8 +154,12 @@ def prepare_listed(
         log.info("part %s", describe_part(part, plan, len(pending)))
     batches = sum(math.ceil(len(shard) / batch_size) for shard in pending)
     workers = min(choose_workers(options.workers, device), batches)
-    ready = ready.settle() if pending else ready
-    job = Job(options, out, plan, ready, listed, workers, pending, then_bytes, begun, replaced)
+    if reuse := reuse_of(others, plan, listed, pending):
+        # What is copied is not computed: a pass ends with the last layer that some image lacks.
+        targets = [target for target in selection.targets if str(target.address) in reuse.lacking]
+        ready = dataclasses.replace(ready, selection=Selection(targets, selection.left_out))
+    ready = ready.settle() if pending and ready.selection.targets else ready
+    job = Job(options, out, plan, ready, listed, workers, pending, then_bytes, begun, replaced, reuse)
     if not is_helper:
         check_room(out, pending, plan, options.scratch)
     return job

@@ -64,6 +64,8 @@ def plan(options: ExtractOptions, chosen_for: str | None = None, *, with_list: b
     With `with_list` the list of images is written as well. A later call with the same sources takes them from there,
     without looking at a single file: an image that has changed since is a failure when it is read.
     """
+    if options.append:
+        raise UsageError("a plan begins a run, and --append adds to one", "leave out --append")
     options = dataclasses.replace(options, shard=None)
     sources = absolute_sources(options)
     if with_list and not sources:
@@ -129,7 +131,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
         ) as writer,
         RowCapture(ready.runner, ready.selection.targets, ready.settled) as capture,
     ):
-        lane = Lane(capture, writer, plan, _self_check(job, capture))
+        lane = Lane(capture, writer, plan, _self_check(job, capture), job.reuse)
         decoded = batches(  # Forks the workers, before there are threads.
             job.images,
             [positions for shard in job.pending for positions in shard.batches(plan.batch_size)],
@@ -143,6 +145,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
             in_worker=functools.partial(_release, directory, writer) if job.workers_compute else directory.release,
             transform=ready.loaded.transform,
             lane=lane if job.workers_compute else None,
+            is_copied=job.reuse.is_whole if job.reuse is not None else None,
             device=job.device,
         )
         with contextlib.closing(decoded):
@@ -150,7 +153,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
             computed = decoded if job.workers_compute else map(lane.run, decoded)
             for shard in job.pending:
                 record = ShardRecord(sizes_bytes=list(job.then_bytes[shard.start : shard.stop]))
-                record.self_checked = 0 if lane.check else None
+                record.self_checked, copied = 0 if lane.check else None, 0
                 written = []
                 for positions in shard.batches(plan.batch_size):
                     writer.check()
@@ -163,6 +166,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
                     record.failures += batch.failures
                     record.rotations_ignored += batch.rotations_ignored
                     record.counts.add(batch.counts)
+                    copied += batch.copied
                     if record.self_checked is not None:
                         record.self_checked += batch.self_checked
                     timing.reading += batch.reading_seconds
@@ -173,7 +177,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
                 if shard is job.pending[-1] and not job.workers_compute:
                     lane.finish()
                 record.counts.add(capture.take_counts())
-                record.made = {**made, "batch_size": lane.images_at_once}
+                record.made = {**made, "batch_size": lane.images_at_once, **({"reused": copied} if copied else {})}
                 mended = mended_in(shard, job.images, job.then_bytes)
                 record.mended = {key: mended[key] for key in record.keys if key in mended} or None
                 if shard.number in job.replaced:
@@ -197,7 +201,9 @@ def _release(directory: RunDirectory, writer: ShardWriter) -> None:
 
 def _self_check(job: Job, capture: RowCapture) -> SelfCheck | None:
     starts = choose_batches(job.plan, job.options.self_check)
-    look = SecondLook(capture, job.ready.selection.targets, job.plan.layers)
+    targets = job.ready.selection.targets
+    computed = {str(target.address) for target in targets}
+    look = SecondLook(capture, targets, [layer for layer in job.plan.layers if layer.address in computed])
     to_input_of_run = functools.partial(to_input, device=job.device, preprocessing=job.plan.preprocessing)
     return SelfCheck(look, job.plan, starts, job.images.keys, to_input_of_run) if starts else None
 
@@ -207,7 +213,7 @@ def _expected_record(job: Job, made: dict[str, Any], shard: Shard) -> ShardRecor
     positions = slice(shard.start, shard.stop)
     return ShardRecord(
         keys=list(job.images.keys[positions]),
-        made=made,
+        made={**made, "reused": len(shard) * len(job.plan.layers)} if job.reuse is not None else made,
         sizes_bytes=list(job.then_bytes[positions]),
         mended=mended_in(shard, job.images, job.then_bytes) or None,
         self_checked=None if job.options.self_check == "off" else len(shard),

@@ -27,6 +27,10 @@ TAKEN, CONSUMED = 0, 1  # numbers of batches: those that workers have taken, and
 _POLL_FOR_CONSUMER_SECONDS = 0.002
 
 
+def _is_never_copied(_position: int) -> bool:
+    return False
+
+
 @dataclass(eq=False)
 class Worker(IterableDataset[Batch]):
     """What each of several processes does: take the next batch, and decode or compute it; iterating yields batches."""
@@ -37,6 +41,7 @@ class Worker(IterableDataset[Batch]):
     known: Mapping[int, Decoded]  # by position: what became of images that are not to be decoded again
     in_hand: InHand
     in_worker: Callable[[], None]
+    is_copied: Callable[[int], bool] = _is_never_copied  # by position: an image that need not be read
 
     def __post_init__(self) -> None:
         self._parent, self._lock, self.numbers = os.getpid(), multiprocessing.Lock(), shared_numbers(2)
@@ -101,6 +106,8 @@ class Worker(IterableDataset[Batch]):
         batch, pixels, encoded, start = Batch(positions), [], {}, time.perf_counter()
         with _errors_kept(batch):
             for position in positions:
+                if self.is_copied(position):
+                    continue
                 decoded = self.known.get(position) or self._read(position)
                 batch.failed_first = batch.failed_first or decoded.failed_first
                 batch.rotations_ignored += decoded.rotation_ignored

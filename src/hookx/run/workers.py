@@ -55,6 +55,7 @@ def batches(
     in_worker: Callable[[], None] = lambda: None,
     transform: Callable[[Image], Tensor] | None = None,
     lane: Lane | None = None,
+    is_copied: Callable[[int], bool] | None = None,
     device: torch.device = _CPU,
 ) -> Generator[Batch]:
     """Decode the given ranges of positions, one batch a range, in order, `workers` processes ahead of the consumer.
@@ -70,6 +71,7 @@ def batches(
         in_worker: runs in each worker before its first batch.
         transform: a model's own preprocessing, in place of what `preprocessing` says.
         lane: what each worker runs its batches through; they come without pixels then, but written.
+        is_copied: says by its position whether an image is copied from another run, and so not read.
         device: where nvjpeg decodes, if the preprocessing says so; the pixels are there then.
 
     Raises:
@@ -83,6 +85,8 @@ def batches(
         def start_now() -> Processes:
             in_hand = InHand(workers, decode_timeout_seconds)
             worker = Worker(reader, positions[first:], lane, known, in_hand, in_worker)
+            if is_copied is not None:
+                worker.is_copied = is_copied
             return Processes(worker, workers=workers, pin_memory=pin_memory)
 
         return _start_patiently(start_now, retry_seconds)

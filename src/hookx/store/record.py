@@ -39,6 +39,12 @@ class ShardRecord:
         size = self.made.get("batch_size")
         return size if isinstance(size, int) and size > 0 else None
 
+    @property
+    def reused(self) -> int:
+        """How many activations were copied from other runs."""
+        count = self.made.get("reused")
+        return count if isinstance(count, int) and count > 0 else 0
+
     def to_metadata(self, plan: Plan, shard: Shard) -> dict[str, str]:
         """Return the metadata of a safetensors file, with a CRC-32 of its own."""
         metadata = {"format": FORMAT, "fingerprint": plan.fingerprint, "shard": str(shard.number)}
@@ -56,6 +62,7 @@ class Totals:
     counts: ValueCounts = field(default_factory=ValueCounts)
     self_checked: int | None = None  # None if no shard was
     batch_size: int | None = None  # the most images that went through the model together, in the last shard
+    reused: int = 0  # activations that were copied from other runs
 
     def add(self, record: ShardRecord) -> None:
         self.rows += len(record.keys)
@@ -63,6 +70,7 @@ class Totals:
         self.rotations_ignored += record.rotations_ignored
         self.counts.add(record.counts)
         self.batch_size = record.made_in_batches_of or self.batch_size
+        self.reused += record.reused
         if record.self_checked is not None:
             self.self_checked = (self.self_checked or 0) + record.self_checked
 
