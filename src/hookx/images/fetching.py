@@ -6,11 +6,13 @@ import errno
 import os
 from typing import Any, NoReturn
 
-from hookx.errors import ImageError
+from hookx.errors import ImageError, one_line
 from hookx.images.addresses import Remote, is_url, parse_url
 from hookx.images.files import Fetched, File, Member
 from hookx.images.memory import allowed_bytes
+from hookx.images.remote import AbsentError, UnreachableError
 from hookx.images.retries import UnavailableError
+from hookx.images.rows import read_row
 from hookx.images.sources import zips
 from hookx.images.unreadable import UnreadableError, check_size
 from hookx.store.objects.helper import BusyStoreError, NoCredentialsError, NoRangesError, ObjectStoreError, ask
@@ -49,6 +51,8 @@ def _fetch_whole(url: str, listed_bytes: int | None) -> bytes:
 
 
 def _fetch_member(member: Member, listed_bytes: int | None) -> bytes:
+    if member.archive.kind == "parquet":
+        return _fetch_row(member)
     start, stop = member.offset, member.offset + member.stored_bytes
     if member.archive.kind == "tar":
         return _fetch_stretch(member, start, stop)
@@ -65,6 +69,17 @@ def _fetch_member(member: Member, listed_bytes: int | None) -> bytes:
         return zips.read_member(pread, member.offset, member.stored_bytes, max_bytes)
     except zips.DamagedMemberError as error:
         raise UnreadableError(f"damaged in its archive: {error}") from None
+
+
+def _fetch_row(member: Member) -> bytes:
+    try:
+        return read_row(member.archive, member.offset)
+    except UnreachableError as error:
+        raise UnavailableError(OSError(errno.EIO, error.reason)) from None
+    except AbsentError as error:
+        raise FileNotFoundError(errno.ENOENT, one_line(error)) from None
+    except ImageError as error:
+        raise UnreadableError(f"damaged in its table: {one_line(error)}") from None
 
 
 def _fetch_stretch(member: Member, start: int, stop: int) -> bytes:

@@ -7,10 +7,10 @@ import io
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 from hookx.errors import ImageError
-from hookx.images.addresses import Address, is_url, parse_url, shown_url
+from hookx.images.addresses import Address, parse_url, shown_url
 from hookx.images.files import Files
 from hookx.images.measuring import ELSEWHERE, UNAVAILABLE, UNMEASURABLE
 from hookx.images.ranges import RangedFile
@@ -31,6 +31,14 @@ class AbsentError(ImageError):
     """There is no file behind a URL."""
 
 
+class UnreachableError(ImageError):
+    """A file behind a URL cannot be read now; `reason` says why."""
+
+    def __init__(self, url: str, reason: object) -> None:
+        super().__init__(f"cannot read '{shown_url(url)}': {reason}", THEN_AGAIN)
+        self.reason = str(reason)
+
+
 def ask_patiently(url: str, what: str, retry_seconds: float, **values: Any) -> tuple[dict[str, Any], memoryview]:
     """Ask a store about a URL, again and again for a while if it is busy or away; `ImageError` for any refusal."""
     address, retries = parse_url(url), Retries(retry_seconds)
@@ -39,13 +47,13 @@ def ask_patiently(url: str, what: str, retry_seconds: float, **values: Any) -> t
             return ask(*address, what, **values)
         except BusyStoreError as error:
             if not retries.wait():
-                raise ImageError(f"cannot read '{shown_url(url)}': {error}", THEN_AGAIN) from None
+                raise UnreachableError(url, error) from None
         except FileNotFoundError as error:
             raise AbsentError(f"there is no '{shown_url(url)}': {error}", "check the name") from None
         except NoRangesError:
             raise
         except OSError as error:
-            raise ImageError(f"cannot read '{shown_url(url)}': {error}", THEN_AGAIN) from None
+            raise UnreachableError(url, error) from None
 
 
 def size_of(url: str, retry_seconds: float) -> int:
@@ -57,7 +65,7 @@ def size_of(url: str, retry_seconds: float) -> int:
         if kind == "absent":
             raise AbsentError(f"there is no '{shown_url(url)}': {reason}", "check the name")
         if kind != "busy" or not retries.wait():
-            raise ImageError(f"cannot read '{shown_url(url)}': {reason}", THEN_AGAIN)
+            raise UnreachableError(url, reason)
         found = ask_patiently(url, "sizes", retry_seconds, others=[parse_url(url)])[0]["sizes"][0]
     return found
 
@@ -82,10 +90,12 @@ class RemoteFile:
 
     def __init__(self, url: str, retry_seconds: float, *, may_be_whole: bool = False) -> None:
         self.url, self._retry_seconds, self._may_be_whole = url, retry_seconds, may_be_whole
+        self._beginning = memoryview(b"")  # Kept, because formats say there what they are.
         self._start, self._window = 0, memoryview(b"")
         self._reads, self._fetched_at = 0, 0
         self.size_bytes = -1
         self._fetch(0, _FIRST_BYTES)
+        self._beginning = self._window
         if self.size_bytes < 0:
             self.size_bytes = size_of(url, retry_seconds)
 
@@ -94,6 +104,8 @@ class RemoteFile:
         if offset >= stop:
             return b""
         self._reads += 1
+        if stop <= len(self._beginning):
+            return bytes(self._beginning[offset:stop])
         if offset < self._start or stop > self._start + len(self._window):
             self._fetch(offset, min(max(stop, offset + self._ahead(offset)), self.size_bytes))
         return bytes(self._window[offset - self._start : stop - self._start])
@@ -132,11 +144,9 @@ class RemoteFile:
         self._fetched_at, self._reads = start, 0
 
 
-def open_binary(path: str, retry_seconds: float) -> BinaryIO:
-    """Open a file of this system, or one behind a URL, which needs not be sent in parts, to be read forwards."""
-    if not is_url(os.fsencode(path)):
-        return open(path, "rb")
-    file = RemoteFile(path, retry_seconds, may_be_whole=True)
+def open_remote(url: str, retry_seconds: float) -> io.BufferedReader:
+    """Open a file behind a URL, which the server need not send in parts."""
+    file = RemoteFile(url, retry_seconds, may_be_whole=True)
     return io.BufferedReader(RangedFile(file.pread, file.size_bytes), _BUFFER_BYTES)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from hookx.errors import ImageError, closest
 from hookx.images.addresses import check_named, folder_and_name, is_url, join_url, shown_url, without_query
 from hookx.images.columns import Values
-from hookx.images.remote import open_binary
+from hookx.images.remote import open_remote
 from hookx.images.retries import reason_of
 from hookx.images.sources.embedded import EmbeddedSource
 from hookx.images.sources.kinds import TABLES, refuse_listed
@@ -47,7 +47,7 @@ class TableSource:
     def find(self, look: Look) -> Iterator[Found]:
         with self._telling():
             if self._suffix == ".parquet":
-                with ParquetTable(self.path) as table:
+                with ParquetTable(self.path, self.retry_seconds) as table:
                     column = self._column_of_images(table, look)
                 if column:
                     yield from EmbeddedSource(self.path, column).find(look)
@@ -59,7 +59,7 @@ class TableSource:
                 if some.keys is not None:
                     yield Found(b"", some.keys, paths=paths, is_named=True, values=some.values)
                 else:
-                    yield from find_named(paths, here, here, look, self.path, some.values)
+                    yield from find_named(paths, here, here, look, shown_url(self.path), some.values)
 
     def find_values(self, beginning: bytes, look: Look) -> Iterator[Found]:
         """Yield what the table says about images below its folder, which are found elsewhere, by their keys."""
@@ -80,7 +80,7 @@ class TableSource:
         """Yield the rows that have a path, some at a time."""
         path_column, key_column, others, wanted = "", "", list[str](), None
         if self._suffix == ".parquet":
-            with ParquetTable(self.path) as table:
+            with ParquetTable(self.path, self.retry_seconds) as table:
                 path_column, key_column, others = self._choose(table.plain_columns, look)
             wanted = list(dict.fromkeys(filter(None, (path_column, key_column, *others))))
         start = 1
@@ -103,10 +103,11 @@ class TableSource:
                 batch = {**batch, key_column: [None] * len(numbers)}
             paths = list(zip(batch[path_column], numbers, strict=True))
             keys = list(zip(batch[key_column], numbers, strict=True)) if key_column else None
+            shown_path = shown_url(self.path)
             values = {name: batch[name] for name in others if name in batch}
             yield _Some(
                 [self._to_path(path, number, path_column) for path, number in paths],
-                [to_key(key, self.path, number, key_column) for key, number in keys] if keys is not None else None,
+                [to_key(key, shown_path, number, key_column) for key, number in keys] if keys is not None else None,
                 Values(values, self._suffix in _TYPED) if others else None,
             )
         if start == 1:
@@ -158,13 +159,14 @@ class TableSource:
         return os.path.join(os.path.dirname(os.path.abspath(os.fsencode(self.path))), b"")
 
     def _open_text(self, encoding: str, newline: str | None = None) -> io.TextIOWrapper:
-        file = open_binary(self.path, self.retry_seconds)
-        return io.TextIOWrapper(file, encoding, "surrogateescape", newline)
+        if is_url(os.fsencode(self.path)):
+            return io.TextIOWrapper(open_remote(self.path, self.retry_seconds), encoding, "surrogateescape", newline)
+        return open(self.path, encoding=encoding, errors="surrogateescape", newline=newline)
 
     def _read(self, columns: Sequence[str] | None, rows_at_once: int = _ROWS_AT_ONCE) -> Iterator[Batch]:
         """Yield the rows, some at a time, with some columns of a .parquet and all of other tables."""
         if self._suffix == ".parquet":
-            with ParquetTable(self.path) as table:
+            with ParquetTable(self.path, self.retry_seconds) as table:
                 yield from table.batches(table.plain_columns if columns is None else columns, rows_at_once)
         elif self._suffix == ".jsonl":
             yield from self._read_jsonl(rows_at_once)
