@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -306,3 +307,26 @@ def test_verify_and_visualize_take_urls(server: Web, folder: Path, tmp_path: Pat
     gallery = hookx.visualize("resnet18", "conv1", f"{server.url}hubble.png", weights="none", out=tmp_path / "drawn")
     assert gallery.pictures
     assert np.isfinite(hookx.open(out)["avgpool"].numpy()).all()
+
+
+def test_a_signature_is_written_nowhere(server: Web, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(f"url\n{server.url}photos/sky/hubble-0.png?sig={SECRET}\n")
+    for source in (str(tmp_path / "t.csv"), f"{server.url}a.tar?sig={SECRET}", f"{server.url}t.csv?sig={SECRET}"):
+        out = tmp_path / "out"
+        arguments = [*extract(Path("."), out, "--limit", "2")[1:-1], source]
+        for words, code in ((["extract", *arguments], 0), (["plan", *arguments, "--with-list"], 2)):
+            done = subprocess.run(command(*words), env=variables(), capture_output=True, text=True)
+            assert done.returncode == code, done.stderr
+            assert SECRET not in done.stdout + done.stderr
+        assert "which may be a signature" in done.stderr
+        assert not any(SECRET.encode() in file.read_bytes() for file in out.rglob("*") if file.is_file())
+        shutil.rmtree(out)
+    assert any(SECRET in request for request in server.requests)
+
+
+def test_visualize_on_the_command_line_takes_a_url(server: Web, tmp_path: Path) -> None:
+    words = ["visualize", "-m", "resnet18", "-w", "none", "-l", "conv1", "-o", str(tmp_path / "drawn")]
+    done = subprocess.run(
+        command(*words, f"{server.url}photos/sky/hubble-0.png"), env=variables(), capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "conv1.png" in done.stdout, done.stderr

@@ -33,6 +33,7 @@ class Web:
         cut_for: how many of the next GETs get half of what their Content-Length says.
         has_ranges, has_head, has_length: what the server knows.
         moves: paths that lead to others.
+        texts: what some paths hold that are not in the folder.
         seconds: how long each answer takes.
     """
 
@@ -47,6 +48,7 @@ class Web:
     has_head: bool = True
     has_length: bool = True
     moves: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, bytes] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -88,10 +90,11 @@ def web(folder: Path) -> Iterator[Web]:
                 self.answer(302, {"Location": state.moves[path]})
             elif path in state.answers:
                 self.answer(state.answers[path])
-            elif not (folder / path.lstrip("/")).is_file():
+            elif path not in state.texts and not (folder / path.lstrip("/")).is_file():
                 self.answer(404)
             else:
-                content, headers, status = (folder / path.lstrip("/")).read_bytes(), {}, 200
+                content = state.texts.get(path) or (folder / path.lstrip("/")).read_bytes()
+                headers, status = {"Last-Modified": self.date_time_string(0), "ETag": '"1"'}, 200
                 asked = _RANGE.fullmatch(self.headers.get("Range", ""))
                 if asked and state.has_ranges:
                     size_bytes, start = len(content), int(asked[1])

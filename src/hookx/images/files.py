@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hookx.images.addresses import Remote, is_url
+from hookx.images.addresses import Remote, is_url, shown_url, without_query
 from hookx.keys import Keys, LazySequence
 
 # A prefix of an object store holds its objects as an archive its members: what lists them says how large each is.
@@ -122,3 +122,15 @@ class Files(LazySequence[File]):
     def was_found(self, position: int) -> bool:
         """Return whether the file was found in a folder; what a list names may never have existed."""
         return self.root_of[position] not in self.named
+
+
+def first_with_query(files: Files, sources: Iterable[str] = ()) -> str:
+    """Return the first URL, of some sources and of files, that has a query, without it; '' if none has.
+
+    A query may be a signature, which is not to be stored.
+    """
+    archives = (archive.path for archive in files.archives.values())
+    # Only what a list or a table names has a path of its own and a query.
+    is_likely = files.paths is not None and b"?" in bytes(files.paths.block)
+    paths = iter(files.paths) if files.paths is not None and is_likely else iter(())
+    return next((shown_url(one) for one in (*sources, *archives, *paths) if one != without_query(one)), "")
