@@ -20,7 +20,8 @@ from hookx.errors import ImageError
 from hookx.images.files import Member
 from hookx.images.listing import ImageList, list_images
 from hookx.images.mapped import map_list, write_list
-from hookx.images.opening import UnreadableError, open_image
+from hookx.images.opening import open_image
+from hookx.images.unreadable import UnreadableError
 from kit.runs import same_bits
 
 LONG = "a-very-long-folder-name/" * 12 + "ü" * 40 + ".png"

@@ -131,7 +131,7 @@ def test_what_a_table_cannot_mean_is_an_error_that_says_what_to_do(tmp_path: Pat
     assert after("id,name\n1,a.png\n").endswith("name the one that holds the paths: --path-column id")
     assert "has no column 'name_'; closest: name" in after("id,name\n1,a.png\n", path_column="name_")
     assert "has no column 'ids'; closest: id" in after("id,path\n1,a.png\n", key_column="ids")
-    assert "row 2: path is an address" in after("path\na.png\nhttps://example.org/b.png\n")
+    assert "row 2: hookx cannot read 'ftp://'" in after("path\na.png\nftp://example.org/b.png\n")
     assert "row 2: id is not a key: ''" in after("path,id\na.png,1\nb.png,\n", key_column="id")
     assert "two images have the key '1': " in after("path,id\na.png,1\nb.png,1\n", key_column="id")
     assert f"{tmp_path}/a.png and {tmp_path}/b.png" in after("path,id\na.png,1\nb.png,1\n", key_column="id")

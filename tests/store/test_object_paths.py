@@ -15,9 +15,11 @@ import pytest
 
 from hookx.errors import UsageError
 from hookx.store.location import absolute, location_of
-from hookx.store.objects import path as object_path
+from hookx.store.objects import helper
+from hookx.store.objects import path as path_module
 from hookx.store.objects.bucket import without_secrets
-from hookx.store.objects.path import ObjectFile, ObjectPath, ObjectStoreError
+from hookx.store.objects.helper import ObjectStoreError
+from hookx.store.objects.path import ObjectFile, ObjectPath
 from kit.kept import descendants_of
 from kit.processes import environment_for
 from kit.runs import wait_for
@@ -31,9 +33,9 @@ def nowhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectPath]:
     """Return a place in a store where nobody answers."""
     for name, value in NOWHERE.items():
         monkeypatch.setenv(name, value)
-    object_path._end()  # What was started before has other variables.
+    helper._end()  # What was started before has other variables.
     yield ObjectPath.parse("s3://bucket/run")
-    object_path._end()
+    helper._end()
 
 
 def test_an_address_is_used_as_a_path_is() -> None:
@@ -92,8 +94,8 @@ def test_a_process_that_was_killed_is_started_again(nowhere: ObjectPath) -> None
     for _ in range(2):
         with pytest.raises(ObjectStoreError, match="Could not connect"):
             nowhere.names()
-        assert object_path._running is not None
-        running = object_path._running._running
+        assert helper._running is not None
+        running = helper._running._running
         running.kill()
         with pytest.raises(ObjectStoreError, match="has ended"):
             nowhere.names()
@@ -140,7 +142,7 @@ def test_ranges_of_an_object_fill_memory_and_short_ones_cost_one_request(monkeyp
 
     monkeypatch.setattr(ObjectPath, "read", read)
     monkeypatch.setattr(ObjectPath, "size_bytes", lambda path: len(content))
-    monkeypatch.setattr(object_path, "_AT_ONCE_BYTES", 700_000)
+    monkeypatch.setattr(path_module, "_AT_ONCE_BYTES", 700_000)
     file = ObjectFile(ObjectPath.parse("s3://bucket/run/shard"))
     wanted = [(0, 8), (8, 5000), (100_000, 300_000), (2_999_990, 10), (5, 2_000_000), (7, 0)]
     for at, length in wanted[:2]:

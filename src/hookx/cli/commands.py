@@ -5,6 +5,7 @@ They import what they call when they run, because most of it imports torch.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
@@ -250,11 +251,22 @@ def cat(options: given.CatOptions, form: JsonOptions) -> None:
 
 
 def _holds_a_run(source: given.AnyPath) -> bool:
-    """Whether a source of images is a run instead; only runs lie behind URLs."""
+    """Whether a source of images is a run instead; both may lie behind a URL."""
+    from hookx.images.addresses import is_url, parse_url
+    from hookx.store.files import report_read_errors
     from hookx.store.location import location_of
+    from hookx.store.objects.path import SCHEMES
 
+    name = os.fspath(source)
+    if is_url(os.fsencode(name)):
+        address = parse_url(name)
+        if address.scheme not in SCHEMES or "." in address.key.rpartition("/")[2] or not address.key.strip("/"):
+            return False  # Neither a web server nor the root of a bucket holds runs, and a file is not one.
     location = location_of(source)
-    return not isinstance(location, Path) or (location / "plan.json").is_file()
+    if isinstance(location, Path):
+        return (location / "plan.json").is_file()
+    with report_read_errors(location):
+        return (location / "plan.json").exists()
 
 
 @command(

@@ -25,9 +25,10 @@ from torchvision.transforms import functional as F  # noqa: N812 - its own docum
 from hookx.errors import UsageError
 from hookx.images.files import File
 from hookx.images.memory import lacks_memory
-from hookx.images.opening import Content, UnreadableError, open_image
+from hookx.images.opening import Content, open_image
 from hookx.images.retries import UnavailableError
 from hookx.images.rgb import to_rgb
+from hookx.images.unreadable import UnreadableError
 from hookx.plan import Preprocessing
 
 _EXIF_ORIENTATION = 0x0112

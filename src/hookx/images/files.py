@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
+from hookx.images.addresses import Remote, is_url, shown_url, without_query
 from hookx.keys import Keys, LazySequence
 
-ArchiveKind = Literal["tar", "zip", "parquet"]
+# A prefix of an object store holds its objects as an archive its members: what lists them says how large each is.
+ArchiveKind = Literal["tar", "zip", "parquet", "prefix"]
 LOOSE = -1  # in place of an offset
 _ROOTS_OF_STANDARD_INPUT = (b"", b"/")
 
@@ -43,12 +45,23 @@ class Member:
         return self.name
 
 
-File = str | Member
+@dataclass(frozen=True)
+class Fetched:
+    """An image whose bytes have been sent already."""
+
+    name: str
+    content: bytes = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+File = str | Member | Remote | Fetched
 
 
 def file_to_open(file: File) -> str:
     """Return the path of the file on the disk that holds an image."""
-    return file.archive.path if isinstance(file, Member) else file
+    return file.archive.path if isinstance(file, Member) else str(file)
 
 
 class Files(LazySequence[File]):
@@ -88,10 +101,13 @@ class Files(LazySequence[File]):
         return len(self.keys)
 
     def item(self, position: int) -> File:
-        name = os.fsdecode(self.encoded(position))
+        encoded = self.encoded(position)
+        name = os.fsdecode(encoded)
         if not self.is_member(position):
-            return name
+            return Remote(name) if is_url(encoded) else name
         archive = self.archives[self.root_of[position]]
+        if archive.kind == "prefix":
+            return Remote(name)
         return Member(name, archive, self.offsets[position], self.stored_bytes[position])
 
     def is_member(self, position: int) -> bool:
@@ -106,3 +122,15 @@ class Files(LazySequence[File]):
     def was_found(self, position: int) -> bool:
         """Return whether the file was found in a folder; what a list names may never have existed."""
         return self.root_of[position] not in self.named
+
+
+def first_with_query(files: Files, sources: Iterable[str] = ()) -> str:
+    """Return the first URL, of some sources and of files, that has a query, without it; '' if none has.
+
+    A query may be a signature, which is not to be stored.
+    """
+    archives = (archive.path for archive in files.archives.values())
+    # Only what a list or a table names has a path of its own and a query.
+    is_likely = files.paths is not None and b"?" in bytes(files.paths.block)
+    paths = iter(files.paths) if files.paths is not None and is_likely else iter(())
+    return next((shown_url(one) for one in (*sources, *archives, *paths) if one != without_query(one)), "")

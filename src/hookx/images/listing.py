@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from hookx.errors import ImageError, UsageError, closest
+from hookx.images.addresses import Remote, shown_url
 from hookx.images.columns import Column, FolderColumn
 from hookx.images.files import LOOSE, Files
 from hookx.images.measuring import UNAVAILABLE, UNMEASURABLE, measure
 from hookx.images.packing import Pile
+from hookx.images.remote import measure_remote, why_unavailable
 from hookx.images.sources import Look, source_of
 from hookx.images.sources.kinds import describe_not_taken
 from hookx.images.sources.source import THEN_AGAIN
@@ -160,7 +162,9 @@ def list_images(
     if pile.unmatched:
         look.not_taken.add_kind("rows of metadata without an image", pile.unmatched)
     if not count:
-        raise ImageError(f"no image found in {', '.join(names) or 'an empty list'}", *_what_is_there(look))
+        raise ImageError(
+            f"no image found in {', '.join(map(shown_url, names)) or 'an empty list'}", *_what_is_there(look)
+        )
     packed = pile.pack(choice.of, packed_at_once)
     files = packed.files
     columns_of_images = _columns(packed.columns, files.keys, look, label)
@@ -202,6 +206,7 @@ def _measure(files: Files, member_sizes: array[int], retry_seconds: float) -> ar
     if files.archives and len(files.archives) == len(files.roots):
         return member_sizes
     sizes_bytes = measure(files, retry_seconds=retry_seconds)
+    measure_remote(files, sizes_bytes, retry_seconds)
     for position, size in enumerate(member_sizes):
         if size != LOOSE:
             sizes_bytes[position] = size
@@ -211,6 +216,8 @@ def _measure(files: Files, member_sizes: array[int], retry_seconds: float) -> ar
 def _check_available(files: Files, sizes_bytes: Sequence[int]) -> None:
     unavailable = [position for position, size in enumerate(sizes_bytes) if size <= UNAVAILABLE]
     if unavailable:
-        reason = os.strerror(UNAVAILABLE - sizes_bytes[unavailable[0]])
+        file = files[unavailable[0]]
+        reason = why_unavailable(file.url) if isinstance(file, Remote) else ""
+        reason = reason or os.strerror(UNAVAILABLE - sizes_bytes[unavailable[0]])
         others = f", and {len(unavailable) - 1:,} other files" if len(unavailable) > 1 else ""
-        raise ImageError(f"cannot look at '{files[unavailable[0]]}'{others}: {reason}", THEN_AGAIN)
+        raise ImageError(f"cannot look at '{file}'{others}: {reason}", THEN_AGAIN)

@@ -12,6 +12,7 @@ import sys
 from array import array
 from multiprocessing.process import BaseProcess
 
+from hookx.images.addresses import is_url
 from hookx.images.files import Files
 from hookx.images.retries import Retries, is_of_the_file
 from hookx.options import RETRY_SECONDS
@@ -22,6 +23,7 @@ _MAX_FILES_ALONE = 20_000  # measured by this process alone; several processes s
 # because a remote disk answers several requests at a time.
 _MEASURING_PROCESSES = 8
 UNMEASURABLE = -1  # in place of a size: the file's own fault
+ELSEWHERE = -(2**40)  # behind a URL, and measured by whoever asks there
 UNAVAILABLE = -2  # and below: this minus the number of the system's error
 
 
@@ -31,7 +33,7 @@ def measure(
     """Return the size of every file in bytes; several processes share a long list, where most of the time goes.
 
     -1 stands for a file that has none, by its own fault; a number below that for one that the system cannot look at.
-    The archives say how large their members are, which have 0 here.
+    The archives say how large their members are, which have 0 here. Files behind URLs have `ELSEWHERE`.
     """
     shared = memoryview(mmap.mmap(-1, len(files) * 8)).cast("q")
     # A daemonic process, such as a pool's worker, must not have children.
@@ -78,6 +80,9 @@ def _measure_part(files: Files, part: range, sizes_bytes: memoryview[int], retry
         if files.is_member(position):
             continue
         file = files.encoded(position)
+        if is_url(file):
+            sizes_bytes[position] = ELSEWHERE
+            continue
         while True:
             try:
                 sizes_bytes[position] = os.stat(file).st_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import stat
@@ -10,18 +11,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from hookx.errors import ImageError, one_line
-from hookx.images.files import File, Member, file_to_open
+from hookx.images.fetching import fetch
+from hookx.images.files import Fetched, File, Member, file_to_open
 from hookx.images.memory import allowed_bytes
 from hookx.images.retries import UnavailableError, is_of_the_file, is_of_the_system
 from hookx.images.rows import read_row
 from hookx.images.sources import zips
+from hookx.images.unreadable import UnreadableError, check_size
 from hookx.images.watched import WatchedFile
 
 _BLOCK_BYTES = 2**20
-
-
-class UnreadableError(Exception):
-    """A file cannot be decoded; the message alone is the reason, without a class name before it."""
 
 
 class _Stretch(io.RawIOBase):
@@ -82,6 +81,10 @@ def open_image(file: File, listed_bytes: int | None = None) -> Iterator[Content]
     A size other than `listed_bytes` is an `UnreadableError`, and so is an archive of another size than when its members
     were listed: they may lie elsewhere in it by now.
     """
+    file = fetch(file, listed_bytes)
+    if isinstance(file, Fetched):
+        yield Content(io.BytesIO(file.content))
+        return
     path = file_to_open(file)
     was_seen = isinstance(file, Member) or (listed_bytes is not None and listed_bytes >= 0)
     try:
@@ -108,36 +111,28 @@ def open_image(file: File, listed_bytes: int | None = None) -> Iterator[Content]
         raise UnavailableError(raw.error)
 
 
-def _content_of(file: File, raw: WatchedFile, file_bytes: int, listed_bytes: int | None) -> Content:
+def _content_of(file: str | Member, raw: WatchedFile, file_bytes: int, listed_bytes: int | None) -> Content:
     if isinstance(file, str):
-        _check_size(file_bytes, listed_bytes)
+        check_size(file_bytes, listed_bytes)
         return Content(raw)
     if file_bytes != file.archive.size_bytes:
         raise UnreadableError(
             f"its archive changed since it was listed ({file.archive.size_bytes} -> {file_bytes} bytes)"
         )
     if file.archive.kind == "tar":
-        _check_size(file.stored_bytes, listed_bytes)
+        check_size(file.stored_bytes, listed_bytes)
         return Content(_Stretch(raw, file.offset, file.stored_bytes))
     if file.archive.kind == "parquet":
         try:
             content = read_row(file.archive, file.offset)
         except ImageError as error:
             raise UnreadableError(f"damaged in its table: {one_line(error)}") from None
-        _check_size(len(content), listed_bytes)
+        check_size(len(content), listed_bytes)
         return Content(io.BytesIO(content))
     max_bytes = allowed_bytes() if listed_bytes is None else listed_bytes
     try:
-        content = zips.read_member(raw.fileno(), file.offset, file.stored_bytes, max_bytes)
+        content = zips.read_member(functools.partial(os.pread, raw.fileno()), file.offset, file.stored_bytes, max_bytes)
     except zips.DamagedMemberError as error:
         raise UnreadableError(f"damaged in its archive: {error}") from None
-    _check_size(len(content), listed_bytes)
+    check_size(len(content), listed_bytes)
     return Content(io.BytesIO(content))
-
-
-def _check_size(size_bytes: int, listed_bytes: int | None) -> None:
-    if listed_bytes is not None and size_bytes != listed_bytes:
-        before = "unreadable" if listed_bytes < 0 else listed_bytes
-        raise UnreadableError(f"changed since it was listed ({before} -> {size_bytes} bytes)")
-    if size_bytes == 0:
-        raise UnreadableError("the file is empty")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from hookx.errors import ImageError
+from hookx.images.addresses import shown_url
 from hookx.images.columns import Column, Gathered
 from hookx.images.files import LOOSE, Archive, Files
 from hookx.images.sources.source import NUMBERS_OF_A_MEMBER, Found
@@ -195,7 +196,8 @@ class _Packed:
 
         def name(place: int) -> bytes:
             key, number, _, rest = parts[place]
-            return rest if rest and number not in self._archives else self._roots[number] + key
+            path = rest if rest and number not in self._archives else self._roots[number] + key
+            return os.fsencode(shown_url(os.fsdecode(path)))
 
         keys = [part.key for part in parts]
         self._check_unique(keys, name)

@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Iterator
 
+from hookx.errors import ImageError
 from hookx.images.files import Archive
 from hookx.images.sources.parquet import ParquetTable
 
@@ -16,6 +17,8 @@ class _Reader:
     def __init__(self, archive: Archive) -> None:
         self.archive, self.owner = archive, os.getpid()
         self._table = ParquetTable(archive.path)
+        if self._table.size_bytes != archive.size_bytes:
+            raise ImageError(f"it changed since it was listed ({archive.size_bytes} -> {self._table.size_bytes} bytes)")
         self._next = self._stop = 0  # the next row, and the end of its row group
         self._images: Iterator[bytes | None] = iter(())
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hookx.errors import HookxError, UsageError
-from hookx.images.files import File
+from hookx.images.files import File, first_with_query
 from hookx.options import ExtractOptions, LauncherOptions, list_paths
 from hookx.options.option import options_of, words_of
 from hookx.run.prepare import Job
@@ -81,6 +81,11 @@ def describe_submission(job: Job, standard_input: Iterable[File] = ()) -> Submis
     kept = dataclasses.replace(options, **without)
     words = words_of(kept, ExtractOptions)
     sources, listed = list_paths(options.images), folder / "images.list"
+    if signed := first_with_query(job.images.files, [str(source) for source in sources]):
+        raise UsageError(
+            f"--launcher slurm writes scripts, and '{signed}' has a query, which may be a signature",
+            "name the images in a table that lies where all nodes see it",
+        )
     from_list = any(source in ("-", "-0") for source in sources)
     words += ["-0", "--", "-"] if from_list else ["--", *map(str, sources)]
     redirected = f" < {shlex.quote(str(listed))}" if from_list else ""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hookx.errors import UsageError
+from hookx.images.addresses import is_url
 from hookx.images.listing import Choice, ImageList, list_images
 from hookx.images.mapped import map_list, sources_of
 from hookx.layers.select import Selector, parse_selectors
@@ -75,13 +76,18 @@ def absolute_sources(options: ExtractOptions) -> list[str]:
     sources = [os.fspath(source) for source in list_paths(options.images)]
     if {"-", "-0"} & set(sources):
         return []
-    how = [f"--root {os.path.abspath(options.root)}"] if options.root is not None else []
+    how = [f"--root {_absolute(options.root)}"] if options.root is not None else []
     how += [f"--path-column {options.path_column}"] if options.path_column is not None else []
     how += [f"--key-column {options.key_column}"] if options.key_column is not None else []
     how += [f"--columns {','.join(options.columns)}"] if options.columns is not None else []
     how += [f"--label {options.label}"] if options.label is not None else []
     choice = str(Choice(options.limit, options.sample, options.seed))
-    return [*map(os.path.abspath, sources), *how, *filter(None, [choice])]
+    return [*map(_absolute, sources), *how, *filter(None, [choice])]
+
+
+def _absolute(name: str | os.PathLike[str]) -> str:
+    text = os.fspath(name)
+    return text if is_url(os.fsencode(text)) else os.path.abspath(text)
 
 
 def selectors_of(options: ExtractOptions) -> tuple[list[Selector], list[Selector]]:

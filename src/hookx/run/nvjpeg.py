@@ -14,7 +14,7 @@ from torch import Tensor
 from hookx.capture.copies import as_current, has_streams
 from hookx.capture.failures import is_out_of_memory, report_broken_device
 from hookx.images.decoding import decode_jpegs
-from hookx.images.opening import UnreadableError
+from hookx.images.unreadable import UnreadableError
 from hookx.plan import Preprocessing
 from hookx.run.lane import Batch
 from hookx.run.ready import out_of_memory

@@ -11,12 +11,13 @@ from torch import Tensor
 from hookx.capture.failures import is_out_of_memory
 from hookx.errors import THEN_RESUME, ImageError
 from hookx.images.decoding import decode, failure_reason
+from hookx.images.fetching import fetch
 from hookx.images.files import File
 from hookx.images.listing import ImageList
 from hookx.images.retries import Retries, UnavailableError
 from hookx.options import RETRY_SECONDS
 from hookx.plan import Preprocessing
-from hookx.run.in_hand import InHand
+from hookx.run.in_hand import InHand, interruptible
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,8 +54,11 @@ class Reader:
         retries, failed_first = Retries(self.retry_seconds, in_hand.pause), ""
         while True:
             try:
+                # What comes from afar comes first: a slow network is not an image that takes long to decode.
+                with interruptible():
+                    here = fetch(file, listed_bytes)
                 with in_hand.holding(position):
-                    pixels_CHW, rotation_ignored = decode(file, self.preprocessing, listed_bytes, self.transform)
+                    pixels_CHW, rotation_ignored = decode(here, self.preprocessing, listed_bytes, self.transform)
                 return Decoded(pixels_CHW, rotation_ignored, failed_first=failed_first)
             except MemoryError:
                 raise

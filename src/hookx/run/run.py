@@ -14,6 +14,7 @@ from hookx.capture.failures import report_broken_device
 from hookx.capture.rows import RowCapture
 from hookx.capture.second_look import SecondLook
 from hookx.errors import ImageError, OtherRunError, UsageError
+from hookx.images.files import first_with_query
 from hookx.images.mapped import write_list
 from hookx.options import ExtractOptions
 from hookx.plan import Shard
@@ -70,7 +71,13 @@ def plan(options: ExtractOptions, chosen_for: str | None = None, *, with_list: b
     sources = absolute_sources(options)
     if with_list and not sources:
         raise UsageError("a list on standard input is not written again", "name folders, or leave out --with-list")
-    job = prepare_listed(options, list_images_of(options), chosen_for)
+    images = list_images_of(options)
+    if with_list and (signed := first_with_query(images.files, sources)):
+        raise UsageError(
+            f"--with-list writes addresses, and '{signed}' has a query, which may be a signature",
+            "leave out --with-list: each part lists the images by itself",
+        )
+    job = prepare_listed(options, images, chosen_for)
     with begin(job, "shared") as (directory, job):
         if with_list:
             directory.publish(LIST, lambda aside: write_list(job.images, aside, sources))

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hookx.errors import ImageError, closest
+from hookx.images.addresses import folder_and_name, is_url, shown_url
 from hookx.images.columns import Values
 from hookx.images.files import Archive
 from hookx.images.sources.named import to_key
@@ -31,14 +32,16 @@ class EmbeddedSource:
     column: str
 
     def find(self, look: Look) -> Iterator[Found]:
-        root, beginning = look.begin_in(os.path.dirname(self.path))
-        beginning += os.path.basename(os.fsencode(self.path)) + b"/"
-        with ParquetTable(self.path) as table:
+        is_remote = is_url(os.fsencode(self.path))
+        folder, name = folder_and_name(self.path) if is_remote else os.path.split(self.path)
+        root, beginning = look.begin_in(folder)
+        beginning += os.fsencode(name) + b"/"
+        with ParquetTable(self.path, look.retry_seconds) as table:
             if look.key_column and look.key_column not in table.plain_columns:
                 near = closest(look.key_column, table.plain_columns)
-                raise ImageError(f"'{self.path}' has no column '{look.key_column}'; closest: {near}")
+                raise ImageError(f"'{shown_url(self.path)}' has no column '{look.key_column}'; closest: {near}")
             others = look.take(table.plain_columns, but=look.key_column)
-            archive = Archive(self.path, "parquet", os.stat(self.path).st_size, self.column)
+            archive = Archive(self.path, "parquet", table.size_bytes, self.column)
             sizes_bytes, names = self._measure(table)
             read = list(dict.fromkeys([*others, *([look.key_column] if look.key_column else [])]))
             batches = table.batches(read, _ROWS_AT_ONCE) if read else itertools.repeat({})
@@ -51,7 +54,7 @@ class EmbeddedSource:
                 values = Values(batch).where(there)
                 if look.key_column:
                     given = zip(values.by_name[look.key_column], taken, strict=True)
-                    keys = [to_key(key, self.path, row + 1, look.key_column) for key, row in given]
+                    keys = [to_key(key, shown_url(self.path), row + 1, look.key_column) for key, row in given]
                 else:
                     keys = [beginning + names[row] for row in taken]
                 places = array("q", itertools.chain.from_iterable((row, 0, sizes_bytes[row]) for row in taken))

@@ -50,7 +50,7 @@ class FolderSource:
             has_images = has_images or bool(keys)
             yield Found(root, keys)
         for path in beside.metadata:
-            yield from _find_metadata(path, beginning + path.removeprefix(folder), look)
+            yield from find_metadata(TableSource(os.fsdecode(path)), beginning + path.removeprefix(folder), look)
         if has_images:
             for path in archives:
                 look.not_taken.add(path)
@@ -72,10 +72,10 @@ class _Beside:
     metadata: list[bytes] = field(default_factory=list)
 
 
-def _find_metadata(path: bytes, key: bytes, look: Look) -> Iterator[Found]:
-    table = TableSource(os.fsdecode(path))
-    if look.columns == () or not look.patiently("read", path, lambda: table.has_column(FILE_NAME)):
-        look.not_taken.add(path)
+def find_metadata(table: TableSource, key: bytes, look: Look) -> Iterator[Found]:
+    """Yield what the metadata of a folder say about its images; `key` is the key that the table itself would have."""
+    if look.columns == () or not look.patiently("read", table.path, lambda: table.has_column(FILE_NAME)):
+        look.not_taken.add(key)
         return
     yield from table.find_values(key[: key.rfind(b"/") + 1], look)
 

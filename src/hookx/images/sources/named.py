@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from hookx.errors import ImageError
+from hookx.images.addresses import is_url, shown_url, without_query
 from hookx.images.columns import Values
 from hookx.images.sources.source import Found, Look
 
@@ -17,11 +18,21 @@ def find_named(
 ) -> Iterator[Found]:
     """Yield files by normalised paths, with keys relative to `here`, to `--root` if it is given, or else to '/'.
 
+    The key of a URL that does not begin with `here` is all of it but its query, which may be a signature.
+
     Args:
         here: the folder that relative paths begin in, with '/' at its end.
         root_of_here: how errors and the system are told that folder.
         values: what is known of each file.
     """
+    are_urls = list(map(is_url, paths))
+    if any(are_urls):
+        urls = list(itertools.compress(paths, are_urls))
+        yield from _find_urls(urls, here, look, named_by, values and values.where(are_urls))
+        are_paths = [not one for one in are_urls]
+        paths, values = list(itertools.compress(paths, are_paths)), values and values.where(are_paths)
+        if not paths:
+            return
     if look.root:
         root = os.path.join(os.path.abspath(os.fsencode(look.root)), b"")
         whole = [path if path.startswith(b"/") else here + path for path in paths]
@@ -42,6 +53,34 @@ def find_named(
     is_outside = [not one for one in is_inside]
     outside = [path.lstrip(b"/") for path in itertools.compress(paths, is_outside)]
     yield Found(b"/", outside, is_named=True, values=values and values.where(is_outside))
+
+
+def _find_urls(urls: list[bytes], here: bytes, look: Look, named_by: str, values: Values | None) -> Iterator[Found]:
+    """Yield files behind URLs; those with a query apart, because the key does not contain it."""
+    root = os.path.join(os.fsencode(look.root), b"") if look.root else here if is_url(here) else b""
+    stray = next((url for url in urls if look.root and not url.startswith(root)), None)
+    if stray is not None:
+        raise ImageError(
+            f"'{shown_url(os.fsdecode(stray))}', named by {named_by}, is not within --root '{look.root}'",
+            "give the columns of a table keys of their own: --key-column, or leave out --root",
+        )
+    plain = [os.fsencode(without_query(os.fsdecode(url))) for url in urls]
+    for is_inside in (True, False):
+        for has_query in (False, True):
+            chosen = [
+                url.startswith(root) is is_inside and (url != without) is has_query
+                for url, without in zip(urls, plain, strict=True)
+            ]
+            if not any(chosen):
+                continue
+            begin = root if is_inside else b""
+            yield Found(
+                begin,
+                [url.removeprefix(begin) for url in itertools.compress(plain, chosen)],
+                is_named=True,
+                paths=list(itertools.compress(urls, chosen)) if has_query else None,
+                values=values and values.where(chosen),
+            )
 
 
 def normalise(path: bytes) -> bytes:

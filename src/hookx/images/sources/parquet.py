@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hookx.errors import HookxError, ImageError
+from hookx.images.addresses import is_url, shown_url
+from hookx.images.remote import open_remote
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -17,25 +20,30 @@ _BUFFER_BYTES = 2**20  # of each column that is read
 class ParquetTable:
     """An open Parquet file; what keeps it from being read is an `ImageError`, or an `OSError` of the system.
 
+    Args:
+        retry_seconds: how long to try again what a store cannot send now, if the file lies behind a URL.
+
     Attributes:
+        size_bytes: the size of the file.
         plain_columns: those that hold no bytes.
         image_columns: those that can hold images: bytes, or a struct of `bytes` and `path`, as Hugging Face datasets
             store them.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, retry_seconds: float = 0.0) -> None:
         try:
             from pyarrow import ArrowException, types
             from pyarrow.parquet import ParquetFile
         except ImportError:
             raise HookxError(
-                f"'{path}' is a Parquet file, which needs pyarrow",
+                f"'{shown_url(path)}' is a Parquet file, which needs pyarrow",
                 "install it as an extra of hookx: pip install 'hookx-vision[parquet]'",
             ) from None
-        self.path, self._damage = path, (ArrowException, ValueError)
+        self.path, self._damage = shown_url(path), (ArrowException, ValueError)
+        source = open_remote(path, retry_seconds) if is_url(os.fsencode(path)) else path
         try:
             # A buffer, so that a column's part of a row group, which can be gigabytes, is not in memory at once.
-            self._file = ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+            self._file = ParquetFile(source, buffer_size=_BUFFER_BYTES, pre_buffer=False)
             schema = self._file.schema_arrow
         except self._damage as error:
             raise self._unreadable(error) from None
@@ -45,6 +53,7 @@ class ParquetTable:
         self._is_struct = {field.name: types.is_struct(field.type) and _has_bytes(field.type) for field in schema}
         self.image_columns = [name for name in schema.names if self._is_bytes[name] or self._is_struct[name]]
         self.plain_columns = [name for name in schema.names if name not in self.image_columns]
+        self.size_bytes = os.stat(source).st_size if isinstance(source, str) else source.seek(0, os.SEEK_END)
         self.row_count = self._file.metadata.num_rows
 
     def __enter__(self) -> ParquetTable:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from hookx.errors import ImageError
+from hookx.images.addresses import is_url, shown_url
 from hookx.images.columns import Values
 from hookx.images.files import Archive
 from hookx.images.retries import Retries, reason_of
@@ -65,6 +66,8 @@ class Look:
 
     def begin_in(self, folder: str) -> tuple[bytes, bytes]:
         """Return the root of the files in a folder, and how their keys begin; '' is the working directory."""
+        if is_url(os.fsencode(folder)) or is_url(os.fsencode(self.root)):
+            return self._begin_behind(folder)
         if not self.root:
             return os.fsencode(os.path.join(folder, "")) if folder else b"", b""
         within = os.path.relpath(os.path.abspath(folder), os.path.abspath(self.root))
@@ -74,6 +77,15 @@ class Look:
             )
         beginning = b"" if within == os.curdir else os.fsencode(within) + b"/"
         return os.fsencode(os.path.join(self.root, "")), beginning
+
+    def _begin_behind(self, folder: str) -> tuple[bytes, bytes]:
+        root = os.path.join(self.root, "") if self.root else folder
+        if not folder.startswith(root):
+            raise ImageError(
+                f"'{shown_url(folder) or os.curdir}' is not within --root '{shown_url(self.root)}'",
+                "name a folder above all sources",
+            )
+        return os.fsencode(root), os.fsencode(folder.removeprefix(root))
 
     def take(self, columns: Iterable[str], but: str = "") -> list[str]:
         """Return which of some columns to take; the one that the keys say already only if it is named."""
@@ -89,7 +101,7 @@ class Look:
                 return look()
             except OSError as error:
                 if isinstance(error, PermissionError) or not retries.wait():
-                    name = os.fsdecode(path).removesuffix("/") or "/"
+                    name = shown_url(os.fsdecode(path)).removesuffix("/") or "/"
                     raise ImageError(f"cannot {what} '{name}': {reason_of(error)}", THEN_AGAIN) from None
 
 

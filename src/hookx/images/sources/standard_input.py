@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hookx.errors import ImageError
+from hookx.images.addresses import is_url
 from hookx.images.retries import reason_of
 from hookx.images.sources.kinds import refuse_listed
 from hookx.images.sources.named import find_named, normalise
@@ -53,7 +54,7 @@ def _split(block: bytes, end: bytes) -> list[bytes]:
         block = block.replace(end + b"./", end)
     paths = block[1:-1].split(end)
     if not is_plain or end + b"." in block:
-        paths = [normalise(path) for path in paths if path]
+        paths = [path if is_url(path) else normalise(path) for path in paths if path]
     return paths
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import os
@@ -12,16 +13,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hookx.errors import ImageError, closest
+from hookx.images.addresses import check_named, folder_and_name, is_url, join_url, shown_url, without_query
 from hookx.images.columns import Values
+from hookx.images.remote import open_remote
 from hookx.images.retries import reason_of
 from hookx.images.sources.embedded import EmbeddedSource
 from hookx.images.sources.kinds import TABLES, refuse_listed
 from hookx.images.sources.named import find_named, normalise, shown, to_key
 from hookx.images.sources.parquet import ParquetTable
 from hookx.images.sources.source import THEN_AGAIN, Found, Look
+from hookx.options import RETRY_SECONDS
 
 FILE_NAME = "file_name"  # the column of paths in a folder's own metadata
-_PATH_COLUMNS = ("path", FILE_NAME, "image", "image_path", "filepath", "filename")
+_PATH_COLUMNS = ("path", FILE_NAME, "image", "image_path", "filepath", "filename", "url")
 _ROWS_AT_ONCE = 2_000
 _TYPED = (".jsonl", ".parquet")
 _MAX_FIELD_CHARACTERS = 2**24  # Python's own limit is 131,072, which a caption can exceed.
@@ -38,27 +42,28 @@ class TableSource:
     """
 
     path: str
+    retry_seconds: float = RETRY_SECONDS
 
     def find(self, look: Look) -> Iterator[Found]:
         with self._telling():
             if self._suffix == ".parquet":
-                with ParquetTable(self.path) as table:
+                with ParquetTable(self.path, self.retry_seconds) as table:
                     column = self._column_of_images(table, look)
                 if column:
                     yield from EmbeddedSource(self.path, column).find(look)
                     return
-            here = os.path.join(os.path.dirname(os.path.abspath(os.fsencode(self.path))), b"")
+            here = self._folder
             for some in self._rows(look):
                 refuse_listed(some.paths)
                 paths = [_join(here, path) for path in some.paths]
                 if some.keys is not None:
                     yield Found(b"", some.keys, paths=paths, is_named=True, values=some.values)
                 else:
-                    yield from find_named(paths, here, here, look, self.path, some.values)
+                    yield from find_named(paths, here, here, look, shown_url(self.path), some.values)
 
     def find_values(self, beginning: bytes, look: Look) -> Iterator[Found]:
         """Yield what the table says about images below its folder, which are found elsewhere, by their keys."""
-        here = os.path.join(os.path.dirname(os.path.abspath(os.fsencode(self.path))), b"")
+        here = self._folder
         with self._telling():
             for some in self._rows(replace(look, path_column=FILE_NAME, key_column="")):
                 paths = [_join(here, path) for path in some.paths]
@@ -75,7 +80,7 @@ class TableSource:
         """Yield the rows that have a path, some at a time."""
         path_column, key_column, others, wanted = "", "", list[str](), None
         if self._suffix == ".parquet":
-            with ParquetTable(self.path) as table:
+            with ParquetTable(self.path, self.retry_seconds) as table:
                 path_column, key_column, others = self._choose(table.plain_columns, look)
             wanted = list(dict.fromkeys(filter(None, (path_column, key_column, *others))))
         start = 1
@@ -98,24 +103,25 @@ class TableSource:
                 batch = {**batch, key_column: [None] * len(numbers)}
             paths = list(zip(batch[path_column], numbers, strict=True))
             keys = list(zip(batch[key_column], numbers, strict=True)) if key_column else None
+            shown_path = shown_url(self.path)
             values = {name: batch[name] for name in others if name in batch}
             yield _Some(
                 [self._to_path(path, number, path_column) for path, number in paths],
-                [to_key(key, self.path, number, key_column) for key, number in keys] if keys is not None else None,
+                [to_key(key, shown_path, number, key_column) for key, number in keys] if keys is not None else None,
                 Values(values, self._suffix in _TYPED) if others else None,
             )
         if start == 1:
-            raise ImageError(f"'{self.path}' has no rows")
+            raise ImageError(f"{self._shown} has no rows")
 
     def _choose(self, names: Sequence[str], look: Look) -> tuple[str, str, list[str]]:
         """Return the columns of the paths and of the keys ('' if the paths are the keys), and others to take."""
         for asked in filter(None, (look.path_column, look.key_column)):
             if asked not in names:
-                raise ImageError(f"'{self.path}' has no column '{asked}'; closest: {closest(asked, names)}")
+                raise ImageError(f"{self._shown} has no column '{asked}'; closest: {closest(asked, names)}")
         path_column = look.path_column or next((name for name in _PATH_COLUMNS if name in names), "")
         if not path_column:
             raise ImageError(
-                f"'{self.path}' has none of the columns {', '.join(_PATH_COLUMNS)}",
+                f"{self._shown} has none of the columns {', '.join(_PATH_COLUMNS)}",
                 f"name the one that holds the paths: --path-column {names[0] if names else 'NAME'}",
             )
         # What the key says already would be there twice.
@@ -130,7 +136,7 @@ class TableSource:
             return ""
         if len(table.image_columns) > 1:
             raise ImageError(
-                f"'{self.path}' holds bytes in the columns {', '.join(table.image_columns)}",
+                f"{self._shown} holds bytes in the columns {', '.join(table.image_columns)}",
                 f"name the one that holds the images: --path-column {table.image_columns[0]}",
             )
         return table.image_columns[0]
@@ -139,12 +145,28 @@ class TableSource:
 
     @property
     def _suffix(self) -> str:
-        return os.path.splitext(self.path)[1].lower()
+        return os.path.splitext(without_query(self.path))[1].lower()
+
+    @property
+    def _shown(self) -> str:
+        return f"'{shown_url(self.path)}'"
+
+    @property
+    def _folder(self) -> bytes:
+        """The folder that paths are relative to, with '/' at its end."""
+        if is_url(os.fsencode(self.path)):
+            return os.fsencode(folder_and_name(self.path)[0])
+        return os.path.join(os.path.dirname(os.path.abspath(os.fsencode(self.path))), b"")
+
+    def _open_text(self, encoding: str, newline: str | None = None) -> io.TextIOWrapper:
+        if is_url(os.fsencode(self.path)):
+            return io.TextIOWrapper(open_remote(self.path, self.retry_seconds), encoding, "surrogateescape", newline)
+        return open(self.path, encoding=encoding, errors="surrogateescape", newline=newline)
 
     def _read(self, columns: Sequence[str] | None, rows_at_once: int = _ROWS_AT_ONCE) -> Iterator[Batch]:
         """Yield the rows, some at a time, with some columns of a .parquet and all of other tables."""
         if self._suffix == ".parquet":
-            with ParquetTable(self.path) as table:
+            with ParquetTable(self.path, self.retry_seconds) as table:
                 yield from table.batches(table.plain_columns if columns is None else columns, rows_at_once)
         elif self._suffix == ".jsonl":
             yield from self._read_jsonl(rows_at_once)
@@ -153,22 +175,22 @@ class TableSource:
 
     def _read_csv(self, delimiter: str, rows_at_once: int) -> Iterator[Batch]:
         csv.field_size_limit(_MAX_FIELD_CHARACTERS)
-        with open(self.path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        with self._open_text("utf-8-sig", newline="") as file:
             reader = filter(None, csv.reader(file, delimiter=delimiter))
             try:
                 # pandas writes the numbers of rows under an empty name.
                 names = [name or f"column {number}" for number, name in enumerate(next(reader, []), 1)]
                 if twice := next((name for number, name in enumerate(names) if name in names[:number]), None):
-                    raise ImageError(f"'{self.path}' has two columns '{twice}'", "give them names of their own")
+                    raise ImageError(f"{self._shown} has two columns '{twice}'", "give them names of their own")
                 while rows := list(itertools.islice(reader, rows_at_once)):
                     # A row can be too short, or have fields behind those of the header.
                     columns = list(itertools.zip_longest(*rows)) + [[None] * len(rows)] * len(names)
                     yield dict(zip(names, columns, strict=False))
             except csv.Error as error:
-                raise ImageError(f"'{self.path}' is not a table of fields: {error}") from None
+                raise ImageError(f"{self._shown} is not a table of fields: {error}") from None
 
     def _read_jsonl(self, rows_at_once: int) -> Iterator[Batch]:
-        with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
+        with self._open_text("utf-8") as file:
             lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
             while rows := [self._to_row(*line) for line in itertools.islice(lines, rows_at_once)]:
                 names = dict.fromkeys(name for row in rows for name in row)
@@ -178,9 +200,9 @@ class TableSource:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ImageError(f"'{self.path}', line {number:,}, is not JSON: {error}") from None
+            raise ImageError(f"{self._shown}, line {number:,}, is not JSON: {error}") from None
         if not isinstance(row, dict):
-            raise ImageError(f"'{self.path}', line {number:,}, is not an object with a field for each column")
+            raise ImageError(f"{self._shown}, line {number:,}, is not an object with a field for each column")
         return row
 
     @contextmanager
@@ -189,17 +211,19 @@ class TableSource:
         try:
             yield
         except OSError as error:
-            raise ImageError(f"cannot read the table '{self.path}': {reason_of(error)}", THEN_AGAIN) from None
+            raise ImageError(f"cannot read the table {self._shown}: {reason_of(error)}", THEN_AGAIN) from None
 
     def _to_path(self, value: Any, number: int, column: str) -> bytes:
         if not isinstance(value, str) or "\0" in value:
-            raise ImageError(f"'{self.path}', row {number:,}: {column} is not a path: {shown(value)}")
-        if "://" in value:
-            raise ImageError(
-                f"'{self.path}', row {number:,}: {column} is an address, and not the path of a file: {value}",
-                "download the files, and name a column of their paths: --path-column",
-            )
-        return os.fsencode(value)
+            raise ImageError(f"{self._shown}, row {number:,}: {column} is not a path: {shown(value)}")
+        path = os.fsencode(value)
+        if is_url(path):
+            try:
+                check_named(value)
+            except ImageError as error:
+                what, *hints = str(error).splitlines()
+                raise ImageError(f"{self._shown}, row {number:,}: {what}", *map(str.strip, hints)) from None
+        return path
 
 
 @dataclass(frozen=True)
@@ -212,11 +236,15 @@ class _Some:
 
 
 def _join(here: bytes, path: bytes) -> bytes:
-    """Return the absolute path of a file that a table in a folder names."""
+    """Return the absolute path of a file that a table in a folder names, or its URL."""
+    if is_url(path):
+        return path
+    if is_url(here):
+        return os.fsencode(join_url(os.fsdecode(here), os.fsdecode(path)))
     if b"//" in path or b"/." in path or path[:1] in (b".", b"/"):
         return normalise(os.path.join(here, path))
     return here + path  # As most are; normalising a million paths takes seconds.
 
 
 def is_table(path: str) -> bool:
-    return path.lower().endswith(TABLES)
+    return without_query(path).lower().endswith(TABLES)

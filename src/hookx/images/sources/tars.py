@@ -14,6 +14,7 @@ from typing import NoReturn
 from zlib import adler32
 
 from hookx.errors import ImageError
+from hookx.images.ranges import Pread
 from hookx.images.sources.archive import Members
 
 _BLOCK = 512
@@ -34,19 +35,19 @@ _SUM, _BLANK_SUM = slice(148, 156), 8 * ord(" ")
 _ADLER_PRIME = 65_521
 
 
-def scan(descriptor: int, size_bytes: int, path: str, members: Members) -> None:
+def scan(pread: Pread, size_bytes: int, path: str, members: Members) -> None:
     """List the members of a tar; `ImageError` if it is damaged, or was cut short.
 
     Links, sparse files, folders and devices are not taken. What follows the end of an archive is read as well, as
     `tar --ignore-zeros` does, because archives may have been joined.
     """
     position, has_ended = 0, False
-    pread, add = os.pread, members.add  # Looked up once, and not for each of a million members.
+    add = members.add  # Looked up once, and not for each of a million members.
     long_name: bytes | None = None
     pax: dict[bytes, bytes] = {}
     pax_of_all: dict[bytes, bytes] = {}
     while position < size_bytes:
-        header = pread(descriptor, _BLOCK, position)
+        header = pread(_BLOCK, position)
         # The lower half of an Adler-32 is one more than the sum of the bytes, modulo 65,521: so zlib adds them up in a
         # twentieth of the time that Python takes.
         try:
@@ -77,7 +78,7 @@ def scan(descriptor: int, size_bytes: int, path: str, members: Members) -> None:
         if kind in (_LONG_NAME, _LONG_LINK, _PAX, _PAX_OF_ALL, _PAX_OF_SOLARIS):
             if stored_bytes > _MAX_EXTENSION_BYTES:
                 _damaged(path, position)
-            content = os.pread(descriptor, stored_bytes, data)
+            content = pread(stored_bytes, data)
             if len(content) < stored_bytes:
                 _cut_short(path)
             if kind == _LONG_NAME:
@@ -98,7 +99,7 @@ def scan(descriptor: int, size_bytes: int, path: str, members: Members) -> None:
             is_sparse = is_sparse or any(record.startswith(b"GNU.sparse") for record in records)
             pax = {}
         if kind == _SPARSE and header[482]:  # More blocks say where its data are.
-            while (more := os.pread(descriptor, _BLOCK, data)) and len(more) == _BLOCK:
+            while (more := pread(_BLOCK, data)) and len(more) == _BLOCK:
                 data += _BLOCK
                 if not more[504]:
                     break

@@ -10,9 +10,9 @@ import zipfile
 import zlib
 
 from hookx.errors import ImageError
+from hookx.images.ranges import Pread, RangedFile
 from hookx.images.sources.archive import Members
 from hookx.images.sources.kinds import is_image
-from hookx.images.watched import WatchedFile
 
 _STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 _ENCRYPTED, _HAS_DESCRIPTOR, _IS_UTF8 = 1 << 0, 1 << 3, 1 << 11
@@ -25,9 +25,9 @@ class DamagedMemberError(Exception):
     """What a zip holds at a place is not the member that its directory says."""
 
 
-def scan(descriptor: int, size_bytes: int, path: str, members: Members) -> None:
+def scan(pread: Pread, size_bytes: int, path: str, members: Members) -> None:
     """List the members of a zip; `ImageError` if it is damaged, or its images are encrypted."""
-    with WatchedFile(descriptor, closefd=False) as raw, io.BufferedReader(raw) as file:
+    with RangedFile(pread, size_bytes) as raw, io.BufferedReader(raw) as file:
         try:
             directory = zipfile.ZipFile(file).infolist()
         except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
@@ -65,16 +65,16 @@ def _name_of(member: zipfile.ZipInfo) -> bytes:
     return member.filename.encode("utf-8", "surrogateescape")
 
 
-def read_member(descriptor: int, offset: int, stored_bytes: int, max_bytes: int) -> bytes:
+def read_member(pread: Pread, offset: int, stored_bytes: int, max_bytes: int) -> bytes:
     """Return the bytes of a member; `DamagedMemberError` if they are not those that were packed, or are too many."""
-    header = os.pread(descriptor, _LOCAL_HEADER.size, offset)
+    header = pread(_LOCAL_HEADER.size, offset)
     if len(header) < _LOCAL_HEADER.size or not header.startswith(_LOCAL_SIGNATURE):
         raise DamagedMemberError("there is no local header where its directory says")
     _, _, flags, method, _, _, checksum, _, _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
     start = offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
-    content = _read_exactly(descriptor, stored_bytes, start)
+    content = _read_exactly(pread, stored_bytes, start)
     if flags & _HAS_DESCRIPTOR:  # Written in one go, so that the checksum follows the data.
-        descriptor_of_data = os.pread(descriptor, 8, start + stored_bytes)
+        descriptor_of_data = pread(8, start + stored_bytes)
         at = 4 if descriptor_of_data.startswith(_DESCRIPTOR_SIGNATURE) else 0
         checksum = int.from_bytes(descriptor_of_data[at : at + 4], "little")
     if method == _DEFLATED:
@@ -90,9 +90,9 @@ def read_member(descriptor: int, offset: int, stored_bytes: int, max_bytes: int)
     return content
 
 
-def _read_exactly(descriptor: int, count: int, offset: int) -> bytes:
+def _read_exactly(pread: Pread, count: int, offset: int) -> bytes:
     parts, read = [], 0
-    while read < count and (part := os.pread(descriptor, count - read, offset + read)):
+    while read < count and (part := pread(count - read, offset + read)):
         parts.append(part)
         read += len(part)
     return b"".join(parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -14,27 +14,53 @@ PARTS_AT_ONCE = 8
 # A wrong address shows in seconds; a store that has answered once is waited for, as it may be away for a while.
 ATTEMPTS, PATIENCE_SECONDS = 4, 600
 CONNECT_SECONDS, ANSWER_SECONDS = 5, 300
+# Where whoever asks is patient by himself, as the readers of images are.
+ATTEMPTS_AT_ONCE, ANSWER_SECONDS_AT_ONCE = 3, 30
+REQUESTS_AT_ONCE = 32
 _SECRETS = re.compile("(?i)key|secret|token|password|sas|credential|connection_string")
 _MIN_SECRET_CHARACTERS = 6
 
 
-class RefusedError(Exception):
-    """What a store refuses, or what leads to it: an object is absent, access is denied, or anything else failed."""
+Kind = Literal["absent", "denied", "unknown", "busy", "unranged", "failed"]
 
-    def __init__(self, kind: Literal["absent", "denied", "failed"], reason: str) -> None:
+
+class RefusedError(Exception):
+    """What a store refuses, or what leads to it.
+
+    An object is absent, access to it is denied, the store does not know who asks, it is busy or out of reach, it sends
+    no part of an object, or anything else failed.
+    """
+
+    def __init__(self, kind: Kind, reason: str) -> None:
         super().__init__(without_secrets(reason))
         self.kind = kind
 
 
-class Bucket(Protocol):
-    """A bucket; its methods raise `RefusedError`."""
+class ReadableBucket(Protocol):
+    """Where objects can be read: a bucket, a server, a repository. Its methods raise `RefusedError`."""
+
+    @abstractmethod
+    def walk(self, prefix: str, after: str) -> Iterator[tuple[str, int]]:
+        """Yield the keys of all objects at and below a prefix that follow another key ('': all), and their sizes."""
+
+    @abstractmethod
+    def size_bytes(self, key: str) -> int: ...
+
+    @abstractmethod
+    def whole(self, key: str, max_bytes: int) -> tuple[bytes, int]:
+        """Return an object and its size; b'' in its place if it is larger than `max_bytes`."""
+
+    @abstractmethod
+    def stretch(self, key: str, start: int, stop: int) -> tuple[bytes, int]:
+        """Return some bytes of an object, fewer at its end, and its size; -1 if that is not said."""
+
+
+class Bucket(ReadableBucket, Protocol):
+    """A bucket that can be written to as well."""
 
     @abstractmethod
     def names(self, prefix: str) -> dict[str, tuple[int, float]]:
         """Return the objects right below a prefix: name -> (size in bytes, time of the last change)."""
-
-    @abstractmethod
-    def size_bytes(self, key: str) -> int: ...
 
     @abstractmethod
     def read(self, key: str, ranges: Sequence[tuple[int, int]]) -> bytes:

@@ -11,17 +11,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    GenericError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
 from obstore.store import AzureStore, GCSStore
 
 from hookx.store.objects.bucket import (
     ANSWER_SECONDS,
+    ANSWER_SECONDS_AT_ONCE,
     ATTEMPTS,
+    ATTEMPTS_AT_ONCE,
     CONNECT_SECONDS,
     MIN_PART_BYTES,
     PARTS_AT_ONCE,
     PATIENCE_SECONDS,
     Bucket,
+    Kind,
     RefusedError,
     part_bytes,
 )
@@ -34,31 +43,41 @@ _PATIENTLY: RetryConfig = {
     "retry_timeout": timedelta(seconds=PATIENCE_SECONDS),
     "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2},
 }
+_AT_ONCE: RetryConfig = {"max_retries": ATTEMPTS_AT_ONCE - 1}
+_NOTHING = ".hookx"  # an object that need not exist
+_STATUS = re.compile(r"status code: (\d+ [A-Za-z ]+)")
+_PASSING = ("408", "429", "500", "502", "503", "504")
 
 
 class ObstoreBucket(Bucket):
     """A bucket, with the credentials that obstore finds: in variables, in files, and from the machine."""
 
-    def __init__(self, scheme: str, name: str) -> None:
-        self._scheme, self._name = scheme, name
+    def __init__(self, scheme: str, name: str, *, is_patient: bool = True) -> None:
+        self._scheme, self._name, self._is_patient = scheme, name, is_patient
         self._store: ObjectStore | None = None
-        self._has_answered = False
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[ObjectStore]:
         """Yield the store; `RefusedError` for what goes wrong in the block."""
         try:
-            self._store = self._store or self._open({"max_retries": ATTEMPTS - 1})
+            self._store = self._store or (self._first_met() if self._is_patient else self._open(_AT_ONCE))
             yield self._store
-            if not self._has_answered:
-                self._has_answered, self._store = True, self._open(_PATIENTLY)
         except (BaseError, OSError, ValueError) as error:
             raise self._refusal(error) from None
+
+    def _first_met(self) -> ObjectStore:
+        """Return the store, once it has answered: if only to say that it is busy, which is waited for."""
+        try:
+            obstore.head(self._open({"max_retries": ATTEMPTS - 1}), _NOTHING)
+        except (BaseError, OSError) as error:
+            if not isinstance(error, FileNotFoundError) and not _STATUS.search(str(error)):
+                raise
+        return self._open(_PATIENTLY)
 
     def _open(self, again: RetryConfig) -> ObjectStore:
         wait: ClientConfig = {
             "connect_timeout": timedelta(seconds=CONNECT_SECONDS),
-            "timeout": timedelta(seconds=ANSWER_SECONDS),
+            "timeout": timedelta(seconds=ANSWER_SECONDS if self._is_patient else ANSWER_SECONDS_AT_ONCE),
         }
         if self._scheme == "gs":
             return GCSStore(self._name, client_options=wait, retry_config=again)
@@ -71,9 +90,31 @@ class ObstoreBucket(Bucket):
             listed = obstore.list_with_delimiter(store, f"{prefix}/")["objects"]
         return {one["path"].rpartition("/")[2]: (one["size"], one["last_modified"].timestamp()) for one in listed}
 
+    def walk(self, prefix: str, after: str) -> Iterator[tuple[str, int]]:
+        # It lists by whole names of folders, and `prefix` ends with one.
+        with self._asking() as store:
+            for some in obstore.list(store, prefix.rstrip("/") or None, offset=after or None, chunk_size=1000):
+                yield from ((one["path"], one["size"]) for one in some)
+
     def size_bytes(self, key: str) -> int:
         with self._asking() as store:
             return obstore.head(store, key)["size"]
+
+    def whole(self, key: str, max_bytes: int) -> tuple[bytes, int]:
+        with self._asking() as store:
+            answer = obstore.get(store, key)
+            size_bytes = answer.meta["size"]
+            return (bytes(answer.bytes()) if size_bytes <= max_bytes else b""), size_bytes
+
+    def stretch(self, key: str, start: int, stop: int) -> tuple[bytes, int]:
+        with self._asking() as store:
+            try:
+                answer = obstore.get(store, key, options={"range": (start, stop)})
+            except BaseError as error:
+                if "status code: 416" in str(error):  # The object ends before.
+                    return b"", -1
+                raise
+            return bytes(answer.bytes()), answer.meta["size"]
 
     def read(self, key: str, ranges: Sequence[tuple[int, int]]) -> bytes:
         starts, stops = zip(*ranges, strict=True)
@@ -111,7 +152,7 @@ class ObstoreBucket(Bucket):
 
     def _refusal(self, error: Exception) -> RefusedError:
         said, _, details = str(error).partition("\n\nDebug source")
-        status = re.search(r"status code: (\d+ [A-Za-z ]+)", said)
+        status = _STATUS.search(said)
         code, message = (re.search(f"<{name}>([^<]*)</{name}>", said) for name in ("Code", "Message"))
         if code and code[1] in ("NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted"):
             return RefusedError("failed", f"there is no bucket '{self._name}'")
@@ -123,7 +164,16 @@ class ObstoreBucket(Bucket):
             reason = f"{address[1]} does not answer" + (f": {causes[-1]}" if causes else "")
         else:
             reason = (said.splitlines() or [type(error).__name__])[0]
-        is_denied = isinstance(error, PermissionDeniedError | UnauthenticatedError)
-        is_denied = is_denied or bool(status and status[1][:3] in ("401", "403"))
-        is_absent = isinstance(error, FileNotFoundError)
-        return RefusedError("absent" if is_absent else "denied" if is_denied else "failed", reason)
+        return RefusedError(_kind(error, status[1][:3] if status else ""), reason)
+
+
+def _kind(error: Exception, status: str) -> Kind:
+    if isinstance(error, FileNotFoundError):
+        return "absent"
+    if isinstance(error, UnauthenticatedError) or status == "401":
+        return "unknown"
+    if isinstance(error, PermissionDeniedError) or status == "403":
+        return "denied"
+    # What no status tells did not come from the store: no connection, or a broken one; or no credentials.
+    is_passing = status in _PASSING if status else isinstance(error, GenericError)
+    return "busy" if is_passing else "failed"

@@ -1,35 +1,27 @@
 """A place in an object store, used as `Path` is for one in a file system: `s3://bucket/run`, `gs://...`, `az://...`.
 
-What talks to the store is another process, which the first use starts; see `hookx.store.objects.process`. So a process
-may fork at any time; a forked one starts one of its own.
+What talks to the store is another process, which the first use starts; see `hookx.store.objects.helper`.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import importlib.util
-import json
 import os
 import re
-import subprocess
-import sys
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hookx.errors import UsageError, system_failure
+from hookx.errors import UsageError
+from hookx.store.objects.helper import ask
 from hookx.store.reading import Piece
 
-SCHEMES = {"s3": "boto3", "gs": "obstore", "az": "obstore"}  # and the package that each needs
+SCHEMES = ("s3", "gs", "az")
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL)
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
 _AT_ONCE_BYTES = 64 * 2**20  # of one request
 _AHEAD_BYTES = 256 * 2**10  # Headers are read in pieces: most come with the first request.
-_WAIT_FOR_EXIT_SECONDS = 5
 
 
 class Listed(NamedTuple):
@@ -37,10 +29,6 @@ class Listed(NamedTuple):
 
     size_bytes: int
     time: float  # of its last change, in seconds since 1970
-
-
-class ObjectStoreError(OSError):
-    """An object store refuses something, or is out of reach."""
 
 
 @dataclass(frozen=True)
@@ -134,15 +122,7 @@ class ObjectPath:
         return int(self._ask("abandon", older_than=older_than_seconds)[0]["uploads"])
 
     def _ask(self, what: str, **values: Any) -> tuple[dict[str, Any], memoryview]:
-        if importlib.util.find_spec(SCHEMES[self.scheme]) is None:
-            extra = f"pip install 'hookx-vision[{self.scheme}]'"
-            raise UsageError(f"{self.scheme}:// needs {SCHEMES[self.scheme]}", f"install it: {extra}")
-        request = {"do": what, "scheme": self.scheme, "bucket": self.bucket, "key": self.key, **values}
-        answer, data = _process().ask(request)
-        if kind := answer.get("refused"):
-            refused = {"absent": FileNotFoundError, "denied": PermissionError}.get(kind, ObjectStoreError)
-            raise refused(answer["reason"])
-        return answer, data
+        return ask(self.scheme, self.bucket, self.key, what, **values)
 
 
 class ObjectFile:
@@ -195,87 +175,3 @@ def _grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
                 group, room = [], _AT_ONCE_BYTES
     if group:
         yield group
-
-
-class _Process:
-    """The process that talks to object stores on behalf of this one."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        # -P: the working directory must not shadow what it imports.
-        command = [sys.executable, "-P", "-m", "hookx.store.objects.process"]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        try:
-            self._running = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=environment,
-                start_new_session=True,  # A terminal's Ctrl-C is not meant for it.
-            )
-        except OSError as error:
-            raise system_failure(error, "cannot start what talks to the object store") or error from None
-
-    def ask(self, request: dict[str, Any]) -> tuple[dict[str, Any], memoryview]:
-        """Return its answer, and the bytes that belong to it."""
-        sent, received = self._running.stdin, self._running.stdout
-        assert sent is not None and received is not None
-        with self._lock:
-            try:
-                sent.write(json.dumps(request).encode() + b"\n")
-                sent.flush()
-                answer = json.loads(received.readline())
-                data = bytearray(answer.get("bytes", 0))
-                if received.readinto(data) < len(data):  # type: ignore[attr-defined]
-                    raise ValueError
-            except (OSError, ValueError):
-                self.has_ended = True
-                raise ObjectStoreError("the process that talks to the object store has ended") from None
-        return answer, memoryview(data)
-
-    has_ended = False
-
-    def end(self) -> None:
-        for pipe in (self._running.stdin, self._running.stdout):
-            with contextlib.suppress(OSError):
-                if pipe is not None:
-                    pipe.close()
-        try:
-            self._running.wait(_WAIT_FOR_EXIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._running.kill()
-            self._running.wait()
-
-
-_running: _Process | None = None
-_starting = threading.Lock()
-_inherited: list[_Process | None] = []  # Kept: they belong to another process, which ends them.
-
-
-def _process() -> _Process:
-    global _running
-    with _starting:
-        if _running is not None and _running.has_ended:
-            _end()
-        _running = _running or _Process()
-        return _running
-
-
-def _begin_anew() -> None:
-    """Forget, in a process that was forked, what talks to the stores for its parent."""
-    global _running, _starting
-    _inherited.append(_running)
-    _running, _starting = None, threading.Lock()
-
-
-def _end() -> None:
-    global _running
-    if _running is not None:
-        _running.end()
-    _running = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_anew)
-atexit.register(_end)

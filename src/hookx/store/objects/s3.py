@@ -24,18 +24,23 @@ from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     HTTPClientError,
+    IncompleteReadError,
     NoCredentialsError,
     ResponseStreamingError,
 )
 
 from hookx.store.objects.bucket import (
     ANSWER_SECONDS,
+    ANSWER_SECONDS_AT_ONCE,
     ATTEMPTS,
+    ATTEMPTS_AT_ONCE,
     CONNECT_SECONDS,
     MIN_PART_BYTES,
     PARTS_AT_ONCE,
     PATIENCE_SECONDS,
+    REQUESTS_AT_ONCE,
     Bucket,
+    Kind,
     RefusedError,
     part_bytes,
 )
@@ -46,7 +51,15 @@ _TAKEN = ("PreconditionFailed", "412")
 _CONFLICT = ("ConditionalRequestConflict", "409")
 _CONFLICTS = 5  # attempts where somebody completes the same object at the same moment
 _ABSENT = ("NoSuchKey", "404", "NotFound")
-_DENIED = ("AccessDenied", "SignatureDoesNotMatch", "InvalidAccessKeyId", "ExpiredToken", "401", "403")
+_DENIED = ("AccessDenied", "403")
+_UNKNOWN = (
+    "SignatureDoesNotMatch",
+    "InvalidAccessKeyId",
+    "ExpiredToken",
+    "InvalidToken",
+    "RequestTimeTooSkewed",
+    "401",
+)
 _PASSING = (429, 500, 502, 503, 504)
 _BUSY = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests")
 _MAX_WAIT_SECONDS = 5.0  # between attempts
@@ -56,9 +69,9 @@ _NEAR_BYTES = 2**20  # Ranges that lie this close are fetched as one.
 class S3Bucket(Bucket):
     """A bucket, with the keys, profiles, roles, region and address that Amazon's own tools take."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._client = _client()
+    def __init__(self, name: str, *, is_patient: bool = True) -> None:
+        self._name, self._is_patient = name, is_patient
+        self._client = _client(is_patient=is_patient)
         self._has_answered = False
         self._threads = ThreadPoolExecutor(PARTS_AT_ONCE)
 
@@ -70,7 +83,7 @@ class S3Bucket(Bucket):
                 answer = call(Bucket=self._name, **values)
             except (BotoCoreError, ClientError) as error:
                 self._has_answered |= isinstance(error, ClientError)  # It is there, if only to say that it is busy.
-                patience = PATIENCE_SECONDS if self._has_answered else 0
+                patience = PATIENCE_SECONDS if self._has_answered and self._is_patient else 0
                 if not _is_passing(error) or time.monotonic() - began > patience:
                     raise
                 time.sleep(random.uniform(0, _MAX_WAIT_SECONDS))
@@ -97,9 +110,41 @@ class S3Bucket(Bucket):
 
         return self._call(list_all, **values)
 
+    def walk(self, prefix: str, after: str) -> Iterator[tuple[str, int]]:
+        with self._in_words():
+            pages = self._client.get_paginator("list_objects_v2").paginate(
+                Bucket=self._name, Prefix=prefix, StartAfter=after
+            )
+            for page in pages:
+                yield from ((one["Key"], one["Size"]) for one in page.get("Contents", ()))
+
     def size_bytes(self, key: str) -> int:
         with self._in_words():
             return int(self._call(self._client.head_object, Key=key)["ContentLength"])
+
+    def whole(self, key: str, max_bytes: int) -> tuple[bytes, int]:
+        def get(**values: Any) -> tuple[bytes, int]:
+            answer = self._client.get_object(**values)
+            with contextlib.closing(answer["Body"]) as body:
+                size_bytes = int(answer["ContentLength"])
+                return (bytes(body.read()) if size_bytes <= max_bytes else b""), size_bytes
+
+        with self._in_words():
+            return self._call(get, Key=key)
+
+    def stretch(self, key: str, start: int, stop: int) -> tuple[bytes, int]:
+        def get(**values: Any) -> tuple[bytes, int]:
+            answer = self._client.get_object(**values)
+            size_bytes = answer.get("ContentRange", "").rpartition("/")[2]
+            return bytes(answer["Body"].read()), int(size_bytes) if size_bytes.isdecimal() else -1
+
+        try:
+            with self._in_words():
+                return self._call(get, Key=key, Range=f"bytes={start}-{stop - 1}")
+        except RefusedError as refused:
+            if "InvalidRange" in str(refused):
+                return b"", -1
+            raise
 
     def read(self, key: str, ranges: Sequence[tuple[int, int]]) -> bytes:
         def get(**values: Any) -> bytes:
@@ -189,26 +234,28 @@ class S3Bucket(Bucket):
     def _refusal(self, error: BotoCoreError | ClientError) -> RefusedError:
         if isinstance(error, NoCredentialsError):
             return RefusedError(
-                "denied", "there are no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or aws configure"
+                "unknown", "there are no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or aws configure"
             )
+        passes: Kind = "busy" if _is_passing(error) else "failed"
         if not isinstance(error, ClientError):
-            return RefusedError("failed", str(error))
+            return RefusedError(passes, str(error))
         code, said = _code(error), error.response.get("Error", {}).get("Message", "")
         if code == "NoSuchBucket":
             return RefusedError("failed", f"there is no bucket '{self._name}'")
         reason = f"the store answers {code}" + (f" ({said})" if said else "")
         if code in ("PermanentRedirect", "301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
             reason += "; the bucket may lie in another region: set AWS_REGION"
-        return RefusedError("absent" if code in _ABSENT else "denied" if code in _DENIED else "failed", reason)
+        kinds: dict[Kind, Sequence[str]] = {"absent": _ABSENT, "denied": _DENIED, "unknown": _UNKNOWN}
+        return RefusedError(next((kind for kind, codes in kinds.items() if code in codes), passes), reason)
 
 
-def _client() -> Any:
+def _client(*, is_patient: bool) -> Any:
     unsigned = os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true")
     config = Config(
         connect_timeout=CONNECT_SECONDS,
-        read_timeout=ANSWER_SECONDS,
-        retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
-        max_pool_connections=PARTS_AT_ONCE,
+        read_timeout=ANSWER_SECONDS if is_patient else ANSWER_SECONDS_AT_ONCE,
+        retries={"mode": "standard", "total_max_attempts": ATTEMPTS if is_patient else ATTEMPTS_AT_ONCE},
+        max_pool_connections=max(PARTS_AT_ONCE, REQUESTS_AT_ONCE),
         # Not every store that speaks S3 takes checksums that it does not ask for.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
@@ -217,14 +264,14 @@ def _client() -> Any:
     try:
         return boto3.session.Session().client("s3", config=config)
     except (BotoCoreError, ValueError) as error:  # a profile that does not exist, an address that is none
-        raise RefusedError("denied", str(error)) from None
+        raise RefusedError("unknown", str(error)) from None
 
 
 def _is_passing(error: BotoCoreError | ClientError) -> bool:
     """Whether the same request may succeed later."""
     if isinstance(error, ClientError):
         return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in _PASSING or _code(error) in _BUSY
-    return isinstance(error, HTTPClientError | ResponseStreamingError)
+    return isinstance(error, HTTPClientError | IncompleteReadError | ResponseStreamingError)
 
 
 def _code(error: ClientError) -> str:
