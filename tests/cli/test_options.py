@@ -116,6 +116,7 @@ VALUES: dict[str, tuple[str, Any]] = {  # an option of extract -> a text, and th
     "mean": ("0.1,0.2,0.3", (0.1, 0.2, 0.3)),
     "std": ("1,2,3", (1.0, 2.0, 3.0)),
     "interpolation": ("lanczos", "lanczos"),
+    "grey_range": ("0,4095", "0,4095"),
     "exif": ("apply", "apply"),
     "decode": ("fast", "fast"),
     "seed": ("5", 5),

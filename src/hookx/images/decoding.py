@@ -11,11 +11,12 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -23,12 +24,14 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F  # noqa: N812 - its own documentation's name
 
 from hookx.errors import UsageError
+from hookx.images.bands import unknown_bands, unread_bands
+from hookx.images.deep import find_deep_colour
 from hookx.images.files import File
 from hookx.images.memory import lacks_memory
 from hookx.images.opening import Content, UnreadableError, open_image
 from hookx.images.retries import UnavailableError
 from hookx.images.rgb import to_rgb
-from hookx.plan import Preprocessing
+from hookx.plan import Preprocessing, RangeUse
 
 _EXIF_ORIENTATION = 0x0112
 _TURN_UPRIGHT = {
@@ -55,20 +58,32 @@ _NO_MEMORY_OF_PILLOW = "out of memory error"  # in its words for status -9 of a 
 _Picture = TypeVar("_Picture", Image.Image, Tensor)
 
 
+class Noticed(NamedTuple):
+    """What there is to say about an image beside its pixels.
+
+    Args:
+        rotation_ignored: a camera recorded a rotation that was not applied.
+        range_use: how it uses the range of its values, if that is worth a word; see `to_rgb`.
+    """
+
+    rotation_ignored: bool = False
+    range_use: RangeUse | None = None
+
+
 def decode(
     file: File,
     preprocessing: Preprocessing,
     listed_bytes: int | None = None,
     transform: Callable[[Image.Image], Tensor] | None = None,
-) -> tuple[Tensor, bool]:
+) -> tuple[Tensor, Noticed]:
     """Read the first frame of an image as RGB (see `to_rgb`), resize it and crop it; ignore colour profiles.
 
     A size other than `listed_bytes` is a failure. `transform`, the model's own, takes the RGB image to a model's input
     (3, crop_px, crop_px) in place of `preprocessing`.
 
     Returns:
-        The pixels, uint8 (3, crop_px, crop_px) for `model_input` to scale, or what `transform` returned; and whether a
-        rotation that the camera recorded was ignored. For a plain JPEG that nvjpeg shall decode, the bytes of the file
+        The pixels, uint8 (3, crop_px, crop_px) for `model_input` to scale, or what `transform` returned; and what was
+        noticed about the image. For a plain JPEG that nvjpeg shall decode, the bytes of the file
         instead of pixels: a uint8 tensor of one dimension, for `decode_jpegs`.
 
     Raises:
@@ -92,14 +107,14 @@ def decode(
         with open_image(file, listed_bytes) as content, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                rgb, orientation = _decode(content, preprocessing)
+                rgb, orientation, range_use = _decode(content, preprocessing)
                 break
             except Exception:
                 if is_last_try or not content.is_shared:
                     raise
                 content.read_through()  # A library reads this file by itself, and what the system told it is lost.
     if isinstance(rgb, Tensor):
-        return rgb, orientation is not None
+        return rgb, Noticed(orientation is not None)
     _check_resized_size(rgb.size, preprocessing.resize_px)
     if orientation is not None and preprocessing.exif == "apply":
         rgb, orientation = rgb.transpose(orientation), None
@@ -110,27 +125,42 @@ def decode(
     if pixels_CHW.shape != (3, preprocessing.crop_px, preprocessing.crop_px):
         side = preprocessing.crop_px
         raise UnreadableError(f"preprocessing gave {tuple(pixels_CHW.shape)} instead of (3, {side}, {side})")
-    return pixels_CHW, orientation is not None
+    return pixels_CHW, Noticed(orientation is not None, range_use)
 
 
-def _decode(content: Content, preprocessing: Preprocessing) -> tuple[Image.Image | Tensor, Image.Transpose | None]:
-    """Return an image as RGB, or the bytes of a JPEG that nvjpeg shall decode; and what would turn it upright."""
-    with Image.open(content, formats=known_formats()) as image:
+def _open(content: Content) -> ImageFile:
+    try:
+        return Image.open(content, formats=known_formats())
+    except UnidentifiedImageError:
+        if reason := unknown_bands(content):
+            raise UnreadableError(reason) from None
+        raise
+
+
+def _decode(
+    content: Content, preprocessing: Preprocessing
+) -> tuple[Image.Image | Tensor, Image.Transpose | None, RangeUse | None]:
+    """Return an image as RGB, or the bytes of a JPEG for nvjpeg; what would turn it upright; how it uses its range."""
+    with _open(content) as image:
         if preprocessing.decode == "nvjpeg" and (encoded := _plain_jpeg(image, content, preprocessing)):
-            return torch.frombuffer(encoded, dtype=torch.uint8), _orientation(image)
-        if reason := lacks_memory(image):
+            return torch.frombuffer(encoded, dtype=torch.uint8), _orientation(image), None
+        if reason := unread_bands(image) or lacks_memory(image):
             raise UnreadableError(reason)
+        deep = find_deep_colour(image, known_formats())
         if preprocessing.decode == "fast":
             _reduce_while_decoding(image, preprocessing.resize_px)
         try:
             image.load()  # Pillow rotates a TIFF while loading it, and then drops the orientation tag.
+            if deep is not None:
+                deep.load(content)
         except OSError as error:
             if str(error).startswith(_NO_MEMORY_OF_PILLOW):
                 raise MemoryError(str(error)) from None
             raise
         orientation = _orientation(image)
         try:
-            return to_rgb(image), orientation
+            rgb, range_use = to_rgb(image, preprocessing.grey_range, deep)
+            return rgb, orientation, range_use
         except ValueError as error:
             raise UnreadableError(str(error)) from None
 

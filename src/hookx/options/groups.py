@@ -20,6 +20,7 @@ from hookx.options.values import (
     read_channels,
     read_deviations,
     read_globs,
+    read_grey_range,
     read_path,
     read_shard,
 )
@@ -87,6 +88,13 @@ class PreprocessingOptions(Options, title="Preprocessing", variables=True):
         "--std R,G,B", "Channel deviations, as in 0.229,0.224,0.225.", default=None, parse=read_deviations
     )
     interpolation: Interpolation | None = option("--interpolation NAME", "How to resize: {choices}.", default=None)
+    grey_range: str | Sequence[float] = option(
+        "--grey-range RANGE",
+        "Black and white where values have more than 8 bits: full (of their type), minmax (of each image), or two "
+        "numbers, as in 0,4095.",
+        default="full",
+        parse=read_grey_range,
+    )
     exif: Exif = option("--exif NAME", "Rotations recorded by cameras: {choices}.", default="ignore")
     decode: Decode = option(
         "--decode NAME", "exact; fast: large JPEGs at reduced scale; nvjpeg: JPEGs on a GPU.", default="exact"

@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: the annotations are read at run time.
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -79,6 +80,24 @@ def read_deviations(value: str | Iterable[float]) -> tuple[float, ...]:
     if 0.0 in numbers:
         raise ValueError("no deviation can be 0")
     return numbers
+
+
+def read_grey_range(value: str | Iterable[float]) -> str:
+    """Read what is black and white, and write it in one way, which a plan records.
+
+    Example:
+        >>> read_grey_range("0, 4095.0"), read_grey_range((-1000, 0.5)), read_grey_range("minmax")
+        ('0,4095', '-1000,0.5', 'minmax')
+    """
+    if value in ("full", "minmax"):
+        return str(value)
+    try:
+        black, white = (float(number) for number in (value.split(",") if isinstance(value, str) else value))
+    except (TypeError, ValueError):
+        black = white = math.nan
+    if not (black < white and math.isfinite(white - black)):
+        raise ValueError("give full, minmax, or two numbers, the lower first, as in 0,4095")
+    return ",".join(str(int(number)) if number.is_integer() else repr(number) for number in (black, white))
 
 
 def read_arguments(value: Mapping[str, str] | Iterable[str]) -> dict[str, str]:

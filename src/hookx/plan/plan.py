@@ -29,7 +29,7 @@ _FIELDS = {
 }
 _UNCOVERED = ("batch_size", "notes", "hardware")  # by the fingerprint
 # Fields of the preprocessing that are left out at these values, so that plans from before them keep their fingerprints.
-_OMITTED = {"custom": "", "decode": "exact"}
+_OMITTED = {"custom": "", "decode": "exact", "grey_range": "full"}
 
 # No honest plan comes near these; they stop a crafted one.
 _MAX_IMAGES = 2**40

@@ -20,6 +20,7 @@ class Preprocessing:
             output) and `exif` apply.
         decode: 'exact'; 'fast' decodes a JPEG at 1/2, 1/4 or 1/8 of its size if that is still large enough; 'nvjpeg'
             decodes and resizes a JPEG on an NVIDIA GPU.
+        grey_range: which values of more than 8 bits are black and white: 'full', 'minmax', or two numbers, '0,4095'.
     """
 
     resize_px: int
@@ -31,9 +32,11 @@ class Preprocessing:
     exif: str = "ignore"
     custom: str = ""
     decode: str = "exact"
+    grey_range: str = "full"
 
     def __str__(self) -> str:
         exif = ", EXIF applied" if self.exif == "apply" else ""
+        exif += f", grey range {self.grey_range}" if self.grey_range != "full" else ""
         if self.custom:
             what = self.custom if len(self.custom) <= _MAX_CUSTOM_SHOWN else f"{self.custom[:_MAX_CUSTOM_SHOWN]}…"
             return f"{what}, {self.crop_px} x {self.crop_px}{exif}"
@@ -46,7 +49,8 @@ class Preprocessing:
         """Return the options of `hookx extract` that ask for this; none for the preprocessing of most weights."""
         asked = ["--exif", self.exif] if self.exif != "ignore" else []
         asked += ["--decode", self.decode] if self.decode != "exact" else []
-        if self.custom or replace(self, exif="ignore", decode="exact") == IMAGENET:
+        asked += ["--grey-range", self.grey_range] if self.grey_range != "full" else []
+        if self.custom or replace(self, exif="ignore", decode="exact", grey_range="full") == IMAGENET:
             return asked
         mean, std = (",".join(map(repr, values)) for values in (self.mean, self.std))
         sizes = ["--resize", str(self.resize_px), "--crop", str(self.crop_px), "--interpolation", self.interpolation]

@@ -15,7 +15,7 @@ from hookx.images.files import File
 from hookx.images.listing import ImageList
 from hookx.images.retries import Retries, UnavailableError
 from hookx.options import RETRY_SECONDS
-from hookx.plan import Preprocessing
+from hookx.plan import Preprocessing, RangeUse
 from hookx.run.in_hand import InHand
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class Decoded:
     rotation_ignored: bool = False
     reason: str = ""
     failed_first: str = ""  # what the system said at the first try, if a later one succeeded
+    range_use: RangeUse | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +55,8 @@ class Reader:
         while True:
             try:
                 with in_hand.holding(position):
-                    pixels_CHW, rotation_ignored = decode(file, self.preprocessing, listed_bytes, self.transform)
-                return Decoded(pixels_CHW, rotation_ignored, failed_first=failed_first)
+                    pixels_CHW, noticed = decode(file, self.preprocessing, listed_bytes, self.transform)
+                return Decoded(pixels_CHW, noticed.rotation_ignored, "", failed_first, noticed.range_use)
             except MemoryError:
                 raise
             except UnavailableError as error:

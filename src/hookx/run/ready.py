@@ -255,7 +255,9 @@ def _override(preprocessing: Preprocessing, options: PreprocessingOptions) -> Pr
             f"this model has its own preprocessing ({preprocessing}), which no option can change",
             "leave out --resize, --crop, --mean, --std, --interpolation and --decode",
         )
-    changed = dataclasses.replace(preprocessing, **asked, exif=options.exif, decode=options.decode)
+    changed = dataclasses.replace(
+        preprocessing, **asked, exif=options.exif, decode=options.decode, grey_range=str(options.grey_range)
+    )
     if changed.crop_px > changed.resize_px:
         raise UsageError(
             f"--crop {changed.crop_px} is larger than --resize {changed.resize_px}",

@@ -16,7 +16,7 @@ from hookx.capture.second_look import SecondLook
 from hookx.errors import ImageError, OtherRunError, UsageError
 from hookx.images.mapped import write_list
 from hookx.options import ExtractOptions
-from hookx.plan import Shard
+from hookx.plan import RangeCounts, Shard
 from hookx.run.defaults import device_name, single_threaded
 from hookx.run.lane import Lane, to_input
 from hookx.run.listed import LIST, absolute_sources, list_images_of
@@ -151,7 +151,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
             for shard in job.pending:
                 record = ShardRecord(sizes_bytes=list(job.then_bytes[shard.start : shard.stop]))
                 record.self_checked = 0 if lane.check else None
-                written = []
+                written, ranges = [], RangeCounts()
                 for positions in shard.batches(plan.batch_size):
                     writer.check()
                     batch = next(computed)
@@ -163,6 +163,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
                     record.failures += batch.failures
                     record.rotations_ignored += batch.rotations_ignored
                     record.counts.add(batch.counts)
+                    ranges.add(batch.ranges)
                     if record.self_checked is not None:
                         record.self_checked += batch.self_checked
                     timing.reading += batch.reading_seconds
@@ -174,6 +175,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
                     lane.finish()
                 record.counts.add(capture.take_counts())
                 record.made = {**made, "batch_size": lane.images_at_once}
+                record.ranges = ranges or None
                 mended = mended_in(shard, job.images, job.then_bytes)
                 record.mended = {key: mended[key] for key in record.keys if key in mended} or None
                 if shard.number in job.replaced:

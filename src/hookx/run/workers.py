@@ -128,6 +128,7 @@ def batches(
         ):
             for batch in decoded:
                 batch.keys = [images.keys[position] for position in batch.positions if position not in batch.reasons]
+                batch.ranges = batch.ranges.named(images.keys)
                 batch.failures = [(images.keys[position], reason) for position, reason in batch.reasons.items()]
                 yield batch
 
