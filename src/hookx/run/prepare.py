@@ -23,7 +23,7 @@ from hookx.run.listed import list_images_of, selectors_of
 from hookx.run.made import describe_process, kind_of
 from hookx.run.mended import as_begun, failing_shards
 from hookx.run.parts import Part, describe_part
-from hookx.run.ready import ReadyModel, ready_model
+from hookx.run.ready import ReadyModel, ready_model, try_loader
 from hookx.run.room import bytes_free, check_room
 from hookx.store.directory import begun_plan, check_resumable, finished_shards, present_shards
 from hookx.store.location import Location, location_of
@@ -147,6 +147,8 @@ def prepare_listed(
         log.info("part %s", describe_part(part, plan, len(pending)))
     batches = sum(math.ceil(len(shard) / batch_size) for shard in pending)
     workers = min(choose_workers(options.workers, device), batches)
+    if pending and not is_helper:
+        try_loader(ready, listed)
     ready = ready.settle() if pending else ready
     job = Job(options, out, plan, ready, listed, workers, pending, then_bytes, begun, replaced)
     if not is_helper:

@@ -13,6 +13,7 @@ from hookx.errors import THEN_RESUME, ImageError
 from hookx.images.decoding import decode, failure_reason
 from hookx.images.files import File
 from hookx.images.listing import ImageList
+from hookx.images.loaders import Loader
 from hookx.images.retries import Retries, UnavailableError
 from hookx.options import RETRY_SECONDS
 from hookx.plan import Preprocessing, RangeUse
@@ -42,6 +43,7 @@ class Reader:
     transform: Callable[[Image], Tensor] | None = None
     retry_seconds: float = RETRY_SECONDS
     unavailable_is_failure: bool = False
+    loader: Loader | None = None
 
     def read(self, position: int, in_hand: InHand) -> Decoded:
         """Decode the image at a position of the list.
@@ -55,7 +57,7 @@ class Reader:
         while True:
             try:
                 with in_hand.holding(position):
-                    pixels_CHW, noticed = decode(file, self.preprocessing, listed_bytes, self.transform)
+                    pixels_CHW, noticed = decode(file, self.preprocessing, listed_bytes, self.transform, self.loader)
                 return Decoded(pixels_CHW, noticed.rotation_ignored, "", failed_first, noticed.range_use)
             except MemoryError:
                 raise

@@ -142,6 +142,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
             # A process that is not forked has inherited nothing of the writer, which cannot be pickled either.
             in_worker=functools.partial(_release, directory, writer) if job.workers_compute else directory.release,
             transform=ready.loaded.transform,
+            loader=ready.loaded.loader,
             lane=lane if job.workers_compute else None,
             device=job.device,
         )

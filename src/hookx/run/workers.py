@@ -19,6 +19,7 @@ from torch import Tensor
 from hookx.errors import THEN_RESUME, ImageError, one_line, system_failure
 from hookx.images.decoding import known_formats
 from hookx.images.listing import ImageList
+from hookx.images.loaders import Loader
 from hookx.images.retries import Retries
 from hookx.options import RETRY_SECONDS
 from hookx.plan import Preprocessing
@@ -54,6 +55,7 @@ def batches(
     pin_memory: bool = False,
     in_worker: Callable[[], None] = lambda: None,
     transform: Callable[[Image], Tensor] | None = None,
+    loader: Loader | None = None,
     lane: Lane | None = None,
     device: torch.device = _CPU,
 ) -> Generator[Batch]:
@@ -69,6 +71,7 @@ def batches(
         unavailable_is_failure: what cannot be read in that time is a failure of the image, and no error.
         in_worker: runs in each worker before its first batch.
         transform: a model's own preprocessing, in place of what `preprocessing` says.
+        loader: the user's own, in place of Pillow.
         lane: what each worker runs its batches through; they come without pixels then, but written.
         device: where nvjpeg decodes, if the preprocessing says so; the pixels are there then.
 
@@ -76,7 +79,7 @@ def batches(
         ImageError: (while iterating) the system cannot read an image, or workers crash and no image is to blame.
         HookxError: the system cannot start the workers; or (while iterating) whatever stopped a lane.
     """
-    reader = Reader(images, preprocessing, transform, retry_seconds, unavailable_is_failure)
+    reader = Reader(images, preprocessing, transform, retry_seconds, unavailable_is_failure, loader)
     known: dict[int, Decoded] = {}  # what became of images that were read alone
 
     def start(first: int, workers: int) -> Processes:

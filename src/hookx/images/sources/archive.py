@@ -40,8 +40,8 @@ def is_folder(path: str | bytes) -> bool:
 class Members:
     """The images of one archive, as they are found: their keys, and where they are."""
 
-    def __init__(self, prefix: bytes) -> None:
-        self._prefix = prefix
+    def __init__(self, prefix: bytes, is_image: Callable[[bytes], bool] = is_image) -> None:
+        self._prefix, self.is_image = prefix, is_image
         self.keys: list[bytes] = []
         self.places = array("q")
         self.not_taken = NotTaken()
@@ -49,7 +49,7 @@ class Members:
 
     def add(self, name: bytes, offset: int, stored_bytes: int, size_bytes: int) -> None:
         """Take a member that is an image by its name, and count another."""
-        if not is_image(name):
+        if not self.is_image(name):
             if is_sidecar(name) and not posixpath.basename(name).startswith(_MACOS_PREFIX):
                 self.sidecars.add(name, offset, stored_bytes, size_bytes)
             else:
@@ -79,7 +79,9 @@ class ArchiveSource:
     def find_in(self, look: Look, root: bytes, key: bytes) -> Iterator[Found]:
         """Find the images of an archive that has a key among others in a folder."""
         prefix = key + b"/"
-        members, archive = look.patiently("read the archive", self.path, lambda: self._scan(prefix))
+        members, archive = look.patiently(
+            "read the archive", self.path, lambda: self._scan(Members(prefix, look.is_image))
+        )
         names = [] if look.columns == () else [key.removeprefix(prefix) for key in members.keys]
         matched = members.sidecars.match(names, members.not_taken)
         for label, count in members.not_taken.counts.items():
@@ -116,10 +118,10 @@ class ArchiveSource:
         finally:
             os.close(descriptor)
 
-    def _scan(self, prefix: bytes) -> tuple[Members, Archive]:
+    def _scan(self, members: Members) -> tuple[Members, Archive]:
         from hookx.images.sources import tars, zips  # They import this module.
 
-        path, members = os.fsencode(self.path), Members(prefix)
+        path = os.fsencode(self.path)
         kind = archive_kind(path)
         assert kind is not None
         try:
