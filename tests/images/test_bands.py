@@ -75,3 +75,19 @@ def test_alpha_and_ink_are_no_bands_of_their_own(tmp_path: Path) -> None:
         if mode != "CMYK" or name == "x.tif":
             rgba.convert("RGB").convert(mode).save(tmp_path / name)
             assert decode(str(tmp_path / name), SMALL)[0].shape == (3, 24, 24)
+
+
+def test_a_fourth_band_of_jpeg_2000_is_no_alpha_unless_the_file_says_so(tmp_path: Path) -> None:
+    rgba = Image.fromarray(BANDS[..., :4].astype(np.uint8), "RGBA")
+    for mode in ("L", "LA", "RGB", "RGBA"):
+        rgba.convert(mode).save(tmp_path / "x.jp2")
+        assert decode(str(tmp_path / "x.jp2"), SMALL)[0].shape == (3, 24, 24)
+    content = (tmp_path / "x.jp2").read_bytes()
+    assert b"cdef" in content
+    (tmp_path / "x.jp2").write_bytes(content.replace(b"cdef", b"free"))
+    rgba.save(tmp_path / "x.j2k", no_jp2=True)
+    rgba.convert("RGB").save(tmp_path / "rgb.j2k", no_jp2=True)
+    for name in ("x.jp2", "x.j2k"):
+        with pytest.raises(UnreadableError, match="4 bands, and 1 of them is neither RGB nor alpha"):
+            decode(str(tmp_path / name), SMALL)
+    assert decode(str(tmp_path / "rgb.j2k"), SMALL)[0].shape == (3, 24, 24)

@@ -33,6 +33,7 @@ from hookx.images.opening import UnreadableError
 from hookx.images.retries import UnavailableError
 from hookx.models import load_model
 from hookx.models.importing import import_named
+from hookx.models.loaders import load_loader
 from hookx.options import ModelOptions
 from hookx.plan import Preprocessing
 from kit.pictures import CHELSEA, SMALL
@@ -354,6 +355,17 @@ def test_a_function_is_the_loader_that_its_file_names(readers: Path, tmp_path: P
         hookx.extract(
             "resnet18", "avgpool", CHELSEA, weights="none", out=tmp_path / "x", loader=module, devices="cpu*2"
         )
+
+
+def test_a_function_without_source_is_known_by_its_code() -> None:
+    def made_of(text: str) -> Any:
+        found: dict[str, Any] = {}
+        exec(compile(text, "<typed>", "exec"), found)
+        return found["read"]
+
+    one, again, other = (f"\n\ndef read(path):\n    return {number}" for number in (1, 1, 2))
+    described = [load_loader(made_of(text))[1] for text in (one, again.strip(), other)]
+    assert described[0] == described[1] != described[2] and described[0].startswith("<typed>:read sha256:")
 
 
 def test_channels_without_their_means_are_an_error_that_says_how_many(readers: Path, tmp_path: Path) -> None:

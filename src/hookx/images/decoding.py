@@ -25,7 +25,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F  # noqa: N812 - its own documentation's name
 
 from hookx.errors import UsageError
-from hookx.images.bands import unknown_bands, unread_bands
+from hookx.images.bands import undeclared_bands, unknown_bands, unread_bands
 from hookx.images.deep import find_deep_colour
 from hookx.images.files import File
 from hookx.images.loaders import Loader, load_own, resize_bands
@@ -183,6 +183,10 @@ def _check_shape(pixels_CHW: Tensor, preprocessing: Preprocessing) -> None:
 
 
 def _open(content: Content) -> ImageFile:
+    reason = undeclared_bands(content)
+    content.seek(0)
+    if reason:
+        raise UnreadableError(reason)
     try:
         return Image.open(content, formats=known_formats())
     except UnidentifiedImageError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from hookx.images.opening import Content, UnreadableError
 Loader = Callable[[Any], Any]
 """Takes a path, or an open binary file for a member of an archive; returns a PIL image, or bands (C, H, W)."""
 
+_MAX_REASON_LENGTH = 300  # characters
 _EXPECTED = "expected a PIL image, or an array (channels, height, width) of uint8, or of floats from 0 to 1"
 
 
@@ -49,7 +51,9 @@ def load_own(loader: Loader, file: File, content: Content, channels: int | None)
         if isinstance(error, OSError) and error.errno is not None:
             raise
         # All machines store the same reason, so it names no path.
-        text = " ".join(str(error).split()).replace(str(file), "the file")
+        text = " ".join(str(error).split())
+        for path in (os.path.realpath(str(file)), os.path.abspath(str(file)), str(file)):
+            text = text.replace(path, "the file")
         name = type(error).__name__
         raise UnreadableError(f"{name}: {text}"[:_MAX_REASON_LENGTH] if text else name) from error
     if isinstance(result, Image.Image):
@@ -59,9 +63,6 @@ def load_own(loader: Loader, file: File, content: Content, channels: int | None)
             )
         return result
     return _check_bands(result, channels)
-
-
-_MAX_REASON_LENGTH = 300  # characters
 
 
 def _check_bands(result: Any, channels: int | None) -> Tensor:

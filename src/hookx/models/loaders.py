@@ -7,6 +7,7 @@ import hashlib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from hookx.errors import ModelError
@@ -52,12 +53,22 @@ def _digest(function: Reader, files: list[Path], said: str) -> tuple[str, str]:
         elif file.resolve() not in [one.resolve() for one in files]:
             contents.append((file.name, file.read_bytes()))
     except (OSError, TypeError):
+        code = getattr(defined, "__code__", None)
+        if code is not None and not contents:  # Typed into a shell that keeps no source.
+            contents.append((Path(code.co_filename).name, repr(_parts_of(code)).encode()))
         if not contents:
             raise ModelError(
                 f"{said} has no source that a plan could record: it is {with_article(defined)} of compiled code",
                 "call it from a function in a file",
             ) from None
     return hashlib.sha256(b"\0".join(content for _, content in contents)).hexdigest(), contents[0][0]
+
+
+def _parts_of(code: CodeType) -> tuple[Any, ...]:
+    """Return what compiled code consists of, without the places that it came from."""
+    constants: list[Any] = [_parts_of(one) if isinstance(one, CodeType) else one for one in code.co_consts]
+    constants = [sorted(map(repr, one)) if isinstance(one, frozenset) else one for one in constants]  # without an order
+    return code.co_code, code.co_names, code.co_varnames, code.co_freevars, constants
 
 
 def _defined_by(function: Any) -> Any:
