@@ -21,7 +21,9 @@ from hookx.errors import OtherRunError, UsageError
 from hookx.images.decoding import Noticed, decode
 from hookx.images.listing import list_images
 from hookx.plan import IMAGENET, LayerSpec, Plan, Preprocessing, RangeCounts, RangeUse
+from hookx.run.alone import read_alone
 from hookx.run.lane import Batch
+from hookx.run.reader import Reader
 from hookx.run.workers import batches
 
 SIDE_PX = 64
@@ -245,6 +247,8 @@ def test_an_image_that_is_read_alone_is_counted_like_any_other(tmp_path: Path) -
     expected = counted(0)
     assert [counts.get("narrow", {}).get("images", 0) for counts in expected] == [3, 0]
     assert expected[0]["narrow"]["first"] == "000.png" and counted(2) == expected
+    alone = read_alone(Reader(images, PLAIN), 0, 60)
+    assert alone.range_use == RangeUse("narrow", 0, 4092, 0, 65535) and type(alone.range_use) is RangeUse
 
 
 def test_counts_are_added_in_order_and_later_kinds_are_passed_over() -> None:
