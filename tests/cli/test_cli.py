@@ -350,7 +350,7 @@ def test_a_module_that_is_never_called_is_an_error_that_says_why(photos: Path, t
         (
             ["--mean", "0.5;0.5;0.5"],
             UsageError,
-            "invalid --mean '0.5;0.5;0.5': give three numbers, as in 0.485,0.456,0.406",
+            "invalid --mean '0.5;0.5;0.5': give a number for each channel, as in 0.485,0.456,0.406",
         ),
         (
             ["--max-shard-size", "12 apples"],

@@ -118,6 +118,7 @@ VALUES: dict[str, tuple[str, Any]] = {  # an option of extract -> a text, and th
     "mean": ("0.1,0.2,0.3", (0.1, 0.2, 0.3)),
     "std": ("1,2,3", (1.0, 2.0, 3.0)),
     "interpolation": ("lanczos", "lanczos"),
+    "grey_range": ("0,4095", "0,4095"),
     "exif": ("apply", "apply"),
     "decode": ("fast", "fast"),
     "seed": ("5", 5),
@@ -126,6 +127,8 @@ VALUES: dict[str, tuple[str, Any]] = {  # an option of extract -> a text, and th
     "trust_checkpoint": ("true", True),
     "model_args": ("width=2", {"width": "2"}),
     "transform": ("python:a.b:c", "python:a.b:c"),
+    "loader": ("scan.py:read", "scan.py:read"),
+    "suffix": (".dcm,.npy", (".dcm", ".npy")),
 }
 
 
@@ -170,7 +173,7 @@ WRONG = [
     ("decode_timeout", "nan", "--decode-timeout must be at least 0, got nan"),
     ("precision", "fp8", "invalid --precision 'fp8': choose fp32, tf32, bf16, fp16"),
     ("exif", "rotate", "invalid --exif 'rotate': choose ignore, apply"),
-    ("mean", "0.5;0.5", "invalid --mean '0.5;0.5': give three numbers, as in 0.485,0.456,0.406"),
+    ("mean", "0.5;0.5", "invalid --mean '0.5;0.5': give a number for each channel, as in 0.485,0.456,0.406"),
     ("std", "0,1,1", "invalid --std '0,1,1': no deviation can be 0"),
     ("max_shard_size", "much", "invalid --max-shard-size 'much': write it as in 512MiB, 2GB or 4096"),
     ("model_args", "width", "invalid --model-arg 'width': write key=value, as in width=2"),

@@ -497,7 +497,7 @@ def test_a_recorded_rotation_is_ignored_and_counted_or_applied(orientation: int,
     unmarked = save(stored, tmp_path / "unmarked.png", 1)
     upright = save(four_by_four(), tmp_path / "upright.png", 1)
     for preprocessing, same_as, is_counted in ((PLAIN, unmarked, True), (UPRIGHT, upright, False)):
-        pixels_CHW, rotation_ignored = decode(file, preprocessing)
+        pixels_CHW, (rotation_ignored, _) = decode(file, preprocessing)
         assert torch.equal(pixels_CHW, decode(same_as, preprocessing)[0])
         assert rotation_ignored is is_counted
 
@@ -506,7 +506,7 @@ def test_a_rotation_that_pillow_applies_itself_is_not_counted(tmp_path: Path) ->
     file = save(four_by_four().transpose(STORED[6]), tmp_path / "turned.tif", 6)
     upright = save(four_by_four(), tmp_path / "upright.tif", 1)
     for preprocessing in (PLAIN, UPRIGHT):
-        pixels_CHW, rotation_ignored = decode(file, preprocessing)
+        pixels_CHW, (rotation_ignored, _) = decode(file, preprocessing)
         assert torch.equal(pixels_CHW, decode(upright, preprocessing)[0]) and not rotation_ignored
 
 

@@ -48,7 +48,7 @@ def test_a_plain_jpeg_is_left_to_nvjpeg_byte_by_byte(
     photograph: Image.Image, tmp_path: Path, mode: str, options: dict[str, object]
 ) -> None:
     file = saved(photograph.convert(mode), tmp_path / "plain.jpg", turned=True, **options)
-    content, rotation_ignored = decode(str(file), NVJPEG)
+    content, (rotation_ignored, _) = decode(str(file), NVJPEG)
     assert content.numpy().tobytes() == file.read_bytes()
     assert rotation_ignored
 
@@ -70,7 +70,7 @@ def test_what_nvjpeg_does_not_decode_alike_is_decoded_exactly(
 
 def test_a_jpeg_to_be_turned_upright_is_decoded_exactly(photograph: Image.Image, tmp_path: Path) -> None:
     file = str(saved(photograph, tmp_path / "turned.jpg", turned=True))
-    pixels_CHW, rotation_ignored = decode(file, replace(NVJPEG, exif="apply"))
+    pixels_CHW, (rotation_ignored, _) = decode(file, replace(NVJPEG, exif="apply"))
     assert torch.equal(pixels_CHW, decode(file, replace(EXACT, exif="apply"))[0]) and not rotation_ignored
 
 

@@ -178,13 +178,13 @@ def test_devices_compute_a_sample_of_an_archive_and_say_what_was_not_taken(thumb
 
 def test_what_is_not_taken_is_counted_by_suffix(thumbnails: Path, tmp_path: Path) -> None:
     shutil.copytree(thumbnails / "sky", tmp_path / "photos" / "sky")
-    for name in ("a.HEIC", "b.heic", "sky/c.heic", "d.dcm", "sky/e.dcm", "f.txt", "g.txt", ".DS_Store", "README"):
+    for name in ("a.MP4", "b.mp4", "sky/c.mp4", "d.dcm", "sky/e.dcm", "f.txt", "g.txt", ".DS_Store", "README"):
         (tmp_path / "photos" / name).touch()
-    sentence = "9 files not taken: 3 .heic (convert it to .png), 2 .dcm, 2 .txt, 2 without suffix"
+    sentence = "9 files not taken: 3 .mp4 (take its frames with ffmpeg), 2 .dcm (--loader), 2 .txt, 2 without suffix"
     result = run("extract", *FLAGS, "-o", tmp_path / "o", tmp_path / "photos")
     assert result.exit_code == 0 and sentence in " ".join(result.stdout.split())
     result = run("extract", *FLAGS, "-o", tmp_path / "o", "--dry-run", "--json", tmp_path / "photos")
-    assert json.loads(result.stdout)["not_taken"] == {".heic": 3, ".dcm": 2, ".txt": 2, "without suffix": 2}
+    assert json.loads(result.stdout)["not_taken"] == {".mp4": 3, ".dcm": 2, ".txt": 2, "without suffix": 2}
 
 
 def test_a_thousand_suffixes_take_no_more_memory_than_that() -> None:

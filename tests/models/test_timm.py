@@ -256,7 +256,8 @@ def test_arguments_that_do_not_fit_are_errors() -> None:
     assert "choose the weights of timm:resnet10t.c3_in1k with --weights" in error_of(
         "timm:resnet10t", pretrained="true"
     )
-    assert "hookx takes the whole model, and RGB images" in error_of("timm:resnet10t", in_chans="1")
+    assert "features_only=True: hookx takes the whole model" in error_of("timm:resnet10t", features_only="true")
+    assert "write the number of channels, as in in_chans=13" in error_of("timm:resnet10t", in_chans="many")
 
 
 def test_without_timm_the_error_names_the_extra() -> None:

@@ -454,7 +454,7 @@ def bad_arguments() -> Iterator[Any]:
     yield case(UsageError, "invalid --device 'tpu': this machine has cpu", device="tpu")
     yield case(UsageError, "invalid --max-shard-size 'much': write it as in 512MiB, 2GB or 4096", max_shard_size="much")
     yield case(UsageError, "--crop 64 is larger than --resize 32", crop=64)
-    yield case(UsageError, "invalid --mean '0.5': give three numbers", mean=[0.5])
+    yield case(UsageError, "there are 1 means and 3 deviations for 3 channels", mean=[0.5])
     yield case(UsageError, "invalid --std '0.0,1.0,1.0': no deviation can be 0", std=[0.0, 1.0, 1.0])
     yield case(
         UsageError, "invalid --interpolation 'cubic': choose nearest, nearest-exact, bilinear", interpolation="cubic"

@@ -92,17 +92,17 @@ def example_images(
 
     The first has values between 0 and 1, so that a model which looks at the range of a whole batch shows it.
     """
-    shape = (3, 3, side_px, side_px)
+    shape = (3, len(mean), side_px, side_px)
     if runner.device.type == "meta":
         return torch.empty(shape, device=runner.device)
     generator = torch.Generator().manual_seed(0)
     # Coarse patterns below the noise: means over an image differ from image to image.
-    coarse = torch.rand((3, 3, 4, 4), generator=generator)
+    coarse = torch.rand((3, len(mean), 4, 4), generator=generator)
     coarse = nn.functional.interpolate(coarse, (side_px, side_px), mode="bilinear")
     pixels = (coarse + torch.rand(shape, generator=generator)) / 2
     pixels[1] = (1.6 * pixels[1] - 0.3).clamp(0, 1)
     pixels[2] = pixels[2] ** 3
-    means, stds = (torch.tensor(values).reshape(3, 1, 1) for values in (mean, std))
+    means, stds = (torch.tensor(values).reshape(-1, 1, 1) for values in (mean, std))
     normalised = (pixels - means) / stds
     low = (0 - means) / stds
     high = (1 - means) / stds

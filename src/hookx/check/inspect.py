@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hookx.plan import LayerSpec, Plan, ValueCounts
+from hookx.plan import LayerSpec, Plan, RangeCounts, ValueCounts
 from hookx.store.columns import open_columns
 from hookx.store.directory import names_in, present_shards, read_plan
 from hookx.store.index import INDEX, SHARDS
@@ -60,6 +60,7 @@ class Inspection:
     rows: int
     failures: int
     rotations_ignored: int
+    ranges: RangeCounts  # images of more than 8 bits that use little of their range, or go beyond it
     bytes: int  # activations only
     layers: tuple[InspectedLayer, ...]
     counts: ValueCounts
@@ -123,6 +124,7 @@ def inspect(
         rows=totals.rows,
         failures=totals.failures,
         rotations_ignored=totals.rotations_ignored,
+        ranges=totals.ranges,
         counts=totals.counts,
         columns=columns.kinds if columns is not None else {},
         self_checked=totals.self_checked,

@@ -115,6 +115,7 @@ def _recompute(options: RecomputeOptions, path: Location, plan: Plan) -> Recompu
         path_column=options.path_column,
         key_column=options.key_column,
         columns=(),
+        suffixes=options.suffix,
     )
     files = dict(zip(listed.keys, listed.files, strict=True))
     model_options = options.options or ModelOptions(**options.values_of(CheckpointOptions))
@@ -184,6 +185,11 @@ def _load_again(plan: Plan, model: str | None, weights: str | None, options: Mod
     loaded = load_model(model or plan.model, weights or "default", options)
     if loaded.weights != plan.weights:
         raise StoreError(f"these are other weights ({loaded.weights}) than those of this run ({plan.weights})")
+    if (there := plan.preprocessing.loader) != (named := loaded.preprocessing.loader):
+        raise UsageError(
+            f"the images of this run were read by {there or 'Pillow'}, and not by {named or 'Pillow'}",
+            "name that function: --loader file.py:function" if there else "leave out --loader",
+        )
     return loaded
 
 
@@ -243,7 +249,9 @@ def _decode_again(
         if key not in files:
             raise StoreError(f"its batch needs the image '{key}', which is not in --images")
         try:
-            pixels_CHW, _ = decode(files[key], plan.preprocessing, batch.sizes_bytes.get(key), loaded.transform)
+            pixels_CHW, _ = decode(
+                files[key], plan.preprocessing, batch.sizes_bytes.get(key), loaded.transform, loaded.loader
+            )
             if pixels_CHW.ndim > 1:
                 return pixels_CHW.to(device)
             (decoded_CHW,), refused = decode_jpegs([pixels_CHW], plan.preprocessing, device)  # a JPEG file, for the GPU

@@ -157,6 +157,7 @@ def print_inspection(inspection: Inspection) -> None:
         ("images", f"{inspection.rows:,} stored, {inspection.failures:,} failures, of {plan.image_count:,}"),
         *([("columns", describe_columns(inspection.columns))] if inspection.columns else []),
         *(("values", sentence) for sentence in inspection.counts.sentences()),
+        *(("note", sentence) for sentence in inspection.ranges.sentences()),
         ("shards", f"{shards}; {decimal(inspection.bytes)} of activations"),
         *plan_facts(plan, made=made),
         *([] if inspection.self_checked is None else [("checked", checked_text(inspection.self_checked))]),

@@ -23,7 +23,7 @@ _SUMMARY = (
     *("out", "model", "weights", "notes", "preprocessing", "layers", "images", "failures"),
     *("not_taken", "columns", "chosen", "shards", "shards_computed"),
     *("images_computed", "bytes", "device", "precision", "memory_format", "batch_size", "workers", "rotations_ignored"),
-    *("counts", "self_checked", "reused"),
+    *("ranges", "counts", "self_checked", "reused"),
     *("seconds_total", "seconds_reading", "seconds_nvjpeg", "seconds_model", "seconds_copying", "seconds_writing"),
     *("busy", "bound_by", "files"),
 )
@@ -47,6 +47,7 @@ def print_summary(summary: Summary) -> None:
         stored += f", {summary.failures:,} could not be read {where}"
     facts = [("images", stored), *(("values", sentence) for sentence in summary.counts.sentences())]
     facts += [("note", sentence) for sentence in summary.remarks.sentences()]
+    facts += [("note", sentence) for sentence in summary.ranges.sentences()]
     if summary.reused:
         total = summary.images * len(summary.layers)
         facts.append(("reused", f"{summary.reused:,} of {total:,} activations, copied from other runs"))
@@ -181,6 +182,7 @@ def describe_finished(finished: Finished) -> dict[str, Any]:
         "shards": len(plan.shards),
         "bytes": totals.rows * plan.bytes_per_image,
         "rotations_ignored": totals.rotations_ignored,
+        "ranges": totals.ranges,
         "counts": totals.counts,
         "self_checked": totals.self_checked,
         "made": [{"made": dict(made), "shards": shards} for made, shards in finished.made],
@@ -194,6 +196,7 @@ def print_finished(finished: Finished) -> None:
     if totals.failures:
         stored += f", {totals.failures:,} could not be read (failures.csv says why)"
     facts: Facts = [("images", stored), *(("values", sentence) for sentence in totals.counts.sentences())]
+    facts += [("note", sentence) for sentence in totals.ranges.sentences()]
     facts.append(("shards", f"{len(plan.shards):,}; {decimal(totals.rows * plan.bytes_per_image)} of activations"))
     facts += plan_facts(plan)
     if len(finished.made) == 1:

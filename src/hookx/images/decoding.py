@@ -11,11 +11,13 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import BinaryIO, TypeVar
+from functools import partial
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -23,13 +25,17 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F  # noqa: N812 - its own documentation's name
 
 from hookx.errors import UsageError
+from hookx.images.bands import undeclared_bands, unknown_bands, unread_bands
+from hookx.images.deep import find_deep_colour
 from hookx.images.files import File
+from hookx.images.loaders import Loader, load_own, resize_bands
 from hookx.images.memory import lacks_memory
 from hookx.images.opening import Content, open_image
+from hookx.images.plugins import register_plugins
 from hookx.images.retries import UnavailableError
 from hookx.images.rgb import to_rgb
 from hookx.images.unreadable import UnreadableError
-from hookx.plan import Preprocessing
+from hookx.plan import Preprocessing, RangeUse
 
 _EXIF_ORIENTATION = 0x0112
 _TURN_UPRIGHT = {
@@ -56,20 +62,34 @@ _NO_MEMORY_OF_PILLOW = "out of memory error"  # in its words for status -9 of a 
 _Picture = TypeVar("_Picture", Image.Image, Tensor)
 
 
+class Noticed(NamedTuple):
+    """What there is to say about an image beside its pixels.
+
+    Args:
+        rotation_ignored: a camera recorded a rotation that was not applied.
+        range_use: how it uses the range of its values, if that is worth a word; see `to_rgb`.
+    """
+
+    rotation_ignored: bool = False
+    range_use: RangeUse | None = None
+
+
 def decode(
     file: File,
     preprocessing: Preprocessing,
     listed_bytes: int | None = None,
-    transform: Callable[[Image.Image], Tensor] | None = None,
-) -> tuple[Tensor, bool]:
+    transform: Callable[[Any], Tensor] | None = None,
+    loader: Loader | None = None,
+) -> tuple[Tensor, Noticed]:
     """Read the first frame of an image as RGB (see `to_rgb`), resize it and crop it; ignore colour profiles.
 
     A size other than `listed_bytes` is a failure. `transform`, the model's own, takes the RGB image to a model's input
-    (3, crop_px, crop_px) in place of `preprocessing`.
+    (3, crop_px, crop_px) in place of `preprocessing`. `loader`, the user's own, reads the file in place of Pillow; what
+    it returns is prepared as any image is, and becomes a model's input of as many channels as there are means.
 
     Returns:
-        The pixels, uint8 (3, crop_px, crop_px) for `model_input` to scale, or what `transform` returned; and whether a
-        rotation that the camera recorded was ignored. For a plain JPEG that nvjpeg shall decode, the bytes of the file
+        The pixels, uint8 (3, crop_px, crop_px) for `model_input` to scale, or what `transform` returned; and what was
+        noticed about the image. For a plain JPEG that nvjpeg shall decode, the bytes of the file
         instead of pixels: a uint8 tensor of one dimension, for `decode_jpegs`.
 
     Raises:
@@ -87,20 +107,65 @@ def decode(
         torch.float32
     """
     assert transform or not preprocessing.custom, "custom preprocessing comes with its transform"
+    assert loader or not preprocessing.loader, "images that a loader reads come with it"
+    if loader is not None:
+        return _decode_own(file, preprocessing, listed_bytes, transform, loader)
     # Pillow would map a file into memory, and one that is truncated meanwhile would kill the process; so it gets one
     # that is open. Pillow's warnings about metadata and large images are noise: what matters is whether it decodes.
     for is_last_try in (False, True):
         with open_image(file, listed_bytes) as content, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                rgb, orientation = _decode(content, preprocessing)
+                rgb, orientation, range_use = _decode(content, preprocessing)
                 break
             except Exception:
                 if is_last_try or not content.is_shared:
                     raise
                 content.read_through()  # A library reads this file by itself, and what the system told it is lost.
     if isinstance(rgb, Tensor):
-        return rgb, orientation is not None
+        return rgb, Noticed(orientation is not None)
+    pixels_CHW, rotation_ignored = _prepare(rgb, orientation, preprocessing, transform)
+    return pixels_CHW, Noticed(rotation_ignored, range_use)
+
+
+def _decode_own(
+    file: File,
+    preprocessing: Preprocessing,
+    listed_bytes: int | None,
+    transform: Callable[[Any], Tensor] | None,
+    loader: Loader,
+) -> tuple[Tensor, Noticed]:
+    """Read an image by the user's loader, and make a model's input of it; see `decode`."""
+    with open_image(file, listed_bytes) as content, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = load_own(loader, file, content, None if transform else len(preprocessing.mean))
+    noticed = Noticed()
+    if isinstance(loaded, Tensor):
+        _check_resized_size((loaded.shape[2], loaded.shape[1]), preprocessing.resize_px)
+        resized = transform or partial(resize_bands, resize=partial(_resize_and_crop, preprocessing=preprocessing))
+        pixels_CHW = resized(loaded)
+        _check_shape(pixels_CHW, preprocessing)
+    else:
+        try:
+            rgb, range_use = to_rgb(loaded, preprocessing.grey_range)
+        except ValueError as error:
+            raise UnreadableError(str(error)) from None
+        pixels_CHW, rotation_ignored = _prepare(rgb, _orientation(loaded), preprocessing, transform)
+        noticed = Noticed(rotation_ignored, range_use)
+    # A batch may hold bytes beside floats, so all are made a model's input here.
+    if transform is None and pixels_CHW.dtype != torch.uint8:
+        mean, std = (torch.tensor(values).reshape(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+        return pixels_CHW.sub_(mean).div_(std), noticed
+    return model_input(pixels_CHW.unsqueeze(0), preprocessing)[0].contiguous(), noticed
+
+
+def _prepare(
+    rgb: Image.Image,
+    orientation: Image.Transpose | None,
+    preprocessing: Preprocessing,
+    transform: Callable[[Any], Tensor] | None,
+) -> tuple[Tensor, bool]:
+    """Turn an RGB image upright with --exif apply, resize and crop it; return whether a rotation was ignored."""
     _check_resized_size(rgb.size, preprocessing.resize_px)
     if orientation is not None and preprocessing.exif == "apply":
         rgb, orientation = rgb.transpose(orientation), None
@@ -108,30 +173,53 @@ def decode(
         pixels_CHW = transform(rgb)
     else:
         pixels_CHW = torch.from_numpy(np.array(_resize_and_crop(rgb, preprocessing))).permute(2, 0, 1)
-    if pixels_CHW.shape != (3, preprocessing.crop_px, preprocessing.crop_px):
-        side = preprocessing.crop_px
-        raise UnreadableError(f"preprocessing gave {tuple(pixels_CHW.shape)} instead of (3, {side}, {side})")
+    _check_shape(pixels_CHW, preprocessing)
     return pixels_CHW, orientation is not None
 
 
-def _decode(content: Content, preprocessing: Preprocessing) -> tuple[Image.Image | Tensor, Image.Transpose | None]:
-    """Return an image as RGB, or the bytes of a JPEG that nvjpeg shall decode; and what would turn it upright."""
-    with Image.open(content, formats=known_formats()) as image:
+def _check_shape(pixels_CHW: Tensor, preprocessing: Preprocessing) -> None:
+    shape = len(preprocessing.mean), preprocessing.crop_px, preprocessing.crop_px
+    if pixels_CHW.shape != shape:
+        raise UnreadableError(f"preprocessing gave {tuple(pixels_CHW.shape)} instead of {shape}")
+
+
+def _open(content: Content) -> ImageFile:
+    reason = undeclared_bands(content)
+    content.seek(0)
+    if reason:
+        raise UnreadableError(reason)
+    try:
+        return Image.open(content, formats=known_formats())
+    except UnidentifiedImageError:
+        if reason := unknown_bands(content):
+            raise UnreadableError(reason) from None
+        raise
+
+
+def _decode(
+    content: Content, preprocessing: Preprocessing
+) -> tuple[Image.Image | Tensor, Image.Transpose | None, RangeUse | None]:
+    """Return an image as RGB, or the bytes of a JPEG for nvjpeg; what would turn it upright; how it uses its range."""
+    with _open(content) as image:
         if preprocessing.decode == "nvjpeg" and (encoded := _plain_jpeg(image, content, preprocessing)):
-            return torch.frombuffer(encoded, dtype=torch.uint8), _orientation(image)
-        if reason := lacks_memory(image):
+            return torch.frombuffer(encoded, dtype=torch.uint8), _orientation(image), None
+        if reason := unread_bands(image) or lacks_memory(image):
             raise UnreadableError(reason)
+        deep = find_deep_colour(image, known_formats())
         if preprocessing.decode == "fast":
             _reduce_while_decoding(image, preprocessing.resize_px)
         try:
             image.load()  # Pillow rotates a TIFF while loading it, and then drops the orientation tag.
+            if deep is not None:
+                deep.load(content)
         except OSError as error:
             if str(error).startswith(_NO_MEMORY_OF_PILLOW):
                 raise MemoryError(str(error)) from None
             raise
         orientation = _orientation(image)
         try:
-            return to_rgb(image), orientation
+            rgb, range_use = to_rgb(image, preprocessing.grey_range, deep)
+            return rgb, orientation, range_use
         except ValueError as error:
             raise UnreadableError(str(error)) from None
 
@@ -212,9 +300,10 @@ def known_formats() -> list[str]:
     """Return Pillow's formats in an order independent of what was opened before; those without a signature come last.
 
     EPS is left out, because Pillow would run Ghostscript, an interpreter, on any file that begins like one. The first
-    call imports every decoder, so that processes forked later need not.
+    call imports every decoder, those of plug-ins that are installed included, so that processes forked later need not.
     """
     Image.init()
+    register_plugins()
     return sorted((name for name in Image.ID if name != "EPS"), key=lambda name: (Image.OPEN[name][1] is None, name))
 
 
@@ -245,14 +334,14 @@ def model_input(pixels_NCHW: Tensor, preprocessing: Preprocessing) -> Tensor:
         return pixels_NCHW
     # Channels are innermost in memory, and broadcasting along whole lines is faster than along three values. Every
     # operand is a tensor: CUDA divides by a Python number as it multiplies by its reciprocal, which rounds differently.
-    batch, _, height_px, width_px = pixels_NCHW.shape
+    batch, channels, height_px, width_px = pixels_NCHW.shape
     lines = pixels_NCHW.permute(0, 2, 3, 1).reshape(batch * height_px, -1).to(torch.float32)
     white, mean, std = (
         torch.tensor(values, dtype=torch.float32, device=pixels_NCHW.device)
         for values in (255.0, preprocessing.mean * width_px, preprocessing.std * width_px)
     )
     lines.div_(white).sub_(mean).div_(std)
-    return lines.view(batch, height_px, width_px, 3).permute(0, 3, 1, 2)
+    return lines.view(batch, height_px, width_px, channels).permute(0, 3, 1, 2)
 
 
 def _resize_and_crop(picture: _Picture, preprocessing: Preprocessing) -> _Picture:

@@ -119,6 +119,7 @@ def list_images(
     key_column: str | None = None,
     columns: Sequence[str] | None = None,
     label: str | None = None,
+    suffixes: Sequence[str] = (),
     choice: Choice | None = None,
     retry_seconds: float = RETRY_SECONDS,
     unavailable_is_failure: bool = False,
@@ -137,6 +138,7 @@ def list_images(
         key_column: the column of tables that holds the keys, in place of the paths.
         columns: the columns of tables and sidecars to keep; by default all.
         label: 'parent' for a column of the folders that the images are in.
+        suffixes: those of images in folders and archives, in place of those that Pillow reads; '*' for all files.
         choice: which of the images to take.
         retry_seconds: how long to try again what the system cannot do now; then it is an error.
         unavailable_is_failure: count a file that the system cannot look at as a failure later, in place of an error.
@@ -152,7 +154,8 @@ def list_images(
         (8, 'animals/chelsea.jpg', ['1 file not taken: 1 .md'])
     """
     names = [os.fspath(source) for source in sources]
-    look = Look(os.fspath(root or ""), path_column or "", key_column or "", retry_seconds, columns)
+    how = (path_column or "", key_column or "", retry_seconds)
+    look = Look(os.fspath(root or ""), *how, columns, tuple(suffixes))
     choice = choice or Choice()
     pile = Pile()
     for name in names:

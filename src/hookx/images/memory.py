@@ -11,8 +11,9 @@ from pathlib import Path
 from PIL import Image
 
 # Pillow keeps 4 bytes of a pixel in colour, before and after its conversion to RGB. Some decoders hold it otherwise
-# first: OpenJPEG in four integers of 32 bits, libwebp and libavif whole, and once more as bytes.
-_BYTES_OF_A_PIXEL = {"JPEG2000": 24, "WEBP": 16, "AVIF": 20}
+# first: OpenJPEG in four integers of 32 bits, libwebp and libavif whole, and once more as bytes;
+# Pillow a PGM of 16 bits.
+_BYTES_OF_A_PIXEL = {"JPEG2000": 24, "WEBP": 16, "AVIF": 20, "PPM": 16}
 _OTHERWISE = 12
 _ALWAYS_FITS_BYTES = 64 * 2**20  # Looking up what there is takes longer than decoding a small image.
 _CGROUP, _CGROUP_1 = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")

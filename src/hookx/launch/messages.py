@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from hookx import errors
-from hookx.errors import HookxError
+from hookx.errors import HookxError, UsageError
 from hookx.options import ExtractOptions
 from hookx.store.location import absolute, location_of
 
@@ -23,8 +23,18 @@ def encode(message: Message) -> bytes:
     return json.dumps(message).encode() + b"\n"
 
 
+def check_can_be_sent(options: ExtractOptions) -> None:
+    """Raise `UsageError` if another process cannot be told an option, because it is a function."""
+    if callable(options.loader):
+        raise UsageError(
+            "a loader that is a function cannot be sent to other processes",
+            "name it: loader='file.py:function', or 'python:package.module:function'",
+        )
+
+
 def options_to_json(options: ExtractOptions) -> Message:
     """Return the options of a worker: all but where the images lie, which it gets as a list, and what is called."""
+    check_can_be_sent(options)
     values = {name: value for name, value in vars(options).items() if name not in ("images", "progress")}
     layers = [[value] if isinstance(value, str) else list(value) for value in (options.layers, options.exclude)]
     return values | {"out": str(absolute(location_of(options.out))), "layers": layers[0], "exclude": layers[1]}

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from hookx.errors import HookxError, UsageError
 from hookx.images.files import File, first_with_query
+from hookx.launch.messages import check_can_be_sent
 from hookx.options import ExtractOptions, LauncherOptions, list_paths
 from hookx.options.option import options_of, words_of
 from hookx.run.prepare import Job
@@ -71,6 +72,7 @@ def describe_submission(job: Job, standard_input: Iterable[File] = ()) -> Submis
         standard_input: the files that standard input named; a task gets them from a file.
     """
     options = job.options
+    check_can_be_sent(options)
     assert options.tasks is not None
     own, tasks = _split(options.sbatch), min(options.tasks, len(job.plan.shards))
     out = absolute(location_of(options.out))

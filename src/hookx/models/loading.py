@@ -11,6 +11,7 @@ import torch
 from hookx.errors import ModelError
 from hookx.models.files import ModelFiles
 from hookx.models.huggingface import HuggingFace
+from hookx.models.loaders import load_loader
 from hookx.models.own_code import OwnCode, load_transform
 from hookx.models.source import LoadedModel, Source
 from hookx.models.timm import Timm
@@ -65,7 +66,7 @@ def load_model(ref: str, weights: str = "default", options: ModelOptions = Model
         >>> model.module.training, model.weights, str(model.preprocessing)[:33]
         (False, 'random (seed 0)', 'resize 256 (bilinear), crop 224, ')
     """
-    return _with_transform(_source_of(ref, options).load_model(ref, weights, options), options)
+    return _with_code(_source_of(ref, options).load_model(ref, weights, options), options)
 
 
 def skeleton(ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
@@ -78,7 +79,7 @@ def skeleton(ref: str, weights: str = "default", options: ModelOptions = ModelOp
         >>> next(model.module.parameters()).device.type, model.preprocessing.crop_px
         ('meta', 518)
     """
-    return _with_transform(_source_of(ref, options).skeleton(ref, weights, options), options)
+    return _with_code(_source_of(ref, options).skeleton(ref, weights, options), options)
 
 
 def forget_skeletons() -> None:
@@ -112,9 +113,11 @@ def _source_of(ref: str, options: ModelOptions = ModelOptions()) -> Source:
     return source
 
 
-def _with_transform(loaded: LoadedModel, options: ModelOptions) -> LoadedModel:
-    """Replace a model's preprocessing with the transform that the user named, if any."""
-    if options.transform is None:
-        return loaded
-    preprocessing, transform = load_transform(options.transform)
-    return dataclasses.replace(loaded, preprocessing=preprocessing, transform=transform)
+def _with_code(loaded: LoadedModel, options: ModelOptions) -> LoadedModel:
+    """Replace a model's preprocessing with the transform and the loader that the user named, if any."""
+    loader, described = (None, "") if options.loader is None else load_loader(options.loader)
+    if options.transform is not None:
+        preprocessing, transform = load_transform(options.transform, None if loader is None else loaded.channels or 3)
+        loaded = dataclasses.replace(loaded, preprocessing=preprocessing, transform=transform)
+    preprocessing = dataclasses.replace(loaded.preprocessing, loader=described)
+    return dataclasses.replace(loaded, preprocessing=preprocessing, loader=loader)

@@ -10,26 +10,22 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib
-import importlib.util
 import operator
-import os
 import re
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from hookx.errors import HookxError, ModelError, closest, one_line
+from hookx.errors import ModelError
 from hookx.models.arguments import arguments_for
 from hookx.models.checkpoints import is_weights_file, read_weights
 from hookx.models.fitting import fill, without_prefix
+from hookx.models.importing import import_named, parse_ref, print_to_stderr, running, with_article
 from hookx.models.names import PYTHON
 from hookx.models.preprocessing import Recorded, from_timm_config, imagenet_preprocessing, square_side_px, try_transform
 from hookx.models.source import LoadedModel, Source
@@ -91,7 +87,7 @@ class OwnCode(Source):
                 f"{ref} has no weights '{weights}'; it has: default (as the factory makes them)",
                 "also: none (recorded as random), or a file (.safetensors, .pt, .pth)",
             )
-        file, _ = _parse_ref(ref)
+        file, _ = parse_ref(ref)
         status = file.stat() if isinstance(file, Path) and file.is_file() else None
         version = status and (status.st_mtime_ns, status.st_size)
         key = ref, tuple(sorted(options.model_args.items())), options.seed, options.transform, version
@@ -114,7 +110,7 @@ class OwnCode(Source):
 def _build(ref: str, options: ModelOptions, give_back: list[Callable[[], None]]) -> tuple[LoadedModel, object]:
     """Return a model, and what its reference named."""
     torch.manual_seed(options.seed)  # A module can build a model while it is imported.
-    made = named = _import_factory(ref)
+    made = named = import_named(ref)
     if not isinstance(made, nn.Module):
         torch.manual_seed(options.seed)
         made = _call(made, options.model_args, ref)
@@ -130,7 +126,7 @@ def _build(ref: str, options: ModelOptions, give_back: list[Callable[[], None]])
         module=module,
         preprocessing=recorded[0],
         weights="none",
-        forward=_print_to_stderr(module),
+        forward=print_to_stderr(module),
         transform=recorded[1],
         notes=(*notes, *more),
     )
@@ -171,7 +167,7 @@ def _remember_values(model: nn.Module) -> Callable[[], None]:
 
 def _still_names(ref: str, named: object) -> bool:
     """Return whether a reference still names what it did; that of a file does as long as the file is the same."""
-    where, name = _parse_ref(ref)
+    where, name = parse_ref(ref)
     try:
         return isinstance(where, Path) or operator.attrgetter(name)(sys.modules[where]) is named
     except (AttributeError, KeyError):
@@ -180,7 +176,7 @@ def _still_names(ref: str, named: object) -> bool:
 
 def _call(factory: Callable[..., Any], texts: Mapping[str, str], ref: str) -> Any:
     arguments, keywords = arguments_for(factory, texts, ref)
-    with _running(f"{ref} fails", ref):
+    with running(f"{ref} fails", ref):
         return factory(*arguments, **keywords)
 
 
@@ -189,7 +185,9 @@ def _make_ready(made: Any, ref: str) -> tuple[nn.Module, list[str]]:
     if not isinstance(made, nn.Module):
         items = f" of {', '.join(type(item).__name__ for item in made)}" if isinstance(made, tuple) else ""
         forgotten = "; does it end with 'return model'?" if made is None else ""
-        raise ModelError(f"{ref} returns {_a(made)}{items}; expected an nn.Module{forgotten}", "return only the model")
+        raise ModelError(
+            f"{ref} returns {with_article(made)}{items}; expected an nn.Module{forgotten}", "return only the model"
+        )
     notes = []
     # Wrappers run copies of the modules, without the hooks; each keeps the module in an attribute.
     wrappers = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
@@ -206,12 +204,12 @@ def _make_ready(made: Any, ref: str) -> tuple[nn.Module, list[str]]:
         raise ModelError(f"{ref} has parameters on the meta device, which have no values: {_list_some(empty)}")
     if devices := sorted({str(tensor.device) for tensor in tensors.values()} - {"cpu"}):
         notes.append(f"{ref}: moved from {', '.join(devices)} to the CPU; choose the device with --device")
-        with _running(f"{ref} cannot be moved to the CPU", ref):
+        with running(f"{ref} cannot be moved to the CPU", ref):
             made = made.cpu()
     if training := [path or "." for path, module in made.named_modules() if module.training]:
         some = f" ({_list_some(training)} {'was' if len(training) == 1 else 'were'} in training mode)"
         notes.append(f"{ref}: put into eval mode" + ("" if made.training else some))
-        with _running(f"{ref} cannot be put into eval mode", ref):
+        with running(f"{ref} cannot be put into eval mode", ref):
             made = made.eval()
     if stubborn := [path or "." for path, module in made.named_modules() if module.training]:
         raise ModelError(f"{ref} stays in training mode after eval(): {_list_some(stubborn)}", "check its train method")
@@ -266,142 +264,25 @@ def _side_px(module: nn.Module, ref: str) -> int | None:
 
 
 @functools.lru_cache(maxsize=8)
-def load_transform(ref: str) -> Recorded:
-    """Call the factory of a transform, and try what it returns."""
-    found = _import_factory(ref)
+def load_transform(ref: str, channels: int | None = None) -> Recorded:
+    """Call the factory of a transform, and try what it returns; on bands, too, if a loader gives that many channels."""
+    found = import_named(ref)
     if isinstance(found, type | functools.partial) or hasattr(found, "__code__"):
         found = _call(found, {}, ref)
     if not callable(found):
         raise ModelError(
-            f"{ref} returns {_a(found)}; expected a function of an RGB image (PIL)",
+            f"{ref} returns {with_article(found)}; expected a function of an RGB image (PIL)",
             "--transform names a factory, which is called without arguments and returns that function",
         )
-    return _check_transform(found, ref)
+    return _check_transform(found, ref, channels)
 
 
-def _check_transform(transform: Any, source: str) -> Recorded:
+def _check_transform(transform: Any, source: str, channels: int | None = None) -> Recorded:
     if not callable(transform):
-        raise ModelError(f"{source} is {_a(transform)}; expected a function of an image")
+        raise ModelError(f"{source} is {with_article(transform)}; expected a function of an image")
     with contextlib.redirect_stdout(sys.stderr):
-        preprocessing, function = try_transform(transform, source)
-    return preprocessing, function and _print_to_stderr(function)
-
-
-def _print_to_stderr(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def call(argument: Any) -> Any:
-        with contextlib.redirect_stdout(sys.stderr):
-            return function(argument)
-
-    return call
-
-
-# --- importing -----------------------------------------------------------------------------------------------------
-
-
-def _parse_ref(ref: str) -> tuple[Path | str, str]:
-    """Split a reference into a file or module, and a name in it."""
-    where, colon, name = ref.removeprefix(PYTHON).rpartition(":")
-    if not colon or not where or not all(part.isidentifier() for part in name.split(".")):
-        whole = ref if ref.startswith(PYTHON) else ref.rpartition(".py")[0] + ".py"
-        raise ModelError(
-            f"'{ref}' does not name a factory",
-            f"write {whole.rstrip(':')}:factory, where factory can also be a class or a model",
-        )
-    return (Path(where).expanduser(), name) if where.endswith(".py") else (where, name)
-
-
-def _import_factory(ref: str) -> Any:
-    """Import the code that a reference names, and return what the reference stands for."""
-    where, name = _parse_ref(ref)
-    if isinstance(where, Path) and not where.is_file():
-        raise ModelError(f"there is no file '{where}'")
-    with _running(f"'{where}' cannot be imported", ref):
-        try:
-            module = _import_file(where) if isinstance(where, Path) else importlib.import_module(where)
-        except ModuleNotFoundError as error:
-            if isinstance(where, str) and error.name and f"{where}.".startswith(f"{error.name}."):
-                raise ModelError(
-                    f"there is no module '{error.name}' for {ref}",
-                    "install it, or put it into the working directory; write a file as path/to/file.py:factory",
-                ) from None
-            raise
-    try:
-        found = operator.attrgetter(name)(module)
-    except AttributeError as error:
-        own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        similar = f"; closest: {closest(error.name or name, own)}" if own else ""
-        raise ModelError(f"'{where}' has no '{name}'{similar}") from None
-    if not callable(found):
-        raise ModelError(f"{ref} is {_a(found)}; expected a factory or an nn.Module")
-    return found
-
-
-def _import_file(file: Path) -> ModuleType:
-    # Not under its own name: 'resnet.py' or 'queue.py' must not replace an installed module.
-    path = file.resolve()
-    name = f"hookx_file_{re.sub(r'[^0-9a-zA-Z]', '_', path.stem)}_{hashlib.sha256(bytes(path)).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # Where dataclasses and pickle look up a class's module.
-    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    finally:
-        sys.dont_write_bytecode = writes
-    return module
-
-
-@contextlib.contextmanager
-def _running(what: str, ref: str) -> Iterator[None]:
-    """Run the user's code: send what it prints to standard error, and turn what it raises into an error with a line."""
-    where, _ = _parse_ref(ref)
-    folder = str(where.resolve().parent) if isinstance(where, Path) else os.getcwd()
-    sys.path.insert(0, folder)  # Where Python puts a script's folder.
-    with _stdout_to_stderr():
-        try:
-            yield
-        except HookxError:
-            raise
-        except (Exception, SystemExit) as error:  # Code can raise anything, and some modules call sys.exit.
-            raise ModelError(f"{what}: {type(error).__name__}: {one_line(error)}{_locate(error)}") from error
-        finally:
-            with contextlib.suppress(ValueError):
-                sys.path.remove(folder)
-            if folder not in sys.path:  # Code may import more when it runs.
-                sys.path.append(folder)
-
-
-def _locate(error: BaseException) -> str:
-    if isinstance(error, SyntaxError) and error.filename:
-        return f" ({Path(error.filename).name}, line {error.lineno})"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    frames = [frame for frame in frames if not frame.filename.startswith("<frozen importlib")]
-    own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
-    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
-
-
-@contextlib.contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """Send what Python, compiled code and child processes write to standard output to standard error."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-
-
-def _a(value: Any) -> str:
-    noun = type(value).__name__
-    return "None" if value is None else f"{'an' if noun[0] in 'aeiouAEIOU' else 'a'} {noun}"
+        preprocessing, function = try_transform(transform, source, channels=channels)
+    return preprocessing, function and print_to_stderr(function)
 
 
 def _list_some(names: list[str]) -> str:

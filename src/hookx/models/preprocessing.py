@@ -57,8 +57,11 @@ def from_timm_config(config: Mapping[str, Any], name: str) -> Preprocessing | No
     )
 
 
-def try_transform(transform: Any, source: str, description: str = "") -> Recorded:
+def try_transform(transform: Any, source: str, description: str = "", channels: int | None = None) -> Recorded:
     """Try a transform, which must turn an RGB image (PIL) into pixels (3, side, side), float32, on two images.
+
+    With a loader of the user's own it gets what that returns, and may return any number of channels: it is tried on
+    an image, and if that fails on bands (channels, height, width), floats from 0 to 1.
 
     `source` is its origin, for messages and for the plan. `description` tells what it does, in the same words in every
     process; its `repr` if empty.
@@ -68,17 +71,18 @@ def try_transform(transform: Any, source: str, description: str = "") -> Recorde
     """
     if isinstance(transform, ImageClassification) and len(transform.crop_size) == len(transform.resize_size) == 1:
         return from_preset(transform), None
-    sides_px = {_side_px(transform, width, height, source) for width, height in _EXAMPLE_SIZES_PX}
+    shapes = {_shape_of(transform, width, height, source, channels) for width, height in _EXAMPLE_SIZES_PX}
+    sides_px = {side_px for _, side_px in shapes}
     if len(sides_px) > 1:
         raise ModelError(
             f"{source} returns images of {' and '.join(f'{side} x {side}' for side in sorted(sides_px))} pixels; "
             "a batch needs a single size"
         )
-    (side_px,) = sides_px
+    (side_px,), made = sides_px, max(count for count, _ in shapes)
     # Memory addresses in a `repr` differ between processes.
     description = description or " ".join(re.sub(r" at 0x[0-9a-fA-F]+", "", repr(transform)).split())
     custom = f"{source}: {description}"
-    return Preprocessing(side_px, side_px, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bilinear", custom=custom), transform
+    return Preprocessing(side_px, side_px, (0.0,) * made, (1.0,) * made, "bilinear", custom=custom), transform
 
 
 def from_preset(preset: Any, crop_px: int | None = None) -> Preprocessing:
@@ -93,19 +97,29 @@ def from_preset(preset: Any, crop_px: int | None = None) -> Preprocessing:
     )
 
 
-def _side_px(transform: Callable[[Any], Any], width: int, height: int, source: str) -> int:
+def _shape_of(
+    transform: Callable[[Any], Any], width: int, height: int, source: str, channels: int | None
+) -> tuple[int, int]:
+    """Return how many channels a transform returns, and of which side."""
     noise = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     example = to_pil_image(noise)
     size = f"{width} x {height} pixels"
     try:
-        pixels, again = transform(example.copy()), transform(example.copy())
+        try:
+            pixels, again = transform(example.copy()), transform(example.copy())
+        except Exception:
+            if channels is None:
+                raise
+            bands = torch.rand((channels, height, width), generator=torch.Generator().manual_seed(0))
+            pixels, again = transform(bands.clone()), transform(bands.clone())
     except Exception as error:  # The user's code can raise anything.
         problem = f"{type(error).__name__}: {one_line(error)}"
         raise ModelError(f"{source} fails on an RGB image of {size}: {problem}") from error
     expected = "expected a float32 tensor of shape (3, side, side)"
     if not isinstance(pixels, Tensor):
         raise ModelError(f"{source} returned {type(pixels).__name__}; {expected}")
-    if pixels.dtype != torch.float32 or pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.shape[1] != pixels.shape[2]:
+    is_square = pixels.ndim == 3 and pixels.shape[1] == pixels.shape[2]
+    if pixels.dtype != torch.float32 or not is_square or (channels is None and pixels.shape[0] != 3):
         what = f"{str(pixels.dtype).removeprefix('torch.')} tensor of shape ({', '.join(map(str, pixels.shape))})"
         raise ModelError(f"{source} returned a {what} for an image of {size}; {expected}")
     if not torch.equal(pixels, again):
@@ -113,4 +127,4 @@ def _side_px(transform: Callable[[Any], Any], width: int, height: int, source: s
             f"{source} is random: it returns different pixels for the same image",
             "remove what only training needs: random crops, flips, colours",
         )
-    return int(pixels.shape[1])
+    return int(pixels.shape[0]), int(pixels.shape[1])

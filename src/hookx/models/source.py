@@ -31,6 +31,10 @@ class LoadedModel:
     cpu_only: bool = False
     transform: Callable[[Image], Tensor] | None = None
     """Turns an RGB image into pixels (3, H, W) in place of `preprocessing`, which then only describes it."""
+    loader: Callable[[Any], Any] | None = None
+    """Reads images in place of Pillow; `preprocessing` names it."""
+    channels: int | None = None
+    """How many the module takes, if the source knows that they are not the three of RGB."""
     notes: tuple[str, ...] = ()
     """Sentences that a user should read, such as what was unwrapped from a checkpoint."""
     random_paths: tuple[str, ...] = ()

@@ -98,9 +98,11 @@ def _parse_arguments(ref: str, options: ModelOptions) -> dict[str, Any]:
     for name in ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"):
         if name in arguments:
             raise ModelError(f"--model-arg {name} is not supported: choose the weights of {ref} with --weights")
-    for name in ("features_only", "in_chans"):
-        if arguments.get(name) not in (None, False, 3):
-            raise ModelError(f"--model-arg {name}={arguments[name]}: hookx takes the whole model, and RGB images")
+    if arguments.get("features_only") not in (None, False):
+        raise ModelError(f"--model-arg features_only={arguments['features_only']}: hookx takes the whole model")
+    channels = arguments.get("in_chans", 3)
+    if not isinstance(channels, int) or isinstance(channels, bool) or channels < 1:
+        raise ModelError(f"--model-arg in_chans={channels}: write the number of channels, as in in_chans=13")
     return arguments
 
 
@@ -111,6 +113,10 @@ class TimmModel(Architecture):
     @property
     def name(self) -> str:
         return self.ref.removeprefix(TIMM)
+
+    @property
+    def channels(self) -> int | None:
+        return self.arguments.get("in_chans")
 
     def build(self, **source: Any) -> nn.Module:
         arguments = {**self.arguments, **self.variant}

@@ -42,6 +42,11 @@ class Architecture(ABC):
     fitting_notes: tuple[str, ...] = ()
     """What a user should read about the variant; a plan holds it behind the notes on the weights."""
 
+    @property
+    def channels(self) -> int | None:
+        """How many the model takes, if an argument says so."""
+        return None
+
     @abstractmethod
     def build(self) -> nn.Module:
         """Build the module with random weights, drawn from torch's global generator."""
@@ -101,6 +106,7 @@ class Architecture(ABC):
             weights=str(filled.identity.with_arguments(self.arguments)),
             forward=module,
             transform=transform,
+            channels=self.channels,
             notes=(*self.notes, *filled.notes, *self.fitting_notes, *notes),
             random_paths=filled.random_paths,
         )

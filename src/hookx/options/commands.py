@@ -25,6 +25,7 @@ from hookx.options.groups import (
     PreprocessingOptions,
     Progress,
     ReportOptions,
+    SuffixOptions,
 )
 from hookx.options.option import Options, option
 from hookx.options.values import (
@@ -48,7 +49,7 @@ from hookx.options.values import (
 
 
 class ExtractOptions(
-    LauncherOptions, ComputeOptions, PreprocessingOptions, ModelOptions, title="Output", variables=True
+    SuffixOptions, LauncherOptions, ComputeOptions, PreprocessingOptions, ModelOptions, title="Output", variables=True
 ):
     model: str = option(
         "-m --model REF",
@@ -255,7 +256,7 @@ class ListModelsOptions(Options):
     )
 
 
-class RecomputeOptions(CheckpointOptions, title="Recomputation"):
+class RecomputeOptions(SuffixOptions, CheckpointOptions, title="Recomputation"):
     """What `hookx.recompute` and `hookx verify` take."""
 
     path: AnyPath = option("RUN", RUN, kw_only=False, absent="features")
@@ -323,7 +324,7 @@ class CatOptions(LayerOfRunOptions, title="Options"):
 _SHARED = "As in extract; for several models: once for all, or once for each."
 
 
-class VisualizeOptions(LookOptions, ComputeOptions, PreprocessingOptions, ModelOptions, title="Model"):
+class VisualizeOptions(SuffixOptions, LookOptions, ComputeOptions, PreprocessingOptions, ModelOptions, title="Model"):
     """What `hookx.visualize` takes, and `hookx visualize` for images."""
 
     model: str | Sequence[str] = option(

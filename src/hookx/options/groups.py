@@ -3,7 +3,7 @@
 # No `from __future__ import annotations`: the annotations are read at run time.
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from hookx.options.option import Options, option
 from hookx.options.values import (
@@ -20,8 +20,11 @@ from hookx.options.values import (
     read_channels,
     read_deviations,
     read_globs,
+    read_grey_range,
+    read_loader,
     read_path,
     read_shard,
+    read_suffixes,
 )
 
 Progress = Callable[[int], None]
@@ -54,6 +57,13 @@ class BuildOptions(Options, title="Your own models and checkpoints", variables=T
 class CheckpointOptions(BuildOptions, title="Your own models and checkpoints", variables=True):
     """How to read the file that holds a model's weights."""
 
+    loader: str | Callable[[Any], Any] | None = option(
+        "--loader REF",
+        "Your own function that reads an image, as in python:package.module:function or file.py:function.",
+        default=None,
+        parse=read_loader,
+        title="Images",
+    )
     weights_key: str | None = option(
         "--weights-key KEY", "The entry of a checkpoint that holds the weights, as in model_ema.", default=None
     )
@@ -81,12 +91,25 @@ class PreprocessingOptions(Options, title="Preprocessing", variables=True):
     )
     crop: int | None = option("--crop PX", "Side of the centre crop, in pixels.", default=None, minimum=1)
     mean: str | Sequence[float] | None = option(
-        "--mean R,G,B", "Channel means, as in 0.485,0.456,0.406.", default=None, parse=read_channels
+        "--mean R,G,B",
+        "Means of the channels, as in 0.485,0.456,0.406.",
+        default=None,
+        parse=read_channels,
     )
     std: str | Sequence[float] | None = option(
-        "--std R,G,B", "Channel deviations, as in 0.229,0.224,0.225.", default=None, parse=read_deviations
+        "--std R,G,B",
+        "Deviations of the channels, as in 0.229,0.224,0.225.",
+        default=None,
+        parse=read_deviations,
     )
     interpolation: Interpolation | None = option("--interpolation NAME", "How to resize: {choices}.", default=None)
+    grey_range: str | Sequence[float] = option(
+        "--grey-range RANGE",
+        "Black and white where values have more than 8 bits: full (of their type), minmax (of each image), or two "
+        "numbers, as in 0,4095.",
+        default="full",
+        parse=read_grey_range,
+    )
     exif: Exif = option("--exif NAME", "Rotations recorded by cameras: {choices}.", default="ignore")
     decode: Decode = option(
         "--decode NAME", "exact; fast: large JPEGs at reduced scale; nvjpeg: JPEGs on a GPU.", default="exact"
@@ -98,6 +121,17 @@ class ComputeOptions(Options, title="Compute", variables=True):
 
     device: Device = option("-d --device NAME", DEVICE, default="auto")
     precision: Precision = option("--precision NAME", "Arithmetic: {choices}.", default="fp32")
+
+
+class SuffixOptions(Options, title="Images", variables=True):
+    """Which files of folders and archives are images."""
+
+    suffix: Sequence[str] = option(
+        "--suffix SUFFIXES...",
+        "Which files of folders and archives are images, as in .dcm,.npy; '*': all. Default: those that Pillow reads.",
+        default=(),
+        parse=read_suffixes,
+    )
 
 
 class LauncherOptions(Options, title="Many workers", variables=True):

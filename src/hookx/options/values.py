@@ -2,11 +2,12 @@
 
 # No `from __future__ import annotations`: the annotations are read at run time.
 
+import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 from hookx.errors import UsageError
 
@@ -64,13 +65,13 @@ def read_size(value: str | int) -> int:
 
 
 def read_channels(value: str | Iterable[float]) -> tuple[float, ...]:
-    """Read a number for red, green and blue each."""
+    """Read a number for each channel."""
     try:
         numbers = tuple(float(number) for number in (value.split(",") if isinstance(value, str) else value))
     except (TypeError, ValueError):
         numbers = ()
-    if len(numbers) != 3:
-        raise ValueError("give three numbers, as in 0.485,0.456,0.406")
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise ValueError("give a number for each channel, as in 0.485,0.456,0.406")
     return numbers
 
 
@@ -79,6 +80,44 @@ def read_deviations(value: str | Iterable[float]) -> tuple[float, ...]:
     if 0.0 in numbers:
         raise ValueError("no deviation can be 0")
     return numbers
+
+
+def read_grey_range(value: str | Iterable[float]) -> str:
+    """Read what is black and white, and write it in one way, which a plan records.
+
+    Example:
+        >>> read_grey_range("0, 4095.0"), read_grey_range((-1000, 0.5)), read_grey_range("minmax")
+        ('0,4095', '-1000,0.5', 'minmax')
+    """
+    if value in ("full", "minmax"):
+        return str(value)
+    try:
+        black, white = (float(number) for number in (value.split(",") if isinstance(value, str) else value))
+    except (TypeError, ValueError):
+        black = white = math.nan
+    if not (black < white and math.isfinite(white - black)):
+        raise ValueError("give full, minmax, or two numbers, the lower first, as in 0,4095")
+    return ",".join(str(int(number)) if number.is_integer() else repr(number) for number in (black, white))
+
+
+def read_loader(value: str | Callable[[Any], Any]) -> str | Callable[[Any], Any]:
+    if not (isinstance(value, str) or callable(value)):
+        raise ValueError("give a function, or its name, as in file.py:function")
+    return value
+
+
+def read_suffixes(value: str | Iterable[str]) -> tuple[str, ...]:
+    """Read suffixes with commas between; '*' stands for all files.
+
+    Example:
+        >>> read_suffixes([".dcm,NPY", "nii.gz"]), read_suffixes("*")
+        (('.dcm', '.npy', '.nii.gz'), ('*',))
+    """
+    texts = [value] if isinstance(value, str) else list(value)
+    suffixes = [one.strip().lower() for text in texts for one in text.split(",")]
+    if not all(one and "/" not in one and (one == "*" or "*" not in one) for one in suffixes):
+        raise ValueError("write it as in .dcm,.npy, or '*' for all files")
+    return tuple(dict.fromkeys(one if one == "*" else f".{one.removeprefix('.')}" for one in suffixes))
 
 
 def read_arguments(value: Mapping[str, str] | Iterable[str]) -> dict[str, str]:

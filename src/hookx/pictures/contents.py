@@ -53,6 +53,9 @@ def show_input(pixels_CHW: Tensor | None, side_px: int) -> tuple[Pixels | None, 
     what = f"{side_px} × {side_px} pixels as the model saw them"
     if pixels_CHW is None:
         return None, what
+    if pixels_CHW.shape[0] != 3:
+        what += f", the mean of {pixels_CHW.shape[0]} channels" if pixels_CHW.shape[0] > 1 else ""
+        pixels_CHW = pixels_CHW.to(torch.float32).mean(0, keepdim=True).expand(3, -1, -1)
     if pixels_CHW.dtype != torch.uint8:  # From the model's own transform, whose normalisation is not known.
         low, high = pixels_CHW.aminmax()
         pixels_CHW = ((pixels_CHW - low) / max(float(high - low), 1e-12) * 255).round().to(torch.uint8)

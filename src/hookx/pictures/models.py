@@ -53,7 +53,7 @@ def visualize(options: VisualizeOptions) -> Gallery:
 def _visualize(options: VisualizeOptions) -> Gallery:
     look = Look(options, options.attention)
     asked = pair(options.model, options.weights, options.layers, attention=look.attention)
-    listed = list_images(list_paths(options.images), columns=())
+    listed = list_images(list_paths(options.images), columns=(), suffixes=options.suffix)
     viewers = []
     for ref, weights, selectors in asked:
         ready = ready_model(ref, weights, options, [] if look.attention else selectors, batch_size=1)
@@ -96,11 +96,14 @@ class _Viewer:
     def __init__(self, ready: ReadyModel, selectors: Sequence[Selector], look: Look) -> None:
         self.ready, self.side_px = ready, ready.preprocessing.crop_px
         whole, bare = (Runner.of(model.module, model.forward) for model in (ready.loaded, ready.bare))
-        self.places = probe_places(bare, lambda: whole, self.side_px, look.options.layout)
+        self.places = probe_places(
+            bare, lambda: whole, self.side_px, look.options.layout, len(ready.preprocessing.mean)
+        )
         self.attention_paths = self._find_attention_paths(selectors) if look.attention else None
 
     def decode(self, file: File) -> Tensor:
-        return decode(file, self.ready.preprocessing, transform=self.ready.loaded.transform)[0]
+        loaded = self.ready.loaded
+        return decode(file, self.ready.preprocessing, transform=loaded.transform, loader=loaded.loader)[0]
 
     def show(self, key: str, pixels_CHW: Tensor) -> ShownImage:
         loaded, device = self.ready.loaded, self.ready.runner.device
@@ -128,8 +131,13 @@ class _Viewer:
 
     def _find_attention_paths(self, selectors: Sequence[Selector]) -> set[str]:
         """Return the modules that compute attention, if they are selected or lie within a selected module."""
-        model, runner = self.ready.loaded, self.ready.runner
-        paths = [one.path for one in find_attention(runner, example_images(runner, self.side_px)[:1])]
+        model, runner, preprocessing = self.ready.loaded, self.ready.runner, self.ready.preprocessing
+        paths = [
+            one.path
+            for one in find_attention(
+                runner, example_images(runner, self.side_px, preprocessing.mean, preprocessing.std)[:1]
+            )
+        ]
         if not paths:
             raise HookxError(
                 f"--attention: {model.name} has no attention; its forward pass computes no softmax over tokens",

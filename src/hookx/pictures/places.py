@@ -204,12 +204,14 @@ def _follows_width(roles: tuple[Role, ...], square: tuple[int, ...], wide: tuple
     return square[channel] == wide[channel] and square[height] == square[width] and wide[width] > wide[height]
 
 
-def probe_places(runner: Runner, load: Callable[[], Runner], side_px: int, layout: str = "") -> Places:
+def probe_places(
+    runner: Runner, load: Callable[[], Runner], side_px: int, layout: str = "", channels: int = 3
+) -> Places:
     """Probe a model, or its skeleton, with square images, and with images twice as wide if it takes them.
 
     `load` returns the model with any real weights; it is called when the places of tokens are first needed.
     """
-    examples_NCHW = example_images(runner, side_px)
+    examples_NCHW = example_images(runner, side_px, (0.5,) * channels, (0.5,) * channels)
     square = _tensors_by_address(probe(runner, examples_NCHW, shapes_only=True))
     wide: dict[Address, TensorInfo] = {}
     with contextlib.suppress(CaptureError):  # The model takes square images only.
@@ -219,7 +221,7 @@ def probe_places(runner: Runner, load: Callable[[], Runner], side_px: int, layou
 
     @functools.cache
     def find_grid(count: int) -> TokenGrid | None:
-        return find_token_grid(load(), side_px, count, sides) if count > 1 else None
+        return find_token_grid(load(), side_px, count, sides, channels) if count > 1 else None
 
     return Places(square, wide, find_grid, layout)
 
@@ -231,7 +233,9 @@ def _tensors_by_address(layers: Iterable[Layer]) -> dict[Address, TensorInfo]:
     return tensors
 
 
-def find_token_grid(runner: Runner, side_px: int, count: int, sides: Collection[int]) -> TokenGrid | None:
+def find_token_grid(
+    runner: Runner, side_px: int, count: int, sides: Collection[int], channels: int = 3
+) -> TokenGrid | None:
     """Find the place of each of `count` tokens: the one whose strips of the image make it NaN.
 
     The batch has an image for every row and for every column of the grid, in which that strip is NaN. It goes through
@@ -246,7 +250,7 @@ def find_token_grid(runner: Runner, side_px: int, count: int, sides: Collection[
         side = math.isqrt(count)  # The model makes no maps, as where patches are cut out and multiplied.
     if not 1 < side <= side_px:
         return None
-    grid = _trace_strips(runner, side_px, count, side)
+    grid = _trace_strips(runner, side_px, count, side, channels)
     if grid is not None:
         return grid
     # After an attention or a deep stem only counting is left: the places of a map, row by row, behind as many tokens
@@ -257,8 +261,8 @@ def find_token_grid(runner: Runner, side_px: int, count: int, sides: Collection[
     return None
 
 
-def _trace_strips(runner: Runner, side_px: int, count: int, side: int) -> TokenGrid | None:
-    pixels_NCHW = example_images(runner, side_px)[:1].repeat(2 * side, 1, 1, 1)
+def _trace_strips(runner: Runner, side_px: int, count: int, side: int, channels: int) -> TokenGrid | None:
+    pixels_NCHW = example_images(runner, side_px, (0.5,) * channels, (0.5,) * channels)[:1].repeat(2 * side, 1, 1, 1)
     for number in range(side):
         strip = slice(number * side_px // side, (number + 1) * side_px // side)
         pixels_NCHW[number, :, strip] = float("nan")

@@ -113,8 +113,8 @@ def _prepare_inputs(plan: Plan, keys: Sequence[str], images: Paths, root: AnyPat
     sources = list_paths(images)
     if not sources:
         return {}
-    if plan.preprocessing.custom:
-        log.info("the inputs are not shown: the plan does not describe the model's own preprocessing in full")
+    if plan.preprocessing.custom or plan.preprocessing.loader:
+        log.info("the inputs are not shown: the plan does not hold the code that prepares the images")
         return {}
     listed = list_images(sources, root=root, columns=())
     files = dict(zip(listed.keys, listed.files, strict=True))

@@ -29,7 +29,7 @@ _FIELDS = {
 }
 _UNCOVERED = ("batch_size", "notes", "hardware")  # by the fingerprint
 # Fields of the preprocessing that are left out at these values, so that plans from before them keep their fingerprints.
-_OMITTED = {"custom": "", "decode": "exact"}
+_OMITTED = {"custom": "", "decode": "exact", "grey_range": "full", "loader": ""}
 
 # No honest plan comes near these; they stop a crafted one.
 _MAX_IMAGES = 2**40
@@ -257,7 +257,7 @@ class Plan:
         phrases = []
         for name, there in self.identity.items():
             if there != (other := asked.identity[name]):
-                shown = [_format(name, value) for value in (there, other)]
+                shown = [_format(name, value) for value in _only_differing(there, other)]
                 if name == "layers" and shown[0] == shown[1]:
                     shown = [_format(name, value, "{address} {shape} {dtype}") for value in (there, other)]
                 phrases.append(f"{_FIELDS.get(name, name)} differ (there: {shown[0]}; asked: {shown[1]})")
@@ -277,6 +277,16 @@ def _parse(kind: Any, value: Any) -> Any:
     return kind(value)
 
 
+def _only_differing(there: Any, other: Any) -> tuple[Any, Any]:
+    """Return two values of a field; if they are objects, only the entries that differ."""
+    if not isinstance(there, Mapping) or not isinstance(other, Mapping):
+        return there, other
+    values = [_OMITTED | dict(value) for value in (there, other)]
+    names = [name for name in values[0] | values[1] if values[0].get(name) != values[1].get(name)]
+    one, another = ({name: value.get(name, "") for name in names} for value in values)
+    return one, another
+
+
 def _is_plausible(layer: LayerSpec) -> bool:
     is_shape = len(layer.shape) <= _MAX_DIMENSIONS and min(layer.shape, default=1) >= 0
     # A dimension of 0 would hide the others in the product.
@@ -289,5 +299,5 @@ def _format(name: str, value: Any, layer: str = "{address}") -> str:
     if name == "images_sha256":
         return f"{value[:12]}…"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
+        return ", ".join(f"{key} {'none' if item == '' else item}" for key, item in value.items())
     return str(value)

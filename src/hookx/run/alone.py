@@ -20,6 +20,7 @@ import torch
 from hookx.errors import THEN_RESUME, ImageError
 from hookx.images.decoding import size_from_header
 from hookx.images.retries import Retries
+from hookx.plan import RangeUse
 from hookx.run.children import NO_MEMORY, begin_decoding, how_it_ended
 from hookx.run.in_hand import InHand
 from hookx.run.reader import Decoded, Reader
@@ -98,7 +99,9 @@ def _ask_process(reader: Reader, position: int, timeout_seconds: float) -> _Answ
         return _Answer(exit_code=exit_code)
     kind, *values = torch.load(io.BytesIO(content), weights_only=True)
     if kind == "decoded":
-        return _Answer(decoded=Decoded(*values))
+        pixels_CHW, rotation_ignored, reason, failed_first, use = values
+        decoded = Decoded(pixels_CHW, rotation_ignored, reason, failed_first, use and RangeUse(*use))
+        return _Answer(decoded=decoded)
     return _Answer(error=values[0]) if kind == "error" else _Answer(size=values[0], exit_code=NO_MEMORY)
 
 
@@ -116,6 +119,7 @@ def _answer(
     try:
         decoded = reader.read(position, in_hand)
         answer = ("decoded", decoded.pixels_CHW, decoded.rotation_ignored, decoded.reason, decoded.failed_first)
+        answer += (decoded.range_use and tuple(decoded.range_use),)
     except ImageError as error:
         answer = ("error", str(error))
     except MemoryError:

@@ -18,7 +18,7 @@ from hookx.capture.failures import is_out_of_memory
 from hookx.capture.rows import RowCapture
 from hookx.errors import THEN_RESUME, HookxError, ImageError, one_line
 from hookx.images.decoding import model_input
-from hookx.plan import Plan, Preprocessing, ValueCounts
+from hookx.plan import Plan, Preprocessing, RangeCounts, ValueCounts
 from hookx.run.ready import out_of_memory
 from hookx.run.reuse import Reuse
 from hookx.run.selfcheck import SelfCheck
@@ -39,6 +39,7 @@ class Batch:
     reasons: dict[int, str] = field(default_factory=dict)  # position -> why it could not be read
     failed_first: str = ""  # why the system could not read one of them at the first try
     rotations_ignored: int = 0
+    ranges: RangeCounts = field(default_factory=RangeCounts)
     reading_seconds: float = 0.0
     nvjpeg_seconds: float = 0.0
     # Computed and written, by a lane.

@@ -46,6 +46,7 @@ def list_images_of(options: ExtractOptions) -> ImageList:
         key_column=options.key_column,
         columns=options.columns,
         label=options.label,
+        suffixes=options.suffix,
         choice=Choice(options.limit, options.sample, options.seed),
         retry_seconds=options.retry_for,
         unavailable_is_failure=options.on_io_error == "fail",
@@ -81,6 +82,7 @@ def absolute_sources(options: ExtractOptions) -> list[str]:
     how += [f"--key-column {options.key_column}"] if options.key_column is not None else []
     how += [f"--columns {','.join(options.columns)}"] if options.columns is not None else []
     how += [f"--label {options.label}"] if options.label is not None else []
+    how += [f"--suffix {','.join(options.suffix)}"] if options.suffix else []
     choice = str(Choice(options.limit, options.sample, options.seed))
     return [*map(_absolute, sources), *how, *filter(None, [choice])]
 

@@ -24,7 +24,7 @@ from hookx.run.listed import list_images_of, selectors_of
 from hookx.run.made import describe_process, kind_of
 from hookx.run.mended import as_begun, failing_shards
 from hookx.run.parts import Part, describe_part
-from hookx.run.ready import ReadyModel, ready_model
+from hookx.run.ready import ReadyModel, ready_model, try_loader
 from hookx.run.reuse import Reuse, plans_of, reuse_of
 from hookx.run.room import bytes_free, check_room
 from hookx.store.directory import begun_plan, check_resumable, finished_shards, present_shards
@@ -158,6 +158,8 @@ def prepare_listed(
         # What is copied is not computed: a pass ends with the last layer that some image lacks.
         targets = [target for target in selection.targets if str(target.address) in reuse.lacking]
         ready = dataclasses.replace(ready, selection=Selection(targets, selection.left_out))
+    if pending and not is_helper:
+        try_loader(ready, listed)
     ready = ready.settle() if pending and ready.selection.targets else ready
     job = Job(options, out, plan, ready, listed, workers, pending, then_bytes, begun, replaced, reuse)
     if not is_helper:

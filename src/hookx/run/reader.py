@@ -14,9 +14,10 @@ from hookx.images.decoding import decode, failure_reason
 from hookx.images.fetching import fetch
 from hookx.images.files import File
 from hookx.images.listing import ImageList
+from hookx.images.loaders import Loader
 from hookx.images.retries import Retries, UnavailableError
 from hookx.options import RETRY_SECONDS
-from hookx.plan import Preprocessing
+from hookx.plan import Preprocessing, RangeUse
 from hookx.run.in_hand import InHand, interruptible
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Decoded:
     rotation_ignored: bool = False
     reason: str = ""
     failed_first: str = ""  # what the system said at the first try, if a later one succeeded
+    range_use: RangeUse | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +44,7 @@ class Reader:
     transform: Callable[[Image], Tensor] | None = None
     retry_seconds: float = RETRY_SECONDS
     unavailable_is_failure: bool = False
+    loader: Loader | None = None
 
     def read(self, position: int, in_hand: InHand) -> Decoded:
         """Decode the image at a position of the list.
@@ -58,8 +61,8 @@ class Reader:
                 with interruptible():
                     here = fetch(file, listed_bytes)
                 with in_hand.holding(position):
-                    pixels_CHW, rotation_ignored = decode(here, self.preprocessing, listed_bytes, self.transform)
-                return Decoded(pixels_CHW, rotation_ignored, failed_first=failed_first)
+                    pixels_CHW, noticed = decode(here, self.preprocessing, listed_bytes, self.transform, self.loader)
+                return Decoded(pixels_CHW, noticed.rotation_ignored, "", failed_first, noticed.range_use)
             except MemoryError:
                 raise
             except UnavailableError as error:

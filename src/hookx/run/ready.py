@@ -18,8 +18,10 @@ from hookx.capture.probe import example_images, probe
 from hookx.capture.runner import MEMORY_FORMATS, Runner, module_classes, modules_of
 from hookx.capture.settle import settle
 from hookx.capture.state import Settled
-from hookx.errors import CaptureError, HookxError, UsageError, one_line
-from hookx.images.decoding import check_decoding
+from hookx.errors import CaptureError, HookxError, ModelError, UsageError, one_line
+from hookx.images.decoding import check_decoding, decode
+from hookx.images.listing import ImageList
+from hookx.images.loaders import WrongResultError
 from hookx.layers.select import Layer, Selection, Selector, Target, matched_paths, select
 from hookx.models import LoadedModel, forget_skeletons, load_model, release_models, skeleton
 from hookx.options import ExtractOptions, PreprocessingOptions, VisualizeOptions
@@ -27,6 +29,7 @@ from hookx.plan import Preprocessing
 from hookx.run.defaults import check_precision, choose_device, choose_memory_format, device_name
 
 log = logging.getLogger("hookx")
+_MAX_IMAGES_TRIED = 3  # by a loader, until one can be read
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def _ready_model(
 ) -> ReadyModel:
     device = choose_device(options.device)
     bare = skeleton(model, weights, options)
-    preprocessing = _override(bare.preprocessing, options)
+    preprocessing = _override(bare, options)
     check_decoding(preprocessing, device)
     check_precision(options.precision, device)
     paths = matched_paths(selectors, module_classes(bare.module), model)
@@ -240,8 +243,9 @@ def _is_within(path: str, paths: Iterable[str]) -> bool:
     return any(other in (path, ".") or path.startswith(f"{other}.") for other in paths)
 
 
-def _override(preprocessing: Preprocessing, options: PreprocessingOptions) -> Preprocessing:
+def _override(model: LoadedModel, options: PreprocessingOptions) -> Preprocessing:
     """Return the preprocessing of the weights, changed as the user asks."""
+    preprocessing = model.preprocessing
     asked: dict[str, Any] = {
         "resize_px": options.resize,
         "crop_px": options.crop,
@@ -255,13 +259,52 @@ def _override(preprocessing: Preprocessing, options: PreprocessingOptions) -> Pr
             f"this model has its own preprocessing ({preprocessing}), which no option can change",
             "leave out --resize, --crop, --mean, --std, --interpolation and --decode",
         )
-    changed = dataclasses.replace(preprocessing, **asked, exif=options.exif, decode=options.decode)
+    changed = dataclasses.replace(
+        preprocessing, **asked, exif=options.exif, decode=options.decode, grey_range=str(options.grey_range)
+    )
+    _check_channels(model, changed)
     if changed.crop_px > changed.resize_px:
         raise UsageError(
             f"--crop {changed.crop_px} is larger than --resize {changed.resize_px}",
             "give both: --resize 256 --crop 224",
         )
     return changed
+
+
+def _check_channels(model: LoadedModel, preprocessing: Preprocessing) -> None:
+    """Raise `UsageError` unless the images have the model's channels, and there is a mean and a deviation for each."""
+    if preprocessing.loader and preprocessing.decode != "exact":
+        raise UsageError(f"--decode {preprocessing.decode} and --loader exclude each other", "leave one of them out")
+    if preprocessing.custom:
+        return
+    mean, std = len(preprocessing.mean), len(preprocessing.std)
+    channels = model.channels or (mean if preprocessing.loader else 3)
+    if channels != 3 and not preprocessing.loader:
+        raise UsageError(
+            f"{model.name} takes {channels} channels, and images have the 3 of RGB",
+            "read them with a function of your own: --loader file.py:function",
+        )
+    if not mean == std == channels:
+        raise UsageError(
+            f"there are {mean} means and {std} deviations for {channels} channels",
+            f"give as many of each as {model.name} takes: --mean and --std with {channels} numbers",
+        )
+
+
+def try_loader(ready: ReadyModel, images: ImageList) -> None:
+    """Raise `ModelError` if a loader of the user's own returns what is not an image; a bad file is not its fault."""
+    loaded = ready.loaded
+    if loaded.loader is None:
+        return
+    for position in range(min(_MAX_IMAGES_TRIED, len(images))):
+        try:
+            decode(images.files[position], ready.preprocessing, None, loaded.transform, loaded.loader)
+            return
+        except WrongResultError as error:
+            name = ready.preprocessing.loader.partition(" sha256:")[0]
+            raise ModelError(f"--loader {name}: {error}", f"it read '{images.keys[position]}'") from None
+        except Exception:  # Whatever is wrong with a file, the run finds as well, and reports.
+            log.debug("the loader cannot read '%s'", images.keys[position])
 
 
 def out_of_memory(images_at_once: int, error: Exception) -> HookxError:

@@ -17,7 +17,7 @@ from hookx.errors import ImageError, OtherRunError, UsageError
 from hookx.images.files import first_with_query
 from hookx.images.mapped import write_list
 from hookx.options import ExtractOptions
-from hookx.plan import Shard
+from hookx.plan import RangeCounts, Shard
 from hookx.run.defaults import device_name, single_threaded
 from hookx.run.lane import Lane, to_input
 from hookx.run.listed import LIST, absolute_sources, list_images_of
@@ -151,6 +151,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
             # A process that is not forked has inherited nothing of the writer, which cannot be pickled either.
             in_worker=functools.partial(_release, directory, writer) if job.workers_compute else directory.release,
             transform=ready.loaded.transform,
+            loader=ready.loaded.loader,
             lane=lane if job.workers_compute else None,
             is_copied=job.reuse.is_whole if job.reuse is not None else None,
             device=job.device,
@@ -161,7 +162,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
             for shard in job.pending:
                 record = ShardRecord(sizes_bytes=list(job.then_bytes[shard.start : shard.stop]))
                 record.self_checked, copied = 0 if lane.check else None, 0
-                written = []
+                written, ranges = [], RangeCounts()
                 for positions in shard.batches(plan.batch_size):
                     writer.check()
                     batch = next(computed)
@@ -174,6 +175,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
                     record.rotations_ignored += batch.rotations_ignored
                     record.counts.add(batch.counts)
                     copied += batch.copied
+                    ranges.add(batch.ranges)
                     if record.self_checked is not None:
                         record.self_checked += batch.self_checked
                     timing.reading += batch.reading_seconds
@@ -185,6 +187,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
                     lane.finish()
                 record.counts.add(capture.take_counts())
                 record.made = {**made, "batch_size": lane.images_at_once, **({"reused": copied} if copied else {})}
+                record.ranges = ranges or None
                 mended = mended_in(shard, job.images, job.then_bytes)
                 record.mended = {key: mended[key] for key in record.keys if key in mended} or None
                 if shard.number in job.replaced:

@@ -106,6 +106,7 @@ class Summary:
     chosen = _derive(lambda summary: summary.remarks.chosen)  # the options that left images out
     rotations_ignored = _derive(lambda summary: summary.totals.rotations_ignored)
     reused = _derive(lambda summary: summary.totals.reused)  # activations that were copied from other runs
+    ranges = _derive(lambda summary: summary.totals.ranges)  # images that use little of theirs, or go beyond it
     counts = _derive(lambda summary: summary.totals.counts)
     # Rows that were computed again in other company, and are the same; None if the run did not check itself.
     self_checked = _derive(lambda summary: summary.totals.self_checked)

@@ -111,6 +111,8 @@ class Worker(IterableDataset[Batch]):
                 decoded = self.known.get(position) or self._read(position)
                 batch.failed_first = batch.failed_first or decoded.failed_first
                 batch.rotations_ignored += decoded.rotation_ignored
+                if decoded.range_use is not None:
+                    batch.ranges.add_image(position, decoded.range_use)
                 if decoded.pixels_CHW is None:
                     batch.reasons[position] = decoded.reason
                 elif decoded.pixels_CHW.ndim == 1:

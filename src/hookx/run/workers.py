@@ -19,6 +19,7 @@ from torch import Tensor
 from hookx.errors import THEN_RESUME, ImageError, one_line, system_failure
 from hookx.images.decoding import known_formats
 from hookx.images.listing import ImageList
+from hookx.images.loaders import Loader
 from hookx.images.retries import Retries
 from hookx.options import RETRY_SECONDS
 from hookx.plan import Preprocessing
@@ -54,6 +55,7 @@ def batches(
     pin_memory: bool = False,
     in_worker: Callable[[], None] = lambda: None,
     transform: Callable[[Image], Tensor] | None = None,
+    loader: Loader | None = None,
     lane: Lane | None = None,
     is_copied: Callable[[int], bool] | None = None,
     device: torch.device = _CPU,
@@ -70,6 +72,7 @@ def batches(
         unavailable_is_failure: what cannot be read in that time is a failure of the image, and no error.
         in_worker: runs in each worker before its first batch.
         transform: a model's own preprocessing, in place of what `preprocessing` says.
+        loader: the user's own, in place of Pillow.
         lane: what each worker runs its batches through; they come without pixels then, but written.
         is_copied: says by its position whether an image is copied from another run, and so not read.
         device: where nvjpeg decodes, if the preprocessing says so; the pixels are there then.
@@ -78,7 +81,7 @@ def batches(
         ImageError: (while iterating) the system cannot read an image, or workers crash and no image is to blame.
         HookxError: the system cannot start the workers; or (while iterating) whatever stopped a lane.
     """
-    reader = Reader(images, preprocessing, transform, retry_seconds, unavailable_is_failure)
+    reader = Reader(images, preprocessing, transform, retry_seconds, unavailable_is_failure, loader)
     known: dict[int, Decoded] = {}  # what became of images that were read alone
 
     def start(first: int, workers: int) -> Processes:
@@ -132,6 +135,7 @@ def batches(
         ):
             for batch in decoded:
                 batch.keys = [images.keys[position] for position in batch.positions if position not in batch.reasons]
+                batch.ranges = batch.ranges.named(images.keys)
                 batch.failures = [(images.keys[position], reason) for position, reason in batch.reasons.items()]
                 yield batch
 

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from hookx.errors import ShardError
-from hookx.plan import DTYPES, FORMAT, Plan, Shard, ValueCounts
+from hookx.plan import DTYPES, FORMAT, Plan, RangeCounts, Shard, ValueCounts, are_range_counts
 from hookx.store.crc import crc32
 from hookx.store.format import open_shard
 from hookx.store.location import Location
@@ -32,6 +32,8 @@ class ShardRecord:
     self_checked: int | None = None
     # The size in bytes of images that could not be read at first and were changed until they could: key -> size.
     mended: dict[str, int] | None = None
+    # Images of more than 8 bits that use little of their range, or go beyond it; None if there are none.
+    ranges: RangeCounts | None = None
 
     @property
     def made_in_batches_of(self) -> int | None:
@@ -60,6 +62,7 @@ class Totals:
     failures: int = 0
     rotations_ignored: int = 0
     counts: ValueCounts = field(default_factory=ValueCounts)
+    ranges: RangeCounts = field(default_factory=RangeCounts)
     self_checked: int | None = None  # None if no shard was
     batch_size: int | None = None  # the most images that went through the model together, in the last shard
     reused: int = 0  # activations that were copied from other runs
@@ -69,6 +72,7 @@ class Totals:
         self.failures += len(record.failures)
         self.rotations_ignored += record.rotations_ignored
         self.counts.add(record.counts)
+        self.ranges.add(record.ranges or {})
         self.batch_size = record.made_in_batches_of or self.batch_size
         self.reused += record.reused
         if record.self_checked is not None:
@@ -152,8 +156,9 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "sizes_bytes": _list_of(_is_whole),
     "self_checked": _is_whole,
     "mended": _dict_of(_is_whole),
+    "ranges": are_range_counts,
 }
-_OPTIONAL = ("self_checked", "mended")  # absent from the shards of earlier versions
+_OPTIONAL = ("self_checked", "mended", "ranges")  # absent from the shards of earlier versions
 
 
 def _parse(metadata: Mapping[str, str]) -> ShardRecord:
@@ -166,4 +171,5 @@ def _parse(metadata: Mapping[str, str]) -> ShardRecord:
         if not fits(values[name]):
             raise ValueError(f"its record's {name} cannot be understood")
     values["failures"], values["counts"] = list(map(tuple, values["failures"])), ValueCounts(values["counts"])
+    values["ranges"] = RangeCounts(values.get("ranges", {})) or None
     return ShardRecord(**values)

@@ -45,8 +45,8 @@ def is_folder(path: str | bytes) -> bool:
 class Members:
     """The images of one archive, as they are found: their keys, and where they are."""
 
-    def __init__(self, prefix: bytes) -> None:
-        self._prefix = prefix
+    def __init__(self, prefix: bytes, is_image: Callable[[bytes], bool] = is_image) -> None:
+        self._prefix, self.is_image = prefix, is_image
         self.keys: list[bytes] = []
         self.places = array("q")
         self.not_taken = NotTaken()
@@ -54,7 +54,7 @@ class Members:
 
     def add(self, name: bytes, offset: int, stored_bytes: int, size_bytes: int) -> None:
         """Take a member that is an image by its name, and count another."""
-        if not is_image(name):
+        if not self.is_image(name):
             if is_sidecar(name) and not posixpath.basename(name).startswith(_MACOS_PREFIX):
                 self.sidecars.add(name, offset, stored_bytes, size_bytes)
             else:
@@ -153,7 +153,7 @@ class ArchiveSource:
     def _scan(self, prefix: bytes, look: Look) -> tuple[Members, Archive]:
         from hookx.images.sources import tars, zips  # They import this module.
 
-        path, members = shown_url(self.path), Members(prefix)
+        path, members = shown_url(self.path), Members(prefix, look.is_image)
         with self._opened(look) as (pread, size_bytes):
             check_not_compressed(os.fsencode(path), pread(8, 0))
             scan = tars.scan if self._kind == "tar" else zips.scan

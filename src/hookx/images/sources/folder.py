@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from hookx.images.sources.archive import ArchiveSource, is_folder
-from hookx.images.sources.kinds import archive_kind, check_not_compressed, is_compressed_tar, is_image, refuse_others
+from hookx.images.sources.kinds import archive_kind, check_not_compressed, is_compressed_tar, refuse_others
 from hookx.images.sources.source import Found, Look
 from hookx.images.sources.tables import FILE_NAME, TableSource
 
@@ -96,12 +96,12 @@ def _search(
             is_below = look.patiently("look at", entry.path, functools.partial(is_folder, entry.path))
         if is_below:
             yield from _search(entry.path, prefix + entry.name + b"/", (*above, identity), look, beside)
-        elif is_image(entry.name):
+        elif entry.name in METADATA:
+            beside.metadata.append(entry.path)
+        elif look.is_image(entry.name):
             keys.append(prefix + entry.name)
         elif archive_kind(entry.name) or is_compressed_tar(entry.name):
             beside.archives.append(entry.path)
-        elif entry.name in METADATA:
-            beside.metadata.append(entry.path)
         else:
             look.not_taken.add(entry.name)
     yield keys

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from hookx.errors import ImageError
 from hookx.images.files import ArchiveKind
+from hookx.images.plugins import EXTRA_SUFFIXES, INSTALL, plugin_suffixes
 
 # Folders and archives are searched for these; a file that is named explicitly may have any suffix.
 SUFFIXES = frozenset(
@@ -49,10 +51,17 @@ _REFUSED = {
 _SIGNS = frozenset(suffix[-3:].encode() for suffix in (*_REFUSED, ".tar", ".zip", *map(os.fsdecode, _TAR_SUFFIXES)))
 # What can be done about files that are not taken, by suffix.
 _HINTS = {
+    **dict.fromkeys(EXTRA_SUFFIXES, INSTALL),
     ".tar": "name it to read it",
     ".zip": "name it to read it",
-    ".heic": "convert it to .png",
-    ".heif": "convert it to .png",
+    **dict.fromkeys(
+        (
+            *(".dcm", ".dicom", ".nii", ".nii.gz", ".nrrd", ".mha", ".mhd", ".npy", ".npz", ".h5", ".hdf5", ".mat"),
+            *(".czi", ".nd2", ".lif", ".svs", ".ndpi", ".fits", ".fit", ".exr", ".hdr", ".nc"),
+            *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".rw2", ".orf"),
+        ),
+        "--loader",
+    ),
     **dict.fromkeys(_VIDEOS, "take its frames with ffmpeg"),
 }
 
@@ -103,6 +112,27 @@ def refuse_listed(paths: Iterable[bytes]) -> None:
         refuse_others(path)
 
 
+@functools.cache
+def _taken() -> frozenset[bytes]:
+    return ENCODED_SUFFIXES | frozenset(map(os.fsencode, plugin_suffixes()))
+
+
+def image_test(suffixes: Sequence[str] = ()) -> Callable[[bytes], bool]:
+    """Return what says whether a name is that of an image: by the usual suffixes, or these; '*': all but archives.
+
+    Example:
+        >>> is_scan = image_test([".dcm", ".nii.gz"])
+        >>> [is_scan(name) for name in (b"a.DCM", b"b/c.nii.gz", b"d.gz", b"e.png")], image_test("*")(b"e")
+        ([True, True, False, False], True)
+    """
+    if not suffixes:
+        return is_image
+    if "*" in suffixes:
+        return lambda name: archive_kind(name) is None
+    endings = tuple(map(os.fsencode, suffixes))
+    return lambda name: name.lower().endswith(endings)
+
+
 def is_image(name: bytes) -> bool:
     """Return whether a file or member counts as an image by its suffix.
 
@@ -111,7 +141,7 @@ def is_image(name: bytes) -> bool:
         [True, True, False, False, False]
     """
     dot = name.rfind(b".")
-    if name[dot:].lower() not in ENCODED_SUFFIXES or dot < 0:
+    if dot < 0 or name[dot:].lower() not in _taken():
         return False
     # A name that begins with its only dot has no suffix. `os.path.splitext` takes ten times as long for all others.
     return name[dot - 1 : dot] not in (b"", b"/", b".") or bool(os.path.splitext(name)[1])
@@ -122,10 +152,10 @@ class NotTaken:
 
     Example:
         >>> not_taken = NotTaken()
-        >>> for name in (b"a.HEIC", b"b.heic", b"notes.txt", b"Makefile"):
+        >>> for name in (b"a.MP4", b"b.mp4", b"notes.txt", b"Makefile"):
         ...     not_taken.add(name)
-        >>> not_taken.counts, describe_not_taken(not_taken.counts)[:44]
-        ({'.heic': 2, '.txt': 1, 'without suffix': 1}, '4 files not taken: 2 .heic (convert it to .p')
+        >>> not_taken.counts, describe_not_taken(not_taken.counts)[:37]
+        ({'.mp4': 2, '.txt': 1, 'without suffix': 1}, '4 files not taken: 2 .mp4 (take its f')
     """
 
     def __init__(self) -> None:
@@ -134,6 +164,8 @@ class NotTaken:
     def add(self, name: bytes) -> None:
         dot = name.rfind(b".")
         suffix = b"" if dot <= name.rfind(b"/") + 1 else name[dot:].lower()
+        if suffix == b".gz" and name.lower().endswith(b".nii.gz"):
+            suffix = b".nii.gz"
         if is_compressed_tar(name):
             suffix = next(suffix for suffix in _TAR_SUFFIXES if name.lower().endswith(suffix))
         self.add_kind(os.fsdecode(suffix) or "without suffix")

@@ -18,7 +18,6 @@ from hookx.images.sources.kinds import (
     archive_kind,
     check_not_compressed,
     is_compressed_tar,
-    is_image,
     refuse_others,
 )
 from hookx.images.sources.source import Found, Look, Source
@@ -40,7 +39,7 @@ def source_behind(url: str, look: Look) -> Source:
         )
     if is_prefix:
         return PrefixSource(url)
-    if address.can_be_listed and (_is_of_no_kind(plain) or not _is_there(url, look)):
+    if address.can_be_listed and (_is_of_no_kind(plain, look) or not _is_there(url, look)):
         if any(True for _ in walk(f"{url}/", look.retry_seconds)):
             return PrefixSource(f"{url}/")
         size_of(url, look.retry_seconds)  # which says that there is no such object either
@@ -49,9 +48,9 @@ def source_behind(url: str, look: Look) -> Source:
     return ArchiveSource(url) if archive_kind(os.fsencode(plain)) else RemoteFileSource(url)
 
 
-def _is_of_no_kind(url: str) -> bool:
+def _is_of_no_kind(url: str, look: Look) -> bool:
     name = os.fsencode(url)
-    return not (is_image(name) or archive_kind(name) or is_compressed_tar(name) or is_table(url))
+    return not (look.is_image(name) or archive_kind(name) or is_compressed_tar(name) or is_table(url))
 
 
 def _is_there(url: str, look: Look) -> bool:
@@ -95,7 +94,7 @@ class PrefixSource:
             key = os.fsencode(whole_key[start:])
             if not key or key.endswith(b"/"):
                 continue  # What stands for a folder in a store that has none.
-            if is_image(key) and b"\0" not in key:
+            if look.is_image(key) and b"\0" not in key:
                 keys.append(beginning + key)
                 places.fromlist([LOOSE, 0, size_bytes])
             elif archive_kind(key) or is_compressed_tar(key):

@@ -6,6 +6,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol, TypeVar
 
 from hookx.errors import ImageError
@@ -13,7 +14,7 @@ from hookx.images.addresses import is_url, shown_url
 from hookx.images.columns import Values
 from hookx.images.files import Archive
 from hookx.images.retries import Retries, reason_of
-from hookx.images.sources.kinds import NotTaken
+from hookx.images.sources.kinds import NotTaken, image_test
 
 THEN_AGAIN = "mend that, then run the same command again"
 NUMBERS_OF_A_MEMBER = 3  # its offset, the bytes that it takes in its archive, and its size
@@ -52,6 +53,7 @@ class Look:
         path_column: the column of tables that holds the paths; '' for one of the usual names.
         key_column: the column of tables that holds the keys; '' for keys that are paths.
         columns: the columns to take; None for all.
+        suffixes: those of images, '*' for all files; empty for those that Pillow reads.
         not_taken: counts what is there and is not an image.
         seen_columns: the names of the columns that there are.
     """
@@ -61,8 +63,14 @@ class Look:
     key_column: str = ""
     retry_seconds: float = 0.0
     columns: Sequence[str] | None = None
+    suffixes: Sequence[str] = ()
     not_taken: NotTaken = field(default_factory=NotTaken)
     seen_columns: set[str] = field(default_factory=set)
+
+    @cached_property
+    def is_image(self) -> Callable[[bytes], bool]:
+        """Says whether a file or a member counts as an image by its name."""
+        return image_test(self.suffixes)
 
     def begin_in(self, folder: str) -> tuple[bytes, bytes]:
         """Return the root of the files in a folder, and how their keys begin; '' is the working directory."""

@@ -12,7 +12,6 @@ import zlib
 from hookx.errors import ImageError
 from hookx.images.ranges import Pread, RangedFile
 from hookx.images.sources.archive import Members
-from hookx.images.sources.kinds import is_image
 
 _STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 _ENCRYPTED, _HAS_DESCRIPTOR, _IS_UTF8 = 1 << 0, 1 << 3, 1 << 11
@@ -41,7 +40,7 @@ def scan(pread: Pread, size_bytes: int, path: str, members: Members) -> None:
         if member.create_system == _UNIX and stat.S_ISLNK(member.external_attr >> 16):
             members.not_taken.add_kind("symbolic links")
             continue
-        if is_image(name):
+        if members.is_image(name):
             if member.flag_bits & _ENCRYPTED:
                 raise ImageError(f"'{path}' is encrypted", "unpack it with its password, and name the folder")
             if member.compress_type not in (_STORED, _DEFLATED):
