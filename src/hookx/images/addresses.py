@@ -123,12 +123,14 @@ def join_url(folder: str, path: str) -> str:
     """Return the URL of a path that something in a folder names.
 
     Example:
-        >>> join_url("s3://bucket/tables/", "../photos/a.jpg"), join_url("https://host/tables/", "/a.jpg")
-        ('s3://bucket/photos/a.jpg', 'https://host/a.jpg')
+        >>> join_url("s3://bucket/tables/", "../photos/a.jpg"), join_url("https://host/tables/", "/a#1.jpg")
+        ('s3://bucket/photos/a.jpg', 'https://host/a%231.jpg')
     """
     if is_url(os.fsencode(path)):
         return path
     address = parse_url(folder)
+    if address.scheme in _HTTP:
+        path = path.replace("#", "%23")  # It is the name of a file, which ends where the path does.
     root = folder.removesuffix(address.key)
     key = posixpath.normpath(posixpath.join("/", address.key, path)).lstrip("/")
     return f"{root if root.endswith('/') else root + '/'}{key}"
