@@ -185,7 +185,9 @@ def test_another_run_in_the_same_directory_is_an_error_that_says_what_differs(ra
     assert isinstance(error, StoreError)
     assert str(error) == (
         f"{ran.out}/ holds another run: layers differ (there: conv1, layer1, avgpool; "
-        "asked: conv1, layer1, avgpool, fc); choose another --out"
+        "asked: conv1, layer1, avgpool, fc); choose another --out\n"
+        "  to add what is new, and compute only that: the same command with --append\n"
+        f"  to copy its rows into another run: --reuse {ran.out}/ with another --out"
     )
 
 

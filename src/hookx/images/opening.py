@@ -8,12 +8,12 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from hookx.errors import ImageError, one_line
 from hookx.images.fetching import fetch
 from hookx.images.files import Fetched, File, Member, file_to_open
 from hookx.images.memory import allowed_bytes
+from hookx.images.ranges import RangedFile
 from hookx.images.retries import UnavailableError, is_of_the_file, is_of_the_system
 from hookx.images.rows import read_row
 from hookx.images.sources import zips
@@ -21,40 +21,6 @@ from hookx.images.unreadable import UnreadableError, check_size
 from hookx.images.watched import WatchedFile
 
 _BLOCK_BYTES = 2**20
-
-
-class _Stretch(io.RawIOBase):
-    """The bytes of an archive from an offset on; it has no descriptor, with which a library would read others."""
-
-    def __init__(self, whole: WatchedFile, offset: int, size_bytes: int) -> None:
-        self._whole, self._offset, self._size_bytes, self._position = whole, offset, size_bytes, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size_bytes}[whence]
-        if start + offset < 0:
-            raise ValueError(f"negative seek position {start + offset}")
-        self._position = start + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        count = min(len(buffer), max(0, self._size_bytes - self._position))
-        try:
-            content = os.pread(self._whole.fileno(), count, self._offset + self._position)
-        except OSError as error:
-            self._whole.error = error
-            raise
-        buffer[: len(content)] = content
-        self._position += len(content)
-        return len(content)
 
 
 class Content(io.BufferedReader):
@@ -121,7 +87,7 @@ def _content_of(file: str | Member, raw: WatchedFile, file_bytes: int, listed_by
         )
     if file.archive.kind == "tar":
         check_size(file.stored_bytes, listed_bytes)
-        return Content(_Stretch(raw, file.offset, file.stored_bytes))
+        return Content(RangedFile(functools.partial(_read_at, raw, file.offset), file.stored_bytes))
     if file.archive.kind == "parquet":
         try:
             content = read_row(file.archive, file.offset)
@@ -136,3 +102,12 @@ def _content_of(file: str | Member, raw: WatchedFile, file_bytes: int, listed_by
         raise UnreadableError(f"damaged in its archive: {error}") from None
     check_size(len(content), listed_bytes)
     return Content(io.BytesIO(content))
+
+
+def _read_at(raw: WatchedFile, start: int, count: int, offset: int) -> bytes:
+    """Read from a place in an open archive; a library that is given no descriptor reads nothing beside it."""
+    try:
+        return os.pread(raw.fileno(), count, start + offset)
+    except OSError as error:
+        raw.error = error
+        raise

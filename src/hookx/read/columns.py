@@ -28,7 +28,7 @@ class Columns(Mapping[str, NDArray[Any]]):
         ...     features = hookx.open(out)
         ...     labels = features.columns["label"]
         >>> list(features.columns), labels[:3]
-        (['label'], array(['animals', 'people', 'sky'], dtype=object))
+        (['label'], array(['animals', 'people', 'people'], dtype=object))
     """
 
     def __init__(self, rows: RowIndex) -> None:
