@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -31,7 +30,6 @@ from hookx.store.swap import recover, take_place
 if TYPE_CHECKING:
     from hookx.launch.extract import Begun
 
-log = logging.getLogger("hookx")
 Begin = Callable[[ExtractOptions, ImageList], AbstractContextManager["Begun"]]
 
 

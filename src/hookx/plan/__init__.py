@@ -2,7 +2,7 @@
 
 from hookx.plan.counts import KINDS, ValueCounts
 from hookx.plan.grey import RangeCounts, RangeUse, are_range_counts
-from hookx.plan.plan import DTYPES, FORMAT, LayerSpec, Plan, Shard, Shards, images_per_shard
+from hookx.plan.plan import DTYPES, FORMAT, OF_THE_IMAGES, LayerSpec, Plan, Shard, Shards, images_per_shard
 from hookx.plan.preprocessing import IMAGENET, Preprocessing
 from hookx.plan.weights import WeightsIdentity, describe_arguments
 
@@ -11,6 +11,7 @@ __all__ = [
     "FORMAT",
     "IMAGENET",
     "KINDS",
+    "OF_THE_IMAGES",
     "LayerSpec",
     "Plan",
     "Preprocessing",

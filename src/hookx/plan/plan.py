@@ -7,7 +7,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, get_args, get_origin, get_type_hints
@@ -27,6 +27,7 @@ _FIELDS = {
     "images_per_shard": "images per shard",
     "precision": "precisions",
 }
+OF_THE_IMAGES = ("image_count", "images_sha256", "images_per_shard")  # fields that follow from which images there are
 _UNCOVERED = ("batch_size", "notes", "hardware")  # by the fingerprint
 # Fields of the preprocessing that are left out at these values, so that plans from before them keep their fingerprints.
 _OMITTED = {"custom": "", "decode": "exact", "grey_range": "full", "loader": ""}
@@ -252,11 +253,15 @@ class Plan:
             if not is_possible:
                 raise StoreError(f"plan.json describes an impossible run: check its {name}")
 
-    def differences(self, asked: Plan) -> list[str]:
-        """Describe what another plan would change, one phrase a field: 'layers differ (there: ...; asked: ...)'."""
+    def differences(self, asked: Plan, but: Collection[str] = ()) -> list[str]:
+        """Describe what another plan would change, one phrase a field: 'layers differ (there: ...; asked: ...)'.
+
+        Args:
+            but: fields that may differ.
+        """
         phrases = []
         for name, there in self.identity.items():
-            if there != (other := asked.identity[name]):
+            if name not in but and there != (other := asked.identity[name]):
                 shown = [_format(name, value) for value in _only_differing(there, other)]
                 if name == "layers" and shown[0] == shown[1]:
                     shown = [_format(name, value, "{address} {shape} {dtype}") for value in (there, other)]

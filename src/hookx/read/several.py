@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hookx.errors import StoreError, UsageError
 from hookx.keys import Keys, images_sha256
-from hookx.plan import Plan
+from hookx.plan import OF_THE_IMAGES, Plan
 from hookx.read.activations import Positions, RowIndex
 from hookx.read.columns import Columns
 from hookx.store.columns import Kind
@@ -72,13 +72,7 @@ def _numbered(run: Features, number: int) -> Iterator[tuple[bytes, int]]:
 
 
 def _check_alike(first: Features, other: Features) -> None:
-    as_first = replace(
-        other.plan,
-        image_count=first.plan.image_count,
-        images_sha256=first.plan.images_sha256,
-        images_per_shard=first.plan.images_per_shard,
-    )
-    if differences := first.plan.differences(as_first):
+    if differences := first.plan.differences(other.plan, but=OF_THE_IMAGES):
         raise StoreError(
             f"{first.path}/ and {other.path}/ cannot be read as one: {'; '.join(differences)}",
             "hookx.join aligns the rows of different runs of the same images",

@@ -8,12 +8,12 @@ from hookx.errors import OtherRunError
 from hookx.images.listing import ImageList
 from hookx.keys import key_bytes
 from hookx.plan import Plan
+from hookx.run.reuse import MAY_GROW
 from hookx.store.directory import present_shards
 from hookx.store.location import Location
 from hookx.store.record import read_record
 
 _SHOWN = 3
-_MAY_GROW = ("layers", "image_count", "images_sha256", "images_per_shard")
 
 
 @dataclass
@@ -47,8 +47,7 @@ class Growth:
         for shard in present_shards(path, there):
             record = read_record(path, there, shard)
             mended = record.mended or {}
-            keys = sorted([*record.keys, *(key for key, _ in record.failures)], key=key_bytes)
-            for key, size_bytes in zip(keys, record.sizes_bytes, strict=True):
+            for key, size_bytes in zip(record.keys_of_images, record.sizes_bytes, strict=True):
                 encoded = key_bytes(key)
                 while position < len(images) and images.keys.encoded(position) < encoded:
                     growth.new.add(images.keys[position])
@@ -82,12 +81,10 @@ class Growth:
 
 def explain(error: OtherRunError, path: Location, plan: Plan, there: Plan | None, images: ImageList) -> OtherRunError:
     """Return the error for a directory that holds another run, with what is new and how to compute only that."""
-    if there is None:  # Another process has begun it since.
+    if there is None or there.differences(plan, but=MAY_GROW):  # None: another process has begun it since.
         return error
-    differing = {name for name, value in there.identity.items() if value != plan.identity[name]}
-    if not differing <= {*_MAY_GROW}:
-        return error
-    growth = Growth.between(path, there, images) if "images_sha256" in differing else Growth()
+    has_other_images = there.images_sha256 != plan.images_sha256
+    growth = Growth.between(path, there, images) if has_other_images else Growth()
     is_longer = {layer.address for layer in there.layers} <= {layer.address for layer in plan.layers}
     steps = [f"to copy its rows into another run: --reuse {path}/ with another --out"]
     if is_longer and not growth.gone.count and not growth.changed.count:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from hookx.errors import ImageError
 from hookx.images.listing import ImageList
-from hookx.keys import images_sha256, key_bytes
+from hookx.keys import images_sha256
 from hookx.plan import Plan, Shard
 from hookx.store.directory import present_shards
 from hookx.store.location import Location
@@ -42,8 +42,7 @@ def as_begun(out: Location, begun: Plan | None, plan: Plan, images: ImageList) -
 def _changed(record: ShardRecord, images: ImageList) -> Iterator[tuple[str, int]]:
     """Yield what may have changed since the run was begun, and the size that it had."""
     mended, failed = record.mended or {}, {key for key, _ in record.failures}
-    keys = sorted([*record.keys, *failed], key=key_bytes)
-    for key, then_bytes in zip(keys, record.sizes_bytes, strict=False):
+    for key, then_bytes in zip(record.keys_of_images, record.sizes_bytes, strict=False):
         is_as_mended = key in mended and key in images.keys
         if is_as_mended and images.sizes_bytes[images.keys.index(key)] != mended[key]:
             continue  # It was changed again after it was read.

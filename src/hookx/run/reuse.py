@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from hookx.errors import StoreError, UsageError
 from hookx.images.listing import ImageList
 from hookx.keys import key_bytes
-from hookx.plan import LayerSpec, Plan, Shard
+from hookx.plan import OF_THE_IMAGES, LayerSpec, Plan, Shard
 from hookx.store.directory import present_shards, read_plan
 from hookx.store.format import checksum_in_file, open_shard
 from hookx.store.location import Location, location_of
@@ -24,6 +24,7 @@ from hookx.store.record import ShardRecord, read_record
 from hookx.store.shard_rows import ShardRows
 
 log = logging.getLogger("hookx")
+MAY_GROW = ("layers", *OF_THE_IMAGES)  # fields of a plan that may differ where rows are copied
 _NONE = -1  # in place of a row
 _MAX_OPEN = 64  # tensors of shards, in each process
 
@@ -35,14 +36,7 @@ def plans_of(paths: Sequence[str | os.PathLike[str]]) -> list[tuple[Location, Pl
 
 def check_alike(path: Location, there: Plan, plan: Plan) -> None:
     """Raise `UsageError` if two plans differ in more than their images and their layers."""
-    as_there = replace(
-        plan,
-        layers=there.layers,
-        image_count=there.image_count,
-        images_sha256=there.images_sha256,
-        images_per_shard=there.images_per_shard,
-    )
-    if differences := there.differences(as_there):
+    if differences := there.differences(plan, but=MAY_GROW):
         raise UsageError(
             f"{path}/ holds rows of another kind: {'; '.join(differences)}",
             "only runs that agree in all but their images and their layers can be reused, or appended to",
@@ -90,8 +84,7 @@ class Other:
 def sizes_of_rows(record: ShardRecord) -> Iterator[tuple[bytes, int]]:
     """Yield the key of every row, and the size in bytes of the image that it was computed from."""
     failed, mended = {key for key, _ in record.failures}, record.mended or {}
-    keys = sorted([*record.keys, *failed], key=key_bytes)
-    for key, size_bytes in zip(keys, record.sizes_bytes, strict=True):
+    for key, size_bytes in zip(record.keys_of_images, record.sizes_bytes, strict=True):
         if key not in failed:
             yield key_bytes(key), mended.get(key, size_bytes)
 

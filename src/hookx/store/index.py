@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from hookx.errors import UnreadableError
-from hookx.keys import key_bytes
 from hookx.plan import Plan, Shard
 from hookx.store.columns import StoredColumns, Value, free_names, open_columns
 from hookx.store.files import is_there, open_file, remove, report_read_errors, report_write_errors, sizes_in, whole_file
@@ -123,8 +122,7 @@ def _values_of_rows(shard: Shard, record: ShardRecord, columns: StoredColumns) -
     if not record.failures:
         return images
     failed = {key for key, _ in record.failures}
-    keys = sorted([*record.keys, *failed], key=key_bytes)
-    return itertools.compress(images, [key not in failed for key in keys])
+    return itertools.compress(images, [key not in failed for key in record.keys_of_images])
 
 
 def read_shard_table(path: Location, plan: Plan) -> ShardTable | None:

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from hookx.errors import ShardError
+from hookx.keys import key_bytes
 from hookx.plan import DTYPES, FORMAT, Plan, RangeCounts, Shard, ValueCounts, are_range_counts
 from hookx.store.crc import crc32
 from hookx.store.format import open_shard
@@ -34,6 +35,11 @@ class ShardRecord:
     mended: dict[str, int] | None = None
     # Images of more than 8 bits that use little of their range, or go beyond it; None if there are none.
     ranges: RangeCounts | None = None
+
+    @property
+    def keys_of_images(self) -> list[str]:
+        """The keys of all listed images, those of rows and those of failures, in order, as `sizes_bytes` has them."""
+        return sorted([*self.keys, *(key for key, _ in self.failures)], key=key_bytes)
 
     @property
     def made_in_batches_of(self) -> int | None:
