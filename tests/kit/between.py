@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 from kit.s3 import Store
+from kit.serving import serving
 
 
 @dataclass
@@ -96,11 +97,5 @@ def between(store: Store) -> Iterator[Between]:
     endpoint = f"http://127.0.0.1:{server.server_address[1]}"
     environment = store.environment | {"AWS_ENDPOINT_URL": endpoint}
     state = Between(replace(store, endpoint=endpoint, environment=environment))
-    serving = threading.Thread(target=server.serve_forever, daemon=True)
-    serving.start()
-    try:
+    with serving(server):
         yield state
-    finally:
-        server.shutdown()
-        server.server_close()
-        serving.join()

@@ -16,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from kit.serving import serving
+
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
 
@@ -148,11 +150,5 @@ def web(folder: Path) -> Iterator[Web]:
 
     server = Server(("127.0.0.1", 0), Handler)
     state = Web(f"http://127.0.0.1:{server.server_port}/")
-    serving = threading.Thread(target=server.serve_forever, daemon=True)
-    serving.start()
-    try:
+    with serving(server):
         yield state
-    finally:
-        server.shutdown()
-        server.server_close()
-        serving.join()
