@@ -22,11 +22,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gpu_check.step import STEPS, Step
+from gpu_check.step import CORES, STEPS, Step
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 ROOT = SCRIPTS.parent
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # Modules by the name of their package, where the two differ. zlib-ng is left out: hookx does without it.
 REQUIRED = {

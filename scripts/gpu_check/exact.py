@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 import torch
 from torch import nn
 
-from gpu_check.step import Report, Settings
+from gpu_check.step import CORES, Report, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,7 +51,7 @@ FAMILIES = {
 PRECISIONS = ("fp32", "bf16", "tf32", "fp16")
 FORMATS = ("contiguous", "channels_last")
 QUICK = ("resnet18", "squeezenet1_1")
-PROCESSES = 6
+PROCESSES = max(1, CORES - 1)
 
 
 # --- tests ---------------------------------------------------------------------------------------------------------

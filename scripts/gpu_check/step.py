@@ -19,6 +19,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 
 @dataclass(frozen=True)
 class Step:
@@ -42,15 +44,6 @@ STEPS = [
         "gpu_check.exact",
         group=1,
         processes=4,
-        least_seconds=20,
-        most_seconds=150,
-    ),
-    Step(
-        "conformance",
-        "every activation of 22 models equals the model's own pass bit for bit: fp32, tf32, bf16, fp16, both formats",
-        "gpu_check.exact",
-        group=1,
-        processes=6,
         least_seconds=20,
         most_seconds=150,
     ),
@@ -110,10 +103,19 @@ STEPS = [
         most_seconds=90,
     ),
     Step(
+        "conformance",
+        "every activation of 22 models equals the model's own pass bit for bit: fp32, tf32, bf16, fp16, both formats",
+        "gpu_check.exact",
+        group=2,
+        processes=CORES,
+        least_seconds=20,
+        most_seconds=200,
+    ),
+    Step(
         "memory",
         "a full card halves the batch, says so, stores the same rows, and begins a later shard with the whole batch",
         "gpu_check.runs",
-        group=2,
+        group=3,
         processes=2,
         least_seconds=25,
         most_seconds=90,
@@ -123,8 +125,8 @@ STEPS = [
         "speed",
         "the speed goals, against a script by hand, torchvision's feature extractor and the limits of the machine",
         "gpu_check.speed",
-        group=3,
-        processes=16,
+        group=4,
+        processes=CORES,
         least_seconds=40,
         most_seconds=3600,
     ),

@@ -48,6 +48,7 @@ class SecondLook:
         # Measured by the probe, and by this process where that was too little.
         self._rounding = {str(target.address): target.tensor.rounding for target in targets}
         runner = capture.runner
+        self.device = runner.device
         dtypes = {getattr(torch, target.tensor.dtype) for target in targets}
         dtypes |= {parameter.dtype for parameter in runner.module.parameters()}
         floats = [dtype for dtype in (*dtypes, PRECISIONS[runner.precision]) if dtype and dtype.is_floating_point]

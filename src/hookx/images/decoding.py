@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -32,6 +31,7 @@ from hookx.images.loaders import Loader, load_own, resize_bands
 from hookx.images.memory import lacks_memory
 from hookx.images.opening import Content, open_image
 from hookx.images.plugins import register_plugins
+from hookx.images.resizing import resize_and_crop_all
 from hookx.images.retries import UnavailableError
 from hookx.images.rgb import to_rgb
 from hookx.images.unreadable import UnreadableError
@@ -54,7 +54,6 @@ _MAX_PIXELS = 178_956_970
 _MAX_REASON_LENGTH = 300  # characters
 
 _GPU_INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic")
-_MAX_PIXELS_RESIZED_AT_ONCE = 16 * 2**20  # in float32
 _NO_MEMORY_OF_NVJPEG = r"out of memory|failed: 5\b"  # its status 5 is NVJPEG_STATUS_ALLOCATOR_FAILURE
 _END_OF_JPEG = b"\xff\xd9"
 _BLOCK_BYTES = 2**20
@@ -248,18 +247,7 @@ def decode_jpegs(
         alone = [decode_jpegs([one], preprocessing, device) for one in encoded]
         failed = {number: errors[0] for number, (_, errors) in enumerate(alone) if errors}
         return torch.cat([pixels_NCHW for pixels_NCHW, _ in alone]), failed
-    by_size = defaultdict(list)
-    for number, picture_CHW in enumerate(pictures):
-        by_size[picture_CHW.shape].append(number)
-    # Channels are innermost, as in what Pillow decodes. A GPU resizes pictures of one size in one go.
-    pixels_NCHW = torch.empty(shape, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
-    for (_, height_px, width_px), same_size in by_size.items():
-        at_once = max(1, _MAX_PIXELS_RESIZED_AT_ONCE // (height_px * width_px))
-        for numbers in (same_size[start : start + at_once] for start in range(0, len(same_size), at_once)):
-            resized_NCHW = _resize_and_crop(torch.stack([pictures[number] for number in numbers]), preprocessing)
-            is_a_range = numbers[-1] - numbers[0] == len(numbers) - 1
-            pixels_NCHW[slice(numbers[0], numbers[-1] + 1) if is_a_range else numbers] = resized_NCHW
-    return pixels_NCHW, {}
+    return resize_and_crop_all(pictures, preprocessing), {}
 
 
 def check_decoding(preprocessing: Preprocessing, device: torch.device) -> None:
@@ -337,11 +325,19 @@ def model_input(pixels_NCHW: Tensor, preprocessing: Preprocessing) -> Tensor:
     batch, channels, height_px, width_px = pixels_NCHW.shape
     lines = pixels_NCHW.permute(0, 2, 3, 1).reshape(batch * height_px, -1).to(torch.float32)
     white, mean, std = (
-        torch.tensor(values, dtype=torch.float32, device=pixels_NCHW.device)
-        for values in (255.0, preprocessing.mean * width_px, preprocessing.std * width_px)
+        _line(values, width_px, pixels_NCHW.device) for values in ((255.0,), preprocessing.mean, preprocessing.std)
     )
     lines.div_(white).sub_(mean).div_(std)
     return lines.view(batch, height_px, width_px, channels).permute(0, 3, 1, 2)
+
+
+def _line(values: Sequence[float], width_px: int, device: torch.device) -> Tensor:
+    """Return float32 values for the channels of each pixel of a line; one for all of them has no dimension.
+
+    They are filled in on the device. To copy them there from a list would wait for all that a GPU still computes.
+    """
+    filled = [torch.full((), value, dtype=torch.float32, device=device) for value in values]
+    return torch.stack(filled).repeat(width_px) if len(filled) > 1 else filled[0]
 
 
 def _resize_and_crop(picture: _Picture, preprocessing: Preprocessing) -> _Picture:

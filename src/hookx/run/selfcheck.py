@@ -123,8 +123,10 @@ class SelfCheck:
         Raises:
             CaptureError: a row depends on other images, or on what ran before it.
         """
-        batch = [
-            _Image(
+
+        def image_at(number: int) -> _Image:
+            part = next(part for part in parts if number in part)
+            return _Image(
                 key=self._keys[readable[number]],
                 pixels_CHW=pixels_NCHW[number],
                 rows={address: of_batch[number] for address, of_batch in rows.items()},
@@ -132,26 +134,23 @@ class SelfCheck:
                 batch_NCHW=pixels_NCHW[part.start : part.stop],
                 place=number - part.start,
             )
-            for part in parts
-            for number in part
-        ]
+
         others = [] if self._oldest is None else [self._oldest]
         if self._oldest is None:
-            self._oldest = _detach(batch[0])
+            self._oldest = _detach(image_at(0))
         if positions.start not in self._starts:
             return 0
-        last = len(batch) - 1
-        # Any other than the last, if there is one.
-        brightest = int(pixels_NCHW[:last].flatten(1).mean(1, dtype=torch.float32).argmax()) if last else 0
-        together = [batch[last], *others, *([batch[brightest]] if last else [])]
+        last = len(readable) - 1
+        brightest = self._find_brightest(pixels_NCHW[:last]) if last else 0  # of those but the last, if there are any
+        together = [image_at(last), *others, *([image_at(brightest)] if last else [])]
         for start in range(0, len(together), images_at_once):
             self._compute_again(together[start : start + images_at_once])
         checked = {last, brightest}
         if others:
             self._images_since = 0
         if positions.start == min(self._starts):
-            alone = min(set(range(len(batch))) - checked, default=last)
-            self._compute_again([batch[alone]])
+            alone = min(set(range(len(readable))) - checked, default=last)
+            self._compute_again([image_at(alone)])
             checked.add(alone)
         return len(checked)
 
@@ -160,6 +159,11 @@ class SelfCheck:
         is_small_run = self._plan.image_count < _SMALL_RUN_IMAGES
         if self._oldest is not None and self._images_since >= (1 if is_small_run else _IMAGES_PER_REPETITION):
             self._compute_again([self._oldest])
+
+    def _find_brightest(self, pixels_NCHW: Tensor) -> int:
+        # Beside a GPU, every core decodes images.
+        pixels_NCHW = pixels_NCHW.to(self._look.device, non_blocking=True)
+        return int(pixels_NCHW.flatten(1).mean(1, dtype=torch.float32).argmax())
 
     def _compute_again(self, images: list[_Image]) -> None:
         input_NCHW = self._to_input(torch.stack([image.pixels_CHW for image in images]))
