@@ -61,7 +61,7 @@ def outcomes_of(some: Iterator[Batch]) -> dict[str, Outcome]:
     """Collect the outcome of every key, and see that no key has two."""
     outcomes: dict[str, Outcome] = {}
     for batch in some:
-        rows = [] if batch.pixels_NCHW is None else list(batch.pixels_NCHW)
+        rows = [] if batch.pixels_NCHW is None else list(batch.pixels_NCHW.clone())  # The memory is used again.
         pairs: list[tuple[str, Outcome]] = [*zip(batch.keys, rows, strict=True), *batch.failures]
         for key, outcome in pairs:
             assert key not in outcomes
@@ -654,8 +654,13 @@ def test_a_lack_of_shared_memory_is_an_error_and_not_a_failure_of_an_image(tmp_p
     def little_memory() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # What is shared is a file in memory.
 
+    def large_pixels(_: Image.Image) -> Tensor:
+        return torch.zeros(3, SMALL.crop_px, SMALL.crop_px, dtype=torch.float64)
+
     images = folder_of(tmp_path, 8, {})
-    some = batches(images, cut(8, 4), SMALL, workers=1, in_worker=little_memory)
+    # Usual pixels lie in memory that was asked for before, whatever /dev/shm holds.
+    assert sum(len(batch.keys) for batch in batches(images, cut(8, 4), SMALL, workers=1, in_worker=little_memory)) == 8
+    some = batches(images, cut(8, 4), SMALL, workers=1, in_worker=little_memory, transform=large_pixels)
     with no_longer_than(20), pytest.raises(ImageError, match=r"no shared memory for a batch: .*\n.*--shm-size"):
         list(some)
 

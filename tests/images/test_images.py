@@ -40,6 +40,7 @@ from hookx.keys import Keys, images_sha256
 from hookx.plan import Preprocessing, Shard
 from hookx.run.lane import Batch
 from hookx.run.workers import batches
+from kit.kept import kept
 from kit.pictures import CHELSEA, PHOTOGRAPHS, PLAIN, SMALL, UPRIGHT, four_by_four, no_longer_than, process_ids
 from kit.second_route import input_of
 
@@ -593,7 +594,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> ImageList:
 
 
 def collected(images: ImageList, positions: list[range], workers: int) -> list[Batch]:
-    return list(batches(images, positions, SMALL, workers=workers))
+    return kept(batches(images, positions, SMALL, workers=workers))
 
 
 def same_pixels(one: Tensor | None, other: Tensor | None) -> bool:
@@ -680,7 +681,7 @@ def test_the_handler_of_a_callers_child_processes_stays_the_callers(mixture: Ima
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_for_a_gpu_lie_in_pinned_memory(mixture: ImageList) -> None:
-    some = list(batches(mixture, [range(4), range(9, 12)], SMALL, workers=1, pin_memory=True))
+    some = list(batches(mixture, [range(4), range(9, 12)], SMALL, workers=1))
     assert some[0].pixels_NCHW is not None and some[0].pixels_NCHW.is_pinned()
     assert some[1].pixels_NCHW is None
 

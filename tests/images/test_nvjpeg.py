@@ -12,20 +12,24 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F  # noqa: N812 - its own documentation's name
 
 from hookx.errors import UsageError
-from hookx.images import decoding
+from hookx.images import decoding, resizing
 from hookx.images.decoding import check_decoding, decode, decode_jpegs, failure_reason
 from hookx.images.listing import list_images
 from hookx.plan import Preprocessing
 from hookx.run.lane import Batch
 from hookx.run.prepare import prepare
 from hookx.run.workers import batches
+from kit.kept import kept
 
 CPU = torch.device("cpu")
 EXACT = Preprocessing(72, 64, (0.5,) * 3, (0.5,) * 3, "bilinear")
 NVJPEG = replace(EXACT, decode="nvjpeg")
 ROTATED = 0x0112, 6
+POSITIONS = [range(5), range(5, 10), range(10, 12)]
 
 
 @pytest.fixture
@@ -107,7 +111,7 @@ def test_one_file_that_nvjpeg_refuses_costs_no_other(photograph: Image.Image, tm
     assert torch.equal(pixels_NCHW[0], alone) and torch.equal(pixels_NCHW[3], alone)
 
 
-def test_pictures_of_one_size_are_resized_together_to_the_same_pixels(
+def test_pictures_are_resized_together_to_the_same_pixels(
     photograph: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = [(90, 80), (120, 100), (90, 80), (100, 120), (90, 80), (120, 100)]
@@ -118,8 +122,28 @@ def test_pictures_of_one_size_are_resized_together_to_the_same_pixels(
     together, _ = decode_jpegs(files, EXACT, CPU)
     for number, file in enumerate(files):
         assert torch.equal(together[number], decode_jpegs([file], EXACT, CPU)[0][0])
-    monkeypatch.setattr(decoding, "_MAX_PIXELS_RESIZED_AT_ONCE", 1)
+    monkeypatch.setattr(resizing, "MAX_PIXELS_AT_ONCE", 1)
     assert torch.equal(decode_jpegs(files, EXACT, CPU)[0], together)
+
+
+@pytest.mark.parametrize(("resize_px", "crop_px"), [(256, 224), (224, 224), (64, 96), (375, 50)])
+@pytest.mark.parametrize("interpolation", ["nearest", "nearest-exact", "bilinear", "bicubic"])
+@pytest.mark.parametrize("antialias", [True, False])
+def test_pictures_resized_together_equal_what_torchvision_makes_of_each(
+    interpolation: str, antialias: bool, resize_px: int, crop_px: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(256, 300), (31, 500), (444, 97), (375, 500), (64, 64)]
+    pictures = [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes]
+    preprocessing = replace(
+        EXACT, resize_px=resize_px, crop_px=crop_px, interpolation=interpolation, antialias=antialias
+    )
+    together = resizing.resize_and_crop_all(pictures, preprocessing)
+    for picture, ours in zip(pictures, together, strict=True):
+        mode = InterpolationMode(interpolation)
+        assert torch.equal(
+            ours, F.center_crop(F.resize(picture, [resize_px], mode, antialias=antialias), [crop_px] * 2)
+        )
 
 
 @pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 2 MiB", "CUDA error: unspecified failure"])
@@ -134,8 +158,11 @@ def test_no_file_is_blamed_for_what_the_device_did(
         decode_jpegs([decode(str(saved(photograph, tmp_path / "whole.jpg")), NVJPEG)[0]], EXACT, CPU)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_every_image_is_in_its_place_whoever_decodes_it(photograph: Image.Image, tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "images_in_piece"), [(0, 8), (2, 8), (3, 2)])
+def test_every_image_is_in_its_place_whoever_decodes_it(
+    photograph: Image.Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, images_in_piece: int
+) -> None:
+    monkeypatch.setattr("hookx.run.slots._MIN_IMAGES_IN_PIECE", images_in_piece)
     for number in range(12):
         turned = photograph.rotate(30 * number)
         saved(turned, tmp_path / f"{number:02}.{'png' if number % 3 == 0 else 'jpg'}")
@@ -147,8 +174,9 @@ def test_every_image_is_in_its_place_whoever_decodes_it(photograph: Image.Image,
     listed = list_images([tmp_path])
 
     def decoded(preprocessing: Preprocessing) -> list[Batch]:
-        return list(batches(listed, [range(5), range(5, 10), range(10, 12)], preprocessing, workers=workers))
+        return kept(batches(listed, POSITIONS, preprocessing, workers=workers))
 
+    assert [batch.positions for batch in decoded(EXACT)] == POSITIONS
     exact, nvjpeg = decoded(EXACT), decoded(NVJPEG)
     for a, b in zip(exact, nvjpeg, strict=True):
         assert a.keys == b.keys and [key for key, _ in a.failures] == [key for key, _ in b.failures]

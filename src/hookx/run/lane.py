@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,13 @@ from hookx.store.writer import ShardWriter, Written
 log = logging.getLogger("hookx")
 
 
+class Placed(NamedTuple):
+    """A tensor that was left in shared memory."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
 @dataclass(eq=False)
 class Batch:
     """The images at some positions of the list; each process on the way fills in its part."""
@@ -34,8 +42,9 @@ class Batch:
     positions: range
     # Decoded: `pixels_NCHW` is what `decode` returns, None if no image could be read or a lane has taken the pixels.
     pixels_NCHW: Tensor | None = None
-    # Left to nvjpeg: the bytes of its files, one after the other, and of each file its position and length.
-    encoded: tuple[Tensor, Tensor] | None = None
+    # Left to nvjpeg: the bytes of some files, one after the other, and of each file its position and length.
+    encoded: list[tuple[Tensor, list[tuple[int, int]]]] = field(default_factory=list)
+    placed: Placed | None = None  # what lies in a slot, in place of the pixels or of these bytes
     reasons: dict[int, str] = field(default_factory=dict)  # position -> why it could not be read
     failed_first: str = ""  # why the system could not read one of them at the first try
     rotations_ignored: int = 0
@@ -53,11 +62,14 @@ class Batch:
     keys: list[str] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)  # (key, reason)
 
-    def pin_memory(self) -> Batch:
-        """Move the pixels to pinned memory, as a DataLoader asks what it hands over to do."""
-        if self.pixels_NCHW is not None:
-            self.pixels_NCHW = self.pixels_NCHW.pin_memory()
-        return self
+    def add(self, piece: Batch) -> None:
+        """Add what is known of a piece of this batch, but for its pixels."""
+        self.encoded += piece.encoded
+        self.reasons |= piece.reasons
+        self.failed_first = self.failed_first or piece.failed_first
+        self.rotations_ignored += piece.rotations_ignored
+        self.ranges.add(piece.ranges)
+        self.reading_seconds += piece.reading_seconds
 
     def share(self) -> None:
         """Move what was decoded to shared memory.
@@ -65,7 +77,7 @@ class Batch:
         The thread of the DataLoader's queue would do so while an image is in hand, which a crash would be blamed on.
         """
         try:
-            for tensor in (self.pixels_NCHW, *(self.encoded or ())):
+            for tensor in (self.pixels_NCHW, *(content for content, _ in self.encoded)):
                 if tensor is not None:
                     tensor.share_memory_()
         except (OSError, RuntimeError) as error:

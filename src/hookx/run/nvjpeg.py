@@ -62,13 +62,16 @@ def decode_rest(batches: Iterator[Batch], preprocessing: Preprocessing, device: 
 
 
 def _decode_rest(batch: Batch, preprocessing: Preprocessing, device: torch.device) -> None:
-    if batch.encoded is None:
+    if not batch.encoded:
         return
     start = time.perf_counter()
-    content, files = batch.encoded
-    positions, sizes_bytes = (column.tolist() for column in files.unbind(1))
+    positions: list[int] = []
+    contents: list[Tensor] = []
+    for content, files in batch.encoded:
+        positions += [position for position, _ in files]
+        contents += content.split([size_bytes for _, size_bytes in files])
     with report_broken_device():
-        decoded_NCHW, refused = _decode(content.split(sizes_bytes), preprocessing, device)
+        decoded_NCHW, refused = _decode(contents, preprocessing, device)
     batch.reasons.update({positions[number]: str(reason) for number, reason in refused.items()})
     batch.reasons = dict(sorted(batch.reasons.items()))
     by_nvjpeg = set(positions)
@@ -77,10 +80,10 @@ def _decode_rest(batch: Batch, preprocessing: Preprocessing, device: torch.devic
         assert batch.pixels_NCHW is not None
         decoded_NCHW = torch.cat([decoded_NCHW, batch.pixels_NCHW.to(device)])
     if others or refused:
-        places = {position: place for place, position in enumerate([*positions, *others])}
-        wanted = [places[position] for position in batch.positions if position not in batch.reasons]
+        place_of = {position: place for place, position in enumerate([*positions, *others])}
+        wanted = [place_of[position] for position in batch.positions if position not in batch.reasons]
         decoded_NCHW = decoded_NCHW[wanted]
-    batch.pixels_NCHW, batch.encoded = decoded_NCHW if len(decoded_NCHW) else None, None
+    batch.pixels_NCHW, batch.encoded = decoded_NCHW if len(decoded_NCHW) else None, []
     batch.nvjpeg_seconds = time.perf_counter() - start
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from hookx.run.in_hand import FINISHED, NOTHING
 from hookx.run.lane import Batch
-from hookx.run.worker import CONSUMED, Worker
+from hookx.run.worker import Worker
 from hookx.signals import defer_signals
 
 _POLL_SECONDS, _WAIT_FOR_EXIT_SECONDS = 0.2, 20
@@ -31,8 +31,8 @@ _LOST = re.compile("open files|ancdata|shared memory|mmap|allocate memory|Errno"
 class Processes:
     """The worker processes of a DataLoader, from their start to their end. Without workers there are none."""
 
-    def __init__(self, worker: Worker, *, workers: int, pin_memory: bool) -> None:
-        self._in_hand, self._numbers = worker.in_hand, worker.numbers
+    def __init__(self, worker: Worker, *, workers: int) -> None:
+        self._in_hand = worker.in_hand
         self._early: dict[range, Batch] = {}  # received before its turn
         self.problem: Exception | None = None  # why a message could not be taken
         others = set(multiprocessing.active_children())
@@ -41,7 +41,6 @@ class Processes:
                 worker,
                 batch_size=None,  # The dataset's items are batches already: they follow the shards.
                 num_workers=workers,
-                pin_memory=pin_memory,
                 worker_init_fn=worker.start,
                 in_order=False,  # `receive` puts the batches in order.
                 timeout=_POLL_SECONDS if workers else 0,
@@ -82,7 +81,6 @@ class Processes:
                     raise
                 self.problem = error  # The message is gone, and with it a batch.
                 return None
-        self._numbers[CONSUMED] += 1
         return self._early.pop(positions)
 
     def crashes(self) -> list[tuple[int, int]]:

@@ -147,7 +147,6 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
             decode_timeout_seconds=job.options.decode_timeout,
             retry_seconds=job.options.retry_for,
             unavailable_is_failure=job.options.on_io_error == "fail",
-            pin_memory=on_gpu,
             # A process that is not forked has inherited nothing of the writer, which cannot be pickled either.
             in_worker=functools.partial(_release, directory, writer) if job.workers_compute else directory.release,
             transform=ready.loaded.transform,

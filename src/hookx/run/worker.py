@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from hookx.errors import THEN_RESUME, HookxError, ImageError
@@ -22,9 +23,7 @@ from hookx.run.defaults import keep_freed_memory
 from hookx.run.in_hand import InHand, interruptible, shared_numbers
 from hookx.run.lane import Batch, Lane, stack
 from hookx.run.reader import Decoded, Reader
-
-TAKEN, CONSUMED = 0, 1  # numbers of batches: those that workers have taken, and those that the consumer has
-_POLL_FOR_CONSUMER_SECONDS = 0.002
+from hookx.run.slots import Piece, Slots
 
 
 def _is_never_copied(_position: int) -> bool:
@@ -36,15 +35,16 @@ class Worker(IterableDataset[Batch]):
     """What each of several processes does: take the next batch, and decode or compute it; iterating yields batches."""
 
     reader: Reader
-    positions: Sequence[range]
+    pieces: Sequence[Piece]
     lane: Lane | None
     known: Mapping[int, Decoded]  # by position: what became of images that are not to be decoded again
     in_hand: InHand
     in_worker: Callable[[], None]
     is_copied: Callable[[int], bool] = _is_never_copied  # by position: an image that need not be read
+    slots: Slots | None = None  # where to leave pixels, if another process runs the model
 
     def __post_init__(self) -> None:
-        self._parent, self._lock, self.numbers = os.getpid(), multiprocessing.Lock(), shared_numbers(2)
+        self._parent, self._lock, self._taken = os.getpid(), multiprocessing.Lock(), shared_numbers(1)
 
     def start(self, worker_number: int) -> None:
         """Do what a worker process does first."""
@@ -60,8 +60,8 @@ class Worker(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         writing: Batch | None = None  # the batch before, which may still be on its way to the disk
-        for positions in self._mine():
-            batch = self._decode(positions)
+        for piece in self._mine():
+            batch = self._decode(piece)
             if self.lane is None or batch.error is not None:
                 yield batch
                 continue
@@ -80,32 +80,29 @@ class Worker(IterableDataset[Batch]):
             yield _wait_for_disk(writing)
         self.in_hand.finish()
 
-    def _mine(self) -> Iterator[range]:
-        """Yield the positions of the batches that this process decodes.
+    def _mine(self) -> Iterator[Piece]:
+        """Yield what this process decodes.
 
-        Some processes are held up more than others, so each takes the next batch when it has none. Batches that are
-        only decoded are large: they must not pile up behind a slow image.
+        Some processes are held up more than others, so each takes the next piece when it has none. What is only decoded
+        is large: it must not pile up behind a slow image.
         """
-        worker = get_worker_info()
-        if worker is None:
-            yield from self.positions
+        if get_worker_info() is None:
+            yield from self.pieces
             return
         while True:
             with self._lock:
-                number = self.numbers[TAKEN]
-                self.numbers[TAKEN] += 1
-            if number >= len(self.positions):
+                number = self._taken[0]
+                self._taken[0] += 1
+            if number >= len(self.pieces):
                 return
-            if self.lane is None:
-                # One in the hands of each, and for every second one that waits for its turn.
-                while number > self.numbers[CONSUMED] + worker.num_workers * 3 // 2:
-                    time.sleep(_POLL_FOR_CONSUMER_SECONDS)
-            yield self.positions[number]
+            if self.slots is not None:
+                self.slots.wait_for(self.pieces[number])
+            yield self.pieces[number]
 
-    def _decode(self, positions: range) -> Batch:
-        batch, pixels, encoded, start = Batch(positions), [], {}, time.perf_counter()
+    def _decode(self, piece: Piece) -> Batch:
+        batch, pixels, encoded, start = Batch(piece.positions), list[Tensor](), dict[int, Tensor](), time.perf_counter()
         with _errors_kept(batch):
-            for position in positions:
+            for position in piece.positions:
                 if self.is_copied(position):
                     continue
                 decoded = self.known.get(position) or self._read(position)
@@ -119,12 +116,16 @@ class Worker(IterableDataset[Batch]):
                     encoded[position] = decoded.pixels_CHW
                 else:
                     pixels.append(decoded.pixels_CHW)
-            batch.pixels_NCHW = stack(pixels)
-            if encoded:
-                files = torch.tensor([(position, len(content)) for position, content in encoded.items()])
-                batch.encoded = torch.cat(list(encoded.values())), files
-            if get_worker_info() is not None and self.lane is None:
-                batch.share()
+            files = [(position, len(content)) for position, content in encoded.items()]
+            if self.slots is not None and bool(pixels) != bool(encoded):  # not some of each
+                batch.placed = self.slots.place(piece, pixels or list(encoded.values()))
+            if batch.placed is not None:
+                batch.encoded = [(torch.empty(0), files)] if files else []
+            else:
+                batch.pixels_NCHW = stack(pixels)
+                batch.encoded = [(torch.cat(list(encoded.values())), files)] if files else []
+                if get_worker_info() is not None and self.lane is None:
+                    batch.share()
         batch.reading_seconds = time.perf_counter() - start
         return batch
 
@@ -167,7 +168,7 @@ def _errors_kept(batch: Batch) -> Iterator[None]:
     try:
         yield
     except HookxError as error:
-        batch.error, batch.pixels_NCHW, batch.encoded = error, None, None
+        batch.error, batch.pixels_NCHW, batch.encoded = error, None, []
     except MemoryError:
         if get_worker_info() is not None:
             os._exit(NO_MEMORY)

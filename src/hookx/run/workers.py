@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 import signal
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -30,6 +30,7 @@ from hookx.run.lane import Batch, Lane
 from hookx.run.nvjpeg import decode_rest
 from hookx.run.processes import Processes
 from hookx.run.reader import Decoded, Reader
+from hookx.run.slots import Piece, Slots, cut
 from hookx.run.worker import Worker
 
 if TYPE_CHECKING:
@@ -52,7 +53,6 @@ def batches(
     decode_timeout_seconds: float = 0,
     retry_seconds: float = RETRY_SECONDS,
     unavailable_is_failure: bool = False,
-    pin_memory: bool = False,
     in_worker: Callable[[], None] = lambda: None,
     transform: Callable[[Image], Tensor] | None = None,
     loader: Loader | None = None,
@@ -61,6 +61,8 @@ def batches(
     device: torch.device = _CPU,
 ) -> Generator[Batch]:
     """Decode the given ranges of positions, one batch a range, in order, `workers` processes ahead of the consumer.
+
+    The pixels of a batch are good until the next one is asked for: their memory is used again.
 
     An image that takes longer than `decode_timeout_seconds` (0: any time), or that crashes its process, is a failure
     like any other, if it does so alone as well. Without workers this process decodes, unprotected. The workers are
@@ -82,26 +84,32 @@ def batches(
         HookxError: the system cannot start the workers; or (while iterating) whatever stopped a lane.
     """
     reader = Reader(images, preprocessing, transform, retry_seconds, unavailable_is_failure, loader)
+    only_decode = workers > 0 and lane is None
+    pieces = cut(positions, whole=not only_decode)
+    bytes_per_image = len(preprocessing.mean) * preprocessing.crop_px**2 * (4 if transform or loader else 1)
+    slots = Slots(positions, bytes_per_image, workers, device) if only_decode else None
     known: dict[int, Decoded] = {}  # what became of images that were read alone
 
     def start(first: int, workers: int) -> Processes:
         def start_now() -> Processes:
             in_hand = InHand(workers, decode_timeout_seconds)
-            worker = Worker(reader, positions[first:], lane, known, in_hand, in_worker)
+            worker = Worker(reader, pieces[first:], lane, known, in_hand, in_worker)
+            worker.slots = slots
             if is_copied is not None:
                 worker.is_copied = is_copied
-            return Processes(worker, workers=workers, pin_memory=pin_memory)
+            return Processes(worker, workers=workers)
 
         return _start_patiently(start_now, retry_seconds)
 
     known_formats()  # Imports the decoders: not in every worker, and not in the time of its first image.
     processes = start(0, workers)
 
-    def received() -> Generator[Batch]:
+    def received() -> Generator[tuple[Piece, Batch]]:
         nonlocal processes, workers
         fruitless = 0
         try:
-            for number, expected in enumerate(positions):
+            for number, piece in enumerate(pieces):
+                expected = piece.positions
                 while (batch := processes.receive(expected)) is None:
                     crashes = processes.crashes()
                     all_ended = processes.end(wait_seconds=_WAIT_FOR_DISK_SECONDS if lane else 1)
@@ -124,15 +132,25 @@ def batches(
                     raise batch.error
                 for position in expected:
                     known.pop(position, None)
-                yield batch
+                yield piece, batch
         finally:
             processes.end()
 
+    def joined(received: Iterator[tuple[Piece, Batch]]) -> Iterator[Batch]:
+        parts = []
+        for piece, batch in received:
+            parts.append((piece, batch))
+            if piece.positions.stop == positions[piece.batch].stop:
+                yield batch if slots is None else slots.join(parts)
+                parts = []
+
     def in_order() -> Generator[Batch]:
         with (
-            contextlib.closing(received()) as whole_or_in_part,
-            contextlib.closing(decode_rest(whole_or_in_part, preprocessing, device)) as decoded,
+            contextlib.closing(slots) if slots is not None else contextlib.nullcontext(),
+            contextlib.closing(received()) as in_pieces,
+            contextlib.closing(decode_rest(joined(in_pieces), preprocessing, device)) as whole,
         ):
+            decoded = slots.lend(whole) if slots is not None else whole
             for batch in decoded:
                 batch.keys = [images.keys[position] for position in batch.positions if position not in batch.reasons]
                 batch.ranges = batch.ranges.named(images.keys)
