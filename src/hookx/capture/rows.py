@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -205,16 +206,17 @@ class _ValueCounter:
     """Collects `ValueCounts` over many passes, on the device of the values."""
 
     def __init__(self) -> None:
-        self._sums: defaultdict[tuple[str, str], list[Tensor]] = defaultdict(list)
-        self._of_pass: list[tuple[tuple[str, str], Tensor]] = []
+        self._counts: defaultdict[tuple[str, str], list[Tensor]] = defaultdict(list)
+        self._extremes: defaultdict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # highest and lowest values
+        self._of_pass: list[Callable[[], None]] = []
 
     def begin_pass(self) -> None:
         """Drop the counts of a pass that did not end: a batch that fails is run again in parts."""
         self._of_pass = []
 
     def end_pass(self) -> None:
-        for address_and_kind, count in self._of_pass:
-            self._sums[address_and_kind].append(count)
+        for keep in self._of_pass:
+            keep()
 
     def add(self, address: str, value: Tensor, stored: Tensor) -> None:
         """Count in one batch of floating-point activations, as returned and as stored."""
@@ -223,19 +225,26 @@ class _ValueCounter:
         if not per_image.shape[1:].numel():
             return
         dims = tuple(range(1, per_image.ndim))
-        high, low = per_image.amax(dims), per_image.amin(dims)
-        found = {"non_finite": ~(high.isfinite() & low.isfinite()), "all_zero": (high == 0) & (low == 0)}
+        extremes = per_image.amax(dims), per_image.amin(dims)
+        # A pass starts as few operations as it can; what the extremes tell is found out at the end.
+        self._of_pass.append(functools.partial(self._extremes[address].append, extremes))
         if torch.finfo(stored.dtype).bits < torch.finfo(value.dtype).bits:
-            found["overflowed"] = stored.isinf() & ~value.isinf()
-            found["flushed"] = (stored == 0) & (value != 0)
-        # The sums are read once a shard: reading one now would wait for the GPU.
-        self._of_pass += [((address, kind), where.sum()) for kind, where in found.items()]
+            found = {"overflowed": stored.isinf() & ~value.isinf(), "flushed": (stored == 0) & (value != 0)}
+            for kind, where in found.items():
+                self._of_pass.append(functools.partial(self._counts[address, kind].append, where.sum()))
 
     def take(self) -> ValueCounts:
         """Return the counts since the last call."""
+        for address, extremes in self._extremes.items():
+            if extremes:
+                high, low = (torch.cat(of_passes) for of_passes in zip(*extremes, strict=True))
+                self._counts[address, "non_finite"].append((~(high.isfinite() & low.isfinite())).sum())
+                self._counts[address, "all_zero"].append(((high == 0) & (low == 0)).sum())
         counts = ValueCounts()
-        for (address, kind), sums in self._sums.items():
-            if count := sum(map(int, sums)):
+        # Reading a count waits for the device.
+        for (address, kind), numbers in self._counts.items():
+            if count := sum(map(int, numbers)):
                 counts.add({address: {kind: count}})
-        self._sums.clear()
+        self._counts.clear()
+        self._extremes.clear()
         return counts

@@ -116,7 +116,8 @@ def single_threaded() -> Iterator[None]:
     """Compute on one thread, as every worker does, while the `with` block lasts.
 
     Several processes on one thread each beat one forward pass on many threads, because none waits for another. And a
-    pass on one thread adds in one order, so its bits do not depend on the number of cores.
+    pass on one thread adds in one order, so its bits do not depend on the number of cores. Beside a GPU, the processes
+    that decode have all cores, and what is left for this process would wait for each of its threads.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

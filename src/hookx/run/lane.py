@@ -43,7 +43,7 @@ class Batch:
     # Decoded: `pixels_NCHW` is what `decode` returns, None if no image could be read or a lane has taken the pixels.
     pixels_NCHW: Tensor | None = None
     # Left to nvjpeg: the bytes of some files, one after the other, and of each file its position and length.
-    encoded: list[tuple[Tensor, list[tuple[int, int]]]] = field(default_factory=list)
+    encoded: list[tuple[Tensor | None, list[tuple[int, int]]]] = field(default_factory=list)
     placed: Placed | None = None  # what lies in a slot, in place of the pixels or of these bytes
     reasons: dict[int, str] = field(default_factory=dict)  # position -> why it could not be read
     failed_first: str = ""  # why the system could not read one of them at the first try

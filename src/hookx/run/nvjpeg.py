@@ -19,7 +19,7 @@ from hookx.plan import Preprocessing
 from hookx.run.lane import Batch
 from hookx.run.ready import out_of_memory
 
-NVJPEG_THREADS = 2  # One prepares a batch while the GPU decodes that of the other.
+NVJPEG_THREADS = 3  # One prepares a batch while the GPU decodes and resizes those of the others.
 
 
 def decode_rest(batches: Iterator[Batch], preprocessing: Preprocessing, device: torch.device) -> Generator[Batch]:
@@ -68,6 +68,7 @@ def _decode_rest(batch: Batch, preprocessing: Preprocessing, device: torch.devic
     positions: list[int] = []
     contents: list[Tensor] = []
     for content, files in batch.encoded:
+        assert content is not None
         positions += [position for position, _ in files]
         contents += content.split([size_bytes for _, size_bytes in files])
     with report_broken_device():

@@ -125,7 +125,7 @@ def _compute(job: Job, directory: RunDirectory, timing: Timing, progress: Callab
     made = describe_process(ready, plan.batch_size)
     failures, has_failed_first = 0, False
     with (
-        single_threaded() if job.device.type == "cpu" else contextlib.nullcontext(),
+        single_threaded(),
         ShardWriter(
             directory,
             job.pending,

@@ -120,7 +120,7 @@ class Worker(IterableDataset[Batch]):
             if self.slots is not None and bool(pixels) != bool(encoded):  # not some of each
                 batch.placed = self.slots.place(piece, pixels or list(encoded.values()))
             if batch.placed is not None:
-                batch.encoded = [(torch.empty(0), files)] if files else []
+                batch.encoded = [(None, files)] if files else []
             else:
                 batch.pixels_NCHW = stack(pixels)
                 batch.encoded = [(torch.cat(list(encoded.values())), files)] if files else []
