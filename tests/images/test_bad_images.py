@@ -658,7 +658,7 @@ def test_a_lack_of_shared_memory_is_an_error_and_not_a_failure_of_an_image(tmp_p
         return torch.zeros(3, SMALL.crop_px, SMALL.crop_px, dtype=torch.float64)
 
     images = folder_of(tmp_path, 8, {})
-    # Usual pixels lie in memory that was asked for before, whatever /dev/shm holds.
+    # Usual pixels lie in memory that was allocated before, whatever /dev/shm holds.
     assert sum(len(batch.keys) for batch in batches(images, cut(8, 4), SMALL, workers=1, in_worker=little_memory)) == 8
     some = batches(images, cut(8, 4), SMALL, workers=1, in_worker=little_memory, transform=large_pixels)
     with no_longer_than(20), pytest.raises(ImageError, match=r"no shared memory for a batch: .*\n.*--shm-size"):

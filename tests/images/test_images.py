@@ -40,8 +40,7 @@ from hookx.keys import Keys, images_sha256
 from hookx.plan import Preprocessing, Shard
 from hookx.run.lane import Batch
 from hookx.run.workers import batches
-from kit.kept import kept
-from kit.pictures import CHELSEA, PHOTOGRAPHS, PLAIN, SMALL, UPRIGHT, four_by_four, no_longer_than, process_ids
+from kit.pictures import CHELSEA, PHOTOGRAPHS, PLAIN, SMALL, UPRIGHT, copied, four_by_four, no_longer_than, process_ids
 from kit.second_route import input_of
 
 
@@ -594,7 +593,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> ImageList:
 
 
 def collected(images: ImageList, positions: list[range], workers: int) -> list[Batch]:
-    return kept(batches(images, positions, SMALL, workers=workers))
+    return copied(batches(images, positions, SMALL, workers=workers))
 
 
 def same_pixels(one: Tensor | None, other: Tensor | None) -> bool:

@@ -23,7 +23,7 @@ from hookx.plan import Preprocessing
 from hookx.run.lane import Batch
 from hookx.run.prepare import prepare
 from hookx.run.workers import batches
-from kit.kept import kept
+from kit.pictures import copied
 
 CPU = torch.device("cpu")
 EXACT = Preprocessing(72, 64, (0.5,) * 3, (0.5,) * 3, "bilinear")
@@ -174,7 +174,7 @@ def test_every_image_is_in_its_place_whoever_decodes_it(
     listed = list_images([tmp_path])
 
     def decoded(preprocessing: Preprocessing) -> list[Batch]:
-        return kept(batches(listed, POSITIONS, preprocessing, workers=workers))
+        return copied(batches(listed, POSITIONS, preprocessing, workers=workers))
 
     assert [batch.positions for batch in decoded(EXACT)] == POSITIONS
     exact, nvjpeg = decoded(EXACT), decoded(NVJPEG)

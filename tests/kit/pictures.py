@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from hookx.plan import Preprocessing
+from hookx.run.lane import Batch
 
 PHOTOGRAPHS = Path(__file__).parents[2] / "images"
 CHELSEA = PHOTOGRAPHS / "animals" / "chelsea.jpg"
@@ -45,3 +46,13 @@ def four_by_four() -> Image.Image:
 
 def process_ids() -> set[int]:
     return {process.pid for process in multiprocessing.active_children() if process.pid}
+
+
+def copied(batches: Iterable[Batch]) -> list[Batch]:
+    """Return all batches, each with a copy of its pixels: their memory is used again for later ones."""
+    some = []
+    for batch in batches:
+        if batch.pixels_NCHW is not None:
+            batch.pixels_NCHW = batch.pixels_NCHW.clone()
+        some.append(batch)
+    return some

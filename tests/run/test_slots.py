@@ -18,8 +18,7 @@ from hookx.images.listing import ImageList, list_images
 from hookx.run.lane import Batch
 from hookx.run.slots import Piece, Slots, cut
 from hookx.run.workers import batches
-from kit.kept import kept
-from kit.pictures import SMALL, no_longer_than
+from kit.pictures import SMALL, copied, no_longer_than
 
 COUNT = 40
 BROKEN = (0, 5, 6, 7, 20, 21, 22, 23, 39)  # the first of a batch, a piece and more, a whole batch, the last
@@ -62,7 +61,7 @@ def test_pixels_in_slots_equal_those_that_this_process_decodes(
     images: ImageList, batch_size: int, transform: Callable[[Image.Image], Tensor] | None
 ) -> None:
     def decoded(workers: int) -> Iterator[tuple[Tensor | None, list[str], list[tuple[str, str]]]]:
-        for batch in kept(batches(images, positions_of(batch_size), SMALL, workers=workers, transform=transform)):
+        for batch in copied(batches(images, positions_of(batch_size), SMALL, workers=workers, transform=transform)):
             yield batch.pixels_NCHW, batch.keys, batch.failures
 
     with no_longer_than(60):
@@ -84,7 +83,7 @@ def test_nobody_writes_to_the_pixels_of_a_batch_before_the_next_is_asked_for(ima
 
 def test_what_was_decoded_before_a_process_was_killed_is_still_there(images: ImageList, tmp_path: Path) -> None:
     killed = tmp_path / "killed"
-    with Image.open(images.files[12]) as image:
+    with Image.open(str(images.files[12])) as image:
         fatal = image.getpixel((0, 0))
 
     def die_once(image: Image.Image) -> Tensor:
@@ -94,7 +93,7 @@ def test_what_was_decoded_before_a_process_was_killed_is_still_there(images: Ima
         return as_floats(image)
 
     def decoded(workers: int, transform: Callable[[Image.Image], Tensor]) -> list[Tensor]:
-        some = kept(batches(images, positions_of(8), SMALL, workers=workers, transform=transform))
+        some = copied(batches(images, positions_of(8), SMALL, workers=workers, transform=transform))
         return [batch.pixels_NCHW for batch in some if batch.pixels_NCHW is not None]
 
     with no_longer_than(60):

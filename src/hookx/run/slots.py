@@ -77,7 +77,7 @@ class Slots:
         self._released = shared_numbers(1)  # how many batches
         self._memory: Tensor | None = None
         if sys.platform == "linux":
-            with contextlib.suppress(OSError):  # So little memory is left that it is asked for piece by piece.
+            with contextlib.suppress(OSError):  # So little memory is left that messages need it piece by piece.
                 self._memory = torch.frombuffer(mmap.mmap(-1, self._count * self._slot_bytes), dtype=torch.uint8)
         self._registered: set[int] = set()  # addresses of slots that a GPU copies from by itself
         self._in_use: deque[torch.Event] = deque()  # of the batches that were joined and not yet given back

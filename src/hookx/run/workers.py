@@ -62,7 +62,7 @@ def batches(
 ) -> Generator[Batch]:
     """Decode the given ranges of positions, one batch a range, in order, `workers` processes ahead of the consumer.
 
-    The pixels of a batch are good until the next one is asked for: their memory is used again.
+    The pixels of a batch are good until the next batch is requested: their memory is used again.
 
     An image that takes longer than `decode_timeout_seconds` (0: any time), or that crashes its process, is a failure
     like any other, if it does so alone as well. Without workers this process decodes, unprotected. The workers are
