@@ -15,9 +15,10 @@ from hookx.capture.compare import split_by_image
 from hookx.capture.copies import Copies, has_streams
 from hookx.capture.failures import is_out_of_memory, report_broken_device
 from hookx.capture.hooks import Taps
+from hookx.capture.reduce import Reducer, reduce
 from hookx.capture.runner import ForwardIsDone, Runner, modules_of
 from hookx.capture.state import Settled
-from hookx.capture.tensors import Parts, computable, dtype_name, reduce, tensors_given, tensors_in
+from hookx.capture.tensors import Parts, computable, dtype_name, tensors_given, tensors_in
 from hookx.errors import CaptureError, HookxError, LayerError, one_line
 from hookx.layers.address import Address
 from hookx.layers.select import Target
@@ -28,7 +29,7 @@ def stored_dtype(target: Target) -> str:
     """Return a target's dtype after its reduction; raise `LayerError` if it cannot be reduced."""
     try:
         example = torch.empty((2, *target.tensor.shape), dtype=getattr(torch, target.tensor.dtype), device="meta")
-        return dtype_name(reduce(example, target.address.reduction).dtype)
+        return dtype_name(reduce(example, target.address, target.tensor.patches).dtype)
     except RuntimeError as error:
         raise LayerError(f"'{target.address}' cannot be computed from {target.tensor.dtype}: {error}") from None
 
@@ -47,7 +48,7 @@ class RowCapture:
         self.runner, self._settled = runner, settled or Settled()
         self.passes = 0  # run so far; on an accelerator their copies may still be under way
         self._copies = Copies(runner.device) if has_streams(runner.device) else None
-        self._counter = _ValueCounter()
+        self._counter, self._reducer = _ValueCounter(), Reducer()
         self._targets: dict[tuple[str, int, bool], dict[Parts, list[Target]]] = {}
         for target in targets:
             address = target.address
@@ -171,7 +172,7 @@ class RowCapture:
                 f"'{target.address}' is {dtype_name(tensor.dtype)} {list(tensor.shape)} in this batch; "
                 f"the probe saw {info.dtype} {expected}"
             )
-        value = reduce(split_by_image(tensor, info, len(rows)), target.address.reduction)
+        value = self._reducer.reduce(split_by_image(tensor, info, len(rows)), target.address, info.patches)
         if value.is_floating_point():
             stored = value.to(rows.dtype)
             self._counter.add(str(target.address), computable(value), computable(stored))

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from hookx.capture.gradients import AttachedCopies, compute_aside
 from hookx.capture.held import Pass, Passes
 from hookx.capture.hooks import Watch
+from hookx.capture.reduce import reduce
 from hookx.capture.runner import module_classes, modules_of, parameter_count
-from hookx.capture.tensors import Parts, dtype_name, reduce, tensors_given, tensors_in
+from hookx.capture.tensors import Parts, dtype_name, tensors_given, tensors_in
 from hookx.errors import CaptureError, LayerError, NotCapturedError, UsageError, closest
 from hookx.layers.address import Address
+from hookx.layers.reductions import OF_PLACES
 from hookx.layers.select import Selector, matched_paths, parse_selectors
 
 Transform = Callable[[Tensor], Tensor]
@@ -127,6 +129,7 @@ class Capture(Mapping[str, Tensor]):
                     if name is not None and (len(selectors) > 1 or selector.kind != "path"):
                         raise LayerError(f"'{name}' names one activation, but '{layer}' can match several layers")
                     address = dataclasses.replace(selector.address, path=name or path)
+                    _refuse_places(address)
                     wish = _Wish(modules[path], address, transform, hook)
                     if wish not in self._wishes.setdefault(path, []):
                         self._wishes[path].append(wish)
@@ -277,13 +280,23 @@ class Capture(Mapping[str, Tensor]):
     def _value_of(self, wish: _Wish, tensor: Tensor, copies: AttachedCopies) -> Tensor:
         with compute_aside():
             copied = tensor.detach() if self._detach else copies.of(tensor)
-            value = reduce(copied, wish.address.reduction)
+            value = reduce(copied, wish.address)
             if wish.transform is not None:
                 with self._passes.mute():
                     value = wish.transform(value.clone())  # It may work in place.
             if not isinstance(value, Tensor):
                 raise CaptureError(f"the transform of '{wish.address}' returned a {type(value).__name__}, not a tensor")
             return value if value is copied and not self._detach else value.clone()
+
+
+def _refuse_places(address: Address) -> None:
+    """Raise if a reduction needs to know which tokens stand for places: a run proves that, and a capture cannot."""
+    first = None if address.reduction is None else address.reduction.steps[0].name
+    if first in OF_PLACES and first != "cls":
+        raise LayerError(
+            f"cannot capture '{address}': which tokens stand for places of the image is proved by a run, not here",
+            f"name them, as in {dataclasses.replace(address, reduction=None)}@tokens1-",
+        )
 
 
 def _refuse_compiled(modules: Mapping[str, nn.Module], path: str) -> None:

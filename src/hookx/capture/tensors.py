@@ -33,20 +33,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hookx.layers.address import Reduction
-
 Parts = tuple[str, ...]  # the path to a tensor within a module's output or arguments
 
 # Bound what an output can cost: its structure may never end, and a list in a list in a list grows exponentially.
 _MAX_DEPTH, _MAX_OBJECTS = 50, 10_000
 
-_OVER_DIMS = {
-    "mean": torch.mean,
-    "sum": torch.sum,
-    "max": torch.amax,
-    "min": torch.amin,
-    "norm": torch.linalg.vector_norm,
-}
 # torch stores these types and hardly computes with them; the type on the right holds the same values.
 _COMPUTABLE = {
     **{
@@ -157,26 +148,6 @@ def replace_tensors(value: Any, replacements: Mapping[int, Tensor], _above: tupl
         return copied
     except Exception:  # The code of a stranger's class can raise anything.
         return value
-
-
-def reduce(tensor: Tensor, reduction: Reduction | None) -> Tensor:
-    """Apply an address's reduction to an activation whose dimension 0 is the batch.
-
-    A type that torch cannot compute with is reduced in a wider one. Its maximum and minimum keep the type.
-
-    Raises:
-        RuntimeError: torch cannot compute the reduction from the tensor's type.
-    """
-    if reduction is None:
-        return tensor
-    if reduction.name == "cls":
-        return tensor[:, 0]
-    if reduction.name == "flatten":
-        return tensor.flatten(1)
-    if tensor.dtype == torch.uint64:  # The meta device accepts it; no other does.
-        raise RuntimeError("torch has no arithmetic for uint64")
-    reduced = _OVER_DIMS[reduction.name](computable(tensor), dim=reduction.dims)
-    return reduced.to(tensor.dtype) if reduction.name in ("max", "min") else reduced
 
 
 def computable(tensor: Tensor) -> Tensor:

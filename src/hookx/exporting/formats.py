@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from hookx.errors import UsageError, closest
 from hookx.exporting.rows import Rows
 from hookx.keys import key_bytes
-from hookx.layers.address import Address, Reduction
+from hookx.layers.address import Address
+from hookx.layers.reductions import Reduction
 from hookx.store.columns import free_names
 from hookx.store.tables import line, to_field, value_field
 
@@ -59,7 +60,7 @@ def _check_csv(rows: Rows) -> None:
         layer = Address.parse(rows.origin["layer"])
         steps = ["choose another format, as in --to activations.npy"]
         if layer.reduction is None:
-            steps.append(f"or extract {layer} reduced: {Reduction('mean', ()).spellings_for(shape)}")
+            steps.append(f"or extract {layer} reduced: {Reduction.parse('mean').spellings_for(shape)}")
         shown = ",".join(map(str, shape))
         raise UsageError(f".csv holds vectors, and {layer} is {shown} for every image", *steps)
 

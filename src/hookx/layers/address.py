@@ -1,25 +1,21 @@
 """Addresses, the names of activations.
 
-address = path [":" call] ["/in"] ["/" part]... ["@" reduction]
+address = path [":" call] ["/in"] ["/" part]... ["@" step]...
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
-from hookx.errors import AddressError, closest
+from hookx.errors import AddressError
+from hookx.layers.reductions import Reduction
 
 # These have a meaning in addresses or terminals; within a name they are written %XX.
 _RESERVED = re.compile(r"[:/@,%*?\[\]\s\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _BRACKET = re.compile(r"\[\s*(?:(\d+)|'([^'\]]+)'|\"([^\"\]]+)\")\s*\]")
-_REDUCTIONS_OVER_DIMS = ("mean", "max", "min", "sum", "norm")
-_REDUCTIONS = (*_REDUCTIONS_OVER_DIMS, "cls", "flatten")
-
-
 _EMPTY = "%empty"  # how the name '' is written; a '%' in a name is written %25
 
 
@@ -40,67 +36,6 @@ def unquote(text: str) -> str:
         return unquote_to_bytes(text.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
         raise AddressError(f"'{text}' is not a layer address: its %XX escapes are not UTF-8") from None
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """A computation on an activation, on its device, before it is stored; dimension 0 is the batch.
-
-    Example:
-        >>> Reduction.parse("mean32"), Reduction.parse("mean32").shape((512, 7, 7))
-        (Reduction(name='mean', dims=(2, 3)), (512,))
-    """
-
-    name: str
-    dims: tuple[int, ...] = ()
-
-    @classmethod
-    def parse(cls, text: str) -> Reduction:
-        match = re.fullmatch(r"([a-z]+)(\d*)", text)
-        name = match[1] if match else text
-        if not match or name not in _REDUCTIONS:
-            raise AddressError(
-                f"'@{text}' is not a reduction; closest: {closest(name, [f'@{known}' for known in _REDUCTIONS])}",
-                "over dimensions: @mean23 @max23 @min1 @sum12 @norm23    other: @cls @flatten",
-            )
-        dims = [int(digit) for digit in match[2]]
-        if dims and name not in _REDUCTIONS_OVER_DIMS:
-            raise AddressError(f"'@{text}' is not a reduction: {name} takes no dimensions; write @{name}")
-        if 0 in dims:
-            raise AddressError(f"'@{text}' cannot reduce dimension 0, the batch; count from 1")
-        if len(set(dims)) != len(dims):
-            raise AddressError(f"'@{text}' names a dimension twice")
-        return cls(name, tuple(sorted(dims)))
-
-    def __str__(self) -> str:
-        return self.name + "".join(map(str, self.dims))
-
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return one image's shape after the reduction; raise `ValueError` with the reason if it does not fit."""
-        if self.name == "flatten":
-            if not shape:
-                raise ValueError("a scalar cannot be flattened.")
-            return (math.prod(shape),)
-        if self.name == "cls":
-            if len(shape) != 2:
-                raise ValueError("cls takes token 0 of an output N,tokens,channels.")
-            return shape[1:]
-        if not self.dims:
-            raise ValueError(f"{self.name} over which dimensions?")
-        if self.dims[-1] > len(shape):
-            raise ValueError(f"dimension {self.dims[-1]} does not exist.")
-        return tuple(length for dim, length in enumerate(shape, 1) if dim not in self.dims)
-
-    def spellings_for(self, shape: tuple[int, ...]) -> str:
-        """Suggest reductions that fit the shape of one image's activation."""
-        name = self.name if self.name in _REDUCTIONS_OVER_DIMS else "mean"
-        if len(shape) == 3:
-            return f"@{name}23 if the channels are dimension 1, @{name}12 if they are dimension 3"
-        if len(shape) == 2:
-            return f"@{name}1 over the tokens, @cls for token 0"
-        if len(shape) <= 1:
-            return "no reduction at all"
-        return f"@{name} followed by the digits of the dimensions"
 
 
 def dotted(path_text: str) -> str:
@@ -126,10 +61,11 @@ class Address:
     """The name of an activation, which is its key in a shard.
 
     Example:
-        >>> Address.parse("layer3[0].relu:1/in@mean23")
-        Address(path='layer3.0.relu', call=1, is_input=True, parts=(), reduction=Reduction(name='mean', dims=(2, 3)))
-        >>> str(Address.parse("layer3[0].relu:1/in@mean23"))
-        'layer3.0.relu:1/in@mean23'
+        >>> address = Address.parse("layer3[0].relu:1/in@mean32@l2")
+        >>> address.path, address.call, address.is_input, [step.name for step in address.reduction.steps]
+        ('layer3.0.relu', 1, True, ['mean', 'l2'])
+        >>> str(address)
+        'layer3.0.relu:1/in@mean23@l2'
     """
 
     path: str

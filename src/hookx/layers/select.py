@@ -13,6 +13,7 @@ from typing import Literal
 
 from hookx.errors import AddressError, LayerError, closest
 from hookx.layers.address import Address, dotted
+from hookx.layers.reductions import Patches
 
 _MAX_LAYERS_NAMED = 3  # in an error about all the layers that a glob matches
 
@@ -29,6 +30,7 @@ class TensorInfo:
     problem: str = ""  # why its rows cannot be assigned to images
     groups_per_image: int = 1  # of an image's rows; each is followed by a group of the next image
     rounding: float = field(default=0.0, compare=False)  # of an image in batches of two sizes, relative to its largest
+    patches: Patches | None = None  # which of its tokens stand for places of the image, if that is proved
     is_dense: bool = True  # False for what holds values and no rows: a sparse tensor, a set; `problem` says what it is
 
     @classmethod
@@ -104,7 +106,7 @@ class Target:
     def shape(self) -> tuple[int, ...]:
         """The shape that is stored for one image."""
         reduction = self.address.reduction
-        return reduction.shape(self.tensor.shape) if reduction else self.tensor.shape
+        return reduction.shape(self.tensor.shape, self.tensor.patches) if reduction else self.tensor.shape
 
 
 @dataclass(frozen=True)
@@ -233,12 +235,21 @@ def narrow(
 
 
 def select(
-    selectors: Sequence[Selector], layers: Sequence[Layer], model: str, exclude: Sequence[Selector] = ()
+    selectors: Sequence[Selector],
+    layers: Sequence[Layer],
+    model: str,
+    exclude: Sequence[Selector] = (),
+    *,
+    knows_places: bool = True,
 ) -> Selection:
     """Return the activations that selectors name, in their order and without repeats.
 
     A glob or a `type:` leaves out what cannot be captured (never called, constant), with the reason in `left_out`.
     What `exclude` names need not be among the layers.
+
+    Args:
+        knows_places: whether it was tried to prove which tokens stand for places; without, reductions that need to know
+            are believed.
 
     Raises:
         LayerError: a selector that names one module cannot be satisfied, or another one selects nothing.
@@ -272,7 +283,9 @@ def select(
                 found += 1  # Excluded, so it does not matter whether it could be captured.
                 continue
             try:
-                targets, unusable = _targets_of(layer, selector.address, model, is_named=by_name)
+                targets, unusable = _targets_of(
+                    layer, selector.address, model, is_named=by_name, knows_places=knows_places
+                )
             except LayerError as error:
                 if by_name or isinstance(error, _DoesNotFitError):
                     raise
@@ -308,7 +321,9 @@ def _nothing_captured(selector: Selector, reasons: Sequence[Sequence[str]], mode
     )
 
 
-def _targets_of(layer: Layer, wanted: Address, model: str, *, is_named: bool) -> tuple[list[Target], dict[str, str]]:
+def _targets_of(
+    layer: Layer, wanted: Address, model: str, *, is_named: bool, knows_places: bool
+) -> tuple[list[Target], dict[str, str]]:
     """Return the targets that an address names in a layer whose path it matched, and the parts left out."""
     name = str(Address(layer.path))
     calls = len(layer.calls)
@@ -341,7 +356,8 @@ def _targets_of(layer: Layer, wanted: Address, model: str, *, is_named: bool) ->
             continue
         target = Target(replace(address, reduction=wanted.reduction), tensor, calls, is_named)
         try:
-            target.shape  # noqa: B018
+            if knows_places or wanted.reduction is None or not wanted.reduction.needs_places:
+                target.shape  # noqa: B018
         except ValueError as error:
             assert wanted.reduction is not None
             stored = ",".join(["N", *map(str, tensor.shape)])

@@ -153,15 +153,16 @@ class Places:
         return grid
 
     def _read(self, address: Address, shape: tuple[int, ...]) -> Reading:
-        reduction = address.reduction
-        if reduction is not None and reduction.name in ("cls", "flatten"):
-            return Reading(("channel",))
+        steps = () if address.reduction is None else address.reduction.steps
         whole = replace(address, reduction=None)
         probed = self.square[whole].shape if whole in self.square else None
-        if reduction is not None and probed is not None and len(probed) <= 3 and reduction.shape(probed) == shape:
+        is_over_dims = len(steps) == 1 and bool(steps[0].dims) and probed is not None and len(probed) <= 3
+        if is_over_dims and probed is not None and steps[0].shape(probed, None) == shape:
             of_whole = self._read(whole, probed)
-            roles = tuple(role for dim, role in enumerate(of_whole.roles, 1) if dim not in reduction.dims)
+            roles = tuple(role for dim, role in enumerate(of_whole.roles, 1) if dim not in steps[0].dims)
             return replace(of_whole, roles=roles, grid=of_whole.grid if "token" in roles else None)
+        if len(shape) == 3 and any(step.name in ("grid", "pool") for step in steps):
+            return Reading(LAYOUTS["nchw"])
         if len(shape) < 2:
             return Reading(("channel",))
         wide = self.wide[whole].shape if probed == shape and whole in self.wide else ()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hookx.capture.copies import has_streams
 from hookx.capture.determinism import find_nondeterministic
 from hookx.capture.failures import is_out_of_memory, report_broken_device
+from hookx.capture.patches import prove_patches
 from hookx.capture.probe import example_images, probe
 from hookx.capture.runner import MEMORY_FORMATS, Runner, module_classes, modules_of
 from hookx.capture.settle import settle
@@ -99,7 +100,8 @@ def _ready_model(
         by_path = {path: part for path, part in modules_of(bare.module).items() if isinstance(part, nn.Conv2d)}
         bare_runner = Runner.of(bare.module, bare.forward)
         probed = _probe(bare, bare_runner, [*paths, *by_path], preprocessing, batch_size=batch_size, shapes_only=True)
-        convolutions = _up_to_last(select(selectors, probed, model, excluded), probed, by_path)
+        selection = select(selectors, probed, model, excluded, knows_places=False)
+        convolutions = _up_to_last(selection, probed, by_path)
 
     loaded = load_model(model, weights, options)
     log.info("weights: %s", loaded.weights)
@@ -153,7 +155,10 @@ def place_and_select(
     # Modules that the weights lack are probed too, for their place in the order of execution.
     paths += (path for path in classes if _is_within(path, loaded.random_paths))
     probed = _probe(loaded, runner, paths, preprocessing, batch_size=batch_size)
+    if any(one.address.reduction is not None and one.address.reduction.needs_places for one in selectors):
+        probed = prove_patches(runner, _images(runner, preprocessing), probed)
     selection = select(selectors, probed, loaded.name, excluded)
+    _tell_of_places(selection.targets)
     _warn_of_random_modules(loaded, probed, selection)
     return selection
 
@@ -225,6 +230,18 @@ def _up_to_last(selection: Selection, probed: Sequence[Layer], by_path: Mapping[
         for path, convolution in by_path.items()
         if path in order and (order[path] < last or _is_within(path, finished))
     ]
+
+
+def _tell_of_places(targets: Sequence[Target]) -> None:
+    """Say once for each kind of sequence which of its tokens stand for places of the image."""
+    reduced = [one for one in targets if one.address.reduction is not None and one.address.reduction.needs_places]
+    for patches in dict.fromkeys(target.tensor.patches for target in reduced):
+        if patches is not None:
+            others = ", ".join(map(str, patches.others)) or "none"
+            log.info(
+                "%d of %d tokens are %d x %d patches (proved on the model); others: %s",
+                *(len(patches.tokens), patches.count, patches.height, patches.width, others),
+            )
 
 
 def _warn_of_random_modules(loaded: LoadedModel, probed: Sequence[Layer], selection: Selection) -> None:
