@@ -70,7 +70,7 @@ def test_gem_pool_and_l2_are_those_of_the_literature(maps_NCHW: Tensor) -> None:
 @pytest.mark.parametrize("text", ["gem", "mean23@l2", "flatten@project16", "pool3"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_full_and_stays_half(text: str, dtype: torch.dtype) -> None:
-    maps_NCHW = 300 * torch.rand(2, 8, 6, 6).to(dtype)  # The cube of 300 is no float16.
+    maps_NCHW = 300 * torch.rand(2, 8, 6, 6).to(dtype)  # The cube of 300 exceeds float16.
     values = reduced(maps_NCHW, text)
     assert values.dtype == dtype and values.isfinite().all()
     assert torch.allclose(values.float(), reduced(maps_NCHW.float(), text), rtol=1e-2, atol=1e-2)
@@ -133,7 +133,7 @@ def test_another_process_makes_the_same_bits() -> None:
     script += "order, signs = projection('layer4@project64', 25088)\n"
     script += "print(hashlib.sha256(order.astype('<i8').tobytes() + signs.astype('<f4').tobytes()).hexdigest())"
     there = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
-    # The same everywhere and for ever: rows of different runs are compared with each other.
+    # The same everywhere, in every version: rows of different runs are compared with each other.
     assert there == "ddd2eeb9d640693a9d0b3e04ef102a063fccd8f960198d19ea9f56000a4656f4"
     order, signs = projection("layer4@project64", 25088)
     assert np.array_equal(np.sort(order), np.arange(25088)) and set(np.unique(signs)) == {-1, 1}

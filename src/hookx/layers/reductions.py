@@ -34,9 +34,9 @@ class Patches:
     """Which tokens of an image's sequence stand for places of the image, as a probe has proved it.
 
     Args:
-        height, width: of the grid of places.
-        tokens: those of the grid, row by row.
-        count: of all tokens of the sequence.
+        height, width: the size of the grid of places.
+        tokens: one for each place, row by row.
+        count: how many tokens the whole sequence has.
     """
 
     height: int
@@ -274,9 +274,7 @@ class Reduction:
             return "@tokens1- from the second token on, @tokens1-@mean1 their mean, @tokens0 the first, @mean1 over all"
         if len(shape) == 2:
             of_patches = "@patchmean over the patches, " if name == "mean" else ""
-            return (
-                f"{of_patches}@cls for the class token, @tokens5-@{name}1 over the tokens from 5 on, @{name}1 over all"
-            )
+            return f"{of_patches}@{name}1 over all tokens, @cls for the class token"
         if len(shape) <= 1:
             return "no reduction at all"
         return f"@{name} followed by the digits of the dimensions"

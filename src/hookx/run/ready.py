@@ -233,7 +233,7 @@ def _up_to_last(selection: Selection, probed: Sequence[Layer], by_path: Mapping[
 
 
 def _tell_of_places(targets: Sequence[Target]) -> None:
-    """Say once for each kind of sequence which of its tokens stand for places of the image."""
+    """Log once for each kind of sequence which of its tokens stand for places of the image."""
     reduced = [one for one in targets if one.address.reduction is not None and one.address.reduction.needs_places]
     for patches in dict.fromkeys(target.tensor.patches for target in reduced):
         if patches is not None:
