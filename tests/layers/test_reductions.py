@@ -13,7 +13,7 @@ from hookx.layers.address import Address
 from hookx.layers.reductions import Patches, Reduction
 
 PATCHES = Patches(2, 3, (1, 2, 3, 4, 5, 6), 7)
-FIT = {
+FIT: dict[str, list[tuple[int, ...]]] = {
     "flatten": [(4,), (5, 6), (3, 4, 4)],
     "mean1": [(4,), (5, 6)],
     "max23": [(3, 4, 4)],

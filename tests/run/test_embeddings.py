@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +18,8 @@ from hookx.errors import LayerError
 
 timm = pytest.importorskip("timm")
 VIT, WITHOUT_CLS, MIXER = "timm:vit_small_patch16_dinov3", "timm:vit_relpos_small_patch16_224", "timm:mixer_s32_224"
-SMALL = {"weights": "none", "device": "cpu", "resize": 64, "crop": 64, "memory_format": "contiguous"}
-OF_224 = {"weights": "none", "device": "cpu"}
+SMALL: dict[str, Any] = {"weights": "none", "device": "cpu", "resize": 64, "crop": 64, "memory_format": "contiguous"}
+OF_224: dict[str, Any] = {"weights": "none", "device": "cpu"}
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def tokens_of(features: hookx.Features) -> Tensor:
     return features["norm"].torch()
 
 
-RECIPES = {
+RECIPES: dict[str, Callable[[Tensor], Tensor]] = {
     "norm@cls": lambda tokens: tokens[:, 0],
     "norm@patches": lambda tokens: tokens[:, 5:],
     "norm@tokens5-": lambda tokens: tokens[:, 5:],
