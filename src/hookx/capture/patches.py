@@ -124,8 +124,8 @@ class _Experiment:
         for start in range(0, len(rows) + len(columns), _IMAGES_AT_ONCE - 1):
             some = self._variants(rows, columns)[start : start + _IMAGES_AT_ONCE - 1]
             images_NCHW = torch.cat([self.images_NCHW[:1], *some])
-            for key, tokens in self._look(images_NCHW, wanted).items():
-                changed[key].append(_changed(tokens))
+            for key, of_images in self._look(images_NCHW, wanted).items():
+                changed[key].append(of_images)
         proved = {}
         for key, parts in changed.items():
             if parts and sum(map(len, parts)) == len(rows) + len(columns):
@@ -151,7 +151,7 @@ class _Experiment:
         return variants
 
     def _look(self, images_NCHW: Tensor, wanted: Mapping[Key, TensorInfo]) -> dict[Key, Tensor]:
-        """Return the tokens of a pass without attention: images, tokens, channels."""
+        """Return which tokens of a pass without attention differ from those of its first image: images, tokens."""
         found: dict[Key, Tensor] = {}
 
         def note(path: str, call: int, is_input: bool, tensors: Iterable[tuple[Parts, Tensor]]) -> None:
@@ -161,7 +161,7 @@ class _Experiment:
                     with contextlib.suppress(RuntimeError):  # Its shape depends on more than the number of images.
                         tokens = split_by_image(tensor.detach(), info, len(images_NCHW))
                         if tokens.shape[1:] == info.shape:
-                            found[key] = tokens.flatten(1, -2).clone()
+                            found[key] = _changed(tokens.flatten(1, -2))
 
         taps = Taps(
             lambda path, call, args, kwargs: note(path, call, True, tensors_given(args, kwargs)),
