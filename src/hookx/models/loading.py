@@ -13,6 +13,7 @@ from hookx.models.files import ModelFiles
 from hookx.models.huggingface import HuggingFace
 from hookx.models.loaders import load_loader
 from hookx.models.own_code import OwnCode, load_transform
+from hookx.models.preprocessing import at_size
 from hookx.models.source import LoadedModel, Source
 from hookx.models.timm import Timm
 from hookx.models.torchvision import Torchvision
@@ -66,7 +67,7 @@ def load_model(ref: str, weights: str = "default", options: ModelOptions = Model
         >>> model.module.training, model.weights, str(model.preprocessing)[:33]
         (False, 'random (seed 0)', 'resize 256 (bilinear), crop 224, ')
     """
-    return _with_code(_source_of(ref, options).load_model(ref, weights, options), options)
+    return _prepared(_source_of(ref, options).load_model(ref, weights, options), options)
 
 
 def skeleton(ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
@@ -79,7 +80,7 @@ def skeleton(ref: str, weights: str = "default", options: ModelOptions = ModelOp
         >>> next(model.module.parameters()).device.type, model.preprocessing.crop_px
         ('meta', 518)
     """
-    return _with_code(_source_of(ref, options).skeleton(ref, weights, options), options)
+    return _prepared(_source_of(ref, options).skeleton(ref, weights, options), options)
 
 
 def forget_skeletons() -> None:
@@ -113,11 +114,12 @@ def _source_of(ref: str, options: ModelOptions = ModelOptions()) -> Source:
     return source
 
 
-def _with_code(loaded: LoadedModel, options: ModelOptions) -> LoadedModel:
-    """Replace a model's preprocessing with the transform and the loader that the user named, if any."""
+def _prepared(loaded: LoadedModel, options: ModelOptions) -> LoadedModel:
+    """Replace a model's preprocessing as the user asks: by a transform and a loader, for a size, with a fit."""
     loader, described = (None, "") if options.loader is None else load_loader(options.loader)
     if options.transform is not None:
         preprocessing, transform = load_transform(options.transform, None if loader is None else loaded.channels or 3)
         loaded = dataclasses.replace(loaded, preprocessing=preprocessing, transform=transform)
-    preprocessing = dataclasses.replace(loaded.preprocessing, loader=described)
+    preprocessing = at_size(loaded.preprocessing, options.size_px, options.fit, loaded.name)
+    preprocessing = dataclasses.replace(preprocessing, loader=described)
     return dataclasses.replace(loaded, preprocessing=preprocessing, loader=loader)

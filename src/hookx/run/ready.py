@@ -24,7 +24,7 @@ from hookx.images.listing import ImageList
 from hookx.images.loaders import WrongResultError
 from hookx.layers.select import Layer, Selection, Selector, Target, matched_paths, select
 from hookx.models import LoadedModel, forget_skeletons, load_model, release_models, skeleton
-from hookx.options import ExtractOptions, PreprocessingOptions, VisualizeOptions
+from hookx.options import ExtractOptions, VisualizeOptions
 from hookx.plan import Preprocessing
 from hookx.run.defaults import check_precision, choose_device, choose_memory_format, device_name
 
@@ -204,6 +204,11 @@ def _probe(
             batch_size=batch_size if isinstance(batch_size, int) else None,
             shapes_only=shapes_only,
         )
+    except CaptureError as error:
+        if not preprocessing.size:
+            raise
+        step = f"{model.name} may not take images of {preprocessing.size}: leave out --size, or try another"
+        raise CaptureError(str(error), step) from error
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -211,7 +216,7 @@ def _probe(
 
 
 def _images(runner: Runner, preprocessing: Preprocessing) -> Tensor:
-    return example_images(runner, preprocessing.crop_px, preprocessing.mean, preprocessing.std)
+    return example_images(runner, preprocessing.size_px, preprocessing.mean, preprocessing.std)
 
 
 def _up_to_last(selection: Selection, probed: Sequence[Layer], by_path: Mapping[str, nn.Conv2d]) -> list[nn.Conv2d]:
@@ -243,7 +248,7 @@ def _is_within(path: str, paths: Iterable[str]) -> bool:
     return any(other in (path, ".") or path.startswith(f"{other}.") for other in paths)
 
 
-def _override(model: LoadedModel, options: PreprocessingOptions) -> Preprocessing:
+def _override(model: LoadedModel, options: ExtractOptions | VisualizeOptions) -> Preprocessing:
     """Return the preprocessing of the weights, changed as the user asks."""
     preprocessing = model.preprocessing
     asked: dict[str, Any] = {
@@ -254,21 +259,46 @@ def _override(model: LoadedModel, options: PreprocessingOptions) -> Preprocessin
         "interpolation": options.interpolation,
     }
     asked = {name: value for name, value in asked.items() if value is not None}
+    _check_sizes(preprocessing, options)
     if preprocessing.custom and (asked or options.decode != "exact"):
         raise UsageError(
             f"this model has its own preprocessing ({preprocessing}), which no option can change",
-            "leave out --resize, --crop, --mean, --std, --interpolation and --decode",
+            "leave out --resize, --crop, --mean, --std, --interpolation and --decode; --size may change its size",
         )
     changed = dataclasses.replace(
         preprocessing, **asked, exif=options.exif, decode=options.decode, grey_range=str(options.grey_range)
     )
     _check_channels(model, changed)
     if changed.crop_px > changed.resize_px:
+        flag = "--crop" if options.size_px is None else "--size"
         raise UsageError(
-            f"--crop {changed.crop_px} is larger than --resize {changed.resize_px}",
-            "give both: --resize 256 --crop 224",
+            f"{flag} {changed.crop_px} is larger than --resize {changed.resize_px}",
+            f"give both: --resize 256 {flag} 224",
         )
     return changed
+
+
+def _check_sizes(preprocessing: Preprocessing, options: ExtractOptions | VisualizeOptions) -> None:
+    """Raise `UsageError` for a --resize or a --crop that contradicts the size of the input or how images fit."""
+    if options.size_px is not None and options.crop is not None:
+        raise UsageError(
+            f"--size {'x'.join(map(str, options.size_px))} and --crop {options.crop} both set the size of the input",
+            "leave out --crop; --resize may stand beside --size",
+        )
+    for flag, value in (("--resize", options.resize), ("--crop", options.crop)):
+        if value is None or preprocessing.custom:
+            continue
+        if preprocessing.fit != "crop":
+            raise UsageError(
+                f"{flag} {value} has no meaning for images that --fit {preprocessing.fit} brings to the input's size",
+                f"leave out {flag}, or write --fit crop; --size sets the size of the input",
+            )
+        if preprocessing.crop_width_px or preprocessing.resize_width_px:
+            height, width = preprocessing.size_px
+            raise UsageError(
+                f"{flag} {value} is for square inputs, and this one is {height} x {width}, height x width",
+                f"leave out {flag}, or write --size {value}",
+            )
 
 
 def _check_channels(model: LoadedModel, preprocessing: Preprocessing) -> None:
@@ -310,5 +340,5 @@ def try_loader(ready: ReadyModel, images: ImageList) -> None:
 def out_of_memory(images_at_once: int, error: Exception) -> HookxError:
     return HookxError(
         f"the device has too little memory for {images_at_once} images at once: {str(error).splitlines()[0]}",
-        "try --precision bf16, a smaller --crop, or --device cpu",
+        "try --precision bf16, a smaller --size, or --device cpu",
     )
