@@ -299,7 +299,7 @@ def test_folders_that_hold_no_model_are_errors(refs: dict[str, str], tmp_path: P
 def test_other_weights_and_arguments_than_there_are_are_errors(refs: dict[str, str]) -> None:
     assert "has no weights 'IMAGENET1K_V1'; it has: default\n" in error_of(refs["vit"], "IMAGENET1K_V1")
     assert "takes no argument 'width'; closest: attn_implementation" in error_of(refs["vit"], model_args={"width": "1"})
-    with pytest.raises(ModelError, match="cannot be listed: only torchvision and timm have a list of models"):
+    with pytest.raises(ModelError, match="cannot be listed: only torchvision, timm and open_clip have a list"):
         list_models("hf:*")
 
 

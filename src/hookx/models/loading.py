@@ -12,6 +12,7 @@ from hookx.errors import ModelError
 from hookx.models.files import ModelFiles
 from hookx.models.huggingface import HuggingFace
 from hookx.models.loaders import load_loader
+from hookx.models.open_clip import OpenClip
 from hookx.models.own_code import OwnCode, load_transform
 from hookx.models.preprocessing import at_size
 from hookx.models.source import LoadedModel, Source
@@ -21,11 +22,11 @@ from hookx.options import ModelOptions
 
 _TORCHVISION = Torchvision()
 # Asked in this order. A file called 'resnet18' does not stand in for torchvision's model.
-_SOURCES: tuple[Source, ...] = (Timm(), HuggingFace(), OwnCode(), _TORCHVISION, ModelFiles())
+_SOURCES: tuple[Source, ...] = (Timm(), HuggingFace(), OpenClip(), OwnCode(), _TORCHVISION, ModelFiles())
 
 
 def list_models(pattern: str = "*") -> dict[str, str]:
-    """Return torchvision's models, or, for a pattern that begins with 'timm:', the models of timm that match it.
+    """Return torchvision's models, or, for a pattern like 'timm:*' or 'open_clip:*', the models of that zoo that match.
 
     Video and optical-flow models are listed but refused by `load_model`: they do not take still images.
 
@@ -51,7 +52,7 @@ def load_model(ref: str, weights: str = "default", options: ModelOptions = Model
     """Build a model with the requested weights.
 
     Args:
-        ref: a name that `list_models` returns; 'timm:NAME', 'hf:NAME', 'python:package.module:factory',
+        ref: a name that `list_models` returns; 'timm:NAME', 'hf:NAME', 'open_clip:NAME/TAG', 'python:package.module:factory',
             'path/to/file.py:factory'; or a file: a checkpoint that names its architecture
             (`{"arch": "resnet18", "state_dict": ...}`), a pickled module, or an exported program (.pt2).
         weights: 'default' (the architecture's DEFAULT weights, or those in the file), a weights name such as

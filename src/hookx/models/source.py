@@ -79,8 +79,8 @@ class Source(Protocol):
 
     def list_models(self, pattern: str = "*") -> dict[str, str]:
         """Return its models that match a glob, each with its kind."""
-        raise ModelError(f"'{pattern}' cannot be listed: only torchvision and timm have a list of models")
+        raise ModelError(f"'{pattern}' cannot be listed: only torchvision, timm and open_clip have a list")
 
     def weights_of(self, ref: str) -> list[tuple[str, bool]]:
         """Return the names of a model's weights, default first, each with whether it is in the cache."""
-        raise ModelError(f"{ref} has no list of weights: only the models of torchvision and timm do")
+        raise ModelError(f"{ref} has no list of weights: only the models of torchvision, timm and open_clip do")

@@ -207,7 +207,7 @@ class Plan:
         if identity.seed is not None:
             return ["--weights", "none", *(["--seed", str(identity.seed)] if identity.seed else [])]
         # A model that is itself a file or a folder brings its weights; one from a list of names got them from a file.
-        is_listed = self.model.isidentifier() or re.fullmatch(r"\w+:[\w.]+", self.model)
+        is_listed = self.model.isidentifier() or re.fullmatch(r"\w+:[\w.]+|open_clip:[\w./-]+", self.model)
         name = identity.published_name or ("WEIGHTS" if identity.is_file and is_listed else "")
         return ["--weights", name] if name else []
 
