@@ -1,4 +1,4 @@
-"""open_clip's models: the image tower is `encode_image`, its preprocessing open_clip's own, its weights from the hub."""
+"""open_clip's models: the tower is `encode_image`, the preprocessing open_clip's own, the weights from the hub."""
 
 from __future__ import annotations
 

@@ -121,6 +121,7 @@ def _read_config(ref: str, folder: Path) -> tuple[Any, Any, ImageSide | None, tu
     if takes != "pixel_values":
         what = model_class.__name__ if model_class is not None else type(config).__name__
         raise ModelError(f"{ref} ({what}) takes {takes}; hookx gives a model images only")
+    assert model_class is not None  # It takes pixels.
     if config is whole:
         with _quiet():
             return model_class, config, *_look_behind(ref, model_class, config)

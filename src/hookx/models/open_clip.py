@@ -32,7 +32,7 @@ _MAX_TAGS_SHOWN = 6
 
 
 class OpenClip(Zoo):
-    """The models that `open_clip.list_models` names: 'open_clip:ViT-B-32', or with a tag 'open_clip:ViT-B-32/openai'."""
+    """The models that `open_clip.list_models` names: 'open_clip:ViT-B-32', or with a tag '.../openai'."""
 
     def owns(self, ref: str) -> bool:
         return ref.startswith(OPEN_CLIP)
@@ -89,7 +89,7 @@ def _on_hub(config: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     repository, _, file = config["hf_hub"].rpartition("/")
     if not file:
         return repository, ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-    stem, dot, suffix = file.rpartition(".")
+    stem, _, suffix = file.rpartition(".")
     return repository, tuple(dict.fromkeys((f"{stem}.safetensors", file))) if suffix in ("bin", "pth") else (file,)
 
 
@@ -205,14 +205,14 @@ class OpenClipTower(Architecture):
         transform = import_extra("open_clip.transform", "open_clip")
         config = {**asdict(transform.PreprocessCfg()), **(_config_of(self.name, self.tag) if self.tag else {})}
         config = transform.merge_preprocess_dict(transform.PreprocessCfg(), config)
-        height, width = size_px = self.size_px or self.own_size_px
+        size_px = self.size_px or self.own_size_px
         said = size_text(size_px) if self.size_px else ""
         if config["resize_mode"] == "longest":
             made = transform.image_transform_v2(transform.PreprocessCfg(**{**config, "size": size_px}), is_train=False)
             recorded, function = preprocessing.try_transform(made, "open_clip.transform.image_transform_v2")
             return replace(recorded, size=said), function, ()
-        numbers = (tuple(map(float, config[key])) for key in ("mean", "std"))
-        plain = Preprocessing(height, height, *numbers, config["interpolation"]).sized(size_px, size_px)
+        mean, std = (tuple(map(float, config[key])) for key in ("mean", "std"))
+        plain = Preprocessing(1, 1, mean, std, config["interpolation"]).sized(size_px, size_px)
         fit = "squash" if config["resize_mode"] == "squash" else "crop"
         return replace(plain, fit=fit, size=said), None, ()
 

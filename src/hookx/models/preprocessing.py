@@ -96,9 +96,9 @@ def from_timm_config(config: Mapping[str, Any], name: str) -> Preprocessing | No
     height, width = sides_px(config["input_size"], name)
     if config["crop_mode"] != "center":
         return None
-    numbers = (tuple(map(float, config[key])) for key in ("mean", "std"))
+    mean, std = (tuple(map(float, config[key])) for key in ("mean", "std"))
     covered_px = math.floor(height / config["crop_pct"]), math.floor(width / config["crop_pct"])
-    return Preprocessing(height, height, *numbers, config["interpolation"]).sized((height, width), covered_px)
+    return Preprocessing(height, height, mean, std, config["interpolation"]).sized((height, width), covered_px)
 
 
 def try_transform(transform: Any, source: str, description: str = "", channels: int | None = None) -> Recorded:

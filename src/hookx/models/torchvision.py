@@ -123,10 +123,14 @@ class TorchvisionModel(Architecture):
         return replace(self, size_px=size_px, resizes_positions=options.resize_positions)
 
     def explain_positions(self) -> ModelError:
-        own, asked = (size_text(size_px or self.own_size_px) for size_px in (None, self.size_px))
+        size_px = self.size_px or self.own_size_px
+        fitting = [one.name for one in type(self.entry) if sides_px(one.transforms().crop_size, self.ref) == size_px]
+        steps = [f"or take weights for that size: --weights {fitting[0]}"] if fitting else []
         return ModelError(
-            f"the weights of {self.ref} have position embeddings for images of {own}, not {asked}",
+            f"the weights of {self.ref} have position embeddings for images of {size_text(self.own_size_px)}, not "
+            f"{size_text(size_px)}",
             "resize them, as torchvision's interpolate_embeddings does: --resize-positions",
+            *steps,
         )
 
     def build(self) -> nn.Module:
@@ -140,8 +144,12 @@ class TorchvisionModel(Architecture):
             arguments["image_size"] = side_px
         if self.ref.startswith("maxvit_") and self.size_px:
             arguments["input_size"] = self.size_px
-        with explaining(f"{self.ref} cannot be built for images of {self._size_text()}", "try another --size"):
+        if self.size_px is None:
             module = _get_model(self.ref, weights=None, **arguments)
+        else:
+            problem = f"{self.ref} cannot be built for images of {size_text(self.size_px)}"
+            with explaining(problem, "try another --size"):
+                module = _get_model(self.ref, weights=None, **arguments)
         if hasattr(module, "transform_input"):
             setattr(module, "transform_input", self.transforms_input)  # noqa: B010
         return module
@@ -197,9 +205,6 @@ class TorchvisionModel(Architecture):
         model = replace(model, fitting_notes=(*notes, *model.fitting_notes))
         published = self.recognize(sha256_of(weights.file))
         return weights, replace(model, entry=published or self.entry, transforms_input=published is not None)
-
-    def _size_text(self) -> str:
-        return size_text(self.size_px or self.own_size_px)
 
     def _resize_positions(self, state: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Return weights whose position embeddings have the model's size, and a note if they had another."""

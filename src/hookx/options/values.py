@@ -87,7 +87,7 @@ def read_deviations(value: str | Iterable[float]) -> tuple[float, ...]:
     return numbers
 
 
-def read_input_size(value: InputSize) -> tuple[int, int]:
+def read_input_size(value: Any) -> tuple[int, int]:
     """Read the height and the width of a model's input.
 
     Example:
@@ -101,8 +101,9 @@ def read_input_size(value: InputSize) -> tuple[int, int]:
             raise wrong
         sides = [int(texts[1]), int(texts[2] or texts[1])]
     else:
+        both = value if isinstance(value, Sequence) else [value, value]
         try:
-            sides = [operator.index(one) for one in (value if isinstance(value, Sequence) else [value, value])]
+            sides = [operator.index(one) for one in both]
         except TypeError:
             raise wrong from None
     if len(sides) != 2 or isinstance(value, bool):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -196,23 +197,31 @@ def _probe(
 ) -> list[Layer]:
     images_NCHW = _images(runner, preprocessing)
     try:
-        return probe(
-            runner,
-            images_NCHW,
-            paths=list(dict.fromkeys(paths)),
-            why_never_called=model.why_never_called,
-            batch_size=batch_size if isinstance(batch_size, int) else None,
-            shapes_only=shapes_only,
-        )
-    except CaptureError as error:
-        if not preprocessing.size:
-            raise
-        step = f"{model.name} may not take images of {preprocessing.size}: leave out --size, or try another"
-        raise CaptureError(str(error), step) from error
+        with explaining_size(model.name, preprocessing):
+            return probe(
+                runner,
+                images_NCHW,
+                paths=list(dict.fromkeys(paths)),
+                why_never_called=model.why_never_called,
+                batch_size=batch_size if isinstance(batch_size, int) else None,
+                shapes_only=shapes_only,
+            )
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise out_of_memory(len(images_NCHW), error) from None
+
+
+@contextlib.contextmanager
+def explaining_size(name: str, preprocessing: Preprocessing) -> Iterator[None]:
+    """Tell what to do where a model fails on images of the size that `--size` asked for."""
+    try:
+        yield
+    except CaptureError as error:
+        if not preprocessing.size:
+            raise
+        step = f"{name} may not take images of {preprocessing.size}: try another --size, or leave it out"
+        raise CaptureError(str(error), step) from error
 
 
 def _images(runner: Runner, preprocessing: Preprocessing) -> Tensor:
