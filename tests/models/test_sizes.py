@@ -17,6 +17,7 @@ from torchvision.models.vision_transformer import VisionTransformer, interpolate
 from hookx.errors import CaptureError, ModelError, UsageError
 from hookx.models import LoadedModel, ModelOptions, load_model, skeleton
 from hookx.models.preprocessing import sides_px
+from hookx.models.processors import _as_preprocessing
 from hookx.run.prepare import prepare
 from kit.second_route import input_of
 
@@ -130,7 +131,7 @@ def test_the_own_size_of_a_model_changes_nothing() -> None:
 
 def test_a_size_and_an_argument_that_differ_are_refused() -> None:
     message = error_of("timm:vit_tiny_patch16_224", size=96, model_args={"img_size": "128"})
-    assert message.startswith("timm:vit_tiny_patch16_224: --size 96x96 and --model-arg img_size=128 differ\n")
+    assert ": --size 96x96 and --model-arg img_size=128 differ\n  give one of them" in message
     same = ModelOptions(size=96, model_args={"img_size": "96"})
     assert load_model("timm:vit_tiny_patch16_224", "none", same).preprocessing.size_px == (96, 96)
     dynamic = ModelOptions(size=(96, 64), model_args={"dynamic_img_size": "true"})
@@ -382,3 +383,36 @@ def test_sizes_that_contradict_each_other_are_refused(
         prepare("resnet18", "fc", thumbnails, weights="none", out=tmp_path / "out", **options)
     assert str(caught.value).startswith(expected)
     shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "own_fit"),
+    [
+        ("CLIPImageProcessor", CROPPING, "crop"),
+        ("SiglipImageProcessor", SQUASHING, "squash"),
+        ("ConvNextImageProcessor", {"size": {"shortest_edge": 56}, "crop_pct": 0.875}, "crop"),
+        ("ConvNextImageProcessor", {"size": {"shortest_edge": 384}, "crop_pct": 0.875}, "squash"),
+    ],
+)
+def test_what_hookx_makes_in_place_of_a_processor_is_its_pixels_up_to_rounding(
+    kind: str, settings: dict[str, Any], own_fit: str, photos: Path
+) -> None:
+    processor = getattr(transformers, kind)(**settings)
+    plain, fit = _as_preprocessing(processor.to_dict())
+    assert plain is not None and plain.fit == fit == own_fit
+    file = photos / "animals" / "chelsea.jpg"
+    with Image.open(file) as image:
+        own = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    # Its tensors are resized in other steps than Pillow's images: by a level or two of 255.
+    assert (input_of(file, plain) - own).abs().max() < 3 / 255 / min(plain.std)
+
+
+def test_a_processor_that_does_more_is_not_imitated(tmp_path: Path) -> None:
+    ref = save_vit(tmp_path, **SQUASHING)
+    flipped = transformers.MobileViTImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56})
+    twice = transformers.EfficientNetImageProcessor(size={"height": 56, "width": 56})
+    for processor in (flipped, twice):
+        assert _as_preprocessing(processor.to_dict()) == (None, "")
+    flipped.save_pretrained(tmp_path)
+    message = error_of(ref, "none", fit="pad")
+    assert message.startswith("MobileViTImageProcessor does more than resize, crop and normalize images, so --fit pad ")

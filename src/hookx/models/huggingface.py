@@ -48,6 +48,7 @@ class HuggingFace(Zoo):
     """
 
     takes_arguments = True
+    fits_images = True
 
     def owns(self, ref: str) -> bool:
         return ref.startswith(HUGGING_FACE)

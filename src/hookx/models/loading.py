@@ -68,7 +68,8 @@ def load_model(ref: str, weights: str = "default", options: ModelOptions = Model
         >>> model.module.training, model.weights, str(model.preprocessing)[:33]
         (False, 'random (seed 0)', 'resize 256 (bilinear), crop 224, ')
     """
-    return _prepared(_source_of(ref, options).load_model(ref, weights, options), options)
+    source = _source_of(ref, options)
+    return _prepared(source, source.load_model(ref, weights, options), options)
 
 
 def skeleton(ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
@@ -81,7 +82,8 @@ def skeleton(ref: str, weights: str = "default", options: ModelOptions = ModelOp
         >>> next(model.module.parameters()).device.type, model.preprocessing.crop_px
         ('meta', 518)
     """
-    return _prepared(_source_of(ref, options).skeleton(ref, weights, options), options)
+    source = _source_of(ref, options)
+    return _prepared(source, source.skeleton(ref, weights, options), options)
 
 
 def forget_skeletons() -> None:
@@ -115,12 +117,13 @@ def _source_of(ref: str, options: ModelOptions = ModelOptions()) -> Source:
     return source
 
 
-def _prepared(loaded: LoadedModel, options: ModelOptions) -> LoadedModel:
+def _prepared(source: Source, loaded: LoadedModel, options: ModelOptions) -> LoadedModel:
     """Replace a model's preprocessing as the user asks: by a transform and a loader, for a size, with a fit."""
     loader, described = (None, "") if options.loader is None else load_loader(options.loader)
     if options.transform is not None:
         preprocessing, transform = load_transform(options.transform, None if loader is None else loaded.channels or 3)
         loaded = dataclasses.replace(loaded, preprocessing=preprocessing, transform=transform)
-    preprocessing = at_size(loaded.preprocessing, options.size_px, options.fit, loaded.name)
+    fit = None if source.fits_images and loaded.transform is not None and options.transform is None else options.fit
+    preprocessing = at_size(loaded.preprocessing, options.size_px, fit, loaded.name)
     preprocessing = dataclasses.replace(preprocessing, loader=described)
     return dataclasses.replace(loaded, preprocessing=preprocessing, loader=loader)

@@ -14,7 +14,14 @@ from hookx.models.preprocessing import Recorded, size_text, try_transform
 from hookx.plan import Preprocessing
 
 _INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers
+_BILINEAR = 2
 _WHITE = 255
+_SQUASHED_PX = 384  # ConvNeXt's processor crops below this size, and squashes from it on.
+_KNOWN = (
+    *("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_convert_rgb", "do_reduce_labels"),
+    *("image_mean", "image_std", "resample", "rescale_factor", "size", "crop_size", "crop_pct"),
+    *("image_processor_type", "feature_extractor_type", "processor_class"),
+)
 
 
 def adapt(processor: Any, size_px: tuple[int, int] | None, fit: str | None) -> Recorded:
@@ -22,11 +29,14 @@ def adapt(processor: Any, size_px: tuple[int, int] | None, fit: str | None) -> R
 
     A processor can make squares of another size than its own, and whatever it squashes images to. Anything else is
     left to hookx: then its mean, deviation, interpolation and proportions come without a transform.
+
+    Raises:
+        ModelError: it cannot be tried, or images are to fit otherwise, and it does more than hookx would.
     """
     name, settings = type(processor).__name__, json.loads(processor.to_json_string())
     own = try_transform(_transform(processor), name, json.dumps(settings, sort_keys=True))
-    plain = _as_preprocessing(settings)
-    has_own_fit = fit is None or (plain is not None and fit == plain.fit)
+    plain, own_fit = _as_preprocessing(settings)
+    has_own_fit = fit in (None, own_fit)
     if has_own_fit and size_px in (None, own[0].size_px):
         return own
     if has_own_fit and size_px is not None and (changed := _sizes_for(settings, size_px)):
@@ -37,7 +47,14 @@ def adapt(processor: Any, size_px: tuple[int, int] | None, fit: str | None) -> R
                 return replace(recorded, size=size_text(size_px)), transform
         except ModelError:  # It takes no sizes with a call.
             pass
-    return own if plain is None else (plain, None)
+    if plain is not None:
+        return plain, None
+    if has_own_fit:
+        return own  # Its size stays, and is refused where it is not the one that was asked for.
+    raise ModelError(
+        f"{name} does more than resize, crop and normalize images, so --fit {fit} cannot change how they fit",
+        "leave out --fit, or replace it with --transform",
+    )
 
 
 def _transform(processor: Any, **changed: Any) -> Callable[[Any], Tensor]:
@@ -64,32 +81,39 @@ def _sizes_for(settings: Mapping[str, Any], size_px: tuple[int, int]) -> dict[st
     return {}
 
 
-def _as_preprocessing(settings: Mapping[str, Any]) -> Preprocessing | None:
-    """Return what hookx does in place of a processor; None if that does more than resize, crop and normalize."""
+def _as_preprocessing(settings: Mapping[str, Any]) -> tuple[Preprocessing | None, str]:
+    """Return what hookx does in place of a processor, and how that fits images; '' if in no way that hookx knows.
+
+    None for a processor that does more than resize, crop and normalize.
+    """
     size, crop = (_sides(settings.get(key)) for key in ("size", "crop_size"))
-    resample = settings.get("resample", 2)
+    resample, share = settings.get("resample", _BILINEAR), settings.get("crop_pct")
     scales = settings.get("do_rescale") and abs(settings.get("rescale_factor", 0) * _WHITE - 1) < 1e-6
-    if not settings.get("do_resize") or not scales or settings.get("do_pad") or resample not in range(6):
-        return None
+    more = [key for key, value in settings.items() if value not in (None, False) and key not in _KNOWN]
+    if more or not settings.get("do_resize") or not scales or resample not in range(len(_INTERPOLATIONS)):
+        return None, ""
     mean, std = settings.get("image_mean"), settings.get("image_std")
     if not settings.get("do_normalize") or mean is None or std is None:
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     plain = Preprocessing(1, 1, tuple(map(float, mean)), tuple(map(float, std)), _INTERPOLATIONS[resample])
     shortest = size.get("shortest_edge")
-    if settings.get("do_center_crop") and "height" in crop:
-        if shortest is None and size.get("height") != size.get("width"):
-            return None
-        covered = shortest or size["height"]
-        return plain.sized((crop["height"], crop["width"]), (covered, covered))
+    if settings.get("do_center_crop") and "height" in crop and not share:
+        cropped_px = crop["height"], crop["width"]
+        if shortest is not None:
+            return plain.sized(cropped_px, (shortest, shortest)), "crop"
+        covered_px = size.get("height", crop["height"]), size.get("width", crop["width"])
+        return plain.sized(cropped_px, covered_px), ""  # It squashes, and then crops.
+    if settings.get("do_center_crop"):
+        return None, ""
     if "height" in size:
-        return replace(plain.sized((size["height"], size["width"]), (size["height"], size["width"])), fit="squash")
-    if shortest is not None and (share := settings.get("crop_pct")):
-        covered = shortest if shortest >= _UNCROPPED_PX else int(shortest / share)
-        return plain.sized((shortest, shortest), (covered, covered))
-    return None
-
-
-_UNCROPPED_PX = 384  # ConvNeXt's processor squashes to this size and larger ones
+        size_px = size["height"], size["width"]
+        return replace(plain.sized(size_px, size_px), fit="squash"), "squash"
+    if shortest is not None and share and shortest < _SQUASHED_PX:
+        covered = int(shortest / share)
+        return plain.sized((shortest, shortest), (covered, covered)), "crop"
+    if shortest is not None and share:
+        return replace(plain.sized((shortest, shortest), (shortest, shortest)), fit="squash"), "squash"
+    return None, ""
 
 
 def _sides(size: Any) -> dict[str, int]:

@@ -56,6 +56,8 @@ class Source(Protocol):
 
     takes_arguments: bool = False
     """Whether its models take `--model-arg`."""
+    fits_images: bool = False
+    """Whether its own transforms fit images as `--fit` says, or refuse to."""
 
     def owns(self, ref: str) -> bool:
         """Return whether a reference names one of its models."""
