@@ -62,7 +62,8 @@ def test_squash_is_torchvisions_resize_to_the_size_bit_for_bit(
     resize = Compose([Resize(size_px, InterpolationMode(interpolation)), PILToTensor()])
     for file in pictures:
         with Image.open(file) as image:
-            assert torch.equal(pixels_of(file, fitted(size_px, "squash", interpolation)), resize(image))
+            preprocessing = fitted(size_px, "squash", interpolation).sized(size_px, (120, 120))
+            assert torch.equal(pixels_of(file, preprocessing), resize(image))
 
 
 # --- pad -----------------------------------------------------------------------------------------------------------
@@ -158,7 +159,7 @@ def test_jpegs_for_nvjpeg_fit_as_those_that_pillow_decodes(
 
 
 @pytest.mark.parametrize("fit", ["crop", "squash", "pad"])
-@pytest.mark.parametrize("size_px", SIZES)
+@pytest.mark.parametrize("size_px", [(300, 300), (400, 200), (200, 420)])
 def test_fast_decoding_keeps_enough_pixels_for_the_size(
     size_px: tuple[int, int], fit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

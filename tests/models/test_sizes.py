@@ -18,6 +18,7 @@ from hookx.errors import CaptureError, ModelError, UsageError
 from hookx.models import LoadedModel, ModelOptions, load_model, skeleton
 from hookx.models.preprocessing import sides_px
 from hookx.models.processors import _as_preprocessing
+from hookx.options import Fit
 from hookx.run.prepare import prepare
 from kit.second_route import input_of
 
@@ -175,7 +176,7 @@ def test_the_position_embeddings_of_a_vision_transformer_are_resized_on_request(
     )
     loaded = load_model("vit_b_32", file, ModelOptions(size=96, resize_positions=True))
     own = small_vit(96)
-    own.load_state_dict(interpolate_embeddings(96, 32, small_vit(224).state_dict()))  # type: ignore[arg-type]
+    own.load_state_dict(interpolate_embeddings(96, 32, small_vit(224).state_dict()))
     with torch.inference_mode():
         assert torch.equal(run(loaded, noise(96, 96)), own(noise(96, 96)))
     assert "vit_b_32: position embeddings resized from 49 to 9 patches" in loaded.notes
@@ -193,7 +194,7 @@ def test_published_weights_of_a_vision_transformer_are_resized_too(monkeypatch: 
     )
     loaded = load_model("vit_b_32", "default", ModelOptions(size=96, resize_positions=True))
     own = small_vit(96)
-    own.load_state_dict(interpolate_embeddings(96, 32, small_vit(224, seed=4).state_dict()))  # type: ignore[arg-type]
+    own.load_state_dict(interpolate_embeddings(96, 32, small_vit(224, seed=4).state_dict()))
     with torch.inference_mode():
         assert torch.equal(run(loaded, noise(96, 96)), own(noise(96, 96)))
     assert loaded.weights == "ViT_B_32_Weights.IMAGENET1K_V1"
@@ -234,7 +235,7 @@ def test_a_model_that_fails_at_a_size_says_what_to_do(thumbnails: Path, tmp_path
     assert str(caught.value).endswith("inception_v3 may not take images of 32x32: try another --size, or leave it out")
 
 
-# --- transformers ------------------------------------------------------------------------------------------------------
+# --- transformers ----------------------------------------------------------------------------------------------------
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 VISION = {**TINY, "image_size": 56, "patch_size": 14}
@@ -299,12 +300,13 @@ def test_the_pixels_at_a_size_are_the_processor_s_own(
 
 @pytest.mark.parametrize(("sizes", "own_fit"), [(SQUASHING, "squash"), (CROPPING, "crop")])
 def test_a_fit_that_is_not_the_processor_s_is_made_by_hookx_with_its_numbers(
-    sizes: dict[str, Any], own_fit: str, tmp_path: Path
+    sizes: dict[str, Any], own_fit: Fit, tmp_path: Path
 ) -> None:
     ref = save_vit(tmp_path, **sizes)
     assert skeleton(ref, options=ModelOptions(fit=own_fit)).preprocessing == skeleton(ref).preprocessing
     settings = transformers.AutoImageProcessor.from_pretrained(tmp_path).to_dict()
-    for fit in {"crop", "squash", "pad"} - {own_fit}:
+    others: set[Fit] = {"crop", "squash", "pad"}
+    for fit in others - {own_fit}:
         prepared = skeleton(ref, options=ModelOptions(fit=fit)).preprocessing
         assert prepared.custom == "" and prepared.fit == fit and prepared.size_px == (56, 56)
         assert prepared.mean == tuple(settings["image_mean"]) and prepared.std == tuple(settings["image_std"])

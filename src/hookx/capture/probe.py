@@ -93,7 +93,8 @@ def example_images(
 ) -> Tensor:
     """Return three images to probe a model with, on its device, as pixels normalised by `mean` and `std`.
 
-    `size_px` is their height and width, or the side of square ones. The first has values between 0 and 1, so that a model which looks at the range of a whole batch shows it.
+    `size_px` is their height and width, or the side of square ones. The first has values between 0 and 1, so that a
+    model which looks at the range of a whole batch shows it.
     """
     height_px, width_px = (size_px, size_px) if isinstance(size_px, int) else size_px
     shape = (3, len(mean), height_px, width_px)

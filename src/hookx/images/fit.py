@@ -61,7 +61,7 @@ def fit_picture(picture: _Picture, preprocessing: Preprocessing, mean: Sequence[
 
     Args:
         picture: a PIL image, or pixels (..., channels, height, width).
-        mean: of the picture's channels, if they are only some of the input's.
+        mean: the means for the picture's channels, if it has only some of the input's.
     """
     _, height_px, width_px = F.get_dimensions(picture)
     covered_px = preprocessing.covered_px

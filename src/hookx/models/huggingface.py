@@ -172,7 +172,7 @@ class HuggingFaceModel(Architecture):
     has_transform: bool
     """Whether the user's transform takes the place of the model's image processor."""
     size_px: tuple[int, int] | None = None
-    """The size of the input that was asked for."""
+    """The size that --size requests."""
     image_fit: str | None = None
 
     def build(self) -> nn.Module:
@@ -288,7 +288,7 @@ class HuggingFaceModel(Architecture):
         return sides_px(size, self.ref) if size else None
 
     def _interpolates(self, module: nn.Module) -> bool:
-        """Return whether the model is to interpolate its position embeddings to the size that was asked for."""
+        """Return whether the model is to interpolate its position embeddings to the size of --size."""
         takes = "interpolate_pos_encoding" in inspect.signature(module.forward).parameters
         return takes and self.size_px not in (None, self._own_size_px())
 

@@ -53,8 +53,8 @@ def load_model(ref: str, weights: str = "default", options: ModelOptions = Model
 
     Args:
         ref: a name that `list_models` returns; 'timm:NAME', 'hf:NAME', 'open_clip:NAME/TAG',
-            'python:package.module:factory', 'path/to/file.py:factory'; or a file: a checkpoint that names its architecture
-            (`{"arch": "resnet18", "state_dict": ...}`), a pickled module, or an exported program (.pt2).
+            'python:package.module:factory', 'path/to/file.py:factory'; or a file: a checkpoint that names its
+            architecture (`{"arch": "resnet18", "state_dict": ...}`), a pickled module, or an exported program (.pt2).
         weights: 'default' (the architecture's DEFAULT weights, or those in the file), a weights name such as
             'IMAGENET1K_V2', 'none' (random: `torch.manual_seed(seed)`, then the model is built on the CPU), or a
             weights file, which is read without running code in it.

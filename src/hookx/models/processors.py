@@ -50,7 +50,7 @@ def adapt(processor: Any, size_px: tuple[int, int] | None, fit: str | None) -> R
     if plain is not None:
         return plain, None
     if has_own_fit:
-        return own  # Its size stays, and is refused where it is not the one that was asked for.
+        return own  # Its size stays, and the caller refuses it if --size requests another.
     raise ModelError(
         f"{name} does more than resize, crop and normalize images, so --fit {fit} cannot change how they fit",
         "leave out --fit, or replace it with --transform",

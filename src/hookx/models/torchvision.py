@@ -110,7 +110,7 @@ class TorchvisionModel(Architecture):
         return sides_px(self.entry.transforms().crop_size, self.ref)
 
     def at_size(self, options: ModelOptions) -> TorchvisionModel:
-        """Return the architecture for the size that was asked for."""
+        """Return the architecture for the size of --size."""
         size_px = options.size_px
         if size_px is None:
             return self

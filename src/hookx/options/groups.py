@@ -110,7 +110,7 @@ class ModelOptions(CheckpointOptions, SizeOptions, title="Model", variables=True
 
     @property
     def size_px(self) -> tuple[int, int] | None:
-        """The height and the width that were asked for."""
+        """The height and the width of --size."""
         return None if self.size is None else read_input_size(self.size)
 
 

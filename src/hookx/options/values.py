@@ -29,7 +29,7 @@ ChannelReduction = Literal["mean", "max", "norm"]
 AnyPath = str | os.PathLike[str]
 Paths = AnyPath | Iterable[AnyPath]
 
-InputSize = str | SupportsIndex | Sequence[int]  # pixels: of both sides, or height and width
+InputSize = str | SupportsIndex | Sequence[int]  # in pixels: one number for both sides, or height and width
 
 # A plan and a shard have the long names, which are torch's.
 DTYPE_NAMES: dict[str, str] = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

@@ -29,7 +29,7 @@ class Preprocessing:
         crop_width_px: width of the input; 0: it is square.
         resize_width_px: before cropping, the image is resized to cover `resize_px` x `resize_width_px`, height x width;
             0: that is a square, so its shorter side becomes `resize_px`.
-        size: the size that `--size` asked for, as in '256x128'; '' if the input has the model's own size.
+        size: the value of `--size`, as in '256x128'; '' if the input has the model's own size.
     """
 
     resize_px: int

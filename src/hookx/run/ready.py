@@ -214,7 +214,7 @@ def _probe(
 
 @contextlib.contextmanager
 def explaining_size(name: str, preprocessing: Preprocessing) -> Iterator[None]:
-    """Tell what to do where a model fails on images of the size that `--size` asked for."""
+    """Add a next step to the error of a model that fails on images of the size of --size."""
     try:
         yield
     except CaptureError as error:
@@ -292,7 +292,7 @@ def _check_sizes(preprocessing: Preprocessing, options: ExtractOptions | Visuali
     if options.size_px is not None and options.crop is not None:
         raise UsageError(
             f"--size {'x'.join(map(str, options.size_px))} and --crop {options.crop} both set the size of the input",
-            "leave out --crop; --resize may stand beside --size",
+            "leave out --crop; --size and --resize go together",
         )
     for flag, value in (("--resize", options.resize), ("--crop", options.crop)):
         if value is None or preprocessing.custom:
