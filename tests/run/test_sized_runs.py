@@ -22,7 +22,7 @@ from hookx.check.recompute import recompute
 from hookx.images.decoding import model_input
 from hookx.launch.extract import extract
 from hookx.models import ModelOptions, load_model
-from hookx.pictures.places import probe_places
+from hookx.pictures.places import find_token_grid, probe_places
 from hookx.plan import IMAGENET, Plan
 from hookx.read.features import open_features
 from kit import warm
@@ -114,6 +114,8 @@ def test_the_places_of_tokens_of_an_input_that_is_not_square_are_known() -> None
     places = probe_places(runner, lambda: runner, loaded.preprocessing.size_px)
     grid = places.grid(33)
     assert grid is not None and (grid.height, grid.width, grid.tokens) == (8, 4, tuple(range(1, 33)))
+    traced = find_token_grid(runner, (128, 64), 33, [])  # By strips alone, without the maps.
+    assert traced == grid
     conv = load_model("resnet18", "none", ModelOptions(size=(128, 64)))
     bare = Runner.of(conv.module, conv.forward)
     maps = probe_places(bare, lambda: bare, (128, 64))

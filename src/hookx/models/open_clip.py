@@ -159,8 +159,6 @@ class OpenClipTower(Architecture):
         return "timm_model_name" in self._config["vision_cfg"]
 
     def build(self) -> nn.Module:
-        from open_clip.model import _build_vision_tower
-
         config = self._config
         vision = {**config["vision_cfg"]}
         if self._is_timm:
@@ -170,7 +168,7 @@ class OpenClipTower(Architecture):
             vision["image_size"] = height if height == width else self.size_px
         with warnings.catch_warnings(), explaining(f"the image tower of {self.ref} cannot be built"):
             warnings.simplefilter("ignore")
-            return _build_vision_tower(config["embed_dim"], vision, config.get("quick_gelu", False))
+            return _library().model._build_vision_tower(config["embed_dim"], vision, config.get("quick_gelu", False))
 
     def build_published(self, options: ModelOptions) -> Filled:
         file = hub.fetch_file(self.ref, *_on_hub(_config_of(self.name, self.tag)), None, _NEXT_STEP)
@@ -187,22 +185,20 @@ class OpenClipTower(Architecture):
         return Filled(filled.module, WeightsIdentity(self.ref), tuple(notes))
 
     def fit(self, weights: Weights) -> tuple[Weights, OpenClipTower]:
-        from open_clip.convert import convert_state_dict
-        from open_clip.model import resize_pos_embed
-
+        library = _library()
         whole: Any = SimpleNamespace(visual=self.build_bare())
         with explaining(f"the weights in {weights.file.name} cannot be turned into those of {self.ref}"):
-            state = dict(convert_state_dict(whole, dict(weights.state)))
+            state = dict(library.convert.convert_state_dict(whole, dict(weights.state)))
         weights = without_prefix(replace(weights, state=state), whole.visual.state_dict().keys(), self.ref)
         positions = {f"{_TOWER}.{name}": weights.state[name] for name in _POSITIONS if name in weights.state}
         if self.size_px is not None:
-            resize_pos_embed(positions, whole)
+            library.model.resize_pos_embed(positions, whole)
         resized = {name.removeprefix(f"{_TOWER}."): tensor for name, tensor in positions.items()}
         return replace(weights, state={**weights.state, **resized}), self
 
     def prepare(self, module: nn.Module) -> Prepared:
         """Return open_clip's own preprocessing of the tag; without one, that of its models that do not say."""
-        transform = import_extra("open_clip.transform", "open_clip")
+        transform = _library().transform
         config = {**asdict(transform.PreprocessCfg()), **(_config_of(self.name, self.tag) if self.tag else {})}
         config = transform.merge_preprocess_dict(transform.PreprocessCfg(), config)
         size_px = self.size_px or self.own_size_px
