@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hookx.capture.runner import Runner
-from hookx.errors import LayerError
+from hookx.errors import LayerError, ModelError
 from hookx.launch.extract import extract
 from hookx.models import LoadedModel, ModelOptions, load_model, skeleton
 from hookx.plan import Plan
@@ -176,10 +176,13 @@ def test_a_tower_alone_says_that_it_has_no_projection(tmp_path: Path, thumbnails
     tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**VISION))
     ref = save(tmp_path, tower)
     loaded = load_model(ref)
-    note = f"{ref} is the vision tower of a CLIPModel alone, without the projection to its image embedding"
+    note = f"{ref} is the vision tower of a CLIPModel alone: it has no projection, so no image_embeds"
     assert loaded.notes == (note,) and not hasattr(loaded.module, "image_embeds")
-    with pytest.raises(LayerError, match="no layer matches 'image_embeds'"):
+    with pytest.raises(LayerError) as caught:
         extract(ref, "image_embeds", thumbnails, out=tmp_path / "out")
+    assert str(caught.value).startswith(f"no layer matches 'image_embeds' in {ref}") and str(caught.value).endswith(
+        note
+    )
 
 
 def test_a_tower_that_needs_no_projection_has_the_embedding(tmp_path: Path) -> None:
@@ -205,3 +208,11 @@ def test_weights_without_the_projection_give_the_tower_and_say_so(clip: str, tmp
     of_file = load_model(clip, str(tmp_path / "tower.safetensors"))
     assert not hasattr(of_file.module, "image_embeds")
     assert "tower.safetensors holds the vision tower without the projection: no image_embeds" in of_file.notes
+
+
+def test_a_tower_that_takes_patches_of_many_shapes_is_refused(tmp_path: Path) -> None:
+    vision = {**TINY, "patch_size": 14, "num_patches": 16}
+    model = transformers.Siglip2Model(transformers.Siglip2Config(text_config=TEXT, vision_config=vision))
+    ref = save(tmp_path, model)
+    with pytest.raises(ModelError, match=r"\(Siglip2VisionModel\) takes patches of images of many shapes \(NaFlex\)"):
+        skeleton(ref)

@@ -123,6 +123,11 @@ def _read_config(ref: str, folder: Path) -> tuple[Any, Any, ImageSide | None, tu
         what = model_class.__name__ if model_class is not None else type(config).__name__
         raise ModelError(f"{ref} ({what}) takes {takes}; hookx gives a model images only")
     assert model_class is not None  # It takes pixels.
+    if "spatial_shapes" in inspect.signature(model_class.forward).parameters:
+        raise ModelError(
+            f"{ref} ({model_class.__name__}) takes patches of images of many shapes (NaFlex); hookx makes one",
+            "use a checkpoint of the same model for one size, such as hf:google/siglip2-base-patch16-224",
+        )
     if config is whole:
         with _quiet():
             return model_class, config, *_look_behind(ref, model_class, config)
@@ -153,7 +158,7 @@ def _look_behind(ref: str, model_class: Any, config: Any) -> tuple[ImageSide | N
     side = _find_side_of(whole_class, whole_class.config_class(vision_config=config.to_dict()), config, ref)
     if isinstance(side, ImageSide) and not side.parts:
         return side, ()
-    note = f"{ref} is the vision tower of a {whole_class.__name__} alone, without the projection to its image embedding"
+    note = f"{ref} is the vision tower of a {whole_class.__name__} alone: it has no projection, so no {IMAGE_EMBEDS}"
     return None, (note,)
 
 

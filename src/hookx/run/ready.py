@@ -19,7 +19,7 @@ from hookx.capture.probe import example_images, probe
 from hookx.capture.runner import MEMORY_FORMATS, Runner, module_classes, modules_of
 from hookx.capture.settle import settle
 from hookx.capture.state import Settled
-from hookx.errors import CaptureError, HookxError, ModelError, UsageError, one_line
+from hookx.errors import CaptureError, HookxError, LayerError, ModelError, UsageError, one_line
 from hookx.images.decoding import check_decoding, decode
 from hookx.images.listing import ImageList
 from hookx.images.loaders import WrongResultError
@@ -93,7 +93,13 @@ def _ready_model(
     preprocessing = _override(bare, options)
     check_decoding(preprocessing, device)
     check_precision(options.precision, device)
-    paths = matched_paths(selectors, module_classes(bare.module), model)
+    try:
+        paths = matched_paths(selectors, module_classes(bare.module), model)
+    except LayerError as error:
+        # A note can tell why the model lacks a layer that is named.
+        named = [selector.text for selector in selectors if selector.text.isidentifier()]
+        reasons = [note for note in bare.notes if any(name in note.split() for name in named)]
+        raise LayerError(str(error), *reasons) from None
     matched_paths(excluded, module_classes(bare.module), model)
     convolutions: list[nn.Conv2d] = []
     if selectors:
