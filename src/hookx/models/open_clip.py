@@ -51,7 +51,7 @@ class OpenClip(Zoo):
         """Return the names of a model's weights, which open_clip calls tags, each with whether it is in the cache."""
         name, _, tag = ref.removeprefix(OPEN_CLIP).partition("/")
         tags = [tag] if tag else _library().list_pretrained_tags_by_model(name)
-        return [(one, hub.cached_file(*_on_hub(_config_of(name, one))) is not None) for one in tags]
+        return [(one, _is_cached(_config_of(name, one))) for one in tags]
 
     def find(self, ref: str, published: str, options: ModelOptions = ModelOptions()) -> OpenClipTower:
         library = _library()
@@ -91,6 +91,10 @@ def _on_hub(config: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
         return repository, ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
     stem, _, suffix = file.rpartition(".")
     return repository, tuple(dict.fromkeys((f"{stem}.safetensors", file))) if suffix in ("bin", "pth") else (file,)
+
+
+def _is_cached(config: Mapping[str, Any]) -> bool:
+    return bool(config["hf_hub"]) and hub.cached_file(*_on_hub(config)) is not None
 
 
 def _no_such_tag(model: str, tag: str, tags: Sequence[str]) -> ModelError:
@@ -171,7 +175,12 @@ class OpenClipTower(Architecture):
             return _library().model._build_vision_tower(config["embed_dim"], vision, config.get("quick_gelu", False))
 
     def build_published(self, options: ModelOptions) -> Filled:
-        file = hub.fetch_file(self.ref, *_on_hub(_config_of(self.name, self.tag)), None, _NEXT_STEP)
+        config = _config_of(self.name, self.tag)
+        if not config["hf_hub"]:  # As of OpenAI's weights before open_clip 3: TorchScript behind a URL.
+            version = _library().__version__
+            problem = f"open_clip {version} knows no file on the Hugging Face hub for {self.ref}"
+            raise ModelError(problem, "install a later one: pip install -U open-clip-torch", _NEXT_STEP)
+        file = hub.fetch_file(self.ref, *_on_hub(config), None, _NEXT_STEP)
         assert file is not None
         weights = read_weights(str(file), ModelOptions(seed=options.seed))
         weights, _ = self.fit(weights)
