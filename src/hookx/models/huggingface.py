@@ -24,7 +24,7 @@ from hookx.models import hub
 from hookx.models.checkpoints import Weights, sha256_of
 from hookx.models.fitting import Filled, find_allowed, list_first, modules_of
 from hookx.models.image_embeds import NAME as IMAGE_EMBEDS
-from hookx.models.image_embeds import ImageSide, find_image_side, find_whole_class
+from hookx.models.image_embeds import ImageSide, find_image_side, find_tower_class, find_whole_class
 from hookx.models.names import HUGGING_FACE
 from hookx.models.preprocessing import imagenet_preprocessing, sides_px, size_text
 from hookx.models.processors import adapt
@@ -36,6 +36,7 @@ from hookx.plan import WeightsIdentity
 _CONFIG = "config.json"
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _VISION_CONFIGS = ("vision_config", "image_config")  # within that of a model of images and texts
+_NAFLEX = "siglip2"  # the checkpoints of SigLIP 2 for one size have the type of SigLIP
 _USUAL_PX = 224
 _NEXT_STEP = "use a folder that save_pretrained wrote: --model hf:./folder"
 
@@ -110,6 +111,11 @@ def _read_config(ref: str, folder: Path) -> tuple[Any, Any, ImageSide | None, tu
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     whole, mapping = config, transformers.MODEL_MAPPING
     config = next(filter(None, (getattr(whole, name, None) for name in _VISION_CONFIGS)), whole)
+    if str(config.model_type).startswith(_NAFLEX):
+        raise ModelError(
+            f"{ref} takes patches of images of many shapes ({type(config).__name__}, NaFlex); hookx makes one",
+            "use a checkpoint of the same model for one size, such as hf:google/siglip2-base-patch16-224",
+        )
     model_class = _named_class(whole) if config is whole else None
     if model_class is None:
         model_class = mapping.get(type(config), None)
@@ -117,17 +123,13 @@ def _read_config(ref: str, folder: Path) -> tuple[Any, Any, ImageSide | None, tu
     if config is not whole:
         with _quiet():
             side = _find_side_of(_named_class(whole) or mapping.get(type(whole), None), whole, config, ref)
-        model_class = model_class or getattr(side, "tower_class", None)
+        if model_class is None and isinstance(side, ImageSide):
+            model_class = find_tower_class(side, config)
     takes = getattr(model_class, "main_input_name", "an unknown input")
     if takes != "pixel_values":
         what = model_class.__name__ if model_class is not None else type(config).__name__
         raise ModelError(f"{ref} ({what}) takes {takes}; hookx gives a model images only")
     assert model_class is not None  # It takes pixels.
-    if "spatial_shapes" in inspect.signature(model_class.forward).parameters:
-        raise ModelError(
-            f"{ref} ({model_class.__name__}) takes patches of images of many shapes (NaFlex); hookx makes one",
-            "use a checkpoint of the same model for one size, such as hf:google/siglip2-base-patch16-224",
-        )
     if config is whole:
         with _quiet():
             return model_class, config, *_look_behind(ref, model_class, config)
@@ -252,6 +254,14 @@ class HuggingFaceModel(Architecture):
             note = f"{weights.file.name} holds the vision tower without the projection: no {IMAGE_EMBEDS}"
             return found, replace(tower, fitting_notes=(note,))
         notes = (f"{IMAGE_EMBEDS} has {', '.join(self.image_side.names)} of {weights.file.name}",) if tensors else ()
+        is_whole = any(name.startswith(f"{self.image_side.tower}.") for name in found.state)
+        if (
+            is_whole and not found.prefix
+        ):  # The tower has the names that it has in the whole model: leave out what is beside it.
+            own = {name.partition(".")[0] for name in tower.build_bare().state_dict()}
+            inside = {name: value for name, value in found.state.items() if name.partition(".")[0] in own}
+            left_out = Counter(name.partition(".")[0] for name in found.state.keys() - inside.keys())
+            found = replace(found, state=inside, left_out=dict(sorted(left_out.items())))
         return replace(found, state={**found.state, **tensors}), replace(self, fitting_notes=notes)
 
     def _find_weights(self) -> Path:

@@ -143,6 +143,8 @@ class ImageSide:
         methods = {
             "__init__": initialize,
             "_init_weights": initialize_weights,
+            # They are about language models, which have been taken out.
+            **dict.fromkeys(("tie_weights", "get_input_embeddings", "get_output_embeddings"), lambda *_, **__: None),
             "__module__": whole_class.__module__,
         }
         return type(whole_class.__name__, (whole_class,), methods)
@@ -178,6 +180,15 @@ def find_whole_class(tower_class: Any, config: Any) -> Any:
             and hasattr(found, "get_text_features")
             and towers.get("vision_config") is type(config)
         ):
+            return found
+    return None
+
+
+def find_tower_class(side: ImageSide, config: Any) -> Any:
+    """Return the class of a vision tower that takes pixels and can be loaded alone, or None."""
+    for found in (side.tower_class, *vars(sys.modules[side.tower_class.__module__]).values()):
+        is_tower = isinstance(found, type) and found.__name__.endswith(("VisionModel", "ImageModel"))
+        if is_tower and found.config_class is type(config) and found.main_input_name == "pixel_values":
             return found
     return None
 
