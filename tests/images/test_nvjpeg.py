@@ -18,6 +18,7 @@ from torchvision.transforms import functional as F  # noqa: N812 - its own docum
 from hookx.errors import UsageError
 from hookx.images import decoding, resizing
 from hookx.images.decoding import check_decoding, decode, decode_jpegs, failure_reason
+from hookx.images.fit import fit_picture
 from hookx.images.listing import list_images
 from hookx.plan import Preprocessing
 from hookx.run.lane import Batch
@@ -138,12 +139,25 @@ def test_pictures_resized_together_equal_what_torchvision_makes_of_each(
     preprocessing = replace(
         EXACT, resize_px=resize_px, crop_px=crop_px, interpolation=interpolation, antialias=antialias
     )
-    together = resizing.resize_and_crop_all(pictures, preprocessing)
+    together = resizing.fit_pictures(pictures, preprocessing)
     for picture, ours in zip(pictures, together, strict=True):
         mode = InterpolationMode(interpolation)
         assert torch.equal(
             ours, F.center_crop(F.resize(picture, [resize_px], mode, antialias=antialias), [crop_px] * 2)
         )
+
+
+@pytest.mark.parametrize("fit", ["crop", "squash", "pad"])
+@pytest.mark.parametrize("size_px", [(224, 224), (256, 128), (40, 300)])
+def test_pictures_fitted_together_equal_each_fitted_alone(fit: str, size_px: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(256, 300), (31, 500), (444, 97), (375, 500)]
+    pictures = [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes]
+    preprocessing = replace(EXACT.sized(size_px, size_px), fit=fit, mean=(0.5, 0.3, 0.1))
+    together = resizing.fit_pictures(pictures, preprocessing)
+    assert together.shape == (4, 3, *size_px)
+    for picture, ours in zip(pictures, together, strict=True):
+        assert torch.equal(ours, fit_picture(picture, preprocessing))
 
 
 @pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 2 MiB", "CUDA error: unspecified failure"])

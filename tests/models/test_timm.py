@@ -17,7 +17,6 @@ from torch import Tensor
 from hookx.errors import ModelError
 from hookx.models import ModelOptions, list_models, load_model, skeleton, weights_of
 from hookx.models.hub import tensors_only
-from hookx.models.preprocessing import square_side_px
 from kit import warm
 from kit.hub import broken_hub, hub
 from kit.second_route import captured_of, input_of
@@ -123,11 +122,6 @@ def test_what_a_plan_cannot_say_is_timms_own_transform_with_its_configuration_in
 def test_a_size_of_ones_own_is_the_size_of_the_images() -> None:
     loaded = skeleton("timm:vit_tiny_patch16_224", "none", ModelOptions(model_args={"img_size": "96"}))
     assert loaded.preprocessing.crop_px == 96
-
-
-def test_images_that_are_not_square_are_refused() -> None:
-    with pytest.raises(ModelError, match="net takes images of 1024 x 768 pixels; hookx makes square ones"):
-        square_side_px((3, 1024, 768), "net")
 
 
 # --- weights -------------------------------------------------------------------------------------------------------

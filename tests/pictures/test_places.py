@@ -168,7 +168,7 @@ def test_an_experiment_ends_before_the_first_attention() -> None:
     model = Patches(list(range(17)))
     reached: list[str] = []
     model.block.register_forward_pre_hook(lambda *_: reached.append("block"))
-    assert find_token_grid(Runner.of(model), SIDE_PX, 17, [4]) is not None
+    assert find_token_grid(Runner.of(model), (SIDE_PX, SIDE_PX), 17, [(4, 4)]) is not None
     assert not reached
 
 
@@ -218,5 +218,5 @@ def test_a_model_of_transformers_with_tokens_before_and_behind_its_patches(
     config = transformers.YolosConfig(image_size=[64, 64], num_detection_tokens=5, **sizes)
     model = transformers.YolosModel(config).eval()
     forward: Callable[[Tensor], object] = lambda pixels_NCHW: model(pixel_values=pixels_NCHW)  # noqa: E731
-    grid = find_token_grid(Runner.of(model, forward), 64, 1 + 16 + 5, [4])
+    grid = find_token_grid(Runner.of(model, forward), (64, 64), 1 + 16 + 5, [(4, 4)])
     assert grid == TokenGrid(4, 4, tuple(range(1, 17)))

@@ -86,19 +86,24 @@ def probe(
 
 
 def example_images(
-    runner: Runner, side_px: int, mean: Sequence[float] = (0.5,) * 3, std: Sequence[float] = (0.5,) * 3
+    runner: Runner,
+    size_px: int | tuple[int, int],
+    mean: Sequence[float] = (0.5,) * 3,
+    std: Sequence[float] = (0.5,) * 3,
 ) -> Tensor:
-    """Return three square images to probe a model with, on its device, as pixels normalised by `mean` and `std`.
+    """Return three images to probe a model with, on its device, as pixels normalised by `mean` and `std`.
 
-    The first has values between 0 and 1, so that a model which looks at the range of a whole batch shows it.
+    `size_px` is their height and width, or the side of square ones. The first has values between 0 and 1, so that a
+    model which looks at the range of a whole batch shows it.
     """
-    shape = (3, len(mean), side_px, side_px)
+    height_px, width_px = (size_px, size_px) if isinstance(size_px, int) else size_px
+    shape = (3, len(mean), height_px, width_px)
     if runner.device.type == "meta":
         return torch.empty(shape, device=runner.device)
     generator = torch.Generator().manual_seed(0)
     # Coarse patterns below the noise: means over an image differ from image to image.
     coarse = torch.rand((3, len(mean), 4, 4), generator=generator)
-    coarse = nn.functional.interpolate(coarse, (side_px, side_px), mode="bilinear")
+    coarse = nn.functional.interpolate(coarse, (height_px, width_px), mode="bilinear")
     pixels = (coarse + torch.rand(shape, generator=generator)) / 2
     pixels[1] = (1.6 * pixels[1] - 0.3).clamp(0, 1)
     pixels[2] = pixels[2] ** 3

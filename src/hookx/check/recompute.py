@@ -10,6 +10,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from hookx.images.listing import list_images
 from hookx.keys import key_bytes
 from hookx.layers.select import Selector, Target
 from hookx.models import LoadedModel, borrowed_models, load_model, may_run_code
-from hookx.options import CheckpointOptions, ModelOptions, RecomputeOptions, list_paths, takes
+from hookx.options import CheckpointOptions, Fit, ModelOptions, RecomputeOptions, list_paths, takes
 from hookx.plan import Plan, Shard, WeightsIdentity
 from hookx.run.defaults import choose_device, single_threaded
 from hookx.run.ready import place_and_select, settle_passes
@@ -182,6 +183,12 @@ def _load_again(plan: Plan, model: str | None, weights: str | None, options: Mod
         weights = weights or identity.published_name
     elif weights is None and not needs_trust and not plan.weights.startswith(plan.model):
         raise UsageError(f"the weights of this run are a file ({plan.weights})", "name it: --weights FILE")
+    # A model can be built otherwise for another size, and bring its transform or not.
+    prepared = plan.preprocessing
+    if prepared.size:
+        options = replace(options, size=prepared.size, resize_positions=True)
+    if not prepared.custom:
+        options = replace(options, fit=cast(Fit, prepared.fit))  # `ModelOptions` checks it.
     loaded = load_model(model or plan.model, weights or "default", options)
     if loaded.weights != plan.weights:
         raise StoreError(f"these are other weights ({loaded.weights}) than those of this run ({plan.weights})")

@@ -147,16 +147,19 @@ def list_layers(options: given.ListLayersOptions, form: JsonOptions) -> None:
     from hookx.cli import reports
     from hookx.layers.select import narrow
     from hookx.models import borrowed_models, skeleton
+    from hookx.run.ready import explaining_size
 
     with borrowed_models():
-        bare = skeleton(options.model, options.weights, given.ModelOptions(**options.values_of(given.BuildOptions)))
+        said = options.values_of(given.BuildOptions) | options.values_of(given.SizeOptions)
+        bare = skeleton(options.model, options.weights, given.ModelOptions(**said))
         runner = Runner.of(bare.module, bare.forward)
         prepared = bare.preprocessing
         statistics = (prepared.mean, prepared.std)
         if bare.channels not in (None, len(prepared.mean)):
             statistics = ((0.5,) * bare.channels, (0.5,) * bare.channels)
-        examples_NCHW = example_images(runner, prepared.crop_px, *statistics)
-        layers = probe(runner, examples_NCHW, why_never_called=bare.why_never_called)
+        examples_NCHW = example_images(runner, prepared.size_px, *statistics)
+        with explaining_size(options.model, prepared):
+            layers = probe(runner, examples_NCHW, why_never_called=bare.why_never_called)
     layers = narrow(layers, options.model, paths=options.paths, types=options.types, depth=options.depth)
     report(form, reports.describe_layers, partial(reports.print_model_layers, tree=options.tree), layers)
 

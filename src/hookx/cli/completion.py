@@ -97,7 +97,7 @@ def _known_of(model: str) -> dict[str, Any]:
         return {"classes": classes, "weights": [name for name, _ in weights_of(model)]}
 
     # Other references may run code, use the network, or change.
-    if may_run_code(model) or not re.fullmatch(r"(\w+:)?[\w.]+", model):
+    if may_run_code(model) or not re.fullmatch(r"(\w+:)?[\w./-]+", model):
         return {"classes": {}, "weights": []}
     known: dict[str, Any] = _remember(model, build)
     return known
@@ -107,7 +107,7 @@ def _remember(name: str, find_out: Callable[[], Any]) -> Any:
     """Return what these versions found out before, or find it out and keep it in the user's cache."""
     versions = "-".join(f"{package}-{version(package)}" for package in ("torch", distribution_of(name)))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    file = cache / "hookx" / versions / f"{name.replace(':', '-')}.json"
+    file = cache / "hookx" / versions / f"{re.sub('[:/]', '-', name)}.json"
     with contextlib.suppress(OSError, ValueError):
         return json.loads(file.read_text())
     found = find_out()

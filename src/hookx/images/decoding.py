@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -20,18 +20,17 @@ from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F  # noqa: N812 - its own documentation's name
 
 from hookx.errors import UsageError
 from hookx.images.bands import undeclared_bands, unknown_bands, unread_bands
 from hookx.images.deep import find_deep_colour
 from hookx.images.files import File
+from hookx.images.fit import check_resized_px, fit_picture, resized_px
 from hookx.images.loaders import Loader, load_own, resize_bands
 from hookx.images.memory import lacks_memory
 from hookx.images.opening import Content, open_image
 from hookx.images.plugins import register_plugins
-from hookx.images.resizing import resize_and_crop_all
+from hookx.images.resizing import fit_pictures
 from hookx.images.retries import UnavailableError
 from hookx.images.rgb import to_rgb
 from hookx.images.unreadable import UnreadableError
@@ -48,9 +47,12 @@ _TURN_UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow refuses to decode a larger image. The limit holds here for the resized image too: a strip of 1 x 100,000 pixels
-# is small until its shorter side is resized to 256.
-_MAX_PIXELS = 178_956_970
+_SWAP_SIDES = (
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+)
 _MAX_REASON_LENGTH = 300  # characters
 
 _GPU_INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic")
@@ -58,7 +60,6 @@ _NO_MEMORY_OF_NVJPEG = r"out of memory|failed: 5\b"  # its status 5 is NVJPEG_ST
 _END_OF_JPEG = b"\xff\xd9"
 _BLOCK_BYTES = 2**20
 _NO_MEMORY_OF_PILLOW = "out of memory error"  # in its words for status -9 of a decoder
-_Picture = TypeVar("_Picture", Image.Image, Tensor)
 
 
 class Noticed(NamedTuple):
@@ -83,11 +84,11 @@ def decode(
     """Read the first frame of an image as RGB (see `to_rgb`), resize it and crop it; ignore colour profiles.
 
     A size other than `listed_bytes` is a failure. `transform`, the model's own, takes the RGB image to a model's input
-    (3, crop_px, crop_px) in place of `preprocessing`. `loader`, the user's own, reads the file in place of Pillow; what
+    (3, height, width) in place of `preprocessing`. `loader`, the user's own, reads the file in place of Pillow; what
     it returns is prepared as any image is, and becomes a model's input of as many channels as there are means.
 
     Returns:
-        The pixels, uint8 (3, crop_px, crop_px) for `model_input` to scale, or what `transform` returned; and what was
+        The pixels, uint8 (3, height, width) for `model_input` to scale, or what `transform` returned; and what was
         noticed about the image. For a plain JPEG that nvjpeg shall decode, the bytes of the file
         instead of pixels: a uint8 tensor of one dimension, for `decode_jpegs`.
 
@@ -140,8 +141,8 @@ def _decode_own(
         loaded = load_own(loader, file, content, None if transform else len(preprocessing.mean))
     noticed = Noticed()
     if isinstance(loaded, Tensor):
-        _check_resized_size((loaded.shape[2], loaded.shape[1]), preprocessing.resize_px)
-        resized = transform or partial(resize_bands, resize=partial(_resize_and_crop, preprocessing=preprocessing))
+        check_resized_px(loaded.shape[1], loaded.shape[2], preprocessing)
+        resized = transform or partial(resize_bands, resize=partial(_fit_band, preprocessing))
         pixels_CHW = resized(loaded)
         _check_shape(pixels_CHW, preprocessing)
     else:
@@ -165,19 +166,23 @@ def _prepare(
     transform: Callable[[Any], Tensor] | None,
 ) -> tuple[Tensor, bool]:
     """Turn an RGB image upright with --exif apply, resize and crop it; return whether a rotation was ignored."""
-    _check_resized_size(rgb.size, preprocessing.resize_px)
     if orientation is not None and preprocessing.exif == "apply":
         rgb, orientation = rgb.transpose(orientation), None
+    check_resized_px(rgb.height, rgb.width, preprocessing)
     if transform:
         pixels_CHW = transform(rgb)
     else:
-        pixels_CHW = torch.from_numpy(np.array(_resize_and_crop(rgb, preprocessing))).permute(2, 0, 1)
+        pixels_CHW = torch.from_numpy(np.array(fit_picture(rgb, preprocessing))).permute(2, 0, 1)
     _check_shape(pixels_CHW, preprocessing)
     return pixels_CHW, orientation is not None
 
 
+def _fit_band(preprocessing: Preprocessing, band: Image.Image, number: int) -> Image.Image:
+    return fit_picture(band, preprocessing, preprocessing.mean[number : number + 1])
+
+
 def _check_shape(pixels_CHW: Tensor, preprocessing: Preprocessing) -> None:
-    shape = len(preprocessing.mean), preprocessing.crop_px, preprocessing.crop_px
+    shape = len(preprocessing.mean), *preprocessing.size_px
     if pixels_CHW.shape != shape:
         raise UnreadableError(f"preprocessing gave {tuple(pixels_CHW.shape)} instead of {shape}")
 
@@ -206,7 +211,7 @@ def _decode(
             raise UnreadableError(reason)
         deep = find_deep_colour(image, known_formats())
         if preprocessing.decode == "fast":
-            _reduce_while_decoding(image, preprocessing.resize_px)
+            _reduce_while_decoding(image, preprocessing)
         try:
             image.load()  # Pillow rotates a TIFF while loading it, and then drops the orientation tag.
             if deep is not None:
@@ -229,10 +234,10 @@ def decode_jpegs(
     """Decode, resize and crop on a device the JPEGs that `decode` leaves to nvjpeg; on a CPU libjpeg decodes.
 
     nvjpeg and resizing on a GPU round differently from libjpeg and Pillow: pixels differ by a few levels. Return the
-    pixels of all files on the device, uint8 (files, 3, crop_px, crop_px), and by number those files that cannot be
+    pixels of all files on the device, uint8 (files, 3, height, width), and by number those files that cannot be
     decoded, whose pixels mean nothing.
     """
-    shape = len(encoded), preprocessing.crop_px, preprocessing.crop_px, 3
+    shape = len(encoded), *preprocessing.size_px, 3
     try:
         pictures = decode_jpeg(list(encoded), ImageReadMode.RGB, device)
     except RuntimeError as error:
@@ -247,7 +252,7 @@ def decode_jpegs(
         alone = [decode_jpegs([one], preprocessing, device) for one in encoded]
         failed = {number: errors[0] for number, (_, errors) in enumerate(alone) if errors}
         return torch.cat([pixels_NCHW for pixels_NCHW, _ in alone]), failed
-    return resize_and_crop_all(pictures, preprocessing), {}
+    return fit_pictures(pictures, preprocessing), {}
 
 
 def check_decoding(preprocessing: Preprocessing, device: torch.device) -> None:
@@ -295,15 +300,6 @@ def known_formats() -> list[str]:
     return sorted((name for name in Image.ID if name != "EPS"), key=lambda name: (Image.OPEN[name][1] is None, name))
 
 
-def _check_resized_size(size: tuple[int, int], resize_px: int) -> None:
-    shorter, longer = sorted(size)
-    resized_longer = resize_px * longer // max(shorter, 1)
-    if resize_px * resized_longer > _MAX_PIXELS:
-        raise UnreadableError(
-            f"too long for its width: {size[0]} x {size[1]} pixels become {resize_px} x {resized_longer} when resized"
-        )
-
-
 def _orientation(image: Image.Image) -> Image.Transpose | None:
     """Return what turns the image upright; None if it already is, or if its metadata is unreadable."""
     try:
@@ -340,13 +336,6 @@ def _line(values: Sequence[float], width_px: int, device: torch.device) -> Tenso
     return torch.stack(filled).repeat(width_px) if len(filled) > 1 else filled[0]
 
 
-def _resize_and_crop(picture: _Picture, preprocessing: Preprocessing) -> _Picture:
-    """Apply the first half of the published preprocessing, as in torchvision's ImageClassification."""
-    interpolation = InterpolationMode(preprocessing.interpolation)
-    resized = F.resize(picture, [preprocessing.resize_px], interpolation, antialias=preprocessing.antialias)
-    return F.center_crop(resized, [preprocessing.crop_px, preprocessing.crop_px])
-
-
 def _plain_jpeg(image: Image.Image, content: BinaryIO, preprocessing: Preprocessing) -> bytearray | None:
     """Return the bytes of a JPEG if nvjpeg decodes it to the same image as libjpeg, up to rounding.
 
@@ -363,15 +352,20 @@ def _plain_jpeg(image: Image.Image, content: BinaryIO, preprocessing: Preprocess
         return None
     if preprocessing.exif == "apply" and _orientation(image) is not None:
         return None
-    _check_resized_size(image.size, preprocessing.resize_px)
+    check_resized_px(image.height, image.width, preprocessing)
     content.seek(0)
     encoded = bytearray(content.read())
     return encoded if encoded.rstrip(b"\0").endswith(_END_OF_JPEG) else None
 
 
-def _reduce_while_decoding(image: Image.Image, resize_px: int) -> None:
+def _reduce_while_decoding(image: Image.Image, preprocessing: Preprocessing) -> None:
     """Let libjpeg decode at 1/2, 1/4 or 1/8 of the size, as long as that is large enough for resizing."""
-    shorter = min(image.size)
-    if shorter > resize_px:
-        width, height = (math.ceil(side * resize_px / shorter) for side in image.size)
-        image.draft(None, (width, height))  # No effect on other formats.
+    is_turned = preprocessing.exif == "apply" and _orientation(image) in _SWAP_SIDES
+    height_px, width_px = image.size if is_turned else image.size[::-1]
+    wanted_px = resized_px(height_px, width_px, preprocessing)
+    # As large in the direction that shrinks less; rounded up, because the size of a draft is.
+    share = max(wanted_px[0] / height_px, wanted_px[1] / width_px)
+    if preprocessing.fit == "crop" and not preprocessing.resize_width_px:
+        share = preprocessing.resize_px / min(image.size)  # `resized_px` rounds the longer side down.
+    if share < 1:
+        image.draft(None, (math.ceil(image.width * share), math.ceil(image.height * share)))  # Only JPEGs have one.

@@ -101,7 +101,10 @@ def _check_bands(result: Any, channels: int | None) -> Tensor:
     return bands
 
 
-def resize_bands(bands_CHW: Tensor, resize: Callable[[Image.Image], Image.Image]) -> Tensor:
-    """Resize bands by Pillow, one by one, as it resizes the channels of an image; floats stay between 0 and 1."""
-    resized = [np.array(resize(Image.fromarray(band))) for band in bands_CHW.numpy()]
+def resize_bands(bands_CHW: Tensor, resize: Callable[[Image.Image, int], Image.Image]) -> Tensor:
+    """Resize bands by Pillow, one by one, as it resizes the channels of an image; floats stay between 0 and 1.
+
+    `resize` takes a band and its number.
+    """
+    resized = [np.array(resize(Image.fromarray(band), number)) for number, band in enumerate(bands_CHW.numpy())]
     return torch.from_numpy(np.stack(resized)).clamp_(0, 1 if bands_CHW.dtype == torch.float32 else 255)

@@ -105,7 +105,7 @@ def _load_exported(path: Path, *, trust: bool) -> LoadedModel:
         with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore")
             program = torch.export.load(file)
-            side_px, max_images = _check_input(program, path)
+            size_px, max_images = _check_input(program, path)
             module = torch.export.unflatten(program)
     except ModelError:
         raise
@@ -124,7 +124,7 @@ def _load_exported(path: Path, *, trust: bool) -> LoadedModel:
     if max_images is not None:
         notes.append(f"{path.name} takes at most {max_images} images at once; choose no larger --batch-size")
     assumed = "ImageNet's default at the size of its example input"
-    return _describe(path, module, "", imagenet_preprocessing(side_px), assumed, *notes)
+    return _describe(path, module, "", imagenet_preprocessing(size_px), assumed, *notes)
 
 
 def _describe(
@@ -152,8 +152,8 @@ def _name_classes(module: nn.Module) -> None:
             part.__class__ = named.setdefault(key, type(name, (type(part),), {}))
 
 
-def _check_input(program: Any, path: Path) -> tuple[int, int | None]:
-    """Return the side of a program's images in pixels, and how many it takes at once; None if any number."""
+def _check_input(program: Any, path: Path) -> tuple[tuple[int, int], int | None]:
+    """Return the height and the width of a program's images, and how many it takes at once; None if any number."""
 
     def refuse(problem: str, *next_steps: str) -> NoReturn:
         raise ModelError(f"'{path}' {problem}", *next_steps)
@@ -178,13 +178,13 @@ def _check_input(program: Any, path: Path) -> tuple[int, int | None]:
         refuse(f"takes batches of {lower} to {upper or 'any number of'} images", _HOW_TO_EXPORT)
     if not all(isinstance(length, int) for length in shape[1:]):  # Takes images of any size: use the example's.
         _, channels, height, width = program.example_inputs[0][0].shape
-    if channels != 3 or height != width:
-        refuse(f"takes images with {channels} channels, {height} x {width}; hookx gives square RGB images")
+    if channels != 3:
+        refuse(f"takes images with {channels} channels, {height} x {width}; hookx gives RGB images")
     for node in program.graph.nodes:
         position = _TRAINING_ARGUMENT.get(".".join(str(node.target).split(".")[:2]).rstrip("_"))
         if position is not None and len(node.args) > position and node.args[position] is True:
             refuse(f"was exported in training mode ({node.target}), which cannot be undone", _HOW_TO_EXPORT)
-    return int(height), upper
+    return (int(height), int(width)), upper
 
 
 def _finite(bound: Any) -> int | None:

@@ -12,7 +12,9 @@ from hookx.errors import ModelError
 from hookx.models.files import ModelFiles
 from hookx.models.huggingface import HuggingFace
 from hookx.models.loaders import load_loader
+from hookx.models.open_clip import OpenClip
 from hookx.models.own_code import OwnCode, load_transform
+from hookx.models.preprocessing import at_size
 from hookx.models.source import LoadedModel, Source
 from hookx.models.timm import Timm
 from hookx.models.torchvision import Torchvision
@@ -20,11 +22,11 @@ from hookx.options import ModelOptions
 
 _TORCHVISION = Torchvision()
 # Asked in this order. A file called 'resnet18' does not stand in for torchvision's model.
-_SOURCES: tuple[Source, ...] = (Timm(), HuggingFace(), OwnCode(), _TORCHVISION, ModelFiles())
+_SOURCES: tuple[Source, ...] = (Timm(), HuggingFace(), OpenClip(), OwnCode(), _TORCHVISION, ModelFiles())
 
 
 def list_models(pattern: str = "*") -> dict[str, str]:
-    """Return torchvision's models, or, for a pattern that begins with 'timm:', the models of timm that match it.
+    """Return torchvision's models, or, for a pattern like 'timm:*' or 'open_clip:*', the models of that zoo that match.
 
     Video and optical-flow models are listed but refused by `load_model`: they do not take still images.
 
@@ -50,9 +52,9 @@ def load_model(ref: str, weights: str = "default", options: ModelOptions = Model
     """Build a model with the requested weights.
 
     Args:
-        ref: a name that `list_models` returns; 'timm:NAME', 'hf:NAME', 'python:package.module:factory',
-            'path/to/file.py:factory'; or a file: a checkpoint that names its architecture
-            (`{"arch": "resnet18", "state_dict": ...}`), a pickled module, or an exported program (.pt2).
+        ref: a name that `list_models` returns; 'timm:NAME', 'hf:NAME', 'open_clip:NAME/TAG',
+            'python:package.module:factory', 'path/to/file.py:factory'; or a file: a checkpoint that names its
+            architecture (`{"arch": "resnet18", "state_dict": ...}`), a pickled module, or an exported program (.pt2).
         weights: 'default' (the architecture's DEFAULT weights, or those in the file), a weights name such as
             'IMAGENET1K_V2', 'none' (random: `torch.manual_seed(seed)`, then the model is built on the CPU), or a
             weights file, which is read without running code in it.
@@ -66,7 +68,8 @@ def load_model(ref: str, weights: str = "default", options: ModelOptions = Model
         >>> model.module.training, model.weights, str(model.preprocessing)[:33]
         (False, 'random (seed 0)', 'resize 256 (bilinear), crop 224, ')
     """
-    return _with_code(_source_of(ref, options).load_model(ref, weights, options), options)
+    source = _source_of(ref, options)
+    return _prepared(source, source.load_model(ref, weights, options), options)
 
 
 def skeleton(ref: str, weights: str = "default", options: ModelOptions = ModelOptions()) -> LoadedModel:
@@ -79,7 +82,8 @@ def skeleton(ref: str, weights: str = "default", options: ModelOptions = ModelOp
         >>> next(model.module.parameters()).device.type, model.preprocessing.crop_px
         ('meta', 518)
     """
-    return _with_code(_source_of(ref, options).skeleton(ref, weights, options), options)
+    source = _source_of(ref, options)
+    return _prepared(source, source.skeleton(ref, weights, options), options)
 
 
 def forget_skeletons() -> None:
@@ -113,11 +117,13 @@ def _source_of(ref: str, options: ModelOptions = ModelOptions()) -> Source:
     return source
 
 
-def _with_code(loaded: LoadedModel, options: ModelOptions) -> LoadedModel:
-    """Replace a model's preprocessing with the transform and the loader that the user named, if any."""
+def _prepared(source: Source, loaded: LoadedModel, options: ModelOptions) -> LoadedModel:
+    """Replace a model's preprocessing as the user asks: by a transform and a loader, for a size, with a fit."""
     loader, described = (None, "") if options.loader is None else load_loader(options.loader)
     if options.transform is not None:
         preprocessing, transform = load_transform(options.transform, None if loader is None else loaded.channels or 3)
         loaded = dataclasses.replace(loaded, preprocessing=preprocessing, transform=transform)
-    preprocessing = dataclasses.replace(loaded.preprocessing, loader=described)
+    fit = None if source.fits_images and loaded.transform is not None and options.transform is None else options.fit
+    preprocessing = at_size(loaded.preprocessing, options.size_px, fit, loaded.name)
+    preprocessing = dataclasses.replace(preprocessing, loader=described)
     return dataclasses.replace(loaded, preprocessing=preprocessing, loader=loader)

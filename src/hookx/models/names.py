@@ -7,8 +7,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-TIMM, HUGGING_FACE, PYTHON = "timm:", "hf:", "python:"
-LISTED_PREFIXES = (TIMM,)  # zoos other than torchvision that have a list of models
+TIMM, HUGGING_FACE, OPEN_CLIP, PYTHON = "timm:", "hf:", "open_clip:", "python:"
+LISTED_PREFIXES = (TIMM, OPEN_CLIP)  # zoos other than torchvision that have a list of models
 
 # A decorated builder is registered under the name that the decorator gives, or under its own.
 _REGISTERED = re.compile(r'^@register_model\((?:(?:name=)?"(\w+)")?.*?^def (\w+)', re.MULTILINE | re.DOTALL)
@@ -23,13 +23,13 @@ def may_run_code(ref: str) -> bool:
         >>> [may_run_code(ref) for ref in ("resnet18", "timm:resnet18", "hf:./folder", "python:os:system", "model.pt")]
         [False, False, True, True, True]
     """
-    return not ref.startswith(TIMM) and ref not in torchvision_names()
+    return not ref.startswith(LISTED_PREFIXES) and ref not in torchvision_names()
 
 
 def distribution_of(ref: str) -> str:
     """Return the distribution on PyPI that a model comes from; torchvision also stands for files and custom code."""
     prefix = ref[: ref.find(":") + 1]
-    return {TIMM: "timm", HUGGING_FACE: "transformers"}.get(prefix, "torchvision")
+    return {TIMM: "timm", HUGGING_FACE: "transformers", OPEN_CLIP: "open-clip-torch"}.get(prefix, "torchvision")
 
 
 @cache

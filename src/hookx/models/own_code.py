@@ -27,7 +27,7 @@ from hookx.models.checkpoints import is_weights_file, read_weights
 from hookx.models.fitting import fill, without_prefix
 from hookx.models.importing import import_named, parse_ref, print_to_stderr, running, with_article
 from hookx.models.names import PYTHON
-from hookx.models.preprocessing import Recorded, from_timm_config, imagenet_preprocessing, square_side_px, try_transform
+from hookx.models.preprocessing import Recorded, from_timm_config, imagenet_preprocessing, sides_px, try_transform
 from hookx.models.source import LoadedModel, Source
 from hookx.options import ModelOptions
 from hookx.plan import IMAGENET, Preprocessing, WeightsIdentity, describe_arguments
@@ -244,9 +244,9 @@ def _find_preprocessing(module: nn.Module, ref: str) -> tuple[Recorded, tuple[st
     usual = {"crop_pct": 0.875, "crop_mode": "center", "interpolation": "bicubic"}
     if config is not None and (simple := from_timm_config({**usual, **config}, ref)) is not None:
         return (simple, None), ()
-    side_px = _side_px(module, ref)
-    assumed = imagenet_preprocessing(side_px or _DEFAULT_SIDE_PX)
-    size = "" if side_px else f" {_DEFAULT_SIDE_PX} pixels and"
+    size_px = _size_px(module, ref)
+    assumed = imagenet_preprocessing(size_px or _DEFAULT_SIDE_PX)
+    size = "" if size_px else f" {_DEFAULT_SIDE_PX} pixels and"
     note = (
         f"{ref} does not say how to prepare images: assumed{size} ImageNet's mean and std ({assumed}); "
         "override them with --resize, --crop, --mean, --std, or with --transform"
@@ -254,12 +254,12 @@ def _find_preprocessing(module: nn.Module, ref: str) -> tuple[Recorded, tuple[st
     return (assumed, None), (note,)
 
 
-def _side_px(module: nn.Module, ref: str) -> int | None:
+def _size_px(module: nn.Module, ref: str) -> tuple[int, int] | None:
     for holder in (module, getattr(module, "default_cfg", None), getattr(module, "config", None)):
         for name in ("input_size", "image_size", "img_size"):
             size = holder.get(name) if isinstance(holder, Mapping) else getattr(holder, name, None)
             if isinstance(size, int | list | tuple | Mapping) and not isinstance(size, bool):
-                return square_side_px(size, ref)
+                return sides_px(size, ref)
     return None
 
 

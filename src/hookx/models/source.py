@@ -56,6 +56,8 @@ class Source(Protocol):
 
     takes_arguments: bool = False
     """Whether its models take `--model-arg`."""
+    fits_images: bool = False
+    """Whether its own transforms fit images as `--fit` says, or refuse to."""
 
     def owns(self, ref: str) -> bool:
         """Return whether a reference names one of its models."""
@@ -79,8 +81,8 @@ class Source(Protocol):
 
     def list_models(self, pattern: str = "*") -> dict[str, str]:
         """Return its models that match a glob, each with its kind."""
-        raise ModelError(f"'{pattern}' cannot be listed: only torchvision and timm have a list of models")
+        raise ModelError(f"'{pattern}' cannot be listed: only torchvision, timm and open_clip have a list")
 
     def weights_of(self, ref: str) -> list[tuple[str, bool]]:
         """Return the names of a model's weights, default first, each with whether it is in the cache."""
-        raise ModelError(f"{ref} has no list of weights: only the models of torchvision and timm do")
+        raise ModelError(f"{ref} has no list of weights: only the models of torchvision, timm and open_clip do")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from hookx.models.arguments import literal
 from hookx.models.checkpoints import Weights
 from hookx.models.fitting import Filled, without_prefix
 from hookx.models.names import TIMM
+from hookx.models.preprocessing import sides_px, size_text
 from hookx.models.zoo import Architecture, Prepared, Zoo, cached_download, explaining, import_extra, no_such_weights
 from hookx.options import ModelOptions
 from hookx.plan import WeightsIdentity, describe_arguments
@@ -68,10 +69,10 @@ class Timm(Zoo):
         first = _config_of(architecture)
         default = first.tag or "" if first is not None and first.tag in tags else "".join(tags[:1])
         ref = f"{TIMM}{architecture}.{asked or tag or default}".removesuffix(".")
-        model = TimmModel(ref=ref, arguments=_parse_arguments(ref, options))
+        model = TimmModel(ref=ref, arguments=_parse_arguments(ref, options), image_fit=options.fit)
         if published:
             model.check_published()
-        return model
+        return model.at_size(options.size_px)
 
 
 def _timm() -> Any:
@@ -110,6 +111,10 @@ def _parse_arguments(ref: str, options: ModelOptions) -> dict[str, Any]:
 class TimmModel(Architecture):
     """An architecture with the tag of the weights whose configuration it takes, if there are published ones."""
 
+    size_px: tuple[int, int] | None = None
+    """Another size of the input than its own."""
+    image_fit: str | None = None
+
     @property
     def name(self) -> str:
         return self.ref.removeprefix(TIMM)
@@ -119,7 +124,7 @@ class TimmModel(Architecture):
         return self.arguments.get("in_chans")
 
     def build(self, **source: Any) -> nn.Module:
-        arguments = {**self.arguments, **self.variant}
+        arguments = {**self.arguments, **self.variant, **self._sizing()}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -127,8 +132,29 @@ class TimmModel(Architecture):
         except Exception as error:
             if not arguments:
                 raise
-            said = describe_arguments(arguments)
-            raise ModelError(f"{self.ref} cannot be built with {said}: {one_line(error)}") from error
+            said, steps = describe_arguments(arguments), ["try another --size"] if self.size_px else []
+            raise ModelError(f"{self.ref} cannot be built with {said}: {one_line(error)}", *steps) from error
+
+    def at_size(self, size_px: tuple[int, int] | None) -> TimmModel:
+        """Return the architecture for another size of its input."""
+        argument = self.arguments.get("img_size")
+        if size_px is not None and argument is not None and sides_px(argument, self.ref) != size_px:
+            raise ModelError(
+                f"{self.ref}: --size {size_text(size_px)} and --model-arg img_size={argument} differ",
+                "give one of them",
+            )
+        return self if size_px in (None, self._own_size_px()) else replace(self, size_px=size_px)
+
+    def _own_size_px(self) -> tuple[int, int]:
+        config = _config_of(self.name)
+        return sides_px(self.arguments.get("img_size") or (config.input_size if config else 224), self.ref)
+
+    def _sizing(self) -> dict[str, Any]:
+        """Return the argument that builds a model for the size; {} if it takes any size as it is."""
+        if self.size_px is None or self.arguments.get("dynamic_img_size") or not _takes_size(self.name, self.size_px):
+            return {}
+        height, width = self.size_px
+        return {"img_size": height if height == width else self.size_px}
 
     def check_published(self) -> None:
         """Refuse published weights where there are none, or where they are for another number of classes."""
@@ -165,14 +191,32 @@ class TimmModel(Architecture):
         """Return timm's own data configuration, as `timm.data.resolve_model_data_config` does."""
         data, published = _timm().data, getattr(module, "pretrained_cfg")  # noqa: B009
         asked = {}
-        if size := self.arguments.get("img_size"):
-            asked["input_size"] = (3, *map(int, size if isinstance(size, list | tuple) else (size, size)))
+        if size := self.size_px or self.arguments.get("img_size"):
+            asked["input_size"] = (3, *sides_px(size, self.ref))
         config = data.resolve_data_config(asked, pretrained_cfg=published)
+        said = size_text(self.size_px) if self.size_px else ""
+        if self.image_fit is not None:  # In place of `crop_mode`; what is cut off stays `crop_pct`.
+            config["crop_mode"] = "center"
         if (simple := preprocessing.from_timm_config(config, self.ref)) is not None:
-            return simple, None, ()
+            return replace(simple, size=said), None, ()
         transform = data.create_transform(**config, is_training=False)
         description = json.dumps(config, sort_keys=True)
-        return *preprocessing.try_transform(transform, "timm.data.create_transform", description), ()
+        recorded, made = preprocessing.try_transform(transform, "timm.data.create_transform", description)
+        return replace(recorded, size=said), made, ()
+
+
+@functools.lru_cache(maxsize=64)
+def _takes_size(name: str, size_px: tuple[int, int]) -> bool:
+    """Return whether a model is built for a size; one of convolutions takes any and has no such argument."""
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _timm().create_model(name, img_size=size_px)
+    except TypeError as error:
+        return "unexpected keyword argument 'img_size'" not in str(error)
+    except Exception:  # It takes the argument, and not this size: building the model says so.
+        return True
+    return True
 
 
 def _on_hub(config: Any) -> tuple[str, tuple[str, ...], str | None]:

@@ -10,19 +10,21 @@ import re
 import socket
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torchvision import models as zoo
+from torchvision.models.vision_transformer import interpolate_embeddings
 
 from hookx.errors import ModelError, closest, one_line
 from hookx.models.checkpoints import Weights, sha256_of
 from hookx.models.fitting import Filled, without_prefix
-from hookx.models.preprocessing import from_preset
+from hookx.models.preprocessing import from_preset, sides_px, size_text
 from hookx.models.source import LoadedModel
-from hookx.models.zoo import Architecture, Prepared, Zoo, cached_download, no_such_weights
+from hookx.models.zoo import Architecture, Prepared, Zoo, cached_download, explaining, no_such_weights
 from hookx.options import ModelOptions
 from hookx.plan import Preprocessing, WeightsIdentity
 
@@ -37,6 +39,8 @@ _KINDS = {
     "torchvision.models.video": "video",
     "torchvision.models.optical_flow": "optical flow",
 }
+_BUILT_FOR_PX = 224  # by the builders of vision transformers
+_POSITIONS = "encoder.pos_embedding"
 _REFUSED = {"video": "video clips", "optical flow": "pairs of video frames"}
 
 
@@ -63,12 +67,15 @@ class Torchvision(Zoo):
         if kind in _REFUSED:
             raise ModelError(f"{ref} takes {_REFUSED[kind]}; hookx reads still images")
         if not published:
-            return TorchvisionModel(ref=ref, entry=enum.DEFAULT)
+            return TorchvisionModel(ref=ref, entry=enum.DEFAULT).at_size(options)
         name = "DEFAULT" if published == "default" else published.removeprefix(f"{enum.__name__}.")
         if name not in enum.__members__:
             raise no_such_weights(ref, published, [entry.name for entry in enum])
         # The auxiliary head of published segmentation models also runs in eval mode, so it is one of their layers.
-        return TorchvisionModel(ref=ref, entry=enum[name], variant=_with_auxiliary_head(ref))
+        model = TorchvisionModel(ref=ref, entry=enum[name], variant=_with_auxiliary_head(ref)).at_size(options)
+        if model.has_positions and model.size_px and not options.resize_positions:
+            raise model.explain_positions()
+        return model
 
 
 def _kind_of(ref: str) -> str:
@@ -89,6 +96,42 @@ class TorchvisionModel(Architecture):
     """A member of the architecture's weights enum."""
     transforms_input: bool = False
     """Whether GoogLeNet and Inception renormalize their input, as their published weights need."""
+    size_px: tuple[int, int] | None = None
+    """Another size of the input than that of `entry`."""
+    resizes_positions: bool = False
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether it has an embedding for each place of a grid, and so takes images of a single size."""
+        return self.ref.startswith("vit_")
+
+    @property
+    def own_size_px(self) -> tuple[int, int]:
+        return sides_px(self.entry.transforms().crop_size, self.ref)
+
+    def at_size(self, options: ModelOptions) -> TorchvisionModel:
+        """Return the architecture for the size of --size."""
+        size_px = options.size_px
+        if size_px is None:
+            return self
+        if _kind_of(self.ref) == "detection":
+            raise ModelError(f"{self.ref} resizes images itself, so --size cannot change what it sees")
+        if _kind_of(self.ref) == "segmentation" or size_px == self.own_size_px:
+            return self  # Images of any size, or its own.
+        if self.has_positions and size_px[0] != size_px[1]:
+            raise ModelError(f"{self.ref} takes square images, not {size_text(size_px)}", "try a model of timm")
+        return replace(self, size_px=size_px, resizes_positions=options.resize_positions)
+
+    def explain_positions(self) -> ModelError:
+        size_px = self.size_px or self.own_size_px
+        fitting = [one.name for one in type(self.entry) if sides_px(one.transforms().crop_size, self.ref) == size_px]
+        steps = [f"or take weights for that size: --weights {fitting[0]}"] if fitting else []
+        return ModelError(
+            f"the weights of {self.ref} have position embeddings for images of {size_text(self.own_size_px)}, not "
+            f"{size_text(size_px)}",
+            "resize them, as torchvision's interpolate_embeddings does: --resize-positions",
+            *steps,
+        )
 
     def build(self) -> nn.Module:
         arguments, kind = dict(self.variant), _kind_of(self.ref)
@@ -96,10 +139,17 @@ class TorchvisionModel(Architecture):
             arguments["weights_backbone"] = None  # Without this argument, those of ImageNet would be downloaded.
         if kind == "quantized":
             arguments["quantize"] = True
-        if self.ref.startswith("vit_") and self.entry.transforms().crop_size[0] != 224:
-            # A vision transformer accepts a single size; the builders' default is 224.
-            arguments["image_size"] = self.entry.transforms().crop_size[0]
-        module = _get_model(self.ref, weights=None, **arguments)
+        if self.has_positions and (side_px := (self.size_px or self.own_size_px)[0]) != _BUILT_FOR_PX:
+            # A vision transformer accepts a single size.
+            arguments["image_size"] = side_px
+        if self.ref.startswith("maxvit_") and self.size_px:
+            arguments["input_size"] = self.size_px
+        if self.size_px is None:
+            module = _get_model(self.ref, weights=None, **arguments)
+        else:
+            problem = f"{self.ref} cannot be built for images of {size_text(self.size_px)}"
+            with explaining(problem, "try another --size"):
+                module = _get_model(self.ref, weights=None, **arguments)
         if hasattr(module, "transform_input"):
             setattr(module, "transform_input", self.transforms_input)  # noqa: B010
         return module
@@ -116,7 +166,12 @@ class TorchvisionModel(Architecture):
             with _downloading():
                 # Download before building, so that a failure is the download's. This also refuses a cached file that
                 # would run code; torchvision itself would not.
-                entry.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
+                state = entry.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
+                if self.size_px and ref.startswith(("vit_", "maxvit_")):
+                    state, notes = self._resize_positions(state)
+                    module = self.build()
+                    module.load_state_dict(state)
+                    return Filled(module, WeightsIdentity(str(entry)), notes)
                 module = _get_model(ref, weights=entry, **({"quantize": True} if _kind_of(ref) == "quantized" else {}))
         # URLError and HTTPError are OSErrors, a wrong hash is a RuntimeError, a damaged file any of the others.
         except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
@@ -135,6 +190,10 @@ class TorchvisionModel(Architecture):
     def fit(self, weights: Weights) -> tuple[Weights, TorchvisionModel]:
         ref, head = self.ref, _with_auxiliary_head(self.ref)
         weights = without_prefix(weights, replace(self, variant=head).build_bare().state_dict().keys(), ref)
+        notes: tuple[str, ...] = ()
+        if self.size_px and self.has_positions and _POSITIONS in weights.state:
+            state, notes = self._resize_positions(weights.state)
+            weights = replace(weights, state=state)
         if ref.startswith("densenet"):
             # Published DenseNets have dots in names where a module's name can no longer have one.
             dotted = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
@@ -143,8 +202,22 @@ class TorchvisionModel(Architecture):
         without = {"aux_logits": False} if ref in ("googlenet", "inception_v3") else {}
         model = replace(self, variant=head if has_auxiliary else without)
         model = model.adapt_classes(weights, model.build_bare().state_dict(), len(self.entry.meta["categories"]))
+        model = replace(model, fitting_notes=(*notes, *model.fitting_notes))
         published = self.recognize(sha256_of(weights.file))
         return weights, replace(model, entry=published or self.entry, transforms_input=published is not None)
+
+    def _resize_positions(self, state: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """Return weights whose position embeddings have the model's size, and a note if they had another."""
+        if not self.has_positions or self.size_px is None:
+            return dict(state), ()
+        before, patch_px = state[_POSITIONS].shape[1], state["conv_proj.weight"].shape[-1]
+        grid = self.size_px[0] // patch_px
+        if before == 1 + grid * grid:
+            return dict(state), ()
+        if not self.resizes_positions:
+            raise self.explain_positions()
+        resized = dict(interpolate_embeddings(self.size_px[0], patch_px, OrderedDict(state)))
+        return resized, (f"{self.ref}: position embeddings resized from {before - 1} to {grid * grid} patches",)
 
     def recognize(self, sha256: str) -> Any:
         """Return the published weights with a digest, or None; their URLs contain its beginning."""

@@ -25,6 +25,7 @@ from hookx.options.groups import (
     PreprocessingOptions,
     Progress,
     ReportOptions,
+    SizeOptions,
     SuffixOptions,
 )
 from hookx.options.option import Options, option
@@ -221,7 +222,7 @@ class PlanOptions(GivenOptions, JsonOptions, title="Options"):
     )
 
 
-class ListLayersOptions(BuildOptions, title="Layers"):
+class ListLayersOptions(SizeOptions, BuildOptions, title="Layers"):
     model: str = option(
         "MODEL", MODEL, required=(NO_MODEL, "as in hookx list-layers resnet18"), completed_by=("models",)
     )

@@ -12,6 +12,8 @@ from hookx.options.values import (
     Decode,
     Device,
     Exif,
+    Fit,
+    InputSize,
     Interpolation,
     Launcher,
     Layout,
@@ -21,6 +23,7 @@ from hookx.options.values import (
     read_deviations,
     read_globs,
     read_grey_range,
+    read_input_size,
     read_loader,
     read_path,
     read_shard,
@@ -72,7 +75,23 @@ class CheckpointOptions(BuildOptions, title="Your own models and checkpoints", v
     )
 
 
-class ModelOptions(CheckpointOptions, title="Model", variables=True):
+class SizeOptions(Options, title="Preprocessing", variables=True):
+    """The size of a model's input."""
+
+    size: InputSize | None = option(
+        "--size HxW",
+        "Size of the model's input in pixels, in place of --crop: 518, or 256x128 (height x width).",
+        default=None,
+        parse=read_input_size,
+    )
+    resize_positions: bool = option(
+        "--resize-positions",
+        "Resize the position embeddings of torchvision's vision transformers to --size.",
+        default=False,
+    )
+
+
+class ModelOptions(CheckpointOptions, SizeOptions, title="Model", variables=True):
     """What can be said about a model beside its name and its weights.
 
     Example:
@@ -81,6 +100,18 @@ class ModelOptions(CheckpointOptions, title="Model", variables=True):
     """
 
     seed: int = option("--seed N", "Seed of --weights none.", default=0)
+    fit: Fit | None = option(
+        "--fit NAME",
+        "How an image of other proportions fits: crop its middle, squash it, or pad it with the mean colour; default: "
+        "that of the weights.",
+        default=None,
+        title="Preprocessing",
+    )
+
+    @property
+    def size_px(self) -> tuple[int, int] | None:
+        """The height and the width of --size."""
+        return None if self.size is None else read_input_size(self.size)
 
 
 class PreprocessingOptions(Options, title="Preprocessing", variables=True):

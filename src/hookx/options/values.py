@@ -3,11 +3,12 @@
 # No `from __future__ import annotations`: the annotations are read at run time.
 
 import math
+import operator
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 from hookx.errors import UsageError
 
@@ -18,6 +19,7 @@ Dtype = Literal["fp64", "fp32", "fp16", "bf16"]
 Exif = Literal["ignore", "apply"]
 Decode = Literal["exact", "fast", "nvjpeg"]
 Interpolation = Literal["nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+Fit = Literal["crop", "squash", "pad"]
 OnIOError = Literal["stop", "fail"]
 Launcher = Literal["slurm", "ray"]
 Label = Literal["parent"]
@@ -27,12 +29,15 @@ ChannelReduction = Literal["mean", "max", "norm"]
 AnyPath = str | os.PathLike[str]
 Paths = AnyPath | Iterable[AnyPath]
 
+InputSize = str | SupportsIndex | Sequence[int]  # in pixels: one number for both sides, or height and width
+
 # A plan and a shard have the long names, which are torch's.
 DTYPE_NAMES: dict[str, str] = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 # Unless a user says otherwise:
 MAX_SHARD_BYTES, MAX_SHARD_IMAGES = 512 * 2**20, 4096
 RETRY_SECONDS = 10.0
+MAX_SIDE_PX = 2**16  # of a model's input
 
 
 def parse_bytes(text: str) -> int:
@@ -80,6 +85,32 @@ def read_deviations(value: str | Iterable[float]) -> tuple[float, ...]:
     if 0.0 in numbers:
         raise ValueError("no deviation can be 0")
     return numbers
+
+
+def read_input_size(value: Any) -> tuple[int, int]:
+    """Read the height and the width of a model's input.
+
+    Example:
+        >>> read_input_size("518"), read_input_size("256x128"), read_input_size((256, 128))
+        ((518, 518), (256, 128), (256, 128))
+    """
+    wrong = ValueError("give a number of pixels, as in 518, or height x width, as in 256x128")
+    if isinstance(value, str):
+        texts = re.fullmatch(r"\s*(\d{1,9})\s*(?:[xX×,]\s*(\d{1,9})\s*)?", value)
+        if texts is None:
+            raise wrong
+        sides = [int(texts[1]), int(texts[2] or texts[1])]
+    else:
+        both = value if isinstance(value, Sequence) else [value, value]
+        try:
+            sides = [operator.index(one) for one in both]
+        except TypeError:
+            raise wrong from None
+    if len(sides) != 2 or isinstance(value, bool):
+        raise wrong
+    if not all(1 <= side <= MAX_SIDE_PX for side in sides):
+        raise ValueError(f"a side has 1 to {MAX_SIDE_PX:,} pixels")
+    return sides[0], sides[1]
 
 
 def read_grey_range(value: str | Iterable[float]) -> str:

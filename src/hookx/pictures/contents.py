@@ -48,9 +48,9 @@ class ShownImage:
     layers: Sequence[ShownLayer]
 
 
-def show_input(pixels_CHW: Tensor | None, side_px: int) -> tuple[Pixels | None, str]:
-    """Return a model's input as an image, and the words about it."""
-    what = f"{side_px} × {side_px} pixels as the model saw them"
+def show_input(pixels_CHW: Tensor | None, size_px: tuple[int, int]) -> tuple[Pixels | None, str]:
+    """Return a model's input as an image, and the words about it; `size_px` is its height and width."""
+    what = f"{size_px[0]} × {size_px[1]} pixels as the model saw them"
     if pixels_CHW is None:
         return None, what
     if pixels_CHW.shape[0] != 3:

@@ -94,10 +94,10 @@ class _Viewer:
     """Shows what one model makes of images: the activations of its selected layers, or its attention."""
 
     def __init__(self, ready: ReadyModel, selectors: Sequence[Selector], look: Look) -> None:
-        self.ready, self.side_px = ready, ready.preprocessing.crop_px
+        self.ready, self.size_px = ready, ready.preprocessing.size_px
         whole, bare = (Runner.of(model.module, model.forward) for model in (ready.loaded, ready.bare))
         self.places = probe_places(
-            bare, lambda: whole, self.side_px, look.options.layout, len(ready.preprocessing.mean)
+            bare, lambda: whole, self.size_px, look.options.layout, len(ready.preprocessing.mean)
         )
         self.attention_paths = self._find_attention_paths(selectors) if look.attention else None
 
@@ -116,7 +116,7 @@ class _Viewer:
                 for one in find_attention(self.ready.runner, pixels_NCHW)
                 if one.path in self.attention_paths
             ]
-        return ShownImage(key, loaded.name, loaded.weights, *show_input(pixels_CHW, self.side_px), layers)
+        return ShownImage(key, loaded.name, loaded.weights, *show_input(pixels_CHW, self.size_px), layers)
 
     def _show_layers(self, pixels_NCHW: Tensor) -> list[ShownLayer]:
         targets = self.ready.selection.targets
@@ -135,7 +135,7 @@ class _Viewer:
         paths = [
             one.path
             for one in find_attention(
-                runner, example_images(runner, self.side_px, preprocessing.mean, preprocessing.std)[:1]
+                runner, example_images(runner, self.size_px, preprocessing.mean, preprocessing.std)[:1]
             )
         ]
         if not paths:

@@ -46,9 +46,9 @@ class TokenGrid:
     tokens: tuple[int, ...]
 
     @classmethod
-    def last(cls, side: int, count: int) -> TokenGrid:
-        """Return a square grid of the last tokens of a sequence."""
-        return cls(side, side, tuple(range(count - side * side, count)))
+    def last(cls, height: int, width: int, count: int) -> TokenGrid:
+        """Return a grid of the last tokens of a sequence."""
+        return cls(height, width, tuple(range(count - height * width, count)))
 
     def without_place(self, count: int) -> tuple[int, ...]:
         """Return the tokens of a sequence that stand for no place, such as a class token."""
@@ -71,7 +71,7 @@ class Reading:
             >>> nhwc = Reading(LAYOUTS["nhwc"])
             >>> nhwc.maps(torch.ones(7, 7, 768)).shape
             torch.Size([768, 7, 7])
-            >>> Reading(LAYOUTS["tokens"], TokenGrid.last(14, 197)).maps(torch.ones(197, 384)).shape
+            >>> Reading(LAYOUTS["tokens"], TokenGrid.last(14, 14, 197)).maps(torch.ones(197, 384)).shape
             torch.Size([384, 14, 14])
         """
         roles = list(self.roles)
@@ -94,15 +94,17 @@ class Reading:
 
 @dataclass
 class Places:
-    """What the experiments showed about a model: every layer, probed with square images and with wide ones.
+    """What the experiments showed about a model: every layer, probed with images of its size and with wide ones.
 
-    `find_grid` runs the second experiment, for a number of tokens; `layout` is one of `LAYOUTS` if the user has set it.
+    `size_px` is the height and the width of the former, which `square` tells about. `find_grid` runs the second
+    experiment, for a number of tokens; `layout` is one of `LAYOUTS` if the user has set it.
     """
 
     square: Mapping[Address, TensorInfo] = field(default_factory=dict)
-    wide: Mapping[Address, TensorInfo] = field(default_factory=dict)  # empty if the model takes square images only
+    wide: Mapping[Address, TensorInfo] = field(default_factory=dict)  # empty if the model takes images of one size
     find_grid: Callable[[int], TokenGrid | None] = lambda _count: None
     layout: str = ""
+    size_px: tuple[int, int] = (1, 1)
     _noted: set[Address] = field(default_factory=set)
 
     def read(self, address: Address, shape: tuple[int, ...]) -> Reading:
@@ -145,11 +147,11 @@ class Places:
     def grid(self, count: int, growth: int = 0) -> TokenGrid | None:
         """Return the places of a sequence of tokens; `growth` is how many more it has for an image twice as wide."""
         if self.layout == "tokens":
-            return TokenGrid.last(math.isqrt(count), count)
+            return TokenGrid.last(*_largest_grid(count, self.size_px), count)
         grid = self.find_grid(count)
-        side = math.isqrt(max(growth, 0))
-        if grid is None and growth and side * side == growth <= count:
-            return TokenGrid.last(side, count)
+        height, width = _largest_grid(max(growth, 0), self.size_px)
+        if grid is None and growth and height * width == growth <= count:
+            return TokenGrid.last(height, width, count)
         return grid
 
     def _read(self, address: Address, shape: tuple[int, ...]) -> Reading:
@@ -172,11 +174,15 @@ class Places:
         if self.layout in ("nchw", "nhwc"):
             return Reading(LAYOUTS[self.layout])
         if len(wide) == 3 and wide != shape:
-            fitting = [roles for roles in _MAPS if _follows_width(roles, shape, wide)]
+            fitting = [roles for roles in _MAPS if _follows_width(roles, shape, wide, self.size_px)]
         else:
             # Square images make square maps. Tokens by tokens, as in attention, are square as well, but not a map.
-            squares = [roles for roles in _MAPS if shape[roles.index("height")] == shape[roles.index("width")]]
-            fitting = [roles for roles in squares if not self._is_sequence(shape[roles.index("height")])]
+            alike = [
+                roles
+                for roles in _MAPS
+                if _has_proportions(shape[roles.index("height")], shape[roles.index("width")], self.size_px)
+            ]
+            fitting = [roles for roles in alike if not self._is_sequence(shape[roles.index("height")])]
         if len(fitting) == 1:
             return Reading(fitting[0])
         if fitting:
@@ -199,32 +205,55 @@ class Places:
         return any(len(info.shape) == 2 and info.shape[0] == length for info in self.square.values())
 
 
-def _follows_width(roles: tuple[Role, ...], square: tuple[int, ...], wide: tuple[int, ...]) -> bool:
+def _follows_width(
+    roles: tuple[Role, ...], square: tuple[int, ...], wide: tuple[int, ...], size_px: tuple[int, int]
+) -> bool:
     """Return whether, read this way, the width of a map grows with that of the image, and nothing else does."""
     channel, height, width = (roles.index(role) for role in LAYOUTS["nchw"])
-    return square[channel] == wide[channel] and square[height] == square[width] and wide[width] > wide[height]
+    grows = square[height] == wide[height] and square[width] < wide[width]
+    if size_px[0] == size_px[1]:  # Maps may also grow in height, where a model resizes its input.
+        grows = wide[width] > wide[height]
+    return square[channel] == wide[channel] and _has_proportions(square[height], square[width], size_px) and grows
+
+
+def _has_proportions(height: int, width: int, size_px: tuple[int, int]) -> bool:
+    """Return whether a map has the proportions of the image, up to what strides round off."""
+    if size_px[0] == size_px[1]:
+        return height == width
+    shares = (height / size_px[0], width / size_px[1])
+    return max(shares) * min(size_px) - min(shares) * min(size_px) < 1
+
+
+def _largest_grid(count: int, size_px: tuple[int, int]) -> tuple[int, int]:
+    """Return the height and the width of the largest grid of up to `count` places in the proportions of an image."""
+    divisor = math.gcd(*size_px)
+    height, width = size_px[0] // divisor, size_px[1] // divisor
+    scale = math.isqrt(count // (height * width))
+    return height * scale, width * scale
 
 
 def probe_places(
-    runner: Runner, load: Callable[[], Runner], side_px: int, layout: str = "", channels: int = 3
+    runner: Runner, load: Callable[[], Runner], size_px: int | tuple[int, int], layout: str = "", channels: int = 3
 ) -> Places:
-    """Probe a model, or its skeleton, with square images, and with images twice as wide if it takes them.
+    """Probe a model, or its skeleton, with images of its size, and with images twice as wide if it takes them.
 
     `load` returns the model with any real weights; it is called when the places of tokens are first needed.
     """
-    examples_NCHW = example_images(runner, side_px, (0.5,) * channels, (0.5,) * channels)
+    size_px = (size_px, size_px) if isinstance(size_px, int) else size_px
+    examples_NCHW = example_images(runner, size_px, (0.5,) * channels, (0.5,) * channels)
     square = _tensors_by_address(probe(runner, examples_NCHW, shapes_only=True))
     wide: dict[Address, TensorInfo] = {}
-    with contextlib.suppress(CaptureError):  # The model takes square images only.
+    with contextlib.suppress(CaptureError):  # The model takes images of one size only.
         wide = _tensors_by_address(probe(runner, torch.cat([examples_NCHW, examples_NCHW], 3), shapes_only=True))
     shapes = [info.shape for info in square.values() if len(info.shape) == 3]
-    sides = {side for one in shapes for side, other in (one[:2], one[1:]) if side == other}
+    grids = {(one, other) for shape in shapes for one, other in (shape[:2], shape[1:])}
+    grids = {grid for grid in grids if _has_proportions(*grid, size_px)}
 
     @functools.cache
     def find_grid(count: int) -> TokenGrid | None:
-        return find_token_grid(load(), side_px, count, sides, channels) if count > 1 else None
+        return find_token_grid(load(), size_px, count, grids, channels) if count > 1 else None
 
-    return Places(square, wide, find_grid, layout)
+    return Places(square, wide, find_grid, layout, size_px)
 
 
 def _tensors_by_address(layers: Iterable[Layer]) -> dict[Address, TensorInfo]:
@@ -235,7 +264,7 @@ def _tensors_by_address(layers: Iterable[Layer]) -> dict[Address, TensorInfo]:
 
 
 def find_token_grid(
-    runner: Runner, side_px: int, count: int, sides: Collection[int], channels: int = 3
+    runner: Runner, size_px: tuple[int, int], count: int, grids: Collection[tuple[int, int]], channels: int = 3
 ) -> TokenGrid | None:
     """Find the place of each of `count` tokens: the one whose strips of the image make it NaN.
 
@@ -243,39 +272,44 @@ def find_token_grid(
     the model until tokens appear that are not mixed yet, before the first attention. Where a token sees more than its
     own strips (overlapping patches), the middle of what it sees still gives the order.
 
-    The grid has one of `sides`, those of the square maps that the model makes. None if no sequence of this length shows
-    the place of each token.
+    The grid has the height and the width of one of `grids`, the maps that the model makes in the proportions of the
+    image. None if no sequence of this length shows the place of each token.
     """
-    side = max((side for side in sides if side * side <= count < 2 * side * side), default=0)
-    if not sides:
-        side = math.isqrt(count)  # The model makes no maps, as where patches are cut out and multiplied.
-    if not 1 < side <= side_px:
+    fitting = [(height, width) for height, width in grids if height * width <= count < 2 * height * width]
+    height, width = max(fitting, key=math.prod, default=(0, 0))
+    if not grids:
+        # The model makes no maps, as where patches are cut out and multiplied.
+        height, width = _largest_grid(count, size_px)
+    if height * width < 2 or height > size_px[0] or width > size_px[1]:
         return None
-    grid = _trace_strips(runner, side_px, count, side, channels)
+    grid = _trace_strips(runner, size_px, count, (height, width), channels)
     if grid is not None:
         return grid
     # After an attention or a deep stem only counting is left: the places of a map, row by row, behind as many tokens
     # as the model says that it puts before them.
     for others in (0, getattr(runner.module, "num_prefix_tokens", 0)):
-        if sides and count == others + side * side:
-            return TokenGrid.last(side, count)
+        if grids and count == others + height * width:
+            return TokenGrid.last(height, width, count)
     return None
 
 
-def _trace_strips(runner: Runner, side_px: int, count: int, side: int, channels: int) -> TokenGrid | None:
-    pixels_NCHW = example_images(runner, side_px, (0.5,) * channels, (0.5,) * channels)[:1].repeat(2 * side, 1, 1, 1)
-    for number in range(side):
-        strip = slice(number * side_px // side, (number + 1) * side_px // side)
-        pixels_NCHW[number, :, strip] = float("nan")
-        pixels_NCHW[side + number, :, :, strip] = float("nan")
+def _trace_strips(
+    runner: Runner, size_px: tuple[int, int], count: int, grid: tuple[int, int], channels: int
+) -> TokenGrid | None:
+    strips = sum(grid)  # The rows of the grid, then its columns.
+    pixels_NCHW = example_images(runner, size_px, (0.5,) * channels, (0.5,) * channels)[:1].repeat(strips, 1, 1, 1)
+    for number in range(grid[0]):
+        pixels_NCHW[number, :, _strip(number, grid[0], size_px[0])] = float("nan")
+    for number in range(grid[1]):
+        pixels_NCHW[grid[0] + number, :, :, _strip(number, grid[1], size_px[1])] = float("nan")
     found: list[Tensor] = []
 
     def look(tensors: Iterable[tuple[Parts, Tensor]]) -> None:
         for _, tensor in tensors:
-            if tensor.ndim != 3 or not tensor.is_floating_point() or 2 * side not in tensor.shape[:2]:
+            if tensor.ndim != 3 or not tensor.is_floating_point() or strips not in tensor.shape[:2]:
                 continue
             saw = tensor.isnan().any(2)
-            saw = saw if len(saw) == 2 * side else saw.T  # strips, tokens
+            saw = saw if len(saw) == strips else saw.T  # strips, tokens
             if saw.shape[1] < 2:
                 continue
             if saw.shape[1] == count and saw.any():
@@ -294,24 +328,28 @@ def _trace_strips(runner: Runner, side_px: int, count: int, side: int, channels:
             runner.run(pixels_NCHW)
     finally:
         state.restore()
-    return _order_tokens(found[0].cpu(), side) if found else None
+    return _order_tokens(found[0].cpu(), *grid) if found else None
 
 
-def _order_tokens(saw: Tensor, side: int) -> TokenGrid | None:
-    """Order tokens by the strips that they saw: `side` rows, then `side` columns. None if that is ambiguous."""
-    rows, columns = saw[:side], saw[side:]
+def _strip(number: int, count: int, side_px: int) -> slice:
+    return slice(number * side_px // count, (number + 1) * side_px // count)
+
+
+def _order_tokens(saw: Tensor, height: int, width: int) -> TokenGrid | None:
+    """Order tokens by the strips that they saw: `height` rows, then `width` columns. None if that is ambiguous."""
+    rows, columns = saw[:height], saw[height:]
     placed = rows.any(0).nonzero().flatten()
-    if len(placed) != side * side or not torch.equal(rows.any(0), columns.any(0)):
+    if len(placed) != height * width or not torch.equal(rows.any(0), columns.any(0)):
         return None
     ranks = []
     for strips in (rows[:, placed].int(), columns[:, placed].int()):
-        first, last = strips.argmax(0), side - 1 - strips.flip(0).argmax(0)
+        first, last = strips.argmax(0), len(strips) - 1 - strips.flip(0).argmax(0)
         middles, rank = (first + last).unique(return_inverse=True)
-        if len(middles) != side:
+        if len(middles) != len(strips):
             return None
         ranks.append(rank)
-    place = ranks[0] * side + ranks[1]
+    place = ranks[0] * width + ranks[1]
     order = place.argsort()
-    if not torch.equal(place[order], torch.arange(side * side)):
+    if not torch.equal(place[order], torch.arange(height * width)):
         return None
-    return TokenGrid(side, side, tuple(placed[order].tolist()))
+    return TokenGrid(height, width, tuple(placed[order].tolist()))

@@ -16,7 +16,7 @@ from hookx.images.decoding import decode, failure_reason
 from hookx.images.listing import list_images
 from hookx.layers.address import Address
 from hookx.models import load_model, may_run_code, skeleton
-from hookx.options import AnyPath, Paths, VisualizeRunOptions, list_paths, takes
+from hookx.options import AnyPath, ModelOptions, Paths, VisualizeRunOptions, list_paths, takes
 from hookx.pictures.contents import Look, ShownImage, show_input, show_layer
 from hookx.pictures.gallery import Gallery, draw
 from hookx.pictures.places import Places, probe_places
@@ -47,7 +47,7 @@ def visualize_run(options: VisualizeRunOptions) -> Gallery:
     """
     look = Look(options)
     features = open_features(options.path, partial=True)
-    plan, side_px = features.plan, features.plan.preprocessing.crop_px
+    plan, size_px = features.plan, features.plan.preprocessing.size_px
     keys = _check_keys(features, options.keys)
     inputs = _prepare_inputs(plan, keys, options.images, options.root)
     addresses = _match_addresses(features, options.layers)
@@ -57,7 +57,7 @@ def visualize_run(options: VisualizeRunOptions) -> Gallery:
     def show() -> Iterator[ShownImage]:
         for key in keys:
             shown = [show_layer(address, features[address].of(key), places) for address in addresses]
-            yield ShownImage(key, plan.model, plan.weights, *show_input(inputs.get(key), side_px), shown)
+            yield ShownImage(key, plan.model, plan.weights, *show_input(inputs.get(key), size_px), shown)
 
     return draw(show(), look, images=keys, models=[plan.model], progress=options.progress)
 
@@ -90,22 +90,22 @@ def _match_addresses(features: Features, layers: str | Sequence[str]) -> list[st
 
 def _learn_places(plan: Plan, layout: str) -> Places:
     """Learn the layout of activations from the architecture that a plan names; no weights are loaded."""
-    side_px = plan.preprocessing.crop_px
     try:
         if may_run_code(plan.model):
             raise ModelError(f"{plan.model} is not built again, because that could run code")
-        bare = skeleton(plan.model, WeightsIdentity(plan.weights).published_name or "none")
+        options = ModelOptions(size=plan.preprocessing.size or None, resize_positions=True)
+        bare = skeleton(plan.model, WeightsIdentity(plan.weights).published_name or "none", options)
 
         @functools.cache
         def load() -> Runner:
-            model = load_model(plan.model, "none")  # Any weights show where tokens lie.
+            model = load_model(plan.model, "none", options)  # Any weights show where tokens lie.
             return Runner.of(model.module, model.forward)
 
-        return probe_places(Runner.of(bare.module, bare.forward), load, side_px, layout)
+        return probe_places(Runner.of(bare.module, bare.forward), load, plan.preprocessing.size_px, layout)
     except HookxError as error:
         problem = str(error).splitlines()[0]
         log.info("%s; the layout of its layers is inferred from their shapes, or set it with --layout", problem)
-        return Places(layout=layout)
+        return Places(layout=layout, size_px=plan.preprocessing.size_px)
 
 
 def _prepare_inputs(plan: Plan, keys: Sequence[str], images: Paths, root: AnyPath | None) -> dict[str, Tensor]:

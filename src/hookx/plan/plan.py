@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from hookx.errors import StoreError
 from hookx.keys import LazySequence
-from hookx.options import DTYPE_NAMES, MAX_SHARD_BYTES, MAX_SHARD_IMAGES
+from hookx.options import DTYPE_NAMES, MAX_SHARD_BYTES, MAX_SHARD_IMAGES, MAX_SIDE_PX
 from hookx.plan.preprocessing import Preprocessing
 from hookx.plan.weights import WeightsIdentity
 
@@ -30,13 +30,21 @@ _FIELDS = {
 OF_THE_IMAGES = ("image_count", "images_sha256", "images_per_shard")  # fields that follow from which images there are
 _UNCOVERED = ("batch_size", "notes", "hardware")  # by the fingerprint
 # Fields of the preprocessing that are left out at these values, so that plans from before them keep their fingerprints.
-_OMITTED = {"custom": "", "decode": "exact", "grey_range": "full", "loader": ""}
+_OMITTED: dict[str, Any] = {
+    "custom": "",
+    "decode": "exact",
+    "grey_range": "full",
+    "loader": "",
+    "fit": "crop",
+    "crop_width_px": 0,
+    "resize_width_px": 0,
+    "size": "",
+}
 
 # No honest plan comes near these; they stop a crafted one.
 _MAX_IMAGES = 2**40
 _MAX_VALUES = 2**40  # in one image's activation
 _MAX_DIMENSIONS = 32
-_MAX_SIDE_PX = 2**16
 
 # torch's name -> (safetensors' code, bytes per element), for every dtype that a safetensors file can hold: those of
 # safetensors 0.7, the lowest that hookx runs with. Later ones have more kinds of float8.
@@ -176,6 +184,8 @@ class Plan:
         """
         words = ["--model", self.model, *self._weights_options()]
         words += ["--layers", ",".join(layer.address for layer in self.layers), *self.preprocessing.options()]
+        if self.preprocessing.size and self.model.startswith("vit_"):  # torchvision's take another size only with it.
+            words += ["--resize-positions"]
         if self.precision != "fp32":
             words += ["--precision", self.precision]
         # Mixed dtypes, or one that no --dtype names, mean that no --dtype was given.
@@ -197,7 +207,7 @@ class Plan:
         if identity.seed is not None:
             return ["--weights", "none", *(["--seed", str(identity.seed)] if identity.seed else [])]
         # A model that is itself a file or a folder brings its weights; one from a list of names got them from a file.
-        is_listed = self.model.isidentifier() or re.fullmatch(r"\w+:[\w.]+", self.model)
+        is_listed = self.model.isidentifier() or re.fullmatch(r"\w+:[\w.]+|open_clip:[\w./-]+", self.model)
         name = identity.published_name or ("WEIGHTS" if identity.is_file and is_listed else "")
         return ["--weights", name] if name else []
 
@@ -239,14 +249,14 @@ class Plan:
     def _check_possible(self) -> None:
         # Anyone can compute a fingerprint, so bound what is allocated, counted or iterated over later.
         addresses = {layer.address for layer in self.layers}
-        sides_px = (self.preprocessing.crop_px, self.preprocessing.resize_px)
+        sides_px = (*self.preprocessing.size_px, *self.preprocessing.covered_px)
         possible = {
             "layers": len(addresses) == len(self.layers) and "__metadata__" not in addresses,
             "shapes": all(map(_is_plausible, self.layers)),
             "image_count": 0 < self.image_count <= _MAX_IMAGES,
             "images_per_shard": 0 < self.images_per_shard <= _MAX_IMAGES,
             "batch_size": 0 < self.batch_size <= _MAX_IMAGES,
-            "preprocessing": all(0 < side_px <= _MAX_SIDE_PX for side_px in sides_px)
+            "preprocessing": all(0 < side_px <= MAX_SIDE_PX for side_px in sides_px)
             and all(map(math.isfinite, (*self.preprocessing.mean, *self.preprocessing.std))),
         }
         for name, is_possible in possible.items():

@@ -152,9 +152,13 @@ def keep_freed_memory() -> None:
 
 
 def choose_batch_size(
-    batch_size: int | str, device: torch.device, crop_px: int, image_count: int, bytes_per_image: int
+    batch_size: int | str,
+    device: torch.device,
+    size_px: int | tuple[int, int],
+    image_count: int,
+    bytes_per_image: int,
 ) -> int:
-    """Return the number of images in a forward pass.
+    """Return the number of images in a forward pass; `size_px` is their height and width, or their side.
 
     Example:
         >>> cpu, avgpool_bytes, conv1_bytes = torch.device("cpu"), 4 * 512, 4 * 64 * 112 * 112
@@ -177,7 +181,8 @@ def choose_batch_size(
     by_count = max(smallest, image_count // _BATCHES_ON_CPU) if on_cpu else largest
     by_bytes = most_bytes // max(bytes_per_image, 1)
     power_of_two = max(smallest, 1 << by_bytes.bit_length() >> 1)
-    return max(1, min(largest, largest * _USUAL_PX // crop_px**2, by_count, power_of_two))
+    pixels = math.prod((size_px, size_px) if isinstance(size_px, int) else size_px)
+    return max(1, min(largest, largest * _USUAL_PX // pixels, by_count, power_of_two))
 
 
 def choose_memory_format(

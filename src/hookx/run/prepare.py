@@ -121,7 +121,7 @@ def prepare_listed(
     loaded, device = ready.loaded, ready.runner.device
     intended = torch.device(chosen_for) if chosen_for else device
     bytes_per_image = sum(spec.bytes_per_image for spec in specs)
-    batch_size = choose_batch_size(batch_size, intended, ready.preprocessing.crop_px, len(listed), bytes_per_image)
+    batch_size = choose_batch_size(batch_size, intended, ready.preprocessing.size_px, len(listed), bytes_per_image)
     plan = Plan(
         model=loaded.name,
         weights=loaded.weights,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +20,13 @@ from hookx.capture.probe import example_images, probe
 from hookx.capture.runner import MEMORY_FORMATS, Runner, module_classes, modules_of
 from hookx.capture.settle import settle
 from hookx.capture.state import Settled
-from hookx.errors import CaptureError, HookxError, ModelError, UsageError, one_line
+from hookx.errors import CaptureError, HookxError, LayerError, ModelError, UsageError, one_line
 from hookx.images.decoding import check_decoding, decode
 from hookx.images.listing import ImageList
 from hookx.images.loaders import WrongResultError
 from hookx.layers.select import Layer, Selection, Selector, Target, matched_paths, select
 from hookx.models import LoadedModel, forget_skeletons, load_model, release_models, skeleton
-from hookx.options import ExtractOptions, PreprocessingOptions, VisualizeOptions
+from hookx.options import ExtractOptions, VisualizeOptions
 from hookx.plan import Preprocessing
 from hookx.run.defaults import check_precision, choose_device, choose_memory_format, device_name
 
@@ -93,7 +94,13 @@ def _ready_model(
     preprocessing = _override(bare, options)
     check_decoding(preprocessing, device)
     check_precision(options.precision, device)
-    paths = matched_paths(selectors, module_classes(bare.module), model)
+    try:
+        paths = matched_paths(selectors, module_classes(bare.module), model)
+    except LayerError as error:
+        # A note can tell why the model lacks a layer that is named.
+        named = [selector.text for selector in selectors if selector.text.isidentifier()]
+        reasons = [note for note in bare.notes if any(name in note.split() for name in named)]
+        raise LayerError(str(error), *reasons) from None
     matched_paths(excluded, module_classes(bare.module), model)
     convolutions: list[nn.Conv2d] = []
     if selectors:
@@ -201,22 +208,35 @@ def _probe(
 ) -> list[Layer]:
     images_NCHW = _images(runner, preprocessing)
     try:
-        return probe(
-            runner,
-            images_NCHW,
-            paths=list(dict.fromkeys(paths)),
-            why_never_called=model.why_never_called,
-            batch_size=batch_size if isinstance(batch_size, int) else None,
-            shapes_only=shapes_only,
-        )
+        with explaining_size(model.name, preprocessing):
+            return probe(
+                runner,
+                images_NCHW,
+                paths=list(dict.fromkeys(paths)),
+                why_never_called=model.why_never_called,
+                batch_size=batch_size if isinstance(batch_size, int) else None,
+                shapes_only=shapes_only,
+            )
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise out_of_memory(len(images_NCHW), error) from None
 
 
+@contextlib.contextmanager
+def explaining_size(name: str, preprocessing: Preprocessing) -> Iterator[None]:
+    """Add a next step to the error of a model that fails on images of the size of --size."""
+    try:
+        yield
+    except CaptureError as error:
+        if not preprocessing.size:
+            raise
+        step = f"{name} may not take images of {preprocessing.size}: try another --size, or leave it out"
+        raise CaptureError(str(error), step) from error
+
+
 def _images(runner: Runner, preprocessing: Preprocessing) -> Tensor:
-    return example_images(runner, preprocessing.crop_px, preprocessing.mean, preprocessing.std)
+    return example_images(runner, preprocessing.size_px, preprocessing.mean, preprocessing.std)
 
 
 def _up_to_last(selection: Selection, probed: Sequence[Layer], by_path: Mapping[str, nn.Conv2d]) -> list[nn.Conv2d]:
@@ -260,7 +280,7 @@ def _is_within(path: str, paths: Iterable[str]) -> bool:
     return any(other in (path, ".") or path.startswith(f"{other}.") for other in paths)
 
 
-def _override(model: LoadedModel, options: PreprocessingOptions) -> Preprocessing:
+def _override(model: LoadedModel, options: ExtractOptions | VisualizeOptions) -> Preprocessing:
     """Return the preprocessing of the weights, changed as the user asks."""
     preprocessing = model.preprocessing
     asked: dict[str, Any] = {
@@ -271,21 +291,46 @@ def _override(model: LoadedModel, options: PreprocessingOptions) -> Preprocessin
         "interpolation": options.interpolation,
     }
     asked = {name: value for name, value in asked.items() if value is not None}
+    _check_sizes(preprocessing, options)
     if preprocessing.custom and (asked or options.decode != "exact"):
         raise UsageError(
             f"this model has its own preprocessing ({preprocessing}), which no option can change",
-            "leave out --resize, --crop, --mean, --std, --interpolation and --decode",
+            "leave out --resize, --crop, --mean, --std, --interpolation and --decode; --size may change its size",
         )
     changed = dataclasses.replace(
         preprocessing, **asked, exif=options.exif, decode=options.decode, grey_range=str(options.grey_range)
     )
     _check_channels(model, changed)
     if changed.crop_px > changed.resize_px:
+        flag = "--crop" if options.size_px is None else "--size"
         raise UsageError(
-            f"--crop {changed.crop_px} is larger than --resize {changed.resize_px}",
-            "give both: --resize 256 --crop 224",
+            f"{flag} {changed.crop_px} is larger than --resize {changed.resize_px}",
+            f"give both: --resize 256 {flag} 224",
         )
     return changed
+
+
+def _check_sizes(preprocessing: Preprocessing, options: ExtractOptions | VisualizeOptions) -> None:
+    """Raise `UsageError` for a --resize or a --crop that contradicts the size of the input or how images fit."""
+    if options.size_px is not None and options.crop is not None:
+        raise UsageError(
+            f"--size {'x'.join(map(str, options.size_px))} and --crop {options.crop} both set the size of the input",
+            "leave out --crop; --size and --resize go together",
+        )
+    for flag, value in (("--resize", options.resize), ("--crop", options.crop)):
+        if value is None or preprocessing.custom:
+            continue
+        if preprocessing.fit != "crop":
+            raise UsageError(
+                f"{flag} {value} has no meaning for images that --fit {preprocessing.fit} brings to the input's size",
+                f"leave out {flag}, or write --fit crop; --size sets the size of the input",
+            )
+        if preprocessing.crop_width_px or preprocessing.resize_width_px:
+            height, width = preprocessing.size_px
+            raise UsageError(
+                f"{flag} {value} is for square inputs, and this one is {height} x {width}, height x width",
+                f"leave out {flag}, or write --size {value}",
+            )
 
 
 def _check_channels(model: LoadedModel, preprocessing: Preprocessing) -> None:
@@ -327,5 +372,5 @@ def try_loader(ready: ReadyModel, images: ImageList) -> None:
 def out_of_memory(images_at_once: int, error: Exception) -> HookxError:
     return HookxError(
         f"the device has too little memory for {images_at_once} images at once: {str(error).splitlines()[0]}",
-        "try --precision bf16, a smaller --crop, or --device cpu",
+        "try --precision bf16, a smaller --size, or --device cpu",
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -86,7 +87,7 @@ def batches(
     reader = Reader(images, preprocessing, transform, retry_seconds, unavailable_is_failure, loader)
     only_decode = workers > 0 and lane is None
     pieces = cut(positions, whole=not only_decode)
-    bytes_per_image = len(preprocessing.mean) * preprocessing.crop_px**2 * (4 if transform or loader else 1)
+    bytes_per_image = len(preprocessing.mean) * math.prod(preprocessing.size_px) * (4 if transform or loader else 1)
     slots = Slots(positions, bytes_per_image, workers, device) if only_decode else None
     known: dict[int, Decoded] = {}  # what became of images that were read alone
 
