@@ -178,7 +178,7 @@ class OpenClipTower(Architecture):
         config = _config_of(self.name, self.tag)
         if not config["hf_hub"]:  # As of OpenAI's weights before open_clip 3: TorchScript behind a URL.
             version = _library().__version__
-            problem = f"open_clip {version} knows no file on the Hugging Face hub for {self.ref}"
+            problem = f"open_clip {version} has no file on the Hugging Face hub for {self.ref}"
             raise ModelError(problem, "install a later one: pip install -U open-clip-torch", _NEXT_STEP)
         file = hub.fetch_file(self.ref, *_on_hub(config), None, _NEXT_STEP)
         assert file is not None
