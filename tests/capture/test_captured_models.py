@@ -1,4 +1,4 @@
-"""`Capture` beside whatever else is done to a model: checkpoints, copies, other hooks, compilers, an end."""
+"""`Capture` beside whatever else is done to a model: copies, other hooks, an end."""
 
 from __future__ import annotations
 
@@ -11,93 +11,29 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm.utils
 import torch
+import torch.distributed
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
 from torchvision.models import get_model
 
 from hookx import Capture
-from hookx.errors import CaptureError, LayerError, NotCapturedError
 from kit import nets
 from kit.nets import Features, hooks_on, images
 
-# --- recomputation -------------------------------------------------------------------------------------------------
-
-
-class Copy(nn.Module):
-    """Does what hookx does in between, for checkpoints that remember results by the operation."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x * 2).clone()
-
-
-class Checkpointed(nn.Module):
-    """A block that backward computes again, in one of PyTorch's ways."""
-
-    def __init__(self, **how: Any) -> None:
-        super().__init__()
-        self.how = how
-        self.stem = nn.Conv2d(3, 4, 1)
-        self.block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), Copy(), nn.Sigmoid())
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = checkpoint(self.block, x, **self.how) if self.how else self.block(x)
-        return self.head(x.mean((2, 3)))
-
-
-def save_copies(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    is_copy = operation is torch.ops.aten.clone.default
-    return CheckpointPolicy.MUST_SAVE if is_copy else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-WAYS: dict[str, dict[str, Any]] = {
-    "reentrant": {"use_reentrant": True},
-    "not reentrant": {"use_reentrant": False},
-    "selective": {
-        "use_reentrant": False,
-        "context_fn": lambda: create_selective_checkpoint_contexts(save_copies),
-    },
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("detach", [True, False], ids=["detached", "attached"])
-def test_what_backward_computes_again_is_not_captured(way: str, detach: bool) -> None:
-    net, plain = Checkpointed(**WAYS[way]).train(), Checkpointed().train()
-    plain.load_state_dict(net.state_dict())
-    pixels = images()
-    plain(pixels).sum().backward()
-    asked = "stem,block.0,block.1,block.1@norm23,block.2,block.3,block.4,head"
-    with Capture(net, asked, keep=None, detach=detach, transform=lambda maps: maps * maps.tanh()) as capture:
-        output = net(pixels)
-        taken = {address: value.detach().clone() for address, value in capture.items()}
-        output.sum().backward()
-        assert list(capture) == list(taken) == asked.split(",")
-        assert all(torch.equal(capture[address], value) for address, value in taken.items())
-        assert len(capture.history("block.0")) == 1
-        assert "2 calls" not in capture.summary()
-    for (name, weight), expected in zip(net.named_parameters(), plain.parameters(), strict=True):
-        assert weight.grad is not None and expected.grad is not None
-        assert torch.equal(weight.grad, expected.grad), name
-
-
-def test_gradients_reach_a_layer_within_a_checkpoint() -> None:
-    net, pixels = Checkpointed(use_reentrant=False).eval(), images()
-    with Capture(net, "block.1", detach=False) as capture:
-        score = net(pixels)[:, 0].sum()
-    [gradient] = torch.autograd.grad(score, capture["block.1"])
-    maps = net.block[1](net.block[0](net.stem(pixels))).detach().requires_grad_()
-    [expected] = torch.autograd.grad(net.head(net.block[2:](maps).mean((2, 3)))[:, 0].sum(), maps)
-    assert torch.equal(gradient, expected)
-
-
 # --- copies of the model -------------------------------------------------------------------------------------------
+
+
+def by_averaging(model: nn.Module) -> nn.Module:
+    return torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+
+
+def by_timm(model: nn.Module) -> nn.Module:
+    return timm.utils.ModelEmaV2(model).module
+
+
+def by_timm_3(model: nn.Module) -> nn.Module:
+    return timm.utils.ModelEmaV3(model).module
 
 
 def by_pickle(model: nn.Module) -> nn.Module:
@@ -111,7 +47,7 @@ def by_torch_save(model: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle, by_torch_save])
+@pytest.mark.parametrize("copied", [copy.deepcopy, by_averaging, by_timm, by_timm_3, by_pickle, by_torch_save])
 def test_a_copy_of_a_captured_model_is_not_captured(copied: Callable[[nn.Module], nn.Module]) -> None:
     net, pixels = Features().eval(), images()
     with Capture(net, "**", keep=None) as capture:
@@ -145,6 +81,18 @@ def test_the_copy_of_a_model_that_holds_its_capture_has_one_of_its_own(
     del net, mine
     gc.collect()
     assert alive() is None
+
+
+def test_a_shallow_copy_is_another_model_with_the_same_parts() -> None:
+    net, pixels = Features().eval(), images()
+    with Capture(net, ".,conv", keep=None) as capture:
+        net(pixels)
+        other = copy.copy(net)
+        other(pixels + 1)
+        copy.copy(net.conv)(pixels + 2)
+        assert len(capture.history(".")) == 1
+        assert torch.equal(capture["conv"], net.conv(pixels + 1)) and torch.equal(capture["."], net(pixels))
+    assert hooks_on(other) == 0
 
 
 def test_a_copied_model_loads_where_hookx_is_not_installed() -> None:
@@ -236,61 +184,6 @@ def test_a_capture_that_is_cleared_in_the_middle_of_a_pass_holds_the_rest_of_it(
         net.block.conv.register_forward_hook(lambda *_: capture.clear())
         net(pixels)
         assert list(capture) == ["block.relu", "head"]
-
-
-# --- compiled models -----------------------------------------------------------------------------------------------
-
-
-def test_layers_within_compiled_code_are_refused_by_name() -> None:
-    net = Features().eval()
-    compiled: Any = torch.compile(net, backend="eager")
-    with pytest.raises(LayerError, match=r"cannot capture '_orig_mod.conv': torch.compile runs '.' as one program"):
-        Capture(compiled, "_orig_mod.conv")
-    with pytest.raises(LayerError, match=r"cannot capture 'block.conv': TorchScript runs 'block' as one program"):
-        net.block = torch.jit.trace(net.block, torch.randn(1, 4, 8, 8))
-        Capture(net, "conv,block.conv")
-    with pytest.raises(LayerError, match=r"cannot capture 'conv': torch.compile runs 'conv' as one program"):
-        net.conv.compile(backend="eager")
-        Capture(net, "conv")
-    assert hooks_on(net) == 0
-
-
-def test_the_output_of_a_compiled_model_and_of_a_scripted_part_is_captured() -> None:
-    net, pixels = Features().eval(), images()
-    compiled: Any = torch.compile(net, backend="eager")
-    with Capture(compiled, ".") as capture:
-        output = compiled(pixels)
-    assert torch.equal(capture["."], output)
-    net.block = torch.jit.trace(net.block, torch.randn(1, 4, 8, 8))
-    with Capture(net, "conv,block") as capture:
-        net(pixels)
-    assert torch.equal(capture["block"], net.block(net.conv(pixels)))
-
-
-def test_compiled_code_runs_as_if_nothing_was_captured() -> None:
-    net, pixels = Features().eval(), images()
-    with Capture(net, "conv,block.relu", detach=False) as capture:
-        compiled = torch.compile(net, backend="eager", fullgraph=True)
-        assert torch.equal(compiled(pixels), net(pixels))
-        net(pixels)
-    assert list(capture) == ["conv", "block.relu:0", "block.relu:1"]
-
-
-def test_replicas_of_data_parallel_are_refused() -> None:
-    net = Features().eval()
-    with Capture(net, "conv"):
-        replica = net._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        with pytest.raises(CaptureError, match=r"under nn\.DataParallel"):
-            replica(images())
-
-
-def test_a_model_of_data_parallel_without_devices_is_captured() -> None:
-    net = nn.DataParallel(nets.InPlace()).eval()
-    with Capture(net, "module.conv") as capture:
-        net(images())
-    with pytest.raises(NotCapturedError):
-        capture["module.relu"]
-    assert torch.equal(capture["module.conv"], net.module.conv(images()))
 
 
 def test_a_capture_of_every_module_leaves_resnet18_as_it_is() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import sys
 import threading
@@ -27,6 +28,23 @@ class Pass:
     number: int = field(default_factory=lambda: next(_numbers))  # in the order in which passes begin
     calls: Counter[str] = field(default_factory=Counter)  # path -> how often it ran
     activations: dict[Address, Tensor] = field(default_factory=dict)
+    untaken: dict[Address, str] = field(default_factory=dict)  # why a part of what ran is no activation
+    has_gradients: bool = field(default_factory=torch.is_grad_enabled)  # when it begins
+
+    def why_untaken(self, wanted: Address) -> list[str]:
+        """Return why a layer that ran gave nothing under an address; empty if it gave something, or did not run."""
+
+        def layer_of(address: Address) -> Address:
+            return dataclasses.replace(address, call=None, parts=())
+
+        reasons = {
+            reason: None
+            for key, reason in self.untaken.items()
+            if layer_of(key) == layer_of(wanted)
+            and wanted.call in (None, key.call)
+            and key.parts == wanted.parts[: len(key.parts)]
+        }
+        return list(reasons)
 
 
 @dataclass(eq=False, frozen=True)
@@ -191,6 +209,8 @@ class Passes:
             again = {key.path for key in one_pass.activations}
             last.activations = {key: value for key, value in last.activations.items() if key.path not in again}
             last.activations.update(one_pass.activations)
+            last.untaken = {key: value for key, value in last.untaken.items() if key.path not in one_pass.calls}
+            last.untaken.update(one_pass.untaken)
             last.calls = Counter({**last.calls, **one_pass.calls})
         return last
 
@@ -203,6 +223,7 @@ class Passes:
         self._running.end_calls_not_on(sys._getframe())
         if one_pass := self._running.one_pass:
             one_pass.activations.clear()
+            one_pass.untaken.clear()
             one_pass.calls.clear()
             self._hold(one_pass)
 

@@ -7,6 +7,7 @@ No other file of hookx registers a hook. What a hook returns would replace a lay
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -93,7 +94,8 @@ class Watch:
     return other than None replaces the arguments or the output.
 
     The hooks are silent where a layer runs without being part of a forward pass: while autograd runs backward
-    (activation checkpointing computes layers again), and while torch.compile and torch.export look at a model.
+    (activation checkpointing computes layers again), while torch.export looks at a model, and in a copy of the module.
+    Code that torch.compile makes later is interrupted for them; code that it has made before does not call them.
     """
 
     def __init__(self, on_enter: OnEnter, on_return: OnReturn) -> None:
@@ -107,7 +109,7 @@ class Watch:
         _unhook(self._hooks, keep=modules)
         for path, module in modules.items():
             if path not in self._hooks:
-                enter, leave = _Hook(path, self._on_enter), _Hook(path, self._on_return)
+                enter, leave = _Hook(path, module, self._on_enter), _Hook(path, module, self._on_return)
                 self._hooks[path] = [
                     module.register_forward_pre_hook(enter, with_kwargs=True),
                     module.register_forward_hook(leave, with_kwargs=True, always_call=True),
@@ -115,27 +117,72 @@ class Watch:
 
 
 class _Hook:
-    """One hook of `Watch`; a copy of it does nothing, so that copies of the model are not watched."""
+    """One hook of `Watch` on one module; a copy of either does nothing, so that copies of a model are not watched."""
 
-    def __init__(self, path: str, callback: weakref.ref[Callable[..., Any]]) -> None:
-        self._path, self._callback = path, callback
+    def __init__(self, path: str, module: nn.Module, callback: weakref.ref[Callable[..., Any]]) -> None:
+        self._path, self._module, self._callback = path, weakref.ref(module), callback
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+        if torch.compiler.is_compiling() and _is_exporting():
             return None
+        # At this call torch.compile leaves its graph: it compiles what is around, and runs the hook.
+        return _call_uncompiled(self.run, module, args, kwargs, *output)
+
+    def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
         callback = self._callback()
-        if callback is None:
+        if callback is None or torch._C._current_graph_task_id() != -1:
             return None
         if not output and module.__dict__.get("_is_replica"):
             raise CaptureError(
                 f"cannot capture '{self._path}' under nn.DataParallel, which runs copies of the model side by side",
                 "capture and call the model within it, or use DistributedDataParallel",
             )
-        return callback(self._path, module, args, kwargs, sys._getframe(1), *output)
+        if self._module() is not module:
+            return None  # `copy.copy` makes a module with the same hooks.
+        return callback(self._path, module, args, kwargs, _frame_of_the_call(), *output)
+
+    @property
+    def __name__(self) -> str:
+        raise _NotScriptableError(
+            "cannot script a captured model: TorchScript compiles the hooks of a module, and these are Python",
+            "call capture.remove() before torch.jit.script, or use torch.jit.trace",
+        )
 
     def __reduce__(self) -> Any:
         # A method that takes anything and returns None, and can be loaded where hookx is not installed.
         return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+class _NotScriptableError(CaptureError, AttributeError):
+    """For whoever asks a hook for its name; an `AttributeError`, so that the hook has none."""
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+_WHY = "hookx captures a layer here: compile without fullgraph=True, or after capture.remove()"
+# torch 2.6 takes no reason.
+_reason = {"reason": _WHY} if "reason" in inspect.signature(torch.compiler.disable).parameters else {}
+_call_uncompiled = torch.compiler.disable(_call, **_reason)
+# Where a hook runs outside compiled code, torch.compile would compile it, anew for each layer.
+torch._dynamo.decorators.skip_code(_Hook.__call__.__code__)  # type: ignore[attr-defined]
+
+
+def _is_exporting() -> bool:
+    # torch 2.6 does not tell; torch.export needs one graph there, and says that a hook interrupts it.
+    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+
+
+def _frame_of_the_call() -> FrameType:
+    """Return the frame of nn.Module in which the hooks of the current call run."""
+    frame = sys._getframe(1)
+    while frame.f_code.co_filename != _FILE_OF_MODULES and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+_FILE_OF_MODULES = nn.Module.__call__.__code__.co_filename
 
 
 def _unhook(hooks: dict[str, list[RemovableHandle]], keep: Iterable[str] = ()) -> None:

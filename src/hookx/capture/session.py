@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any
@@ -12,14 +13,17 @@ from torch import Tensor, nn
 
 from hookx.capture.gradients import AttachedCopies, compute_aside
 from hookx.capture.held import Pass, Passes
+from hookx.capture.hidden import AFTER_COMPILED_CALLS, describe_compiled_calls, describe_no_tensor, match_visible
 from hookx.capture.hooks import Watch
 from hookx.capture.reduce import reduce
-from hookx.capture.runner import module_classes, modules_of, parameter_count
-from hookx.capture.tensors import Parts, dtype_name, tensors_given, tensors_in
+from hookx.capture.runner import modules_of, parameter_count
+from hookx.capture.tensors import Parts, Unusable, dtype_name, look_into, look_into_arguments
 from hookx.errors import CaptureError, LayerError, NotCapturedError, UsageError, closest
 from hookx.layers.address import Address
 from hookx.layers.reductions import OF_PLACES
-from hookx.layers.select import Selector, matched_paths, parse_selectors
+from hookx.layers.select import Selector, parse_selectors
+
+log = logging.getLogger("hookx")
 
 Transform = Callable[[Tensor], Tensor]
 Hook = Callable[[nn.Module, tuple[Any, ...], Any], Tensor | None]
@@ -51,7 +55,8 @@ class Capture(Mapping[str, Tensor]):
     A capture takes what a layer gave when the capture's hook ran, and PyTorch runs hooks in the order of registration:
     changes by earlier hooks are in it, changes by later ones are not. It takes nothing while autograd runs backward,
     where activation checkpointing computes layers again; nothing from copies of the model, by `copy.deepcopy` or by
-    pickle; nothing that a transform or a hook of the capture calls; and nothing within torch.compile.
+    pickle; and nothing that a transform or a hook of the capture calls. Code that torch.compile makes after the capture
+    stops at each captured layer, and its tensors are taken; code that was compiled before calls no hooks.
 
     Args:
         model: the module whose `forward` you call.
@@ -102,6 +107,7 @@ class Capture(Mapping[str, Tensor]):
         self._wishes: dict[str, list[_Wish]] = {}
         self._passes = Passes(keep)
         self._watch = Watch(self._on_enter, self._on_return)
+        self._has_warned, self._asked = False, set[str]()
         try:
             self.add(layers, transform=transform, hook=hook)
         except BaseException:
@@ -111,7 +117,6 @@ class Capture(Mapping[str, Tensor]):
     def add(self, layers: Layers, *, transform: Transform | None = None, hook: Hook | None = None) -> Capture:
         """Capture more layers, with their own transform or hook; return the capture itself."""
         modules = modules_of(self.model)
-        class_names = module_classes(self.model)
         paths = {id(module): path for path, module in reversed(modules.items())}
         if isinstance(layers, str | nn.Module):
             layers = [layers]
@@ -124,13 +129,13 @@ class Capture(Mapping[str, Tensor]):
             else:
                 selectors = parse_selectors(layer)
             for selector in selectors:
-                for path in matched_paths([selector], class_names, "this model"):
-                    _refuse_compiled(modules, path)
+                for path in match_visible(selector, self.model, modules):
                     if name is not None and (len(selectors) > 1 or selector.kind != "path"):
                         raise LayerError(f"'{name}' names one activation, but '{layer}' can match several layers")
                     address = dataclasses.replace(selector.address, path=name or path)
                     _refuse_places(address)
                     wish = _Wish(modules[path], address, transform, hook)
+                    self._asked.add(address.path)
                     if wish not in self._wishes.setdefault(path, []):
                         self._wishes[path].append(wish)
         self._watch.set(self._watched(modules))
@@ -172,6 +177,7 @@ class Capture(Mapping[str, Tensor]):
         # The copy of a model that holds its capture, which captures nothing until layers are added to it.
         self.model, self._detach, self._wishes = state["model"], state["detach"], {}
         self._passes, self._watch = Passes(state["keep"]), Watch(self._on_enter, self._on_return)
+        self._has_warned, self._asked = False, set()
 
     def __enter__(self) -> Capture:
         return self
@@ -186,7 +192,7 @@ class Capture(Mapping[str, Tensor]):
         return self._passes.last().activations
 
     def __getitem__(self, address: str) -> Tensor:
-        return _find(self._last, address)
+        return self._find(self._passes.last(), address)
 
     def __iter__(self) -> Iterator[str]:
         return map(str, _canonical(self._last))
@@ -198,11 +204,32 @@ class Capture(Mapping[str, Tensor]):
         """Return one activation from every pass held, oldest first, of all threads."""
         path = Address.parse(address).path
         found = [
-            _find(one_pass.activations, address)
+            self._find(one_pass, address)
             for one_pass in self._passes.held()
-            if one_pass.path == "." or any(key.path == path for key in one_pass.activations)
+            if one_pass.path == "." or any(key.path == path for key in [*one_pass.activations, *one_pass.untaken])
         ]
         return found[-(self._passes.keep or 0) :]
+
+    def _find(self, one_pass: Pass, address: str) -> Tensor:
+        wanted, stored = Address.parse(address), _canonical(one_pass.activations)
+        found = {**one_pass.activations, **stored}  # 'relu:0' can be read where relu ran once.
+        if wanted in found:
+            return found[wanted]
+        if reasons := one_pass.why_untaken(wanted):
+            raise NotCapturedError(f"'{address}' was not captured: {'; '.join(reasons)}")
+        has_run = any(key.path == wanted.path for key in stored) or wanted.path not in self._asked
+        if not has_run or not stored:
+            compiled = describe_compiled_calls()
+            if not self._passes.held():
+                after = ("; call the model first",) if not compiled else (compiled, AFTER_COMPILED_CALLS)
+                raise NotCapturedError(f"cannot read '{address}': nothing has been captured yet{after[0]}", *after[1:])
+            if compiled or not stored:
+                steps = [AFTER_COMPILED_CALLS] if compiled else []
+                raise NotCapturedError(f"cannot read '{address}': it has not run in the last pass{compiled}", *steps)
+        same_path = [str(key) for key in stored if key.path == wanted.path]
+        raise NotCapturedError(
+            f"'{address}' was not captured; closest: {', '.join(same_path) or closest(address, map(str, stored))}"
+        )
 
     def summary(self) -> str:
         """Describe the model and each layer: class, parameters, calls, and what the last pass kept.
@@ -225,7 +252,8 @@ class Capture(Mapping[str, Tensor]):
                     for key, tensor in _canonical(last.activations).items()
                     if (key.path, key.reduction) == (wish.address.path, wish.address.reduction)
                 )
-                state = f"{calls} call{'s' * (calls != 1)}: {kept or 'nothing kept'}" if calls else "has not run"
+                kept = kept or "; ".join(["nothing kept", *last.why_untaken(wish.address)])
+                state = f"{calls} call{'s' * (calls != 1)}: {kept}" if calls else "has not run"
                 rows.append((str(wish.address), type(wish.module).__name__, f"{parameter_count(wish.module):,}", state))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         model = f"{type(self.model).__name__}: {parameter_count(self.model):,} parameters"
@@ -248,7 +276,7 @@ class Capture(Mapping[str, Tensor]):
             return None
         for wish in self._wishes.get(path, ()):
             if wish.address.is_input and wish.hook is None:
-                self._keep(wish, begun, tensors_given(args, kwargs), copies)
+                self._keep(wish, begun, look_into_arguments(args, kwargs), copies, (*args, *kwargs.values()))
         return copies.put_aliases_in((args, kwargs))
 
     def _on_return(
@@ -261,21 +289,49 @@ class Capture(Mapping[str, Tensor]):
             if wish.hook is not None:
                 with self._passes.mute():
                     chosen = wish.hook(module, args, output)
-                self._keep(wish, ended, tensors_in(chosen), copies)
+                self._keep(wish, ended, look_into(chosen), copies, chosen)
             elif not wish.address.is_input:
-                self._keep(wish, ended, tensors_in(output), copies)
+                self._keep(wish, ended, look_into(output), copies, output)
         return copies.put_aliases_in(output)
 
     def _keep(
-        self, wish: _Wish, place: tuple[Pass, int], tensors: Iterable[tuple[Parts, Tensor]], copies: AttachedCopies
+        self,
+        wish: _Wish,
+        place: tuple[Pass, int],
+        found: Iterable[tuple[Parts, Tensor | Unusable]],
+        copies: AttachedCopies,
+        value: Any,
     ) -> None:
         wanted, (one_pass, call) = wish.address, place
         if wanted.call not in (None, call):
             return
-        for parts, tensor in tensors:
-            if parts[: len(wanted.parts)] == wanted.parts:
-                address = dataclasses.replace(wanted, call=call, parts=parts)
-                one_pass.activations[address] = self._value_of(wish, tensor, copies)
+        unusable, has_tensor = [], False
+        for parts, one in found:
+            if parts[: len(wanted.parts)] != wanted.parts:
+                continue
+            address = dataclasses.replace(wanted, call=call, parts=parts)
+            if isinstance(one, Unusable):
+                one_pass.untaken[address] = one.reason
+                unusable.append(one)
+            else:
+                self._warn_of_no_gradient(wish, one_pass, one)
+                one_pass.activations[address], has_tensor = self._value_of(wish, one, copies), True
+        if not has_tensor and not wanted.parts:
+            verb = "was given" if wanted.is_input else "returned" if wish.hook is None else "has a hook that returned"
+            address = dataclasses.replace(wanted, call=call)
+            one_pass.untaken[address] = describe_no_tensor(value, unusable, verb)
+
+    def _warn_of_no_gradient(self, wish: _Wish, one_pass: Pass, tensor: Tensor) -> None:
+        """Say once that an attached activation has no gradient, though the pass has."""
+        if self._detach or self._has_warned or not one_pass.has_gradients or torch.is_grad_enabled():
+            return
+        if tensor.is_floating_point():
+            self._has_warned = True
+            log.warning(
+                "'%s' runs without gradients, in torch.no_grad or in activation checkpointing with use_reentrant=True: "
+                "its activation has none; use_reentrant=False keeps them",
+                wish.address,
+            )
 
     def _value_of(self, wish: _Wish, tensor: Tensor, copies: AttachedCopies) -> Tensor:
         with compute_aside():
@@ -299,22 +355,6 @@ def _refuse_places(address: Address) -> None:
         )
 
 
-def _refuse_compiled(modules: Mapping[str, nn.Module], path: str) -> None:
-    """Raise if a layer runs within compiled code, which calls no hooks."""
-    names = path.split(".") if path != "." else []
-    for outer in [".", *(".".join(names[:length]) for length in range(1, len(names) + 1))]:
-        module = modules[outer]
-        if getattr(module, "_compiled_call_impl", None) or (hasattr(module, "_orig_mod") and outer != path):
-            compiler, instead = "torch.compile", "capture and call the model without torch.compile"
-        elif isinstance(module, torch.jit.ScriptModule) and outer != path:
-            compiler, instead = "TorchScript", "capture and call the module that was scripted or traced"
-        else:
-            continue
-        raise LayerError(
-            f"cannot capture '{path}': {compiler} runs '{outer}' as one program, in which no layers are called", instead
-        )
-
-
 def _canonical(one_pass: Mapping[Address, Tensor]) -> dict[Address, Tensor]:
     """Drop the call number of modules that ran once."""
     called_again = {(key.path, key.is_input) for key in one_pass if key.call}
@@ -322,16 +362,3 @@ def _canonical(one_pass: Mapping[Address, Tensor]) -> dict[Address, Tensor]:
         key if (key.path, key.is_input) in called_again else dataclasses.replace(key, call=None): tensor
         for key, tensor in one_pass.items()
     }
-
-
-def _find(one_pass: Mapping[Address, Tensor], address: str) -> Tensor:
-    wanted, stored = Address.parse(address), _canonical(one_pass)
-    found = {**one_pass, **stored}  # 'relu:0' can be read where relu ran once.
-    if wanted in found:
-        return found[wanted]
-    if not stored:
-        raise NotCapturedError(f"cannot read '{address}': nothing has been captured yet; call the model first")
-    same_path = [str(key) for key in stored if key.path == wanted.path]
-    raise NotCapturedError(
-        f"'{address}' was not captured; closest: {', '.join(same_path) or closest(address, map(str, stored))}"
-    )
