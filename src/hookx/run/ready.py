@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from hookx.errors import CaptureError, HookxError, ModelError, UsageError, one_l
 from hookx.images.decoding import check_decoding, decode
 from hookx.images.listing import ImageList
 from hookx.images.loaders import WrongResultError
-from hookx.layers.select import Layer, Selection, Selector, Target, matched_paths, select
+from hookx.layers.select import Layer, Selection, Selector, Target, attention_paths, matched_paths, select
 from hookx.models import LoadedModel, forget_skeletons, load_model, release_models, skeleton
 from hookx.options import ExtractOptions, PreprocessingOptions, VisualizeOptions
 from hookx.plan import Preprocessing
@@ -98,7 +98,13 @@ def _ready_model(
     if selectors:
         by_path = {path: part for path, part in modules_of(bare.module).items() if isinstance(part, nn.Conv2d)}
         bare_runner = Runner.of(bare.module, bare.forward)
-        probed = _probe(bare, bare_runner, [*paths, *by_path], preprocessing, batch_size=batch_size, shapes_only=True)
+        attention = attention_paths(selectors, module_classes(bare.module))
+        probed = _probe(
+            *(bare, bare_runner, [*paths, *by_path], preprocessing),
+            batch_size=batch_size,
+            shapes_only=True,
+            attention=attention,
+        )
         convolutions = _up_to_last(select(selectors, probed, model, excluded), probed, by_path)
 
     loaded = load_model(model, weights, options)
@@ -152,7 +158,8 @@ def place_and_select(
     paths = matched_paths(selectors, classes, loaded.name)
     # Modules that the weights lack are probed too, for their place in the order of execution.
     paths += (path for path in classes if _is_within(path, loaded.random_paths))
-    probed = _probe(loaded, runner, paths, preprocessing, batch_size=batch_size)
+    attention = attention_paths(selectors, classes)
+    probed = _probe(loaded, runner, paths, preprocessing, batch_size=batch_size, attention=attention)
     selection = select(selectors, probed, loaded.name, excluded)
     _warn_of_random_modules(loaded, probed, selection)
     return selection
@@ -193,6 +200,7 @@ def _probe(
     *,
     batch_size: int | str = "auto",
     shapes_only: bool = False,
+    attention: Collection[str] = (),
 ) -> list[Layer]:
     images_NCHW = _images(runner, preprocessing)
     try:
@@ -203,6 +211,7 @@ def _probe(
             why_never_called=model.why_never_called,
             batch_size=batch_size if isinstance(batch_size, int) else None,
             shapes_only=shapes_only,
+            attention=attention,
         )
     except RuntimeError as error:
         if not is_out_of_memory(error):
