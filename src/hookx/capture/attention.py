@@ -1,4 +1,4 @@
-"""The weights of attention, seen in the operations of a forward pass; the activations of the pass keep their bits.
+"""The weights of attention, seen in the functions that a pass calls; the activations of the pass keep their bits.
 
 Modules do not return them, and most compute them within `scaled_dot_product_attention`, which keeps them to itself:
 those are computed again from its arguments. A softmax over the last of three or more dimensions gives its own result.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import types
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from hookx.capture.tensors import Parts, Unusable
 from hookx.layers.address import ATTENTION
@@ -27,28 +28,46 @@ _NONE = (
 )
 
 
-class WatchAttention(TorchDispatchMode):
-    """Watches the operations of a forward pass, and passes on the weights of attention."""
+class WatchAttention(TorchFunctionMode):
+    """Watches the functions that a forward pass calls, and passes on the weights of attention.
+
+    Each function runs as it would. A `TorchDispatchMode` sees more, but changes bits: `linear` of an input that is not
+    contiguous rounds differently under one.
+    """
 
     def __init__(self, on_weights: Callable[[Tensor], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.on_weights = on_weights
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        output = operation(*args, **kwargs)
-        name = operation.overloadpacket.__name__
-        match name:
+        match getattr(function, "__name__", "").partition(".")[0]:
             case "softmax" | "_softmax" | "_safe_softmax":
-                dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-                # The softmax of a classifier or of a segmentation has two dimensions, or another than the last.
-                if output.ndim in (3, 4, 5) and dim in (-1, output.ndim - 1) and output.shape[-1] > 1:
-                    self.on_weights(output.clone())  # A dropout may change it in place.
+                output = function(*args, **kwargs)
+                self._see_softmax(output, kwargs.get("dim", args[1] if len(args) > 1 else None))
+                return output
             case "scaled_dot_product_attention":
                 self.on_weights(attention_weights(*args, **kwargs))
-            case _ if name.startswith("_scaled_dot_product_") and "backward" not in name:
-                self.on_weights(_weights_in_kernel(operation, args, kwargs))
-        return output
+            case "multi_head_attention_forward":
+                return self._look_into_multihead(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    def _see_softmax(self, output: Tensor, dim: int | None) -> None:
+        # The softmax of a classifier or of a segmentation has two dimensions, or another than the last.
+        if output.ndim in (3, 4, 5) and dim in (-1, output.ndim - 1) and output.shape[-1] > 1:
+            self.on_weights(output.clone())  # A dropout may change it in place.
+
+    def _look_into_multihead(self, function: Any) -> Callable[..., Any]:
+        """Return the same function, whose calls within are watched: a mode sees the whole only."""
+
+        def watched(name: str) -> Callable[..., Any]:
+            inner = function.__globals__[name]
+            return lambda *args, **kwargs: self.__torch_function__(inner, (), args, kwargs)
+
+        names = {name: watched(name) for name in ("softmax", "scaled_dot_product_attention")}
+        copied = types.FunctionType(function.__code__, {**function.__globals__, **names}, closure=function.__closure__)
+        copied.__defaults__, copied.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+        return copied
 
 
 def attention_weights(
@@ -78,18 +97,6 @@ def attention_weights(
             is_bool = attn_mask.dtype == torch.bool
             scores = scores.masked_fill(~attn_mask, -math.inf) if is_bool else scores + attn_mask
         return scores.softmax(-1).to(query.dtype)
-
-
-def _weights_in_kernel(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the weights within a kernel that autograd calls in place of `scaled_dot_product_attention`."""
-    names = [argument.name for argument in operation._schema.arguments]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    mask = given.get("attn_mask", given.get("attn_bias"))
-    causal, scale = bool(given.get("is_causal")), given.get("scale")
-    is_grouped = given["query"].shape[-3] != given["key"].shape[-3]
-    return attention_weights(
-        given["query"], given["key"], given["value"], mask, 0.0, causal, scale=scale, enable_gqa=is_grouped
-    )
 
 
 class Attentions:
