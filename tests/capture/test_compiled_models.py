@@ -44,7 +44,7 @@ def test_the_output_of_a_compiled_model_and_of_a_scripted_part_is_captured() -> 
 
 
 def own_features() -> nn.Module:
-    """Return a net of a class of its own, of which torch.compile holds no code."""
+    """Return a net of a class of its own, for which torch.compile holds no code."""
 
     class Own(Features):
         def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What `Capture` says of layers that gave it no tensor."""
+"""What `Capture` says about layers that gave it no tensor."""
 
 from __future__ import annotations
 

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from hookx.capture.attention import attention_weights
 from hookx.capture.runner import Runner
 from hookx.capture.session import Capture
 from hookx.models import load_model
-from hookx.pictures.attention import attention_weights, find_attention
+from hookx.pictures.attention import find_attention
 
 
 def pixels(side_px: int = 224) -> Tensor:

@@ -28,7 +28,7 @@ class Pass:
     number: int = field(default_factory=lambda: next(_numbers))  # in the order in which passes begin
     calls: Counter[str] = field(default_factory=Counter)  # path -> how often it ran
     activations: dict[Address, Tensor] = field(default_factory=dict)
-    untaken: dict[Address, str] = field(default_factory=dict)  # why a part of what ran is no activation
+    untaken: dict[Address, str] = field(default_factory=dict)  # why a part of what ran was not taken
     has_gradients: bool = field(default_factory=torch.is_grad_enabled)  # when it begins
 
     def why_untaken(self, wanted: Address) -> list[str]:

@@ -72,11 +72,11 @@ class Taps:
 
 
 @contextlib.contextmanager
-def tap(modules: Mapping[str, nn.Module], taps: Taps) -> Iterator[None]:
+def tap(modules: Mapping[str, nn.Module], taps: Taps) -> Iterator[Taps]:
     """Hook some modules for the length of the `with` block."""
     try:
         taps.attach(modules)
-        yield
+        yield taps
     finally:
         taps.detach()
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hookx.capture.arithmetic import PRECISIONS
+from hookx.capture.attention import Attentions
 from hookx.capture.compare import Batch, Comparison
 from hookx.capture.failures import is_broken, is_out_of_memory
 from hookx.capture.hooks import Taps, tap
@@ -26,9 +27,16 @@ class Passes:
     """Takes batches through a model, and compares each tensor with that of the first pass, of one image alone."""
 
     def __init__(
-        self, runner: Runner, modules: Mapping[str, nn.Module], state: ModuleState, *, compares: bool = True
+        self,
+        runner: Runner,
+        modules: Mapping[str, nn.Module],
+        state: ModuleState,
+        *,
+        compares: bool = True,
+        attention: Collection[str] | None = (),
     ) -> None:
         self.runner, self.modules, self.state, self.compares = runner, modules, state, compares
+        self.attention = attention
         self.coarsest, self.tf32 = _arithmetic(runner)
         self.comparisons: dict[Key, Comparison] = {}
         self.others: dict[Key, TensorInfo] = {}  # all but the tensors of the first pass
@@ -113,9 +121,14 @@ class Passes:
         def on_enter(path: str, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.entered.setdefault(path, len(self.entered))
             note(path, call, True, look_into_arguments(args, kwargs))
+            attentions.enter(path, call, self.modules[path])
 
-        taps = Taps(on_enter, lambda path, call, _args, _kwargs, output: note(path, call, False, look_into(output)))
-        with tap(self.modules, taps):
+        def on_return(path: str, call: int, _args: Any, _kwargs: Any, output: Any) -> None:
+            note(path, call, False, look_into(output))
+            note(path, call, False, attentions.leave(path, call))
+
+        attentions = Attentions(self.attention)
+        with tap(self.modules, Taps(on_enter, on_return)) as taps, attentions.watch():
             try:
                 self.runner.run(batch.pixels_NCHW.clone())  # A model may write to what it is given.
             except Exception as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -32,6 +32,7 @@ def probe(
     batch_size: int | None = None,
     shapes_only: bool = False,
     state: ModuleState | None = None,
+    attention: Collection[str] | None = (),
 ) -> list[Layer]:
     """Learn what a forward pass does to each layer: calls, structure, shapes, and whether rows are images.
 
@@ -49,6 +50,8 @@ def probe(
             depends on the batches before has a problem.
         shapes_only: compare shapes alone, on every device.
         state: the model's state; by default that of now.
+        attention: the modules whose attention to describe, with what runs within them; None for all modules, each with
+            the attention that it computes itself.
 
     Raises:
         CaptureError: the model fails on a batch of ordinary images.
@@ -67,7 +70,7 @@ def probe(
     tapped = modules if paths is None else {path: modules[path] for path in paths}
     state = ModuleState.of(runner.module, runner.forward) if state is None else state
     shapes_only = shapes_only or runner.device.type == "meta"
-    passes = Passes(runner, tapped, state, compares=not shapes_only)
+    passes = Passes(runner, tapped, state, compares=not shapes_only, attention=attention)
     followed, other, third = images_NCHW[:1], images_NCHW[1:2], images_NCHW[2:3]
     reasons: dict[Key, str] = {}
     try:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hookx.capture.attention import Attentions
 from hookx.capture.compare import split_by_image
 from hookx.capture.copies import Copies, has_streams
 from hookx.capture.failures import is_out_of_memory, report_broken_device
@@ -57,6 +58,8 @@ class RowCapture:
         modules = modules_of(runner.module)
         self._calls = {target.address.path: target.calls for target in targets}
         self._modules = {path: modules[path] for path in self._calls}
+        attended = {target.address.path for target in targets if target.address.is_attention}
+        self._attentions = Attentions(attended)
         self._taps = Taps(self._on_enter, self._on_return)
         self._rows: Mapping[str, Tensor] = {}
         self._remaining: set[tuple[str, int, bool]] = set()
@@ -82,7 +85,7 @@ class RowCapture:
         self._taps.begin_pass()
         self._settled.begin_pass()
         try:
-            with report_broken_device(), contextlib.suppress(ForwardIsDone):
+            with report_broken_device(), contextlib.suppress(ForwardIsDone), self._attentions.watch():
                 self.runner.run(pixels_NCHW)
         except Exception as error:  # A model can raise anything.
             if isinstance(error, HookxError | MemoryError) or is_out_of_memory(error):
@@ -141,12 +144,14 @@ class RowCapture:
             raise CaptureError(
                 f"'{Address(path)}' ran more often in this batch than in the probe ({self._calls[path]})"
             )
+        self._attentions.enter(path, call)
         if (path, call, True) in self._targets:
             self._take((path, call, True), tensors_given(args, kwargs))
 
     def _on_return(self, path: str, call: int, _args: Any, _kwargs: Any, output: Any) -> None:
         if (path, call, False) in self._targets:
-            self._take((path, call, False), tensors_in(output))
+            attended = [(parts, one) for parts, one in self._attentions.leave(path, call) if isinstance(one, Tensor)]
+            self._take((path, call, False), [*tensors_in(output), *attended])
 
     def _take(self, event: tuple[str, int, bool], tensors: Iterable[tuple[Parts, Tensor]]) -> None:
         found = dict(tensors)

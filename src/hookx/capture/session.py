@@ -322,7 +322,7 @@ class Capture(Mapping[str, Tensor]):
             one_pass.untaken[address] = describe_no_tensor(value, unusable, verb)
 
     def _warn_of_no_gradient(self, wish: _Wish, one_pass: Pass, tensor: Tensor) -> None:
-        """Say once that an attached activation has no gradient, though the pass has."""
+        """Warn once that an attached activation has no gradient, though the pass has."""
         if self._detach or self._has_warned or not one_pass.has_gradients or torch.is_grad_enabled():
             return
         if tensor.is_floating_point():

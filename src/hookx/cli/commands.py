@@ -159,7 +159,7 @@ def list_layers(options: given.ListLayersOptions, form: JsonOptions) -> None:
             statistics = ((0.5,) * bare.channels, (0.5,) * bare.channels)
         examples_NCHW = example_images(runner, prepared.size_px, *statistics)
         with explaining_size(options.model, prepared):
-            layers = probe(runner, examples_NCHW, why_never_called=bare.why_never_called)
+            layers = probe(runner, examples_NCHW, why_never_called=bare.why_never_called, attention=None)
     layers = narrow(layers, options.model, paths=options.paths, types=options.types, depth=options.depth)
     report(form, reports.describe_layers, partial(reports.print_model_layers, tree=options.tree), layers)
 

@@ -20,7 +20,7 @@ from rich.filesize import decimal
 
 from hookx.cli.streams import in_one_line, print_lines
 from hookx.layers.address import Address
-from hookx.layers.select import Layer
+from hookx.layers.select import Layer, TensorInfo
 from hookx.plan import LayerSpec, Plan
 
 if TYPE_CHECKING:  # They import torch.
@@ -207,18 +207,23 @@ def describe_layers(layers: Sequence[Layer]) -> list[dict[str, Any]]:
             "calls": len(layer.calls),
             "never_called_because": layer.never_called_because or None,
             "same_as": layer.same_as or None,
-            "outputs": [
-                {
-                    "address": str(address),
-                    "shape": _shape_with_batch(tensor),
-                    "dtype": tensor.dtype,
-                    "constant": tensor.is_constant,
-                    "problem": tensor.problem or None,
-                }
-                for address, tensor in layer.addresses().items()
-            ],
+            "outputs": _describe_tensors(layer.addresses()),
+            "attention": _describe_tensors(layer.addresses(of_attention=True)),
         }
         for layer in layers
+    ]
+
+
+def _describe_tensors(tensors: Mapping[Address, TensorInfo]) -> list[dict[str, Any]]:
+    return [
+        {
+            "address": str(address),
+            "shape": _shape_with_batch(tensor),
+            "dtype": tensor.dtype,
+            "constant": tensor.is_constant,
+            "problem": tensor.problem or None,
+        }
+        for address, tensor in tensors.items()
     ]
 
 
@@ -246,7 +251,7 @@ def print_model_layers(layers: Sequence[Layer], tree: bool) -> None:
 
 def _outputs_text(layer: Layer) -> str:
     texts: list[str] = []
-    for address, tensor in layer.addresses().items():
+    for address, tensor in (layer.addresses() | layer.addresses(of_attention=True)).items():
         text = f"{address.place}={tensor.shape_text}" if address.place else tensor.shape_text
         if tensor.is_constant:
             text += " (constant)"

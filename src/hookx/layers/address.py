@@ -1,6 +1,6 @@
 """Addresses, the names of activations.
 
-address = path [":" call] ["/in"] ["/" part]... ["@" step]...
+address = path [":" call] ["/in"] ["/" part]... ["@attention"] ["@" step]...
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from hookx.layers.reductions import Reduction
 # These have a meaning in addresses or terminals; within a name they are written %XX.
 _RESERVED = re.compile(r"[:/@,%*?\[\]\s\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _BRACKET = re.compile(r"\[\s*(?:(\d+)|'([^'\]]+)'|\"([^\"\]]+)\")\s*\]")
+ATTENTION = "@attention"  # the part of a layer that holds the weights of the attention within it
 _EMPTY = "%empty"  # how the name '' is written; a '%' in a name is written %25
 
 
@@ -78,6 +79,9 @@ class Address:
     def parse(cls, text: str, parse_path: Callable[[str, str], str] = _parse_path) -> Address:
         """Parse an address; raise `AddressError` with the reason if the text is not one."""
         body, at, reduction_text = text.partition("@")
+        is_attention = reduction_text.partition("@")[0] == "attention"
+        if is_attention:
+            _, at, reduction_text = reduction_text.partition("@")
         head, *segments = body.split("/")
         path_text, colon, call_text = head.partition(":")
         if colon and not (call_text.isascii() and call_text.isdigit()):
@@ -87,17 +91,28 @@ class Address:
         is_input = bool(segments) and segments[0] == "in"
         if not all(segments):
             raise AddressError(f"'{text}' is not a layer address: '/' takes 'in' or the name of a part, as in attn/0")
+        if is_attention and segments:
+            raise AddressError(
+                f"'{text}' is not a layer address: @attention belongs to a layer, and not to a part of what it returns",
+                f"write {head}{ATTENTION}",
+            )
         return cls(
             path=parse_path(path_text, text),
             call=int(call_text) if colon else None,
             is_input=is_input,
-            parts=tuple(unquote(segment) for segment in segments[is_input:]),
+            parts=(ATTENTION,) if is_attention else tuple(unquote(segment) for segment in segments[is_input:]),
             reduction=Reduction.parse(reduction_text) if at else None,
         )
 
     @property
+    def is_attention(self) -> bool:
+        return self.parts == (ATTENTION,)
+
+    @property
     def place(self) -> str:
         """The tensor's place in what the module returns or is given, as the address writes it: 'out/0'; '' for all."""
+        if self.is_attention:
+            return ATTENTION
         parts = [quote(part) for part in self.parts]
         if parts and not self.is_input and parts[0] == "in":
             parts[0] = "%69n"  # A part named 'in' must not read as the module's input.
@@ -108,7 +123,7 @@ class Address:
             (self.path if self.path == "." else ".".join(quote(name) for name in self.path.split(".")))
             + (f":{self.call}" if self.call is not None else "")
             + ("/in" if self.is_input else "")
-            + (f"/{self.place}" if self.parts else "")
+            + (("" if self.is_attention else "/") + self.place if self.parts else "")
             + (f"@{self.reduction}" if self.reduction else "")
         )
         # A safetensors file keeps its metadata under this name.

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Literal
 
 from hookx.errors import AddressError, LayerError, closest
-from hookx.layers.address import Address, dotted
+from hookx.layers.address import ATTENTION, Address, dotted
 from hookx.layers.reductions import Patches
 
 _MAX_LAYERS_NAMED = 3  # in an error about all the layers that a glob matches
@@ -84,12 +84,13 @@ class Layer:
     never_called_because: str = ""
     same_as: str = ""  # the module's first path, if it is registered under another one too
 
-    def addresses(self, *, of_inputs: bool = False) -> dict[Address, TensorInfo]:
-        """Return the canonical address of every tensor that the module returns, or is given."""
+    def addresses(self, *, of_inputs: bool = False, of_attention: bool = False) -> dict[Address, TensorInfo]:
+        """Return the canonical address of every tensor that the module returns, or is given, or of its attention."""
         return {
             Address(self.path, number if len(self.calls) > 1 else None, of_inputs, tensor.parts): tensor
             for number, call in enumerate(self.calls)
             for tensor in (call.inputs if of_inputs else call.outputs)
+            if (tensor.parts == (ATTENTION,)) == of_attention
         }
 
 
@@ -162,6 +163,11 @@ def _parse_glob(path_text: str, whole_text: str) -> str:
             "* stays within one name and ** crosses the dots, as in layer*.0.conv? or features.**",
         )
     return path
+
+
+def attention_paths(selectors: Iterable[Selector], class_names: Mapping[str, str]) -> list[str]:
+    """Return the paths of the layers whose attention is selected."""
+    return [path for selector in selectors if selector.address.is_attention for path in selector.paths(class_names)]
 
 
 def parse_selectors(texts: str | Iterable[str]) -> list[Selector]:
@@ -339,7 +345,7 @@ def _targets_of(
         )
     in_call = {
         address: tensor
-        for address, tensor in layer.addresses(of_inputs=wanted.is_input).items()
+        for address, tensor in layer.addresses(of_inputs=wanted.is_input, of_attention=wanted.is_attention).items()
         if wanted.call is None or calls == 1 or address.call == wanted.call
     }
     found = {a: t for a, t in in_call.items() if a.parts[: len(wanted.parts)] == wanted.parts}

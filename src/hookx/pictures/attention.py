@@ -8,14 +8,13 @@ arguments.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from hookx.capture.attention import WatchAttention
 from hookx.capture.hooks import Taps, tap
 from hookx.capture.runner import Runner, modules_of
 from hookx.capture.state import ModuleState
@@ -52,7 +51,7 @@ def find_attention(runner: Runner, pixels_NCHW: Tensor) -> list[Attention]:
         if isinstance(modules[path], nn.Softmax) and len(running) > 1:
             path = running[-2]
         windows = math.prod(weights.shape[:-3])
-        found.append(Attention(path, weights.reshape(-1, *weights.shape[-2:]).clone(), windows))
+        found.append(Attention(path, weights.reshape(-1, *weights.shape[-2:]), windows))
 
     def on_return(*_: Any) -> None:
         running.pop()
@@ -63,51 +62,8 @@ def find_attention(runner: Runner, pixels_NCHW: Tensor) -> list[Attention]:
     runner = replace(runner, memory_format="channels_last" if is_channels_last else "contiguous")
     state = ModuleState.of(runner.module, runner.forward).inside()
     try:
-        with tap(modules, taps), _Watch(on_weights):
+        with tap(modules, taps), WatchAttention(on_weights):
             runner.run(pixels_NCHW)
     finally:
         state.restore()
     return found
-
-
-class _Watch(TorchDispatchMode):
-    """Watches the operations of a forward pass, and passes on the weights of attention."""
-
-    def __init__(self, on_weights: Callable[[Tensor], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.on_weights = on_weights
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        output = operation(*args, **kwargs)
-        match operation.overloadpacket.__name__:
-            case "softmax" | "_softmax" | "_safe_softmax":
-                dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-                # The softmax of a classifier or of a segmentation has two dimensions, or another than the last.
-                if output.ndim in (3, 4, 5) and dim in (-1, output.ndim - 1) and output.shape[-1] > 1:
-                    self.on_weights(output)
-            case "scaled_dot_product_attention":
-                self.on_weights(attention_weights(*args, **kwargs))
-        return output
-
-
-def attention_weights(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Return the weights within `scaled_dot_product_attention`, as its documentation computes them."""
-    if enable_gqa:
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-    scores = query @ key.mT * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    return scores.softmax(-1)

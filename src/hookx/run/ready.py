@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from hookx.errors import CaptureError, HookxError, LayerError, ModelError, Usage
 from hookx.images.decoding import check_decoding, decode
 from hookx.images.listing import ImageList
 from hookx.images.loaders import WrongResultError
-from hookx.layers.select import Layer, Selection, Selector, Target, matched_paths, select
+from hookx.layers.select import Layer, Selection, Selector, Target, attention_paths, matched_paths, select
 from hookx.models import LoadedModel, forget_skeletons, load_model, release_models, skeleton
 from hookx.options import ExtractOptions, VisualizeOptions
 from hookx.plan import Preprocessing
@@ -106,7 +106,13 @@ def _ready_model(
     if selectors:
         by_path = {path: part for path, part in modules_of(bare.module).items() if isinstance(part, nn.Conv2d)}
         bare_runner = Runner.of(bare.module, bare.forward)
-        probed = _probe(bare, bare_runner, [*paths, *by_path], preprocessing, batch_size=batch_size, shapes_only=True)
+        attention = attention_paths(selectors, module_classes(bare.module))
+        probed = _probe(
+            *(bare, bare_runner, [*paths, *by_path], preprocessing),
+            batch_size=batch_size,
+            shapes_only=True,
+            attention=attention,
+        )
         selection = select(selectors, probed, model, excluded, knows_places=False)
         convolutions = _up_to_last(selection, probed, by_path)
 
@@ -161,7 +167,8 @@ def place_and_select(
     paths = matched_paths(selectors, classes, loaded.name)
     # Modules that the weights lack are probed too, for their place in the order of execution.
     paths += (path for path in classes if _is_within(path, loaded.random_paths))
-    probed = _probe(loaded, runner, paths, preprocessing, batch_size=batch_size)
+    attention = attention_paths(selectors, classes)
+    probed = _probe(loaded, runner, paths, preprocessing, batch_size=batch_size, attention=attention)
     if any(one.address.reduction is not None and one.address.reduction.needs_places for one in selectors):
         probed = prove_patches(runner, _images(runner, preprocessing), probed)
     selection = select(selectors, probed, loaded.name, excluded)
@@ -205,6 +212,7 @@ def _probe(
     *,
     batch_size: int | str = "auto",
     shapes_only: bool = False,
+    attention: Collection[str] = (),
 ) -> list[Layer]:
     images_NCHW = _images(runner, preprocessing)
     try:
@@ -216,6 +224,7 @@ def _probe(
                 why_never_called=model.why_never_called,
                 batch_size=batch_size if isinstance(batch_size, int) else None,
                 shapes_only=shapes_only,
+                attention=attention,
             )
     except RuntimeError as error:
         if not is_out_of_memory(error):
