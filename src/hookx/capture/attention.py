@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import types
 from collections.abc import Callable, Collection, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
+from hookx.capture.held import is_on_stack
 from hookx.capture.tensors import Parts, Unusable
 from hookx.layers.address import ATTENTION
 
@@ -65,6 +68,8 @@ class WatchAttention(TorchFunctionMode):
             return lambda *args, **kwargs: self.__torch_function__(inner, (), args, kwargs)
 
         names = {name: watched(name) for name in ("softmax", "scaled_dot_product_attention")}
+        # Another mode around this one sees the calls within as well, where it would be given the whole again.
+        names["has_torch_function"] = lambda _: False
         copied = types.FunctionType(function.__code__, {**function.__globals__, **names}, closure=function.__closure__)
         copied.__defaults__, copied.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
         return copied
@@ -86,7 +91,10 @@ def attention_weights(
     Half precision is computed in float32, as the kernels do, and rounded once.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False) if query.device.type != "meta" else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch._C.DisableTorchFunction())  # Another mode must not see this softmax.
+        if query.device.type != "meta":
+            stack.enter_context(torch.autocast(query.device.type, enabled=False))
         queries, keys = query.to(wide), key.to(wide)
         if enable_gqa:
             keys = keys.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
@@ -110,12 +118,15 @@ class Attentions:
         self._paths = paths
         self._open: dict[tuple[str, int], list[Tensor | None]] = {}
 
+    def begin_pass(self) -> None:
+        """Forget the calls of a pass that failed."""
+        self._open = {}
+
     def watch(self) -> contextlib.AbstractContextManager[object]:
         """Watch a pass for the length of the `with` block."""
-        self._open = {}
         if self._paths is not None and not self._paths:
             return contextlib.nullcontext()
-        return WatchAttention(self._on_weights)
+        return WatchAttention(self.see)
 
     def enter(self, path: str, call: int, module: nn.Module | None = None) -> None:
         if self._paths is None:
@@ -138,7 +149,54 @@ class Attentions:
         else:
             yield (ATTENTION,), Unusable(_NONE)
 
-    def _on_weights(self, weights: Tensor) -> None:
+    def leave_all(self) -> Iterator[Found]:
+        for path, call in list(self._open):
+            yield from self.leave(path, call)
+
+    def see(self, weights: Tensor) -> None:
         running = list(self._open.values())
         for one in running[-1:] if self._paths is None else running:
             one.append(None if one else weights)  # Where there are several, only their number counts.
+
+
+class AttentionOfCalls(threading.local):
+    """The attention within calls of a capture's own layers, each from entering to returning, in each thread."""
+
+    def __init__(self) -> None:
+        self._open: list[tuple[str, FrameType, Attentions]] = []
+        self._watching: WatchAttention | None = None
+
+    def enter(self, path: str, call: int, frame: FrameType) -> None:
+        self.end_calls_not_on(frame)
+        attentions = Attentions({path})
+        attentions.enter(path, call)
+        self._open.append((path, frame, attentions))
+        if self._watching is None:
+            self._watching = WatchAttention(self._on_weights)
+            self._watching.__enter__()  # type: ignore[no-untyped-call]
+
+    def leave(self, path: str, frame: FrameType) -> list[Found]:
+        """Return what the call that began in this frame has computed."""
+        self.end_calls_not_on(frame)
+        for index in reversed(range(len(self._open))):
+            if self._open[index][:2] == (path, frame):
+                attentions = self._open.pop(index)[2]
+                self._stop_if_over()
+                return list(attentions.leave_all())
+        return []
+
+    def end_calls_not_on(self, frame: FrameType) -> None:
+        """End calls that ended unnoticed, as by a `KeyboardInterrupt`."""
+        while self._open and not is_on_stack(self._open[-1][1], frame):
+            self._open.pop()
+        self._stop_if_over()
+
+    def _stop_if_over(self) -> None:
+        # After an interruption another mode may lie above this one, until whoever put it there takes it off.
+        if not self._open and self._watching is not None and _get_current_function_mode() is self._watching:
+            self._watching.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._watching = None
+
+    def _on_weights(self, weights: Tensor) -> None:
+        for _, _, attentions in self._open:
+            attentions.see(weights)

@@ -97,7 +97,7 @@ class _Running(threading.local):
 
     def end_calls_not_on(self, frame: FrameType) -> None:
         """End calls that ended unnoticed: by a `KeyboardInterrupt`, say, or because they were unhooked meanwhile."""
-        while self.calls and not _is_on_stack(self.calls[-1].frame, frame):
+        while self.calls and not is_on_stack(self.calls[-1].frame, frame):
             self.calls.pop()
         self.end_pass_if_over()
 
@@ -232,7 +232,7 @@ class Passes:
         self._running = _Running()
 
 
-def _is_on_stack(wanted: FrameType, frame: FrameType | None) -> bool:
+def is_on_stack(wanted: FrameType, frame: FrameType | None) -> bool:
     while frame is not None:
         if frame is wanted:
             return True

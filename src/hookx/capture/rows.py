@@ -83,6 +83,7 @@ class RowCapture:
         if self._copies is not None:
             self._copies.begin_pass()
         self._taps.begin_pass()
+        self._attentions.begin_pass()
         self._settled.begin_pass()
         try:
             with report_broken_device(), contextlib.suppress(ForwardIsDone), self._attentions.watch():

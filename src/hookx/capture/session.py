@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FrameType
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hookx.capture.attention import AttentionOfCalls
 from hookx.capture.gradients import AttachedCopies, compute_aside
 from hookx.capture.held import Pass, Passes
 from hookx.capture.hidden import AFTER_COMPILED_CALLS, describe_compiled_calls, describe_no_tensor, match_visible
@@ -106,7 +108,7 @@ class Capture(Mapping[str, Tensor]):
         self._detach = detach
         self._wishes: dict[str, list[_Wish]] = {}
         self._passes = Passes(keep)
-        self._watch = Watch(self._on_enter, self._on_return)
+        self._watch, self._attention = Watch(self._on_enter, self._on_return), AttentionOfCalls()
         self._has_warned, self._asked = False, set[str]()
         try:
             self.add(layers, transform=transform, hook=hook)
@@ -122,12 +124,17 @@ class Capture(Mapping[str, Tensor]):
             layers = [layers]
         named = layers.items() if isinstance(layers, Mapping) else ((None, layer) for layer in layers)
         for name, layer in named:
+            if not self._detach and any(one.address.is_attention for one in _selectors_in(layer)):
+                raise UsageError(
+                    f"'{layer}' has no gradients with detach=False: the weights of attention are computed aside",
+                    "capture it with detach=True",
+                )
             if isinstance(layer, nn.Module):
                 if id(layer) not in paths:
                     raise LayerError(f"this {type(layer).__name__} is not a module of the model")
                 selectors = [Selector("path", Address(paths[id(layer)]), "")]
             else:
-                selectors = parse_selectors(layer)
+                selectors = _selectors_in(layer)
             for selector in selectors:
                 for path in match_visible(selector, self.model, modules):
                     if name is not None and (len(selectors) > 1 or selector.kind != "path"):
@@ -153,6 +160,7 @@ class Capture(Mapping[str, Tensor]):
         """Stop capturing: everything, or one path or name. What was captured stays."""
         if name is None:
             self._watch.set({})
+            self._attention.end_calls_not_on(sys._getframe())
             self._wishes.clear()
             self._passes.stop()
             return
@@ -177,7 +185,7 @@ class Capture(Mapping[str, Tensor]):
         # The copy of a model that holds its capture, which captures nothing until layers are added to it.
         self.model, self._detach, self._wishes = state["model"], state["detach"], {}
         self._passes, self._watch = Passes(state["keep"]), Watch(self._on_enter, self._on_return)
-        self._has_warned, self._asked = False, set()
+        self._attention, self._has_warned, self._asked = AttentionOfCalls(), False, set()
 
     def __enter__(self) -> Capture:
         return self
@@ -274,6 +282,8 @@ class Capture(Mapping[str, Tensor]):
         begun, copies = self._passes.enter(path, frame), AttachedCopies()
         if begun is None:
             return None
+        if any(wish.address.is_attention for wish in self._wishes.get(path, ())):
+            self._attention.enter(path, begun[1], frame)
         for wish in self._wishes.get(path, ()):
             if wish.address.is_input and wish.hook is None:
                 self._keep(wish, begun, look_into_arguments(args, kwargs), copies, (*args, *kwargs.values()))
@@ -282,6 +292,7 @@ class Capture(Mapping[str, Tensor]):
     def _on_return(
         self, path: str, module: nn.Module, args: tuple[Any, ...], _kwargs: Any, frame: FrameType, output: Any
     ) -> Any:
+        attended = self._attention.leave(path, frame)
         ended, copies = self._passes.leave(path, frame), AttachedCopies()
         if ended is None:
             return None
@@ -290,6 +301,8 @@ class Capture(Mapping[str, Tensor]):
                 with self._passes.mute():
                     chosen = wish.hook(module, args, output)
                 self._keep(wish, ended, look_into(chosen), copies, chosen)
+            elif wish.address.is_attention:
+                self._keep(wish, ended, attended, copies, output)
             elif not wish.address.is_input:
                 self._keep(wish, ended, look_into(output), copies, output)
         return copies.put_aliases_in(output)
@@ -343,6 +356,10 @@ class Capture(Mapping[str, Tensor]):
             if not isinstance(value, Tensor):
                 raise CaptureError(f"the transform of '{wish.address}' returned a {type(value).__name__}, not a tensor")
             return value if value is copied and not self._detach else value.clone()
+
+
+def _selectors_in(layer: str | nn.Module) -> list[Selector]:
+    return [] if isinstance(layer, nn.Module) else parse_selectors(layer)
 
 
 def _refuse_places(address: Address) -> None:
