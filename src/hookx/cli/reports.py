@@ -368,7 +368,7 @@ def _print_table(rows: Sequence[Sequence[str]], header: Sequence[str], right_ali
     # A line that is still too long is left to the terminal, which copies it whole.
     console = Console(width=max(width, _table_width(least[:shown])))
     with console.capture() as printed:
-        console.print(table)
+        console.print(table, crop=False)
     print(re.sub(r" +$", "", printed.get(), flags=re.MULTILINE), end="")
     if shown < len(least):
         print(f"  not shown in {width} columns: {', '.join(header[shown:])}; a wider terminal or a pipe shows all")
