@@ -354,13 +354,14 @@ def _print_table(rows: Sequence[Sequence[str]], header: Sequence[str], right_ali
     # A first column is one name in each row, which keeps its line; others fold between words.
     least = [max(map(cell_len, column if number == 0 else _words(column))) for number, column in enumerate(columns)]
     shown = _count_that_fit(least, width) if header else len(least)
+    is_tight = _table_width([max(map(cell_len, column)) for column in columns[:shown]]) > width
     table = Table(box=box.SIMPLE_HEAD if header else None, show_header=bool(header), pad_edge=bool(header))
     for number in range(shown):
         table.add_column(
             header[number] if header else "",
             justify="right" if number in right_aligned else "left",
             style="bold" if number == 0 else "",
-            min_width=least[number],
+            width=least[number] if is_tight else None,  # rich shrinks the widest below its longest word's width
             no_wrap=number == 0,
         )
     for row in rows:
