@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.filesize import decimal
 
 from hookx.cli.streams import in_one_line, print_lines
@@ -347,19 +348,57 @@ def print_rows(rows: Sequence[Sequence[str]], header: Sequence[str] = (), right_
 
 
 def _print_table(rows: Sequence[Sequence[str]], header: Sequence[str], right_aligned: Sequence[int]) -> None:
+    """Print a table in which no word is broken, so that names can be copied: the last columns go first."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    width = Console().width
+    columns = list(zip(*([header] if header else []), *rows, strict=True))
+    # A first column is one name in each row, which keeps its line; others fold between words.
+    least = [max(map(cell_len, column if number == 0 else _words(column))) for number, column in enumerate(columns)]
+    shown = _count_that_fit(least, width) if header else len(least)
+    most = [max(map(cell_len, column)) for column in columns[:shown]]
+    is_tight = _table_width(most) > width
+    widths = _share_out(least[:shown], most, width)
     table = Table(box=box.SIMPLE_HEAD if header else None, show_header=bool(header), pad_edge=bool(header))
-    for number in range(len(rows[0]) if rows else 0):
+    for number in range(shown):
         table.add_column(
             header[number] if header else "",
             justify="right" if number in right_aligned else "left",
             style="bold" if number == 0 else "",
-            overflow="fold",
+            width=widths[number] if is_tight else None,  # rich shrinks the widest below its longest word's width
+            no_wrap=number == 0,
         )
     for row in rows:
-        table.add_row(*map(Text, row))  # Text, because brackets in a name are not markup.
-    Console().print(table)
+        table.add_row(*map(Text, row[:shown]))  # Text, because brackets in a name are not markup.
+    # A line that is still too long is left to the terminal, which copies it whole.
+    console = Console(width=max(width, _table_width(least[:shown])))
+    with console.capture() as printed:
+        console.print(table, crop=False)
+    print(re.sub(r" +$", "", printed.get(), flags=re.MULTILINE), end="")
+    if shown < len(least):
+        print(f"  not shown in {width} columns: {', '.join(header[shown:])}; a wider terminal or a pipe shows all")
+
+
+def _words(cells: Iterable[str]) -> list[str]:
+    return [word for cell in cells for word in cell.split()] or [""]
+
+
+def _table_width(widths: Sequence[int]) -> int:
+    return sum(widths) + 3 * len(widths) + 1  # a space on each side, one between, and the edges
+
+
+def _share_out(least: Sequence[int], most: Sequence[int], width: int) -> list[int]:
+    """Return widths of columns that share what a table leaves of a width, the last ones first."""
+    widths, spare = list(least), max(0, width - _table_width(least))
+    for number in reversed(range(len(widths))):
+        more = min(spare, most[number] - widths[number])
+        widths[number], spare = widths[number] + more, spare - more
+    return widths
+
+
+def _count_that_fit(widths: Sequence[int], width: int) -> int:
+    """Return how many of the first columns fit into a width: at least one."""
+    return next((count for count in range(len(widths), 1, -1) if _table_width(widths[:count]) <= width), 1)
