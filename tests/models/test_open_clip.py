@@ -293,4 +293,4 @@ def test_weights_that_are_not_on_the_hub_are_an_error(monkeypatch: pytest.Monkey
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED["tiny-ViT"], "big_b1k", elsewhere)
     assert weights_of("open_clip:tiny-ViT/big_b1k") == [("big_b1k", False)]
     message = error_of("open_clip:tiny-ViT/big_b1k")
-    assert "knows no file on the Hugging Face hub for open_clip:tiny-ViT/big_b1k\n" in message
+    assert "has no file on the Hugging Face hub for open_clip:tiny-ViT/big_b1k\n" in message

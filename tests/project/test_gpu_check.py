@@ -58,7 +58,7 @@ def test_without_a_gpu_it_says_what_it_would_prove_and_exits_with_0() -> None:
 
 def test_a_step_that_does_not_exist_is_an_error_that_lists_the_steps() -> None:
     done = subprocess.run([sys.executable, SCRIPT, "--only", "copies,speeds"], capture_output=True, text=True)
-    assert done.returncode == 2 and "invalid --only 'speeds': choose tests, conformance, " in done.stderr
+    assert done.returncode == 2 and "invalid --only 'speeds': choose tests, determinism, " in done.stderr
 
 
 def test_steps_run_on_a_cpu_into_a_table_and_a_file_and_leave_nothing_behind(tmp_path: Path) -> None:
