@@ -15,11 +15,13 @@ import torch
 from torch import nn
 
 from hookx.errors import ModelError, one_line
-from hookx.models import checkpoints
+from hookx.models import checkpoints, entries
 from hookx.models.archives import check_archive
 from hookx.models.preprocessing import imagenet_preprocessing
 from hookx.models.source import LoadedModel, Source
 from hookx.models.torchvision import Torchvision
+from hookx.models.unexpected import split_patterns
+from hookx.models.zoo import refuse_without_file
 from hookx.options import ModelOptions
 from hookx.plan import Preprocessing, WeightsIdentity
 
@@ -63,8 +65,9 @@ class ModelFiles(Source):
             loaded = load(architecture, ref, options)
             note = f"{path.name} says that its architecture is {architecture}, taken to be torchvision's"
             return dataclasses.replace(loaded, notes=(note, *loaded.notes))
-        found = checkpoints.choose(content.value, options.weights_key, path)
+        found = entries.choose(content.value, options.weights_key, path, split_patterns(options.ignore_unexpected))
         if isinstance(module := found.value, nn.Module):
+            refuse_without_file(options)
             while isinstance(module, nn.DataParallel):
                 module = module.module  # So that paths are those of the model itself.
             try:

@@ -29,6 +29,7 @@ from hookx.models.importing import import_named, parse_ref, print_to_stderr, run
 from hookx.models.names import PYTHON
 from hookx.models.preprocessing import Recorded, from_timm_config, imagenet_preprocessing, sides_px, try_transform
 from hookx.models.source import LoadedModel, Source
+from hookx.models.zoo import refuse_without_file
 from hookx.options import ModelOptions
 from hookx.plan import IMAGENET, Preprocessing, WeightsIdentity, describe_arguments
 
@@ -65,6 +66,7 @@ class OwnCode(Source):
         self.forget_skeletons()
         call = f"{ref}({describe_arguments(options.model_args)})" if options.model_args else ref
         if not is_weights_file(weights):
+            refuse_without_file(options)
             seed = options.seed if weights == "none" else None
             identity = WeightsIdentity.of_factory(call, state_sha256(model.module), seed)
             return dataclasses.replace(model, weights=str(identity))
