@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hookx.errors import ModelError, closest
@@ -143,6 +144,24 @@ def _leave_out(weights: Weights, own: Mapping[str, Any], ref: str) -> Weights:
     listed = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
     note = f"left out {len(names)} tensor{'s' * (len(names) > 1)} that {ref} does not have ({OPTION}): {listed}"
     return replace(weights, state=state, fitting_notes=(*weights.fitting_notes, note))
+
+
+def convert_to_float32(module: nn.Module, name: str) -> tuple[str, ...]:
+    """Convert a module's floating-point tensors to float32, which images are in, and return a note if any were not.
+
+    Integers, and so quantized weights, stay as they are; `--precision` chooses the arithmetic.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    others = Counter(str(one.dtype).removeprefix("torch.") for one in tensors if _is_other_float(one))
+    if not others:
+        return ()
+    module.float()
+    counts = ", ".join(f"{dtype} ({count} of {len(tensors)} tensors)" for dtype, count in sorted(others.items()))
+    return (f"{name}: {counts} in the model, converted to float32",)
+
+
+def _is_other_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype != torch.float32
 
 
 def _refuse_misfit(weights: Weights, own: Mapping[str, Any], missing: Sequence[str], ref: str) -> None:
