@@ -127,6 +127,7 @@ VALUES: dict[str, tuple[str, Any]] = {  # an option of extract -> a text, and th
     "seed": ("5", 5),
     "weights_key": ("model_ema", "model_ema"),
     "allow_missing": ("fc.*", ("fc.*",)),
+    "ignore_unexpected": ("neck.*", ("neck.*",)),
     "trust_checkpoint": ("true", True),
     "model_args": ("width=2", {"width": "2"}),
     "transform": ("python:a.b:c", "python:a.b:c"),

@@ -348,8 +348,8 @@ def test_of_two_networks_under_two_prefixes_none_is_chosen(tmp_path: Path) -> No
     both = under("module.encoder_q.", state_of(1)) | under("module.encoder_k.", state_of(2))
     file = saved({"state_dict": both}, tmp_path / "w.pth")
     message = error_of(file)
-    assert f"holds the tensors of {NET} 2 times: under module.encoder_k., module.encoder_q." in message
-    assert message.endswith("choose one: --weights-key state_dict.module.encoder_k")
+    assert f"holds the tensors of {NET} 2 times: under module.encoder_q., module.encoder_k." in message
+    assert message.endswith("choose one: --weights-key state_dict.module.encoder_q")
     assert has(load(file, weights_key="state_dict.module.encoder_k"), state_of(2))
 
 

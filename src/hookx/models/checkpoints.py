@@ -18,23 +18,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hookx.errors import ModelError, closest, one_line
+from hookx.errors import ModelError, one_line
 from hookx.models.archives import check_archive
+from hookx.models.entries import AVERAGED, SAVE_WEIGHTS, choose, is_entry_of_state, names_beside
+from hookx.models.unexpected import split_patterns
 from hookx.options import ModelOptions
 from hookx.plan import WeightsIdentity
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".pt2", ".ckpt", ".tar", ".bin", ".index.json")
 
-# What training scripts call the weights, most likely first, and their moving averages.
-_ORDINARY = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module")
-_AVERAGED = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "ema_model", "model_ema_state_dict", "params_ema")
-_KNOWN = (*_ORDINARY, *_AVERAGED, "teacher", "student")
-_MAX_DEPTH = 4  # of entries within entries: those that refer to each other twice would take exponential time
 _ARCHITECTURE_KEYS = ("arch", "architecture", "model_name")
 
 _REFUSED = "Weights only load failed"  # how torch refuses a file that could run code
 TRUST = "or, if you trust its author to run any code as you: --trust-checkpoint"
-_SAVE_WEIGHTS = "save the weights alone: torch.save(model.state_dict(), 'weights.pt')"
 
 
 def is_weights_file(weights: str) -> bool:
@@ -60,6 +56,12 @@ class Weights:
     """The entries that could have been chosen instead."""
     ignored: tuple[str, ...] = ()
     """The entries among the tensors that are not tensors."""
+    patterns: tuple[str, ...] = ()
+    """The globs over tensors without a place in the model that the user leaves out."""
+    beside: tuple[str, ...] = ()
+    """The names of what is not used: other entries, and tensors outside the prefix."""
+    fitting_notes: tuple[str, ...] = ()
+    """What was done to the tensors to fit them to a model."""
     ran_code: bool = False
 
     @property
@@ -67,7 +69,8 @@ class Weights:
         """The digest of the file, or of an index and its shards, and what was unwrapped."""
         without = f"without {self.prefix}" if self.prefix else ""
         left_out = f"left out {', '.join(self.left_out)}" if self.left_out else ""
-        return WeightsIdentity.of_file(sha256_of(self.file), self.entry, without, left_out)
+        ignoring = f"ignoring {', '.join(sorted(self.patterns))}" if self.patterns else ""
+        return WeightsIdentity.of_file(sha256_of(self.file), self.entry, without, left_out, ignoring)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -83,11 +86,11 @@ class Weights:
             notes.append(f"weights in {self.file.name}: {'; '.join(filter(None, unwrapped))}")
         if self.others:
             others = ", ".join(f"'{name}'" for name in self.others)
-            what = " (a moving average)" if set(self.others) <= set(_AVERAGED) else ""
+            what = " (a moving average)" if set(self.others) <= set(AVERAGED) else ""
             notes.append(f"{self.file.name} also holds {others}{what}; to load it: --weights-key {self.others[0]}")
         if self.ran_code:
             notes.append(trusted_note(self.file))
-        return tuple(notes)
+        return (*notes, *self.fitting_notes)
 
 
 def read_weights(file: str, options: ModelOptions = ModelOptions(), *, shapes_only: bool = False) -> Weights:
@@ -102,16 +105,19 @@ def read_weights(file: str, options: ModelOptions = ModelOptions(), *, shapes_on
         ModelError: the file cannot be read safely, holds no weights, or holds several sets and none was chosen.
     """
     path = Path(file)
+    patterns = split_patterns(options.ignore_unexpected)
     content = read_content(path, trust=options.trust_checkpoint, shapes_only=shapes_only)
-    found = choose(content.value, options.weights_key, path)
+    found = choose(content.value, options.weights_key, path, patterns)
     state = found.value.state_dict() if isinstance(found.value, nn.Module) else found.value
     return Weights(
         file=path,
-        state={name: value for name, value in state.items() if _is_entry_of_state(value)},
+        state={name: value for name, value in state.items() if is_entry_of_state(value)},
         architecture=architecture_of(content.value),
         entry=found.entry,
         others=found.others,
-        ignored=tuple(name for name, value in state.items() if not _is_entry_of_state(value)),
+        ignored=tuple(name for name, value in state.items() if not is_entry_of_state(value)),
+        patterns=patterns,
+        beside=names_beside(content.value, found.entry),
         ran_code=content.ran_code,
     )
 
@@ -146,100 +152,6 @@ def sha256_of(path: Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-# --- which entry ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """A state dict or a module, its entry in the file, and the entries that were passed over."""
-
-    value: Any
-    entry: str = ""
-    others: tuple[str, ...] = ()
-
-
-def choose(content: Any, key: str | None, file: Path) -> Chosen:
-    """Find the weights in a file's contents: those under a key, or the only plausible ones."""
-    if key is None:
-        return _choose_only(content, "", file)
-    if (value := _follow(content, key)) is not None:
-        return _choose_only(value, key, file)
-    names = list(map(str, content)) if isinstance(content, Mapping) else []
-    if _is_state(content):  # It has too many names to list; the first parts of names are entries as well.
-        names = [name.split(".")[0] for name in names]
-    names = list(dict.fromkeys(names))
-    problem = f"'{file}' has no entry '{key}'"
-    if not names:
-        raise ModelError(problem)
-    raise ModelError(
-        f"{problem}; closest: {closest(key, names)}",
-        f"its entries: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}",
-    )
-
-
-def _choose_only(value: Any, entry: str, file: Path) -> Chosen:
-    if isinstance(value, nn.Module) or _is_state(value):
-        return Chosen(value, entry)
-    found = _entries(value)
-    dotted = f"{entry}." if entry else ""
-    known = [name for name in _KNOWN if name in found]
-    if not found:
-        inside = f"entry '{entry}' of '{file}'" if entry else f"'{file}'"
-        what = f"keys: {', '.join(map(str, list(value)[:5]))}" if isinstance(value, Mapping) else type(value).__name__
-        raise ModelError(f"{inside} is not a state dict (name -> tensor); found {what}", _SAVE_WEIGHTS)
-    if len(found) > 1 and not found.keys() & set(_ORDINARY):
-        raise ModelError(
-            f"'{file}' holds several sets of weights: {', '.join(dotted + name for name in found)}",
-            f"choose one: --weights-key {dotted}{next(iter(found))}",
-        )
-    # Entries with unknown names can be a loss or an optimizer; do not mention those.
-    name, *others = known or found
-    inner = _choose_only(found[name], dotted + name, file)
-    return Chosen(inner.value, inner.entry, (*(dotted + other for other in others), *inner.others))
-
-
-def _entries(value: Any, depth: int = _MAX_DEPTH) -> dict[str, Any]:
-    """Return the entries of a checkpoint that hold weights, directly or below an entry with a known name."""
-    if not isinstance(value, Mapping) or depth == 0:
-        return {}
-    return {
-        name: inner
-        for name, inner in value.items()
-        if isinstance(name, str)
-        and (isinstance(inner, nn.Module) or _is_state(inner) or (name in _KNOWN and bool(_entries(inner, depth - 1))))
-    }
-
-
-def _is_entry_of_state(value: Any) -> bool:
-    # A quantized layer stores its packed weights in a tuple, and their dtype beside it.
-    return isinstance(value, Tensor | torch.dtype) or (
-        isinstance(value, tuple) and any(isinstance(item, Tensor) for item in value)
-    )
-
-
-def _is_state(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and all(isinstance(name, str) for name in value)
-        and any(isinstance(item, Tensor) for item in value.values())
-        and not any(isinstance(item, Mapping | nn.Module) for item in value.values())
-    )
-
-
-def _follow(value: Any, key: str) -> Any:
-    """Follow a dotted key through nested entries and on into the names of tensors."""
-    if not isinstance(value, Mapping):
-        return None
-    if key in value:
-        return value[key]
-    named = {name: inner for name, inner in value.items() if isinstance(name, str)}
-    for name, inner in named.items():
-        if key.startswith(f"{name}.") and (found := _follow(inner, key.removeprefix(f"{name}."))) is not None:
-            return found
-    under = f"{key}."
-    return {name.removeprefix(under): inner for name, inner in named.items() if name.startswith(under)} or None
-
-
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
@@ -271,7 +183,7 @@ def read_content(path: Path, *, trust: bool = False, shapes_only: bool = False) 
                 f"'{path}' is a TorchScript archive, which hookx does not read: TorchScript's interpreter calls no "
                 "hooks, and loading the archive can run code",
                 "export the model: torch.export.save(torch.export.export(model, ...), 'model.pt2')",
-                "or " + _SAVE_WEIGHTS,
+                "or " + SAVE_WEIGHTS,
             )
     try:
         if path.name.lower().endswith(".index.json"):
@@ -282,7 +194,7 @@ def read_content(path: Path, *, trust: bool = False, shapes_only: bool = False) 
     except ModelError:
         raise
     except Exception as error:  # A file can hold any bytes, and each reader has its own exceptions.
-        steps = [_SAVE_WEIGHTS, TRUST] if _REFUSED in str(error) and not trust else [_SAVE_WEIGHTS]
+        steps = [SAVE_WEIGHTS, TRUST] if _REFUSED in str(error) and not trust else [SAVE_WEIGHTS]
         raise ModelError(f"cannot read weights from '{path}': {_summarize(error)}", *steps) from None
 
 

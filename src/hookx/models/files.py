@@ -15,11 +15,14 @@ import torch
 from torch import nn
 
 from hookx.errors import ModelError, one_line
-from hookx.models import checkpoints
+from hookx.models import checkpoints, entries
 from hookx.models.archives import check_archive
+from hookx.models.fitting import convert_to_float32
 from hookx.models.preprocessing import imagenet_preprocessing
 from hookx.models.source import LoadedModel, Source
 from hookx.models.torchvision import Torchvision
+from hookx.models.unexpected import split_patterns
+from hookx.models.zoo import explaining, refuse_without_file
 from hookx.options import ModelOptions
 from hookx.plan import Preprocessing, WeightsIdentity
 
@@ -63,8 +66,9 @@ class ModelFiles(Source):
             loaded = load(architecture, ref, options)
             note = f"{path.name} says that its architecture is {architecture}, taken to be torchvision's"
             return dataclasses.replace(loaded, notes=(note, *loaded.notes))
-        found = checkpoints.choose(content.value, options.weights_key, path)
+        found = entries.choose(content.value, options.weights_key, path, split_patterns(options.ignore_unexpected))
         if isinstance(module := found.value, nn.Module):
+            refuse_without_file(options)
             while isinstance(module, nn.DataParallel):
                 module = module.module  # So that paths are those of the model itself.
             try:
@@ -72,7 +76,9 @@ class ModelFiles(Source):
             except Exception as error:  # A quantized or offloaded module can have a `.to` of its own.
                 reason = f"{type(error).__name__}: {one_line(error)}"
                 raise ModelError(f"the model in '{ref}' cannot be moved to the CPU: {reason}") from error
-            return _describe(path, module, found.entry, imagenet_preprocessing(), "ImageNet's default")
+            with explaining(f"the model in '{ref}' cannot be converted to float32"):
+                notes = convert_to_float32(module, path.name)
+            return _describe(path, module, found.entry, imagenet_preprocessing(), "ImageNet's default", *notes)
         named = f"'{architecture}', which torchvision does not have" if architecture else "no architecture"
         settings = " (an entry 'arch')" if isinstance(content.value, Mapping) and not architecture else ""
         raise ModelError(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hookx.errors import ModelError, closest
 from hookx.layers.select import Selector
 from hookx.models.checkpoints import Weights
+from hookx.models.unexpected import OPTION, find_matching, ignore, modules_above, order_by_use, propose, settle
 from hookx.options import ModelOptions
 from hookx.plan import WeightsIdentity
 
@@ -44,8 +47,9 @@ def without_prefix(weights: Weights, own: Collection[str], ref: str) -> Weights:
     beside it are left out as whole groups, unless they could be part of the model.
 
     Raises:
-        ModelError: two prefixes fit equally well, or part of the model is outside the prefix.
+        ModelError: two prefixes fit equally well and the user leaves out neither, or part of the model is outside.
     """
+    weights = _join_chunks(weights, own)
     state = weights.state
     if _is_compiled(state) and not _is_compiled(own):
         state = {".".join(part for part in name.split(".") if part != _COMPILED): v for name, v in state.items()}
@@ -58,28 +62,43 @@ def without_prefix(weights: Weights, own: Collection[str], ref: str) -> Weights:
     most = max(found.values(), default=0)
     if found[""] == most:
         return weights
-    prefixes = sorted(prefix for prefix, count in found.items() if count == most)
-    prefix = prefixes[0]
+    prefixes = order_by_use(sorted(prefix for prefix, count in found.items() if count == most))
+    settled = settle(prefixes, weights.patterns, weights.entry) if len(prefixes) > 1 else prefixes[0]
+    prefix = settled or prefixes[0]
     outside = [name for name in state if not name.startswith(prefix)]
     if 2 * most < len(wanted) and outside:
         return weights
     key = f"--weights-key {f'{weights.entry}.' if weights.entry else ''}{prefix.removesuffix('.')}"
-    if len(prefixes) > 1:
+    if settled is None:
         raise ModelError(
             f"'{weights.file}' holds the tensors of {ref} {len(prefixes)} times: under {', '.join(prefixes)}",
             f"choose one: {key}",
         )
     inside = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     without = {name.split(".")[0] for name in wanted - inside.keys()}
+    dropped = {name for pattern in weights.patterns for name in find_matching(pattern, outside)}
     for name in outside:
-        if (part := _group(name, prefix).rpartition(".")[2]) in without:
+        if name not in dropped and (part := _group(name, prefix).rpartition(".")[2]) in without:
             raise ModelError(
                 f"'{weights.file}' has {name} outside '{prefix}', which holds the other tensors of {ref}; "
                 f"it may or may not belong to {part} of {ref}",
                 f"to leave it out: {key} --allow-missing {part}",
             )
     left_out = Counter(_group(name, prefix) for name in outside)
-    return replace(weights, state=inside, prefix=weights.prefix + prefix, left_out=left_out)
+    beside = (*weights.beside, *outside)
+    return replace(weights, state=inside, prefix=weights.prefix + prefix, left_out=left_out, beside=beside)
+
+
+def _join_chunks(weights: Weights, own: Collection[str]) -> Weights:
+    """Rename 'blocks.1.7.' to 'blocks.7.', which DINOv2 divides into chunks for training on many devices."""
+    chunked = re.compile(r"((?:^|\.)blocks\.)\d+\.(\d+\.)")
+    if not any(chunked.search(name) for name in weights.state) or any(chunked.search(name) for name in own):
+        return weights
+    state = {chunked.sub(r"\1\2", name): value for name, value in weights.state.items()}
+    if len(state) < len(weights.state):  # The number within a chunk is not that of the whole model.
+        return weights
+    note = f"weights in {weights.file.name}: joined the chunks of blocks: 'blocks.0.1.' is 'blocks.1.'"
+    return replace(weights, state=state, fitting_notes=(*weights.fitting_notes, note))
 
 
 def fill(module: nn.Module, weights: Weights, ref: str, options: ModelOptions, instead: str) -> Filled:
@@ -88,9 +107,11 @@ def fill(module: nn.Module, weights: Weights, ref: str, options: ModelOptions, i
     `instead` says what the modules hold that the file may lack: 'random (seed 0)'.
 
     Raises:
-        ModelError: tensors are missing, unexpected, or of another shape.
+        ModelError: tensors are missing, of another shape, or unexpected and not left out by the user.
     """
-    own, state = module.state_dict(), weights.state
+    own = module.state_dict()
+    weights = _leave_out(weights, own, ref)
+    state = weights.state
     allowed = find_allowed(options.allow_missing, own, ref)
     missing = [name for name in own if name not in state and not _is_counter(name)]
     _refuse_misfit(weights, own, [name for name in missing if name not in allowed], ref)
@@ -107,6 +128,42 @@ def fill(module: nn.Module, weights: Weights, ref: str, options: ModelOptions, i
     return Filled(module, weights.identity, (*weights.notes, *notes)).lacking(paths, instead, weights.file.name)
 
 
+def _leave_out(weights: Weights, own: Mapping[str, Any], ref: str) -> Weights:
+    """Leave out the tensors without a place in the model that the user's patterns match, and note them."""
+    inside = weights.prefix.removeprefix(f"{_COMPILED}.")
+    entry = f"{weights.entry}." if weights.entry else ""
+    unexpected = {name: (inside + name, entry + inside + name) for name in weights.state if name not in own}
+    beside = [*weights.beside, *(entry + name for name in weights.beside)]
+    ignored = ignore(weights.patterns, unexpected, beside, weights.file)
+    if not ignored:
+        return weights
+    state = {name: value for name, value in weights.state.items() if name not in ignored}
+    if not any(name in own for name in state):
+        raise ModelError(f"{OPTION} leaves nothing of '{weights.file}': no tensor in it has a name of {ref}")
+    names = [name for name in weights.state if name in ignored]
+    listed = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    note = f"left out {len(names)} tensor{'s' * (len(names) > 1)} that {ref} does not have ({OPTION}): {listed}"
+    return replace(weights, state=state, fitting_notes=(*weights.fitting_notes, note))
+
+
+def convert_to_float32(module: nn.Module, name: str) -> tuple[str, ...]:
+    """Convert a module's floating-point tensors to float32, which images are in, and return a note if any were not.
+
+    Integers, and so quantized weights, stay as they are; `--precision` chooses the arithmetic.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    others = Counter(str(one.dtype).removeprefix("torch.") for one in tensors if _is_other_float(one))
+    if not others:
+        return ()
+    module.float()
+    counts = ", ".join(f"{dtype} ({count} of {len(tensors)} tensors)" for dtype, count in sorted(others.items()))
+    return (f"{name}: {counts} in the model, converted to float32",)
+
+
+def _is_other_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype != torch.float32
+
+
 def _refuse_misfit(weights: Weights, own: Mapping[str, Any], missing: Sequence[str], ref: str) -> None:
     state = weights.state
     unexpected = [name for name in state if name not in own]
@@ -117,16 +174,22 @@ def _refuse_misfit(weights: Weights, own: Mapping[str, Any], missing: Sequence[s
     ]
     if not (missing or unexpected or other_shape):
         return
+    is_mostly_there = 2 * sum(name in own for name in state) > len(own)
+    proposal = propose(unexpected) if unexpected and is_mostly_there and not other_shape else ""
     for at, name in enumerate(unexpected[:3]):
         if similar := get_close_matches(name, own, n=1, cutoff=0.8):
-            unexpected[at] = f"{name} (closest: {similar[0]})"
+            unexpected[at], proposal = f"{name} (closest: {similar[0]})", ""
     kinds = {"missing": missing, "unexpected": unexpected, "other shape": other_shape}
     hints = [list_first(kind, names) for kind, names in kinds.items() if names]
     if weights.architecture and weights.architecture != ref:
         hints.append(f"the file names the architecture {weights.architecture}")
     modules = modules_of(missing)
-    if missing and not unexpected and not other_shape and len(modules) <= 3:
-        hints.append(f"to leave them random: --allow-missing {','.join(modules)}")
+    if missing and (proposal or not unexpected) and not other_shape and len(modules) <= 3:
+        hints.append(
+            f"to leave {'them' if not unexpected else 'what is missing'} random: --allow-missing {','.join(modules)}"
+        )
+    if proposal:
+        hints.append(f"to leave out what is unexpected: {proposal}")
     raise ModelError(f"'{weights.file}' does not fit {ref}", *hints)
 
 
@@ -137,7 +200,7 @@ def list_first(kind: str, names: Sequence[str]) -> str:
 
 def find_allowed(patterns: Iterable[str], own: Mapping[str, Any], ref: str) -> set[str]:
     """Return the tensors that globs match, by their own names or by those of modules that hold them."""
-    above = {name: [name[: cut - 1] for cut in _suffix_starts(name)[1:]] + [name] for name in own}
+    above = {name: modules_above(name) for name in own}
     nodes = dict.fromkeys((node for nodes in above.values() for node in nodes), "")
     allowed: set[str] = set()
     for pattern in (piece.strip() for text in patterns for piece in text.split(",")):

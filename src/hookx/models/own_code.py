@@ -24,11 +24,12 @@ from torch.nn.parameter import is_lazy
 from hookx.errors import ModelError
 from hookx.models.arguments import arguments_for
 from hookx.models.checkpoints import is_weights_file, read_weights
-from hookx.models.fitting import fill, without_prefix
+from hookx.models.fitting import convert_to_float32, fill, without_prefix
 from hookx.models.importing import import_named, parse_ref, print_to_stderr, running, with_article
 from hookx.models.names import PYTHON
 from hookx.models.preprocessing import Recorded, from_timm_config, imagenet_preprocessing, sides_px, try_transform
 from hookx.models.source import LoadedModel, Source
+from hookx.models.zoo import refuse_without_file
 from hookx.options import ModelOptions
 from hookx.plan import IMAGENET, Preprocessing, WeightsIdentity, describe_arguments
 
@@ -65,6 +66,7 @@ class OwnCode(Source):
         self.forget_skeletons()
         call = f"{ref}({describe_arguments(options.model_args)})" if options.model_args else ref
         if not is_weights_file(weights):
+            refuse_without_file(options)
             seed = options.seed if weights == "none" else None
             identity = WeightsIdentity.of_factory(call, state_sha256(model.module), seed)
             return dataclasses.replace(model, weights=str(identity))
@@ -206,6 +208,8 @@ def _make_ready(made: Any, ref: str) -> tuple[nn.Module, list[str]]:
         notes.append(f"{ref}: moved from {', '.join(devices)} to the CPU; choose the device with --device")
         with running(f"{ref} cannot be moved to the CPU", ref):
             made = made.cpu()
+    with running(f"{ref} cannot be converted to float32", ref):
+        notes += convert_to_float32(made, ref)
     if training := [path or "." for path, module in made.named_modules() if module.training]:
         some = f" ({_list_some(training)} {'was' if len(training) == 1 else 'were'} in training mode)"
         notes.append(f"{ref}: put into eval mode" + ("" if made.training else some))

@@ -18,6 +18,7 @@ from hookx.models.checkpoints import Weights
 from hookx.models.fitting import Filled, without_prefix
 from hookx.models.names import TIMM
 from hookx.models.preprocessing import sides_px, size_text
+from hookx.models.timm_files import convert
 from hookx.models.zoo import Architecture, Prepared, Zoo, cached_download, explaining, import_extra, no_such_weights
 from hookx.options import ModelOptions
 from hookx.plan import WeightsIdentity, describe_arguments
@@ -120,6 +121,10 @@ class TimmModel(Architecture):
         return self.ref.removeprefix(TIMM)
 
     @property
+    def architecture(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
     def channels(self) -> int | None:
         return self.arguments.get("in_chans")
 
@@ -182,7 +187,7 @@ class TimmModel(Architecture):
     def fit(self, weights: Weights) -> tuple[Weights, TimmModel]:
         module = self.build_bare()
         own, classes = module.state_dict(), getattr(module, "num_classes", None)
-        weights = without_prefix(weights, own.keys(), self.ref)
+        weights = convert(without_prefix(weights, own.keys(), self.ref), module, self.architecture)
         if "num_classes" in self.arguments or not isinstance(classes, int) or not classes:
             return weights, self
         return weights, self.adapt_classes(weights, own, classes)

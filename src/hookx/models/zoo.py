@@ -20,6 +20,7 @@ from hookx.errors import ModelError, one_line
 from hookx.models.checkpoints import Weights, is_weights_file, read_weights
 from hookx.models.fitting import Filled, fill, tensors_in_both, without_prefix
 from hookx.models.source import LoadedModel, Source
+from hookx.models.unexpected import OPTION
 from hookx.options import ModelOptions
 from hookx.plan import Preprocessing, WeightsIdentity
 
@@ -136,7 +137,9 @@ class Zoo(Source, Protocol):
             found, architecture = architecture.fit(read_weights(weights, options))
             torch.manual_seed(options.seed)  # For what the file may lack.
             filled = fill(architecture.build(), found, architecture.ref, options, str(random))
-        elif weights == "none":
+            return architecture.finish(filled)
+        refuse_without_file(options)
+        if weights == "none":
             torch.manual_seed(options.seed)
             filled = Filled(architecture.build(), random)
         else:
@@ -148,11 +151,20 @@ class Zoo(Source, Protocol):
         architecture = self.find(ref, _published(weights), options)
         if is_weights_file(weights) and Path(weights).is_file():
             _, architecture = architecture.fit(read_weights(weights, options, shapes_only=True))
+        elif not is_weights_file(weights):
+            refuse_without_file(options)
         return architecture.finish(Filled(architecture.build_bare(), WeightsIdentity("none")))
 
 
 def _published(weights: str) -> str:
     return "" if weights == "none" or is_weights_file(weights) else weights
+
+
+def refuse_without_file(options: ModelOptions) -> None:
+    """Refuse an option that is about the tensors of a weights file where there is none."""
+    if options.ignore_unexpected:
+        said = ",".join(options.ignore_unexpected)
+        raise ModelError(f"{OPTION} {said} is about the tensors of a weights file, and none is read", "--weights FILE")
 
 
 class _Unallocated(TorchFunctionMode):

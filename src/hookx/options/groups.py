@@ -73,6 +73,12 @@ class CheckpointOptions(BuildOptions, title="Your own models and checkpoints", v
     allow_missing: Sequence[str] = option(
         "--allow-missing GLOB...", "Globs over weights that the file may lack.", default=(), parse=read_globs
     )
+    ignore_unexpected: Sequence[str] = option(
+        "--ignore-unexpected GLOB...",
+        "Globs over tensors of the file that the model has no place for.",
+        default=(),
+        parse=read_globs,
+    )
 
 
 class SizeOptions(Options, title="Preprocessing", variables=True):
