@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.distributed
 from torch import Tensor, nn
@@ -95,11 +96,33 @@ def test_a_model_compiled_after_the_capture_gives_the_tensors_of_each_pass(
         assert gradient.abs().sum() > 0
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_one_of_several_parts_with_the_same_code_is_captured_alone(backend: str) -> None:
+    torch.compiler.reset()
+    pixels = images(2, 32)
+    net = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=4).eval()
+    asked = ["blocks.2.attn", "blocks.1.mlp.fc1", "blocks.1.attn@attention"]
+    with torch.no_grad(), Capture(net, asked) as capture:
+        net(pixels)
+        expected = dict(capture)
+    with torch.no_grad(), Capture(net, asked, keep=None) as capture:
+        compiled: Any = torch.compile(net, backend=backend)
+        for _ in range(3):
+            compiled(pixels)
+        assert set(capture) == set(asked)
+        assert all(torch.allclose(capture[address], value, atol=1e-5) for address, value in expected.items())
+        assert len(capture.history("blocks.2.attn")) == 3
+    with torch.no_grad(), Capture(net, "blocks.0.attn", keep=None) as capture:
+        compiled(pixels)  # It was compiled with hooks on other parts.
+    assert list(capture) == ["blocks.0.attn"]
+
+
 def test_code_that_was_compiled_before_the_capture_is_named_and_never_call_the_model() -> None:
     torch.compiler.reset()
     net, pixels = own_features().eval(), images()
     compiled: Any = torch.compile(net, backend="eager")
-    compiled(pixels)
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):  # as in a process without a capture so far
+        compiled(pixels)
     with Capture(net, "conv") as capture:
         compiled(pixels)
         with pytest.raises(NotCapturedError, match=r"compiled before the capture was made") as caught:

@@ -95,7 +95,8 @@ class Watch:
 
     The hooks are silent where a layer runs without being part of a forward pass: while autograd runs backward
     (activation checkpointing computes layers again), while torch.export looks at a model, and in a copy of the module.
-    Code that torch.compile makes later is interrupted for them; code that it has made before does not call them.
+    Code that torch.compile makes later is interrupted for them, and looks from then on whether modules have hooks; code
+    that it has made before the first capture of a process does not call them.
     """
 
     def __init__(self, on_enter: OnEnter, on_return: OnReturn) -> None:
@@ -107,6 +108,10 @@ class Watch:
     def set(self, modules: Mapping[str, nn.Module]) -> None:
         """Hook these modules, where they are not hooked yet, and unhook all others."""
         _unhook(self._hooks, keep=modules)
+        if modules:
+            # torch.compile shares code between modules of a class. By default it does not look whether they have hooks,
+            # and would run the code of one that has none.
+            torch._dynamo.config.skip_nnmodule_hook_guards = False
         for path, module in modules.items():
             if path not in self._hooks:
                 enter, leave = _Hook(path, module, self._on_enter), _Hook(path, module, self._on_return)
