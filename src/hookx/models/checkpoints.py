@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import re
 import warnings
 import zipfile
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 
 from hookx.errors import ModelError, one_line
 from hookx.models.archives import check_archive
-from hookx.models.entries import AVERAGED, SAVE_WEIGHTS, choose, is_entry_of_state, names_beside
+from hookx.models.entries import AVERAGED, SAVE_WEIGHTS, NoWeightsError, choose, is_entry_of_state, names_beside
+from hookx.models.inert import HostileError, load_saved
 from hookx.models.unexpected import split_patterns
 from hookx.options import ModelOptions
 from hookx.plan import WeightsIdentity
@@ -29,6 +31,7 @@ _SUFFIXES = (".safetensors", ".pt", ".pth", ".pt2", ".ckpt", ".tar", ".bin", ".i
 
 _ARCHITECTURE_KEYS = ("arch", "architecture", "model_name")
 
+_COULD_RUN = "it holds more than tensors, and reading it could run code"
 _REFUSED = "Weights only load failed"  # how torch refuses a file that could run code
 TRUST = "or, if you trust its author to run any code as you: --trust-checkpoint"
 
@@ -106,7 +109,7 @@ def read_weights(file: str, options: ModelOptions = ModelOptions(), *, shapes_on
     """
     path = Path(file)
     patterns = split_patterns(options.ignore_unexpected)
-    content = read_content(path, trust=options.trust_checkpoint, shapes_only=shapes_only)
+    content = read_content(path, options, shapes_only=shapes_only)
     found = choose(content.value, options.weights_key, path, patterns)
     state = found.value.state_dict() if isinstance(found.value, nn.Module) else found.value
     return Weights(
@@ -163,7 +166,7 @@ class Content:
     ran_code: bool = False
 
 
-def read_content(path: Path, *, trust: bool = False, shapes_only: bool = False) -> Content:
+def read_content(path: Path, options: ModelOptions = ModelOptions(), *, shapes_only: bool = False) -> Content:
     """Read whatever a file holds.
 
     Raises:
@@ -190,12 +193,11 @@ def read_content(path: Path, *, trust: bool = False, shapes_only: bool = False) 
             return Content(_read_shards(path))
         if path.suffix.lower() == ".safetensors":
             return Content(load_file(path))
-        return _read_pickle(path, trust=trust, shapes_only=shapes_only)
+        return _read_pickle(path, options, shapes_only=shapes_only)
     except ModelError:
         raise
     except Exception as error:  # A file can hold any bytes, and each reader has its own exceptions.
-        steps = [SAVE_WEIGHTS, TRUST] if _REFUSED in str(error) and not trust else [SAVE_WEIGHTS]
-        raise ModelError(f"cannot read weights from '{path}': {_summarize(error)}", *steps) from None
+        raise ModelError(f"cannot read weights from '{path}': {one_line(error)}", SAVE_WEIGHTS) from None
 
 
 def kind_of(path: Path) -> str:
@@ -237,57 +239,41 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return {key: state[key] for key in mapping}
 
 
-class _Unread:
-    """A placeholder for an object that a checkpoint carries beside its weights.
-
-    The safe reader calls this in place of the class that the file names, so that class is never imported.
-    """
-
-    def __init__(self, *_: Any) -> None: ...
-
-    def __setstate__(self, _: Any) -> None: ...
-
-
-def _empty_dict(*_: Any) -> dict[Any, Any]:
-    return {}
-
-
-# What training scripts leave in their checkpoints: settings, metrics, states of random generators.
-_BOOKKEEPING = (
-    *("argparse.Namespace", "types.SimpleNamespace"),
-    *("numpy.dtype", "numpy.ndarray"),
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    *(f"pathlib.{inner}{name}" for inner in ("", "_local.") for name in ("PosixPath", "WindowsPath", "PurePosixPath")),
-    *("datetime.datetime", "datetime.date", "datetime.timedelta"),
-    *(f"builtins.{name}" for name in ("bool", "int", "float", "str", "list", "tuple", "dict")),
-    "typing.Any",
-    *(f"omegaconf.base.{name}" for name in ("Metadata", "ContainerMetadata")),
-    *(f"omegaconf.{name}" for name in ("dictconfig.DictConfig", "listconfig.ListConfig")),
-    *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "String", "Integer", "Float", "Boolean", "Path")),
-)
-_BOOKKEEPING_DICTS = (
-    "collections.defaultdict",
-    "lightning.fabric.utilities.data.AttributeDict",
-    "lightning_fabric.utilities.data.AttributeDict",
-    "pytorch_lightning.utilities.parsing.AttributeDict",
-    "lightning.pytorch.utilities.parsing.AttributeDict",
-)
-
-
-def _read_pickle(path: Path, *, trust: bool, shapes_only: bool) -> Content:
-    stand_ins: list[Any] = [(_Unread, name) for name in _BOOKKEEPING]
-    stand_ins += [(_empty_dict, name) for name in _BOOKKEEPING_DICTS]
+def _read_pickle(path: Path, options: ModelOptions, *, shapes_only: bool) -> Content:
+    """Read a file of torch's: all of it, or stand-ins for the objects beside its weights, or by running its code."""
+    # Mapping reads only what is accessed; values are read whole, which also checks them.
+    mapped = shapes_only and zipfile.is_zipfile(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # About old pickle protocols and moved sources.
         try:
-            with torch.serialization.safe_globals(stand_ins):
-                # Mapping reads only what is accessed; values are read whole, which also checks them.
-                mapped = shapes_only and zipfile.is_zipfile(path)
-                return Content(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
-        except Exception as error:
-            if not trust or _REFUSED not in str(error):
+            return Content(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped))
+        except pickle.UnpicklingError as error:
+            if _REFUSED not in str(error):
                 raise
+            reason = _summarize(error)
+        found, blocked = _read_inert(path, options, mapped=mapped)
+        if found is not None:
+            return found
+        if options.trust_checkpoint:
             return Content(torch.load(path, map_location="cpu", weights_only=False), ran_code=True)
+    reason = f"{_COULD_RUN} (blocked: {blocked})" if blocked else reason
+    raise ModelError(f"cannot read weights from '{path}': {reason}", SAVE_WEIGHTS, TRUST)
+
+
+def _read_inert(path: Path, options: ModelOptions, *, mapped: bool) -> tuple[Content | None, str]:
+    """Read a file with stand-ins; if they are in place of the weights, return None and the class that is needed."""
+    try:
+        value = load_saved(path, mapped=mapped)
+        choose(value, options.weights_key, path, split_patterns(options.ignore_unexpected))
+    except HostileError as error:
+        return None, str(error)
+    except NoWeightsError as error:
+        return None, error.blocked
+    except ModelError:  # Whoever chooses raises it again.
+        pass
+    except Exception:  # A file can hold any bytes; what torch's reader said stands.
+        return None, ""
+    return Content(value), ""
 
 
 def _summarize(error: Exception) -> str:
@@ -296,6 +282,6 @@ def _summarize(error: Exception) -> str:
     if _REFUSED not in text:
         return one_line(error)
     if blocked := re.search(r"GLOBAL (\S+) (?:was not|whose)", text) or re.search(r"but got (<.+>)", text):
-        return f"it holds more than tensors, and reading it could run code (blocked: {blocked[1]})"
+        return f"{_COULD_RUN} (blocked: {blocked[1]})"
     reason = re.search(r"WeightsUnpickler error:\s*(.+)", text)
     return f"torch's safe reader refuses it: {reason[1] if reason else one_line(error)}"

@@ -11,15 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from hookx.errors import ModelError, closest
+from hookx.models.inert import StandIn, holds_tensors
 from hookx.models.unexpected import is_no_model, order_by_use, settle
 
 # What training scripts call the weights, most likely first, and their moving averages.
 _ORDINARY = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module")
 AVERAGED = ("state_dict_ema", "model_ema", "ema", "ema_state_dict", "ema_model", "model_ema_state_dict", "params_ema")
-_KNOWN = (*_ORDINARY, *AVERAGED, "teacher", "student")
+_KNOWN = (*_ORDINARY, *AVERAGED, "teacher", "student", "app")
 _MAX_DEPTH = 4  # of entries within entries: those that refer to each other twice would take exponential time
 
 SAVE_WEIGHTS = "save the weights alone: torch.save(model.state_dict(), 'weights.pt')"
+
+
+class NoWeightsError(ModelError):
+    """A file holds no weights that can be read without running code."""
+
+    blocked = ""
+    """The class of the object that may be the weights."""
+
+    @classmethod
+    def of_stand_in(cls, value: StandIn, file: Path) -> NoWeightsError:
+        error = cls(f"the weights in '{file}' are an object that is not read ({value.name})", SAVE_WEIGHTS)
+        error.blocked = value.name
+        return error
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,7 @@ def choose(content: Any, key: str | None, file: Path, patterns: Sequence[str] = 
     names = list(dict.fromkeys(names))
     problem = f"'{file}' has no entry '{key}'"
     if not names:
-        raise ModelError(problem)
+        raise NoWeightsError(problem)
     raise ModelError(
         f"{problem}; closest: {closest(key, names)}",
         f"its entries: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}",
@@ -61,15 +75,22 @@ def choose(content: Any, key: str | None, file: Path, patterns: Sequence[str] = 
 
 
 def _choose_only(value: Any, entry: str, file: Path, patterns: Sequence[str]) -> Chosen:
+    if isinstance(value, StandIn):
+        raise NoWeightsError.of_stand_in(value, file)
     if isinstance(value, nn.Module) or is_state(value):
+        for inner in () if isinstance(value, nn.Module) else value.values():
+            if holds_tensors(inner):  # A tensor of a class of its own: without it, the weights are not whole.
+                raise NoWeightsError.of_stand_in(inner, file)
         return Chosen(value, entry)
     found = _entries(value)
+    if not found and isinstance(value, Mapping):
+        found = {str(name): inner for name, inner in value.items() if holds_tensors(inner)}
     dotted = f"{entry}." if entry else ""
     known = [name for name in _KNOWN if name in found]
     if not found:
         inside = f"entry '{entry}' of '{file}'" if entry else f"'{file}'"
         what = f"keys: {', '.join(map(str, list(value)[:5]))}" if isinstance(value, Mapping) else type(value).__name__
-        raise ModelError(f"{inside} is not a state dict (name -> tensor); found {what}", SAVE_WEIGHTS)
+        raise NoWeightsError(f"{inside} is not a state dict (name -> tensor); found {what}", SAVE_WEIGHTS)
     found = {name: inner for name, inner in found.items() if not is_no_model(name)} or found
     if len(found) > 1 and not found.keys() & set(_ORDINARY):
         rivals = order_by_use(found)
@@ -94,7 +115,11 @@ def _entries(value: Any, depth: int = _MAX_DEPTH) -> dict[str, Any]:
         name: inner
         for name, inner in value.items()
         if isinstance(name, str)
-        and (isinstance(inner, nn.Module) or is_state(inner) or (name in _KNOWN and bool(_entries(inner, depth - 1))))
+        and (
+            isinstance(inner, nn.Module)
+            or is_state(inner)
+            or (name in _KNOWN and (holds_tensors(inner) or bool(_entries(inner, depth - 1))))
+        )
     }
 
 

@@ -59,7 +59,7 @@ class ModelFiles(Source):
         check_archive(path)
         if checkpoints.kind_of(path) == "exported program":
             return _load_exported(path, trust=options.trust_checkpoint)
-        content = checkpoints.read_content(path, trust=options.trust_checkpoint, shapes_only=shapes_only)
+        content = checkpoints.read_content(path, options, shapes_only=shapes_only)
         architecture = checkpoints.architecture_of(content.value)
         if zoo.owns(architecture):
             load = zoo.skeleton if shapes_only else zoo.load_model
