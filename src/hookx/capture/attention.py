@@ -42,7 +42,8 @@ class WatchAttention(TorchFunctionMode):
         super().__init__()
         self.on_weights = on_weights
 
-    @torch.compiler.disable  # Compiled, it would be compiled anew for each function that it sees.  # type: ignore[untyped-decorator]
+    # Compiled, it would be compiled anew for each function that it sees.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __torch_function__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         match getattr(function, "__name__", "").partition(".")[0]:
